@@ -1,0 +1,138 @@
+"""Files that are whole or not there: temporary file, fsync, link or rename, fsync of the directory.
+
+Every system call goes through ``os`` by name, so that tests can fail or kill at each one.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+def write_all(fd: int, data: Buffer) -> None:
+    """Write every byte; write(2) may write less than it was given."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def fsync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: str, mode: int = 0o755) -> None:
+    """Create a directory and its parents, durably; one that is there already is left as it is."""
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        make_directory(os.path.dirname(path), mode)
+        make_directory(path, mode)
+        return
+    fsync_directory(os.path.dirname(path) or ".")
+
+
+def temporary_name(directory: str) -> str:
+    """A name that nobody else uses: it carries the process id and 64 random bits."""
+    return os.path.join(directory, f"tmp.{os.getpid()}.{os.urandom(8).hex()}")
+
+
+def open_temporary(directory: str, mode: int = 0o644) -> tuple[int, str]:
+    """A new file open for writing, and its path.  The caller links or unlinks it, and closes it."""
+    path = temporary_name(directory)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), path
+
+
+def unlink_quietly(path: str) -> None:
+    """Remove a file if it can be removed; used while another error is on its way."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def publish(temporary: str, path: str) -> bool:
+    """Give a finished, fsynced file its name unless the name is taken; the temporary name goes.
+
+    Returns whether this call made the name.  Over NFS a link whose reply was lost is tried again by the client and then
+    says EEXIST; that st_nlink is 2 tells that it was ours (open(2), O_EXCL).
+    """
+    try:
+        os.link(temporary, path)
+        made = True
+    except FileExistsError:
+        made = os.stat(temporary).st_nlink == 2
+    os.unlink(temporary)
+    fsync_directory(os.path.dirname(path))
+    return made
+
+
+def _write_temporary(directory: str, data: Buffer, mode: int) -> str:
+    fd, temporary = open_temporary(directory, mode)
+    try:
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        unlink_quietly(temporary)
+        raise
+    return temporary
+
+
+def create_file(path: str, data: Buffer, mode: int = 0o444) -> bool:
+    """Make PATH with DATA unless it is there; whether it was made.  The content must be implied by the name."""
+    temporary = _write_temporary(os.path.dirname(path), data, mode)
+    try:
+        return publish(temporary, path)
+    except BaseException:
+        unlink_quietly(temporary)
+        raise
+
+
+def replace_file(path: str, data: Buffer, mode: int = 0o644) -> None:
+    """Make PATH hold DATA: a reader sees the old content or the new, never a part."""
+    temporary = _write_temporary(os.path.dirname(path), data, mode)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        unlink_quietly(temporary)
+        raise
+    fsync_directory(os.path.dirname(path))
+
+
+def read_file(path: str, limit: int) -> bytes:
+    """All bytes of a regular file.  Raises OSError; a file over LIMIT bytes, or not regular, is an OSError too."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not status.st_mode & 0o100000 or status.st_mode & 0o60000:
+            raise OSError(22, "not a regular file")
+        if status.st_size > limit:
+            raise OSError(27, f"larger than {limit} bytes")
+        return read_exactly(fd, status.st_size, 0)
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, size: int, offset: int) -> bytes:
+    """SIZE bytes at OFFSET; fewer only where the file ends."""
+    parts = []
+    while size:
+        part = os.pread(fd, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,180 @@
+"""The cache: verified objects as loose files on local disk, filled from a store on demand.  cafs-store(5), CACHE.
+
+Safe to delete at any time.  What was put by an earlier process is verified once by each process before its first use.
+A miss is fetched once however many threads and processes ask: a lock in the process, and an open-file-description lock
+(fcntl(2)) on one byte of a lock file, which the kernel drops when its owner dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+import time
+from contextlib import contextmanager
+
+from cafs import atomic
+from cafs.digest import object_name
+from cafs.errors import CafsError, os_error, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cafs.store import Store
+
+FETCH_LIMIT_S = 60.0
+_LOCK_POLL_S = 0.01
+_OBJECT_MAX = 1 << 26
+_log = logging.getLogger(__name__)
+
+Key = tuple[bytes, int]
+
+
+class Cache:
+    """Objects of one store, by way of one cache directory.  Thread-safe."""
+
+    def __init__(self, root: str, store: Store, *, limit_s: float = FETCH_LIMIT_S) -> None:
+        self.root = root
+        self.store = store
+        self.limit_s = limit_s
+        self.fetched_objects = self.fetched_bytes = 0
+        self._verified: dict[Key, tuple[int, int, int, int]] = {}
+        self._guard = threading.Lock()
+        self._in_flight: dict[Key, threading.Lock] = {}
+        try:
+            os.makedirs(root, mode=0o700, exist_ok=True)
+            os.makedirs(os.path.join(root, ".cafs-objects"), exist_ok=True)
+        except OSError as error:
+            raise os_error(f"cannot use cache {quote(root)}", error) from error
+
+    def path(self, digest: bytes, kind: int) -> str:
+        """Where an object is, if it is cached."""
+        name = object_name(digest, kind)
+        return os.path.join(self.root, ".cafs-objects", name[:2], name[2:])
+
+    def open(self, digest: bytes, kind: int) -> int:
+        """A descriptor of the whole, verified object; the caller closes it.  Raises CafsError."""
+        fd = self._open_cached(digest, kind)
+        if fd is not None:
+            return fd
+        with self._single_flight((digest, kind)):
+            fd = self._open_cached(digest, kind)
+            return self._fetch(digest, kind) if fd is None else fd
+
+    def read(self, digest: bytes, kind: int) -> bytes:
+        """All bytes of an object."""
+        fd = self.open(digest, kind)
+        try:
+            return atomic.read_exactly(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+
+    def _open_cached(self, digest: bytes, kind: int) -> int | None:
+        """Open what is cached; verify it unless this process did.  What is damaged is set aside."""
+        path = self.path(digest, kind)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        status = os.fstat(fd)
+        stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._verified.get((digest, kind))
+        # The link count, and with it ctime, changes while an object is published: so ino, size and mtime decide.
+        if known and known[:3] == stamp[:3]:
+            return fd
+        if status.st_size <= _OBJECT_MAX:
+            try:
+                if self.store.hash(atomic.read_exactly(fd, status.st_size, 0)) == digest:
+                    self._verified[digest, kind] = stamp
+                    return fd
+            except OSError as error:
+                _log.warning("cannot read cached object %s: %s", path, error.strerror)
+        os.close(fd)
+        self._quarantine(path)
+        return None
+
+    def _quarantine(self, path: str) -> None:
+        """Set a damaged object aside, for a person to look at; the name is free for a good copy."""
+        _log.warning("cached object %s is damaged: set aside and fetched again", path)
+        aside = os.path.join(self.root, "quarantine")
+        try:
+            os.makedirs(aside, mode=0o700, exist_ok=True)
+            os.rename(path, os.path.join(aside, f"{os.path.basename(path)}.{os.urandom(4).hex()}"))
+        except OSError:
+            atomic.unlink_quietly(path)
+
+    def _fetch(self, digest: bytes, kind: int) -> int:
+        data = self.store.read_object(digest, kind)
+        self.fetched_objects += 1
+        self.fetched_bytes += len(data)
+        try:
+            return self._put(digest, kind, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise os_error(f"cannot write to cache {quote(self.root)}", error) from error
+            _log.warning("cannot write to cache %s: %s; serving from memory", self.root, error.strerror)
+            fd = os.memfd_create("cafs-object", os.MFD_CLOEXEC)
+            atomic.write_all(fd, data)
+            return fd
+
+    def _put(self, digest: bytes, kind: int, data: bytes) -> int:
+        """Make verified bytes visible.  No fsync: after a crash of the machine each process verifies before use."""
+        path = self.path(digest, kind)
+        directory = os.path.dirname(path)
+        os.makedirs(directory, exist_ok=True)
+        temporary = atomic.temporary_name(directory)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        try:
+            atomic.write_all(fd, data)
+            status = os.fstat(fd)
+            self._verified[digest, kind] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            atomic.unlink_quietly(temporary)
+        return fd
+
+    @contextmanager
+    def _single_flight(self, key: Key) -> Iterator[None]:
+        with self._guard:
+            lock = self._in_flight.setdefault(key, threading.Lock())
+        if not lock.acquire(timeout=self.limit_s):
+            raise CafsError(f"object {object_name(*key)} was not fetched within {self.limit_s:g} s")
+        try:
+            fd = self._lock_byte(key[0])
+            try:
+                yield
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        finally:
+            lock.release()
+            with self._guard:
+                self._in_flight.pop(key, None)
+
+    def _lock_byte(self, digest: bytes) -> int:
+        """Lock one byte of the lock file, chosen by the digest.  After the limit, or without room for it, go on without."""
+        try:
+            fd = os.open(os.path.join(self.root, "fetch.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return -1
+        start = int.from_bytes(digest[:7], "big")
+        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
+        deadline = time.monotonic() + self.limit_s / 2
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+                return fd
+            except OSError:
+                if time.monotonic() > deadline:
+                    return fd
+                time.sleep(_LOCK_POLL_S)

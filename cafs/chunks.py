@@ -1,0 +1,76 @@
+"""Chunk lists: the object of a file larger than one chunk.  cafs-store(5), CHUNK LISTS.
+
+Text, canonical: a header line, then one line a run, 'COUNT DIGEST'; '-' as the digest is a run of zero bytes, which is
+neither read nor stored.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cafs.digest import DIGEST_SIZES
+from cafs.errors import FormatError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAGIC = b"cafs-chunks 1 "
+LIST_MAX = 1 << 26
+"""Largest chunk list in bytes: about 4 TB of file in which no two neighbouring chunks are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkList:
+    """size: of the file, bytes.  runs: (number of chunks, raw digest or b'' for zeros), no two neighbours equal."""
+
+    hash_name: str
+    chunk_size: int
+    size: int
+    runs: tuple[tuple[int, bytes], ...]
+
+    def encode(self) -> bytes:
+        """The one spelling."""
+        head = MAGIC + f"{self.hash_name} {self.chunk_size} {self.size}\n".encode()
+        return head + b"".join(b"%d %s\n" % (count, digest.hex().encode() or b"-") for count, digest in self.runs)
+
+    def chunks(self) -> int:
+        """Number of chunks, the last one may be short."""
+        return -(-self.size // self.chunk_size)
+
+    def digest_at(self, chunk: int) -> bytes:
+        """Raw digest of chunk number CHUNK, b'' for zeros."""
+        for count, digest in self.runs:
+            if chunk < count:
+                return digest
+            chunk -= count
+        raise IndexError(chunk)
+
+    def length_at(self, chunk: int) -> int:
+        """Bytes in chunk number CHUNK."""
+        return min(self.chunk_size, self.size - chunk * self.chunk_size)
+
+
+def join_runs(runs: Iterable[tuple[int, bytes]]) -> tuple[tuple[int, bytes], ...]:
+    """Merge neighbours that are equal."""
+    joined: list[tuple[int, bytes]] = []
+    for count, digest in runs:
+        if joined and joined[-1][1] == digest:
+            count += joined.pop()[0]
+        joined.append((count, digest))
+    return tuple(joined)
+
+
+def decode(data: bytes, hash_name: str, chunk_size: int) -> ChunkList:
+    """Read a list.  Raises FormatError unless it is the one spelling of a list of this store's hash and chunk size."""
+    head = re.match(rb"cafs-chunks 1 %s %d ([1-9][0-9]{0,18})\n" % (hash_name.encode(), chunk_size), data)
+    if not head:
+        raise FormatError("not a chunk list of this store", line=1)
+    line = rb"([1-9][0-9]{0,18}) (-|[0-9a-f]{%d})\n" % (2 * DIGEST_SIZES[hash_name])
+    rows = re.findall(line, data[head.end() :])
+    runs = tuple((int(count), b"" if digest == b"-" else bytes.fromhex(digest.decode())) for count, digest in rows)
+    found = ChunkList(hash_name, chunk_size, int(head[1]), runs)
+    if found.encode() != data or join_runs(runs) != runs or sum(run[0] for run in runs) != found.chunks():
+        raise FormatError("chunk list is not in its one spelling, or does not add up")
+    return found

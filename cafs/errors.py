@@ -1,0 +1,108 @@
+"""Errors that a user can cause, and the exit code of each.  Anything else that is raised is a bug.
+
+The codes are a contract with scripts; cafs(7), EXIT STATUS, prints the same table.
+"""
+
+from __future__ import annotations
+
+OK, FAILED, USAGE, DIFFERS, NO_SUCH, CORRUPT, BUSY, REMOTE, UNSUPPORTED = range(9)
+
+
+class CafsError(Exception):
+    """A failure to be shown as one line, without a traceback.
+
+    message: lower case, no final period, 'cannot VERB NOUN 'SUBJECT': REASON'.
+    hint: what the user can do about it, or None.
+    """
+
+    exit_code = FAILED
+    kind = "failed"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CafsError):
+    """The arguments do not make sense together."""
+
+    exit_code = USAGE
+    kind = "usage"
+
+
+class Incomplete(CafsError):
+    """The work was done, but not for everything that was named."""
+
+    exit_code = DIFFERS
+    kind = "incomplete"
+
+
+class NotFound(CafsError):
+    """A named thing does not exist."""
+
+    exit_code = NO_SUCH
+    kind = "not-found"
+
+
+class CorruptError(CafsError):
+    """Stored bytes are not what their name or checksum says."""
+
+    exit_code = CORRUPT
+    kind = "corrupt"
+
+
+class FormatError(CorruptError):
+    """Bytes break a numbered reader rule of a format.
+
+    line: 1-based line, or 0 where the format has no lines.  rule: the rule's number in the format's man page.
+    """
+
+    kind = "format"
+
+    def __init__(self, message: str, *, line: int = 0, rule: int = 0, hint: str | None = None) -> None:
+        where = f"line {line}: " if line else ""
+        super().__init__(f"{where}{message}" + (f" (rule {rule})" if rule else ""), hint=hint)
+        self.line = line
+        self.rule = rule
+
+
+class BusyError(CafsError):
+    """Somebody else holds it; trying again may help."""
+
+    exit_code = BUSY
+    kind = "busy"
+
+
+class RemoteError(CafsError):
+    """A store that is not on this machine's disks did not answer in time."""
+
+    exit_code = REMOTE
+    kind = "remote"
+
+
+class UnsupportedError(CafsError):
+    """A privilege, a kernel feature or a program is missing."""
+
+    exit_code = UNSUPPORTED
+    kind = "unsupported"
+
+
+def os_error(what: str, error: OSError, *, hint: str | None = None) -> CafsError:
+    """Say an OSError as 'WHAT: REASON', with the exit code that fits its errno."""
+    kind: type[CafsError] = NotFound if isinstance(error, FileNotFoundError) else CafsError
+    return kind(f"{what}: {error.strerror or error}", hint=hint)
+
+
+def quote(name: str | bytes) -> str:
+    """Put a name into single quotes for a message, control bytes and undecodable bytes as \\xHH."""
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    return "'" + "".join(_visible(c) for c in text) + "'"
+
+
+def _visible(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 32 or 127 <= code < 160:
+        return f"\\x{code:02x}"
+    return char

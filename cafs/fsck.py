@@ -1,0 +1,203 @@
+"""Checking a store: read everything, name every kind of damage, mend what can be mended.  cafs-store(5), DAMAGE."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from dataclasses import dataclass
+
+from cafs import atomic, chunks, image, pack
+from cafs import format as fmt
+from cafs.digest import CHUNK_LIST, PLAIN, object_name
+from cafs.errors import CafsError, CorruptError
+from cafs.index import load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cafs.store import Store
+
+Key = tuple[bytes, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """problem: a stable word; subject: what it is about; repaired: whether it is mended now."""
+
+    problem: str
+    subject: str
+    repaired: bool = False
+
+
+def totals(store: Store) -> dict[str, object]:
+    """What `cafs-store info` prints.  Sizes in bytes."""
+    store.refresh()
+    packs = store.pack_names()
+    return {
+        "store": store.root,
+        "hash": store.hash_name,
+        "chunk_size": store.chunk_size,
+        "refs": len(store.refs()),
+        "images": sum(kind == "image" for _, kind in store.meta_names()),
+        "packs": len(packs),
+        "objects": sum(len(store.read_footer(name)) for name in packs),
+        "stored_bytes": sum(os.stat(store.pack_path(name)).st_size for name in packs),
+    }
+
+
+def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
+    """Every finding, most basic first: leftovers, packs, meta, refs, then what images need.
+
+    Repairing removes leftovers of dead writers, sets permissions right and moves a damaged pack out of the way
+    (its name ends in '.bad'; good objects in it are put again first).  Nothing else is ever deleted.
+    """
+    yield from _leftovers(store, repair)
+    good: set[Key] = set()
+    for name in store.pack_names():
+        yield from _check_pack(store, name, good, repair)
+    store._packs.clear()
+    store.refresh()
+    images = {}
+    for digest, kind in store.meta_names():
+        try:
+            data = store.get_meta(digest, kind)
+            if kind == "image":
+                images[digest] = image.decode(data, digest)
+        except CafsError:
+            yield Finding("damaged-meta", f"{kind} {digest.hex()}")
+        yield from _permissions(store.meta_path(digest, kind), repair)
+    yield from _check_refs(store, set(images))
+    for digest, found in images.items():
+        for layer in found.layers:
+            yield from _check_index(store, layer, digest, good)
+
+
+def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
+    """Leases of writers that died on this machine; temporary files when no writer is alive anywhere."""
+    leases = os.path.join(store.root, "leases")
+    alive = False
+    for name in sorted(os.listdir(leases)):
+        path = os.path.join(leases, name)
+        if _writer_is_dead(path):
+            yield Finding("dead-lease", name, _remove(path, repair))
+        else:
+            alive = True
+    if not alive:
+        for directory, _, names in os.walk(store.root):
+            for name in sorted(names):
+                if name.startswith("tmp."):
+                    path = os.path.join(directory, name)
+                    yield Finding("leftover", os.path.relpath(path, store.root), _remove(path, repair))
+
+
+def _writer_is_dead(path: str) -> bool:
+    try:
+        lease = json.loads(atomic.read_file(path, 65536))
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            same_boot = lease["boot_id"] == file.read().strip()
+        return same_boot and not os.path.exists(f"/proc/{int(lease['pid'])}")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(path: str, repair: bool) -> bool:
+    if repair:
+        atomic.unlink_quietly(path)
+    return repair
+
+
+def _permissions(path: str, repair: bool) -> Iterator[Finding]:
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return
+    if mode & 0o222 or not mode & 0o400:
+        if repair:
+            os.chmod(path, 0o444)
+        yield Finding("permissions", path, repair)
+
+
+def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterator[Finding]:
+    path = store.pack_path(name)
+    try:
+        records = store.read_footer(name)
+    except (CorruptError, OSError) as error:
+        yield Finding("damaged-pack", f"{name}: {error}", repair and _set_aside(store, name, []))
+        return
+    bad, whole = [], []
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for digest, kind, offset, stored, _ in records.rows():
+            frame = atomic.read_exactly(fd, stored, offset)
+            try:
+                raw, found_kind = pack.decode_frame(frame)
+                if found_kind != kind or store.hash(raw) != digest:
+                    raise CorruptError("content is not what its name says")
+                good.add((digest, kind))
+                whole.append((digest, kind, offset, stored))
+            except CorruptError:
+                bad.append(object_name(digest, kind))
+    except OSError as error:
+        yield Finding("unreadable-pack", f"{name}: {error.strerror}")
+    finally:
+        os.close(fd)
+    mended = bool(bad) and repair and _set_aside(store, name, whole)
+    for one in bad:
+        yield Finding("damaged-object", f"{one} in pack {name}", mended)
+    if not bad:
+        yield from _permissions(path, repair)
+
+
+def _set_aside(store: Store, name: str, whole: list[tuple[bytes, int, int, int]]) -> bool:
+    """Put the good objects of a damaged pack into a new one, then move the pack out of the readers' sight."""
+    from cafs.writer import Writer
+
+    path = store.pack_path(name)
+    store._packs.pop(name, None)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with Writer(store) as writer:
+            store._packs.pop(name, None)
+            for digest, kind, offset, stored in whole:
+                writer.put(digest, kind, atomic.read_exactly(fd, stored, offset))
+    finally:
+        os.close(fd)
+    os.rename(path, path + ".bad")
+    atomic.fsync_directory(os.path.dirname(path))
+    return True
+
+
+def _check_refs(store: Store, images: set[bytes]) -> Iterator[Finding]:
+    for ref in store.refs():
+        try:
+            digest = store.get_ref(ref)
+        except CafsError:
+            yield Finding("damaged-ref", ref)
+            continue
+        if digest is not None and digest not in images:
+            yield Finding("ref-to-nowhere", ref)
+
+
+def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key]) -> Iterator[Finding]:
+    """The index of an image, and every object that it needs."""
+    try:
+        index = load(io.BytesIO(store.get_meta(layer, "index")))
+    except CafsError as error:
+        yield Finding("missing-meta", f"index {layer.hex()} of image {owner.hex()}: {error}")
+        return
+    wanted: set[Key] = set()
+    for entry, kind in enumerate(index.type):
+        if kind in b"fF" and index.size[entry]:
+            wanted.add((index.object(entry), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN))
+    for digest, kind in sorted(wanted & good):
+        if kind == CHUNK_LIST:
+            try:
+                listed = chunks.decode(store.read_object(digest, kind), store.hash_name, store.chunk_size)
+                wanted |= {(chunk, PLAIN) for _, chunk in listed.runs if chunk}
+            except CafsError as error:
+                yield Finding("damaged-object", f"{object_name(digest, kind)}: {error}")
+    for digest, kind in sorted(wanted - good):
+        yield Finding("missing-object", f"{object_name(digest, kind)} of image {owner.hex()}")

@@ -1,0 +1,157 @@
+"""The binding of a Tree to pyfuse3 and trio; the only module that imports them.
+
+Everything is immutable, so timeouts are unlimited, names that do not exist are remembered by the kernel, and pages are kept.
+Whatever may wait for a store runs on a thread under a time limit and ends in EIO (fuse.rst: a hung server hangs its users).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyfuse3
+import trio
+
+from cafs import format as fmt
+from cafs.errors import CafsError, UnsupportedError
+from cafs.tree import BLOCK_SIZE, Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+_FOREVER = 1e9
+_FD_CACHE = 256
+Result = TypeVar("Result")
+
+
+class Operations(pyfuse3.Operations):
+    """One mount.  File handle = inode: an open has no state of its own; descriptors are kept in an LRU."""
+
+    supports_dot_lookup = False
+    enable_acl = False
+
+    def __init__(self, tree: Tree, limit_s: float) -> None:
+        super().__init__()
+        self.tree = tree
+        self.limit_s = limit_s
+        self.threads = trio.CapacityLimiter(16)
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def _entry(self, inode: int) -> Any:
+        index, at = self.tree.index, inode - 1
+        found = pyfuse3.EntryAttributes()
+        found.st_ino = inode
+        found.generation = 0
+        found.entry_timeout = found.attr_timeout = _FOREVER
+        found.st_mode = self.tree.mode(inode)
+        found.st_nlink = self.tree.links(inode)
+        found.st_uid, found.st_gid = index.uid[at], index.gid[at]
+        found.st_rdev = self.tree.device(inode)
+        found.st_size = index.size[at]
+        found.st_blksize = BLOCK_SIZE
+        found.st_blocks = (index.size[at] + 511) // 512
+        found.st_atime_ns = found.st_ctime_ns = found.st_mtime_ns = index.mtime_ns[at]
+        return found
+
+    async def getattr(self, inode: int, ctx: Any = None) -> Any:
+        return self._entry(inode)
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
+        entry = self.tree.lookup(parent_inode, name)
+        if entry is None:
+            missing = pyfuse3.EntryAttributes()
+            missing.st_ino = 0
+            missing.entry_timeout = _FOREVER
+            return missing
+        return self._entry(self.tree.inode(entry))
+
+    async def readlink(self, inode: int, ctx: Any = None) -> bytes:
+        return self.tree.index.target[inode - 1]
+
+    async def opendir(self, inode: int, ctx: Any = None) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        children = self.tree.index.children(fh - 1)
+        for position in range(start_id, len(children)):
+            child = children[position]
+            entry = self._entry(self.tree.inode(child))
+            if not pyfuse3.readdir_reply(token, self.tree.index.name(child), entry, position + 1):
+                break
+
+    async def open(self, inode: int, flags: int, ctx: Any = None) -> Any:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if not self.tree.is_chunked(inode) and inode not in self._descriptors:
+            self._keep(inode, await self._limited(self.tree.open_object, inode))
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, offset: int, size: int) -> bytes:
+        if self.tree.is_chunked(fh):
+            return await self._limited(self.tree.read_chunked, fh, offset, size)
+        if fh not in self._descriptors:
+            self._keep(fh, await self._limited(self.tree.open_object, fh))
+        return os.pread(self._descriptors[fh], size, offset)
+
+    def _keep(self, inode: int, fd: int) -> None:
+        other = self._descriptors.pop(inode, None)
+        if other is not None:
+            os.close(other)
+        self._descriptors[inode] = fd
+        while len(self._descriptors) > _FD_CACHE:
+            os.close(self._descriptors.popitem(last=False)[1])
+
+    async def _limited(self, function: Callable[..., Result], *arguments: int) -> Result:
+        """Run on a thread; whatever goes wrong, or takes too long, is EIO and a line in the log."""
+        path = self.tree.index.path(arguments[0] - 1)
+        try:
+            with trio.fail_after(self.limit_s):
+                return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.threads)
+        except trio.TooSlowError:
+            _log.error("reading %r: no answer within %g s", path, self.limit_s)
+        except (CafsError, OSError) as error:
+            _log.error("reading %r: %s", path, error)
+        raise pyfuse3.FUSEError(errno.EIO)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Any = None) -> bytes:
+        value = self.tree.xattrs(inode).get(name)
+        if value is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return value
+
+    async def listxattr(self, inode: int, ctx: Any = None) -> list[bytes]:
+        return list(self.tree.xattrs(inode))
+
+    async def access(self, inode: int, mode: int, ctx: Any = None) -> bool:
+        return True  # default_permissions: the kernel has checked
+
+    async def statfs(self, ctx: Any = None) -> Any:
+        found = pyfuse3.StatvfsData()
+        found.f_bsize = found.f_frsize = BLOCK_SIZE
+        found.f_blocks = sum(self.tree.index.size) // BLOCK_SIZE
+        found.f_files = len(self.tree.index)
+        found.f_namemax = fmt.NAME_MAX
+        return found
+
+
+def serve(tree: Tree, mountpoint: str, name: str, *, extra: set[str], limit_s: float, ready: Callable[[], None]) -> None:
+    """Mount and answer until unmounted.  ready: called once the mount is there.  Raises UnsupportedError."""
+    options = {f"fsname={name}", "subtype=cafs", "ro", "default_permissions", *extra}
+    if os.geteuid() == 0:
+        options.add("allow_other")
+    operations = Operations(tree, limit_s)
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except RuntimeError as error:
+        raise UnsupportedError(f"cannot mount on '{mountpoint}': {error}", hint="apt install fuse3") from error
+    unmount = False
+    try:
+        ready()
+        trio.run(pyfuse3.main)
+        unmount = True
+    finally:
+        pyfuse3.close(unmount=unmount)

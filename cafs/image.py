@@ -1,0 +1,139 @@
+"""Images: a small manifest, and how a name on a command line becomes one.  cafs-store(5), IMAGES."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+
+from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
+from cafs.store import META_MAX, Store, split_ref
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cafs.index import Index
+
+MANIFEST_MAX = 1 << 24
+_LAYERS_MAX = 1024
+
+
+class Image:
+    """A manifest.  digest: its identity.  layers: index digests, base first.  config: OCI image config ('config' part)."""
+
+    __slots__ = ("config", "digest", "layers")
+
+    def __init__(self, layers: tuple[bytes, ...], config: dict[str, Any], digest: bytes = b"") -> None:
+        self.layers = layers
+        self.config = config
+        self.digest = digest
+
+    def encode(self) -> bytes:
+        """The manifest's bytes: canonical JSON, so equal images have equal digests."""
+        found = {"cafs-image": 1, "config": self.config, "layers": [{"index": layer.hex()} for layer in self.layers]}
+        return json.dumps(found, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(data: bytes, digest: bytes) -> Image:
+    """Read a manifest.  Raises FormatError on anything that is not one of this version."""
+    try:
+        found = json.loads(data)
+        version, config, layers = found.pop("cafs-image"), found.pop("config"), found.pop("layers")
+        indexes = tuple(bytes.fromhex(layer.pop("index")) for layer in layers)
+        if version != 1 or found or any(layers) or not isinstance(config, dict) or not 1 <= len(indexes) <= _LAYERS_MAX:
+            raise ValueError("unknown field")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise FormatError(f"image {digest.hex()} is not a manifest of this version: {error}") from None
+    return Image(indexes, config, digest)
+
+
+def put(store: Store, index: bytes, config: dict[str, Any]) -> Image:
+    """Store an index and the manifest of an image of one layer.  Objects must be there already."""
+    image = Image((store.put_meta(index, "index"),), config)
+    image.digest = store.put_meta(image.encode(), "image")
+    return image
+
+
+def get(store: Store, digest: bytes) -> Image:
+    """The manifest with this digest."""
+    return decode(store.get_meta(digest, "image"), digest)
+
+
+def resolve(store: Store, name: str) -> Image:
+    """IMAGE of a command line: NAME[:TAG][@DIGEST], a digest, or a unique prefix of one (at least 8 digits).
+
+    Raises NotFound, with the names that are nearest.
+    """
+    ref, at, wanted = name.partition("@")
+    if at:
+        split_ref(ref)
+        return resolve(store, wanted.removeprefix(store.hash_name + ":"))
+    if re.fullmatch(r"[0-9a-f]{8,128}", name):
+        found = sorted({digest for digest, kind in store.meta_names() if kind == "image" and digest.hex().startswith(name)})
+        if len(found) > 1:
+            raise UsageError(f"{quote(name)} is the beginning of {len(found)} image digests")
+        if found:
+            return get(store, found[0])
+    try:
+        digest = store.get_ref(name)
+    except UsageError:
+        if os.path.exists(name):
+            raise UsageError(f"{quote(name)} is a file, and an image from a store is needed here") from None
+        raise
+    if digest is None:
+        raise NotFound(f"no image {quote(name)} in store {quote(store.root)}", hint=_nearest(store, name))
+    return get(store, digest)
+
+
+def _nearest(store: Store, name: str) -> str | None:
+    import difflib
+
+    refs = store.refs()
+    near = difflib.get_close_matches(name, [*refs, *(ref.removesuffix(":latest") for ref in refs)], 3, 0.5)
+    if near:
+        return "did you mean " + " or ".join(quote(ref) for ref in near) + "?"
+    return "the store has no images yet" if not refs else None
+
+
+def read_index(store: Store, image: Image) -> bytes:
+    """The bytes of the index of an image of one layer."""
+    if len(image.layers) != 1:
+        raise CafsError("an image of several layers cannot be read by this version")
+    return store.get_meta(image.layers[0], "index")
+
+
+def load_index(name: str, store_root: str) -> tuple[Index, Store | None]:
+    """The index that IMAGE names: '-' (stdin), a path to an index file (it has a slash or is no ref that exists), or an image.
+
+    Returns the store as well where one was asked.
+    """
+    from cafs.index import load
+
+    if name == "-" or (os.path.isfile(name) and ("/" in name or not _is_ref(store_root, name))):
+        try:
+            with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
+                return load(stream), None
+        except OSError as error:
+            raise os_error(f"cannot open index {quote(name)}", error) from error
+        except FormatError as error:
+            raise FormatError(f"index {quote(name)}: {error}", hint=error.hint) from None
+    if "/" in name and not os.path.lexists(name) and name.startswith((".", "/")):
+        raise NotFound(f"cannot open index {quote(name)}: No such file or directory")
+    store = Store(store_root)
+    image = resolve(store, name)
+    index = load(io.BytesIO(read_index(store, image)))
+    if index.header.hash_name != store.hash_name or index.header.chunk_size != store.chunk_size:
+        raise CorruptError(f"index of {quote(name)} is of another hash or chunk size than its store")
+    return index, store
+
+
+def _is_ref(store_root: str, name: str) -> bool:
+    try:
+        return Store(store_root).get_ref(name) is not None
+    except CafsError:
+        return False
+
+
+__all__ = ["MANIFEST_MAX", "META_MAX", "Image", "decode", "get", "load_index", "put", "read_index", "resolve"]

@@ -1,0 +1,52 @@
+"""What is mounted: /proc/self/mountinfo (proc_pid_mountinfo(5)), read as bytes, and what of it is ours."""
+
+from __future__ import annotations
+
+import os
+import re
+
+FSTYPE = b"fuse.cafs"
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+class Mount:
+    """One line: mount point (raw bytes), file system type, source."""
+
+    __slots__ = ("fstype", "point", "source")
+
+    def __init__(self, point: bytes, fstype: bytes, source: bytes) -> None:
+        self.point = point
+        self.fstype = fstype
+        self.source = source
+
+    @property
+    def digest(self) -> str:
+        """Image or index digest of one of our mounts."""
+        return self.source.removeprefix(b"cafs:").decode("latin-1")
+
+
+def _unescape(text: bytes) -> bytes:
+    return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text)
+
+
+def mounts() -> list[Mount]:
+    """All mounts of this process's namespace, in the order in which they were made."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        left, _, right = line.partition(b" - ")
+        fstype, source = right.split(b" ")[:2]
+        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source)))
+    return found
+
+
+def ours() -> list[Mount]:
+    """The mounts of cafs-mount."""
+    return [mount for mount in mounts() if mount.fstype == FSTYPE]
+
+
+def at(path: str) -> Mount | None:
+    """What is mounted on top at exactly PATH (absolute, no links), or None."""
+    found = [mount for mount in mounts() if mount.point == os.fsencode(path)]
+    return found[-1] if found else None

@@ -1,0 +1,136 @@
+"""Frames and packs: bytes <-> records.  cafs-store(5), FRAMES and PACKS.
+
+A frame is one object, raw or zstd, behind a small header with a checksum.  A pack is a magic, frames, and a footer that
+says where each object is.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from cafs.digest import DIGEST_SIZES, checksum
+from cafs.errors import CorruptError, FormatError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from typing_extensions import Buffer
+
+FRAME = struct.Struct("<4sBBHII8s")
+"""magic, codec, kind, zero, stored size, raw size, first 8 bytes of the payload's XXH3-128."""
+
+FRAME_MAGIC = b"CAFR"
+RAW, ZSTD = 0, 1
+RAW_MAX = 1 << 26
+"""No frame holds more than this: the largest chunk, and the largest chunk list.  Checked before allocation."""
+
+PACK_MAGIC = b"\x89CAFSPK1"
+PACK_TARGET = 64 << 20
+FOOTER = struct.Struct("<16s8sIHH16s8s")
+"""hash name, zero, record count, record size, version, XXH3-128 of records and the 32 bytes before, magic."""
+
+FOOTER_MAGIC = b"CAFSPKF1"
+_TAIL = struct.Struct("<BQII")
+
+
+def encode_frame(raw: Buffer, kind: int, payload: bytes | None) -> bytes:
+    """A frame.  payload: what zstd made of RAW, or None to store it as it is."""
+    body = bytes(raw) if payload is None else payload
+    codec = RAW if payload is None else ZSTD
+    return FRAME.pack(FRAME_MAGIC, codec, kind, 0, len(body), memoryview(raw).nbytes, checksum(body)[:8]) + body
+
+
+def frame_raw_size(frame: bytes) -> int:
+    """Size of the object in a whole or partial frame."""
+    return int(FRAME.unpack_from(frame)[5])
+
+
+def decode_frame(frame: bytes) -> tuple[bytes, int]:
+    """The object's bytes and its kind.  Raises CorruptError on anything that does not fit, before allocating for it."""
+    if len(frame) < FRAME.size:
+        raise CorruptError("frame is cut off")
+    magic, codec, kind, zero, stored, raw_size, check = FRAME.unpack_from(frame)
+    body = frame[FRAME.size :]
+    if magic != FRAME_MAGIC or zero or codec not in (RAW, ZSTD) or kind not in (0, 1) or raw_size > RAW_MAX:
+        raise CorruptError("frame has a bad header")
+    if len(body) != stored or checksum(body)[:8] != check:
+        raise CorruptError("frame has a bad checksum")
+    if codec == RAW:
+        if stored != raw_size:
+            raise CorruptError("raw frame of two sizes")
+        return body, kind
+    return _decompress(body, raw_size), kind
+
+
+def _decompress(body: bytes, raw_size: int) -> bytes:
+    import zstandard
+
+    try:
+        declared = zstandard.frame_content_size(body)
+        if declared != raw_size:
+            raise CorruptError("zstd frame does not declare its size")
+        raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=raw_size, allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise CorruptError(f"zstd: {error}") from error
+    if len(raw) != raw_size:
+        raise CorruptError("zstd frame is shorter than it says")
+    return raw
+
+
+class Records:
+    """The sorted records of a pack's footer: fixed size, digest and kind first, so that they can be bisected as bytes.
+
+    A record: digest, kind (1 byte), offset (8), size of the whole frame (4), raw size (4), little-endian.
+    """
+
+    def __init__(self, hash_name: str, data: bytes = b"") -> None:
+        self.hash_name = hash_name
+        self.digest_size = DIGEST_SIZES[hash_name]
+        self.size = self.digest_size + _TAIL.size
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data) // self.size
+
+    @classmethod
+    def build(cls, hash_name: str, rows: Iterable[tuple[bytes, int, int, int, int]]) -> Records:
+        """Sort (digest, kind, offset, frame size, raw size) rows into records."""
+        packed = sorted(digest + _TAIL.pack(kind, offset, stored, raw) for digest, kind, offset, stored, raw in rows)
+        return cls(hash_name, b"".join(packed))
+
+    def rows(self) -> Iterator[tuple[bytes, int, int, int, int]]:
+        """(digest, kind, offset, frame size, raw size) in order."""
+        split = self.digest_size
+        for at in range(0, len(self.data), self.size):
+            kind, offset, stored, raw = _TAIL.unpack_from(self.data, at + split)
+            yield self.data[at : at + split], kind, offset, stored, raw
+
+    def encode_footer(self) -> bytes:
+        """Records and the fixed tail, as they end a pack."""
+        head = struct.pack("<16s8sIHH", self.hash_name.encode(), b"", len(self), self.size, 1)
+        return self.data + head + checksum(self.data + head) + FOOTER_MAGIC
+
+
+def footer_size(tail: bytes) -> int:
+    """Size of the whole footer, from the last FOOTER.size bytes of a pack."""
+    if len(tail) != FOOTER.size or not tail.endswith(FOOTER_MAGIC):
+        raise FormatError("pack has no footer")
+    _, _, count, size, _, _, _ = FOOTER.unpack(tail)
+    return int(count) * int(size) + FOOTER.size
+
+
+def decode_footer(footer: bytes, pack_size: int) -> Records:
+    """The records of a footer.  pack_size: bounds every offset.  Raises FormatError."""
+    name, zero, _, size, version, check, _ = FOOTER.unpack(footer[-FOOTER.size :])
+    hash_name = name.rstrip(b"\0").decode("latin-1")
+    if version != 1 or zero.strip(b"\0") or hash_name not in DIGEST_SIZES:
+        raise FormatError("pack of an unknown version or hash")
+    records = Records(hash_name, footer[: -FOOTER.size])
+    if size != records.size or checksum(footer[: -len(FOOTER_MAGIC) - 16]) != check:
+        raise FormatError("pack footer has a bad checksum")
+    end = pack_size - len(footer)
+    for _, kind, offset, stored, raw in records.rows():
+        if kind > 1 or offset < len(PACK_MAGIC) or offset + stored > end or raw > RAW_MAX or stored < FRAME.size:
+            raise FormatError("pack footer points outside the pack")
+    return records

@@ -1,0 +1,38 @@
+"""Where things are on this machine: the environment, else the XDG directories, else (root) /var and /run.  cafs(7), FILES."""
+
+from __future__ import annotations
+
+import os
+
+
+def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> str:
+    """VARIABLE, else ROOT for root, else $XDG/name, else ~/fallback/name.  An empty value counts as unset."""
+    chosen = os.environ.get(variable)
+    if chosen:
+        return os.path.abspath(chosen)
+    if os.geteuid() == 0:
+        return root
+    base = os.environ.get(xdg) or os.path.join(os.path.expanduser("~"), fallback)
+    return os.path.join(base, name)
+
+
+def store() -> str:
+    """The default store."""
+    return _directory("CAFS_STORE", "/var/lib/cafs/store", "XDG_DATA_HOME", ".local/share", "cafs/store")
+
+
+def cache() -> str:
+    """Objects and stat caches: safe to delete at any time."""
+    return _directory("CAFS_CACHE", "/var/cache/cafs", "XDG_CACHE_HOME", ".cache", "cafs")
+
+
+def state() -> str:
+    """Writable layers and bundles of containers."""
+    return _directory("CAFS_STATE", "/var/lib/cafs", "XDG_DATA_HOME", ".local/share", "cafs")
+
+
+def run() -> str:
+    """Live state: mounts and running containers.  Gone after a reboot."""
+    if not os.environ.get("XDG_RUNTIME_DIR") and os.geteuid():
+        return os.environ.get("CAFS_RUN") or f"/tmp/cafs-{os.getuid()}"
+    return _directory("CAFS_RUN", "/run/cafs", "XDG_RUNTIME_DIR", "", "cafs")

@@ -1,0 +1,322 @@
+"""A store in a directory: packs, meta, refs, leases.  cafs-store(5) is the authority.
+
+Writers order: packs, then meta, then the ref.  Readers the reverse.  Nothing that is read here is trusted before its digest
+or checksum has been compared.  Writing objects is writer.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from bisect import bisect_left
+
+from cafs import atomic, pack
+from cafs.digest import CHUNK_LIST, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
+from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMAT_FILE = "cafs-store.json"
+META_MAX = 1 << 30
+"""Largest meta file in bytes, and largest index in it."""
+
+RAW_META_MAX = 4096
+"""A meta file up to this size is not compressed: what `crun run` reads then needs no zstd."""
+
+LEASE_REFRESH_S = 300
+_REF_NAME = re.compile(r"[a-z0-9]+(?:[._:/-]+[a-z0-9]+)*")
+_REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_NFS_WAIT_S = 60
+
+
+class Store:
+    """An open store.  Attributes: root (path), hash_name, chunk_size."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        try:
+            data = atomic.read_file(os.path.join(root, FORMAT_FILE), 1 << 16)
+        except FileNotFoundError:
+            raise NotFound(f"cannot open store {quote(root)}: not a store", hint=f"cafs-store init --store {root}") from None
+        except OSError as error:
+            raise os_error(f"cannot open store {quote(root)}", error) from error
+        self.hash_name, self.chunk_size = _parse_format(data, root)
+        self.hash = hash_function(self.hash_name)
+        self._packs: dict[str, pack.Records] = {}
+        self._packs_stamp = -1
+
+    # --- packs ---------------------------------------------------------------------------------------------------
+
+    def pack_path(self, name: str) -> str:
+        """Path of a pack."""
+        return os.path.join(self.root, "packs", name)
+
+    def pack_names(self) -> list[str]:
+        """Names of all packs, sorted."""
+        return sorted(n for n in os.listdir(os.path.join(self.root, "packs")) if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{32}", n))
+
+    def refresh(self) -> None:
+        """Read the footers of packs that are new since the last look.  A damaged pack holds nothing."""
+        names = self.pack_names()
+        for gone in set(self._packs) - set(names):
+            del self._packs[gone]
+        for name in names:
+            if name not in self._packs:
+                try:
+                    self._packs[name] = self.read_footer(name)
+                except (CorruptError, OSError):
+                    self._packs[name] = pack.Records(self.hash_name)
+
+    def read_footer(self, name: str) -> pack.Records:
+        """Records of one pack.  Raises CorruptError, or OSError if it cannot be read."""
+        fd = os.open(self.pack_path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            size = os.fstat(fd).st_size
+            length = pack.footer_size(atomic.read_exactly(fd, pack.FOOTER.size, max(size - pack.FOOTER.size, 0)))
+            if length > size:
+                raise FormatError("pack is cut off")
+            footer = atomic.read_exactly(fd, length, size - length)
+        finally:
+            os.close(fd)
+        if self.hash(footer).hex() != name:
+            raise CorruptError("pack footer is not what the pack's name says")
+        records = pack.decode_footer(footer, size)
+        if records.hash_name != self.hash_name:
+            raise FormatError("pack of another hash")
+        return records
+
+    def locate(self, digest: bytes, kind: int = PLAIN) -> Iterator[tuple[str, int, int]]:
+        """(pack, offset, frame size) of every copy of an object that the footers read so far know."""
+        key = digest + bytes([kind])
+        for name, records in list(self._packs.items()):  # a writer on another thread may add one
+            size, data = records.size, records.data
+            at = bisect_left(range(len(records)), key, key=lambda i: data[i * size : i * size + len(key)])
+            if data[at * size : at * size + len(key)] == key:
+                _, offset, stored, _ = pack._TAIL.unpack_from(data, at * size + len(digest))
+                yield name, offset, stored
+
+    def has(self, digest: bytes, kind: int = PLAIN) -> bool:
+        """Whether the footers read so far list the object."""
+        return next(self.locate(digest, kind), None) is not None
+
+    def read_object(self, digest: bytes, kind: int = PLAIN) -> bytes:
+        """The verified bytes of an object, from whichever copy is good.
+
+        Raises NotFound if no pack lists it, CorruptError if every copy is bad, RemoteError-like OSErrors as CafsError.
+        """
+        name = object_name(digest, kind)
+        for again in (False, True):
+            problem: CafsError | None = None
+            if again or not self._packs:
+                self.refresh()
+            for pack_name, offset, stored in self.locate(digest, kind):
+                try:
+                    return self._read_copy(pack_name, offset, stored, digest, kind)
+                except CorruptError as error:
+                    problem = CorruptError(f"object {name} in pack {pack_name}: {error}", hint="cafs-store fsck")
+                except OSError as error:
+                    problem = os_error(f"cannot read pack {quote(pack_name)}", error)
+            if problem and again:
+                raise problem
+        raise NotFound(f"store {quote(self.root)} has no object {name}", hint="cafs-store fsck")
+
+    def _read_copy(self, pack_name: str, offset: int, stored: int, digest: bytes, kind: int) -> bytes:
+        fd = self._open_pack(pack_name)
+        try:
+            raw, found_kind = pack.decode_frame(atomic.read_exactly(fd, stored, offset))
+        finally:
+            os.close(fd)
+        if found_kind != kind or self.hash(raw) != digest:
+            raise CorruptError("content is not what its name says")
+        return raw
+
+    def _open_pack(self, name: str) -> int:
+        """Open a pack; on NFS a name that another machine just made may not be seen yet, so look again for a while."""
+        deadline = 0.0
+        while True:
+            try:
+                return os.open(self.pack_path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                deadline = deadline or time.monotonic() + (_NFS_WAIT_S if is_network_file_system(self.root) else 0)
+                if time.monotonic() >= deadline:
+                    raise
+                os.listdir(os.path.join(self.root, "packs"))
+                time.sleep(0.5)
+
+    # --- meta ----------------------------------------------------------------------------------------------------
+
+    def meta_path(self, digest: bytes, kind: str) -> str:
+        """Path of a meta file.  kind: 'index' or 'image'."""
+        name = digest.hex()
+        return os.path.join(self.root, "meta", name[:2], f"{name[2:]}.{kind}")
+
+    def put_meta(self, data: bytes, kind: str) -> bytes:
+        """Store an index or a manifest durably and return its digest.  What is there already and good is left alone."""
+        digest = self.hash(data)
+        path = self.meta_path(digest, kind)
+        atomic.make_directory(os.path.dirname(path))
+        frame = data
+        if len(data) > RAW_META_MAX:
+            import zstandard
+
+            frame = zstandard.ZstdCompressor(level=3).compress(data)
+        if not atomic.create_file(path, frame) and not self._meta_is_good(digest, kind):
+            atomic.replace_file(path, frame, 0o444)
+        return digest
+
+    def _meta_is_good(self, digest: bytes, kind: str) -> bool:
+        try:
+            self.get_meta(digest, kind)
+        except (CafsError, OSError):
+            return False
+        return True
+
+    def get_meta(self, digest: bytes, kind: str) -> bytes:
+        """The verified bytes of an index or a manifest.  Raises NotFound, CorruptError."""
+        path = self.meta_path(digest, kind)
+        try:
+            data = atomic.read_file(path, META_MAX)
+        except FileNotFoundError:
+            raise NotFound(f"store {quote(self.root)} has no {kind} {digest.hex()}", hint="cafs-store fsck") from None
+        except OSError as error:
+            raise os_error(f"cannot read {quote(path)}", error) from error
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            data = _decompress_meta(data, path)
+        if self.hash(data) != digest:
+            raise CorruptError(f"{kind} {digest.hex()} is damaged", hint="cafs-store fsck")
+        return data
+
+    def meta_names(self) -> Iterator[tuple[bytes, str]]:
+        """(digest, kind) of every meta file, sorted."""
+        top = os.path.join(self.root, "meta")
+        for shard in sorted(os.listdir(top)):
+            for name in sorted(os.listdir(os.path.join(top, shard))):
+                match = re.fullmatch(r"([0-9a-f]+)\.(index|image)", name)
+                if match and len(shard + match[1]) == 2 * DIGEST_SIZES[self.hash_name]:
+                    yield bytes.fromhex(shard + match[1]), match[2]
+
+    # --- refs ----------------------------------------------------------------------------------------------------
+
+    def ref_path(self, ref: str) -> str:
+        """Path of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME."""
+        name, tag = split_ref(ref)
+        return os.path.join(self.root, "refs", name.replace("/", "+"), tag)
+
+    def get_ref(self, ref: str) -> bytes | None:
+        """Digest that a ref names, None if there is no such ref.  Raises FormatError."""
+        path = self.ref_path(ref)
+        try:
+            data = atomic.read_file(path, 4096)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise os_error(f"cannot read ref {quote(ref)}", error) from error
+        text = data.decode("latin-1").removesuffix("\n")
+        if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * DIGEST_SIZES[self.hash_name]), text):
+            raise FormatError(f"ref {quote(ref)} is damaged", hint="cafs-store fsck")
+        return bytes.fromhex(text)
+
+    def set_ref(self, ref: str, digest: bytes) -> None:
+        """Make a ref name an image, durably; the only thing in a store that is ever overwritten."""
+        path = self.ref_path(ref)
+        atomic.make_directory(os.path.dirname(path))
+        atomic.replace_file(path, digest.hex().encode() + b"\n")
+
+    def remove_ref(self, ref: str) -> None:
+        """Remove a ref.  Raises NotFound."""
+        path = self.ref_path(ref)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            raise NotFound(f"no ref {quote(ref)}") from None
+        atomic.fsync_directory(os.path.dirname(path))
+
+    def refs(self) -> list[str]:
+        """All refs, sorted, as NAME:TAG."""
+        top = os.path.join(self.root, "refs")
+        found = []
+        for name in os.listdir(top):
+            for tag in os.listdir(os.path.join(top, name)):
+                if not tag.startswith("tmp."):
+                    found.append(f"{name.replace('+', '/')}:{tag}")
+        return sorted(found)
+
+
+def split_ref(ref: str) -> tuple[str, str]:
+    """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref."""
+    head, _, last = ref.rpartition("/")
+    base, colon, tag = last.partition(":")
+    name = f"{head}/{base}" if head else base
+    if not colon:
+        tag = "latest"
+    if not _REF_NAME.fullmatch(name) or len(name) > 255 or not _REF_TAG.fullmatch(tag):
+        raise UsageError(f"{quote(ref)} is not a ref", hint="a ref is NAME[:TAG], in lower case, like debian:12")
+    return name, tag
+
+
+def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
+    """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker."""
+    hash_function(hash_name)
+    try:
+        for directory in ("packs", "meta", "refs", "leases", "tmp"):
+            atomic.make_directory(os.path.join(root, directory))
+        text = json.dumps({"chunk_size": chunk_size, "format": 1, "hash": hash_name}, sort_keys=True) + "\n"
+        atomic.create_file(os.path.join(root, FORMAT_FILE), text.encode())
+    except OSError as error:
+        raise os_error(f"cannot make store {quote(root)}", error) from error
+    store = Store(root)
+    if (store.hash_name, store.chunk_size) != (hash_name, chunk_size):
+        raise UsageError(f"store {quote(root)} exists with hash {store.hash_name}", hint="nothing mixes: use another directory")
+    return store
+
+
+def open_or_init(root: str) -> Store:
+    """The store at ROOT, made on first use if nothing is there."""
+    if os.path.lexists(os.path.join(root, FORMAT_FILE)) or (os.path.isdir(root) and os.listdir(root)):
+        try:
+            return Store(root)
+        except NotFound:
+            if set(os.listdir(root)) - {"packs", "meta", "refs", "leases", "tmp"}:
+                raise
+    return init(root)
+
+
+def _parse_format(data: bytes, root: str) -> tuple[str, int]:
+    try:
+        found = json.loads(data)
+        version, hash_name, chunk_size = found.pop("format"), found.pop("hash"), found.pop("chunk_size")
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        raise FormatError(f"{quote(os.path.join(root, FORMAT_FILE))} is damaged") from None
+    if version != 1 or found or hash_name not in DIGEST_SIZES or not isinstance(chunk_size, int):
+        raise FormatError(f"store {quote(root)} has an unknown format", hint="a newer release of these tools may read it")
+    return hash_name, chunk_size
+
+
+def _decompress_meta(data: bytes, path: str) -> bytes:
+    import zstandard
+
+    try:
+        if not 0 <= zstandard.frame_content_size(data) <= META_MAX:
+            raise CorruptError(f"{quote(path)} does not declare its size")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=META_MAX)
+    except zstandard.ZstdError as error:
+        raise CorruptError(f"{quote(path)} is damaged: {error}", hint="cafs-store fsck") from error
+
+
+def is_network_file_system(path: str) -> bool:
+    """Whether PATH is on a file system where another machine's new names may appear late."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            left, _, right = line.partition(" - ")
+            if left.split(" ")[2] == wanted:
+                return right.split(" ")[0].startswith(("nfs", "cifs", "smb", "ceph", "9p", "lustre", "fuse.", "glusterfs"))
+    return False
+
+
+__all__ = ["CHUNK_LIST", "PLAIN", "Store", "init", "open_or_init", "split_ref"]

@@ -1,0 +1,158 @@
+"""Walk a directory tree by directory descriptors, in the order of an index, without following a link.
+
+What is found is described, not read: the content of regular files is create.py's.  A directory that changes while it is
+read is an error that names it, as is a name that vanishes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+
+from cafs import format as fmt
+from cafs.errors import CafsError, NotFound, os_error, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+KIND_OF_MODE = {
+    stat.S_IFREG: fmt.FILE,
+    stat.S_IFDIR: fmt.DIRECTORY,
+    stat.S_IFLNK: fmt.SYMLINK,
+    stat.S_IFCHR: fmt.CHAR_DEVICE,
+    stat.S_IFBLK: fmt.BLOCK_DEVICE,
+    stat.S_IFIFO: fmt.FIFO,
+    stat.S_IFSOCK: fmt.SOCKET,
+}
+
+
+class OpenDirectory:
+    """A directory descriptor shared by the entries in it; closed with the last user."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._users = 1
+
+    def hold(self) -> OpenDirectory:
+        """One user more."""
+        self._users += 1
+        return self
+
+    def release(self) -> None:
+        """One user less."""
+        self._users -= 1
+        if not self._users:
+            os.close(self.fd)
+
+
+@dataclass(slots=True)
+class Found:
+    """One entry of the tree.  directory: held for the caller, who releases it; name: in that directory."""
+
+    path: bytes
+    kind: bytes
+    status: os.stat_result
+    directory: OpenDirectory
+    name: bytes
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    target: bytes = b""
+
+
+@dataclass(slots=True)
+class Walk:
+    """The options of a walk, and what it left out.
+
+    exclude: whether to leave a path (absolute in the tree, as in the index) and all below it out.
+    skip_unreadable: list what cannot be read in `skipped` instead of failing.
+    left_out: number of xattrs that an index does not list.
+    """
+
+    root: str
+    exclude: Callable[[bytes], bool] = lambda path: False
+    one_file_system: bool = False
+    skip_unreadable: bool = False
+    known_xattrs: Callable[[os.stat_result], bool] = lambda status: False
+    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+    left_out: int = 0
+
+    def run(self) -> Iterator[Found]:
+        """Yield every entry in index order.  Raises CafsError naming what cannot be read."""
+        try:
+            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise os_error(f"cannot index {quote(self.root)}", error) from error
+        top = OpenDirectory(fd)
+        status = os.fstat(fd)
+        yield Found(b"/", fmt.DIRECTORY, status, top.hold(), b".", self._xattrs(top, b".", fmt.DIRECTORY, b"/"))
+        yield from self._directory(top, b"", status.st_dev)
+
+    def failed(self, path: bytes, error: OSError) -> None:
+        """Note a path that cannot be read, or raise."""
+        reason = "it vanished while the tree was read" if error.errno in (errno.ENOENT, errno.ESTALE) else None
+        if self.skip_unreadable and reason is None:
+            self.skipped.append((path, error.strerror or str(error)))
+            return
+        if reason:
+            raise NotFound(f"cannot read {quote(path)}: {reason}") from error
+        raise CafsError(
+            f"cannot read {quote(path)}: {error.strerror}", hint="--skip-unreadable leaves such files out and exits 3"
+        ) from error
+
+    def _directory(self, directory: OpenDirectory, path: bytes, device: int) -> Iterator[Found]:
+        try:
+            before = os.fstat(directory.fd)
+            for name in sorted(map(os.fsencode, os.listdir(directory.fd))):
+                yield from self._name(directory, name, path + b"/" + name, device)
+            after = os.fstat(directory.fd)
+            if (before.st_mtime_ns, before.st_ctime_ns) != (after.st_mtime_ns, after.st_ctime_ns):
+                raise CafsError(f"directory {quote(path or b'/')} changed while it was read")
+        finally:
+            directory.release()
+
+    def _name(self, directory: OpenDirectory, name: bytes, path: bytes, device: int) -> Iterator[Found]:
+        if self.exclude(path):
+            return
+        child: OpenDirectory | None = None
+        try:
+            status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+            kind = KIND_OF_MODE[stat.S_IFMT(status.st_mode)]
+            if kind == fmt.DIRECTORY:
+                child = OpenDirectory(os.open(name, _OPEN_DIRECTORY, dir_fd=directory.fd))
+                status = os.fstat(child.fd)
+            target = os.readlink(name, dir_fd=directory.fd) if kind == fmt.SYMLINK else b""
+            xattrs = () if self.known_xattrs(status) else self._xattrs(child or directory, b"." if child else name, kind, path)
+        except OSError as error:
+            if child:
+                child.release()
+            self.failed(path, error)
+            return
+        yield Found(path, kind, status, directory.hold(), name, xattrs, target)
+        if child and self.one_file_system and status.st_dev != device:
+            child.release()
+        elif child:
+            yield from self._directory(child, path, device)
+
+    def _xattrs(self, directory: OpenDirectory, name: bytes, kind: bytes, path: bytes) -> tuple[tuple[bytes, bytes], ...]:
+        """The attributes that an index lists, by name.  Through /proc/self/fd: there is no listxattrat before 6.13."""
+        where = b"/proc/self/fd/%d/%s" % (directory.fd, name)
+        try:
+            names = os.listxattr(where, follow_symlinks=False)
+            if not names:
+                return ()
+            pairs = []
+            for attribute in sorted(map(os.fsencode, names)):
+                if fmt.xattr_allowed(attribute):
+                    pairs.append((attribute, os.getxattr(where, attribute, follow_symlinks=False)))
+                else:
+                    self.left_out += 1
+        except OSError as error:
+            if error.errno in (errno.ENOTSUP, errno.ENODATA):
+                return ()
+            raise
+        return tuple(pairs)

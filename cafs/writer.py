@@ -1,0 +1,146 @@
+"""Putting objects into a store: one writer, one lease, packs in the order in which objects are put.
+
+A pack becomes visible only whole: temporary file, fsync, link.  Killing the writer at any point leaves at most temporary
+files and a lease, which `cafs-store fsck --repair` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+
+from cafs import atomic, pack
+from cafs.digest import PLAIN
+from cafs.errors import CafsError, os_error, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from cafs.store import Store
+
+_LEASE_REFRESH_S = 300
+
+
+class Writer:
+    """A context manager.  Leaving it normally flushes; leaving it with an error discards the open pack.
+
+    Counters: objects and raw bytes put, stored bytes written, packs made.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.objects = self.raw_bytes = self.stored_bytes = self.packs = 0
+        self._rows: list[tuple[bytes, int, int, int, int]] = []
+        self._open_names: set[tuple[bytes, int]] = set()
+        self._fd = -1
+        self._offset = 0
+        self._temporary = ""
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self._lease = ""
+        self._lease_time = 0.0
+
+    def __enter__(self) -> Writer:
+        try:
+            self._take_lease()
+            self.store.refresh()
+        except OSError as error:
+            raise os_error(f"cannot write to store {quote(self.store.root)}", error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._discard()
+            if self._lease:
+                atomic.unlink_quietly(self._lease)
+
+    def has(self, digest: bytes, kind: int = PLAIN) -> bool:
+        """Whether the store, or this writer's open pack, has the object."""
+        return (digest, kind) in self._open_names or self.store.has(digest, kind)
+
+    def put(self, digest: bytes, kind: int, frame: bytes) -> bool:
+        """Add an object's frame unless it is there; whether it was added.  The caller made the digest from the bytes."""
+        if self.has(digest, kind):
+            return False
+        try:
+            if self._fd < 0:
+                self._open_pack()
+            self._rows.append((digest, kind, self._offset, len(frame), pack.frame_raw_size(frame)))
+            self._open_names.add((digest, kind))
+            self._offset += len(frame)
+            self._pending.append(frame)
+            self._pending_size += len(frame)
+            if self._pending_size >= 1 << 20:
+                self._write_pending()
+            if self._offset >= pack.PACK_TARGET:
+                self._close_pack()
+        except OSError as error:
+            raise self._error(error) from error
+        self.objects += 1
+        self.raw_bytes += pack.frame_raw_size(frame)
+        self.stored_bytes += len(frame)
+        return True
+
+    def flush(self) -> None:
+        """Make everything that was put durable and visible."""
+        try:
+            if self._rows:
+                self._close_pack()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> CafsError:
+        return os_error(f"cannot write to store {quote(self.store.root)}", error)
+
+    def _take_lease(self) -> None:
+        """Say who writes, before the first look-up: gc deletes nothing that a live lease may rely on."""
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        lease = {"boot_id": boot, "host": socket.gethostname(), "kind": "writer", "pid": os.getpid(), "start": int(time.time())}
+        path = os.path.join(self.store.root, "leases", f"{os.getpid()}-{os.urandom(8).hex()}")
+        atomic.replace_file(path, json.dumps(lease, sort_keys=True).encode() + b"\n")
+        self._lease, self._lease_time = path, time.monotonic()
+
+    def _refresh_lease(self) -> None:
+        if time.monotonic() - self._lease_time > _LEASE_REFRESH_S:
+            os.utime(self._lease)
+            self._lease_time = time.monotonic()
+
+    def _open_pack(self) -> None:
+        self._fd, self._temporary = atomic.open_temporary(os.path.join(self.store.root, "tmp"), 0o444)
+        self._pending, self._pending_size = [pack.PACK_MAGIC], len(pack.PACK_MAGIC)
+        self._offset = len(pack.PACK_MAGIC)
+
+    def _write_pending(self) -> None:
+        atomic.write_all(self._fd, b"".join(self._pending))
+        self._pending, self._pending_size = [], 0
+
+    def _close_pack(self) -> None:
+        records = pack.Records.build(self.store.hash_name, self._rows)
+        footer = records.encode_footer()
+        self._pending.append(footer)
+        self._write_pending()
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        name = self.store.hash(footer).hex()
+        atomic.publish(self._temporary, self.store.pack_path(name))
+        self._temporary = ""
+        self.store._packs[name] = records
+        self._rows, self._open_names = [], set()
+        self.packs += 1
+        self._refresh_lease()
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._temporary:
+            atomic.unlink_quietly(self._temporary)
+            self._temporary = ""

@@ -1,0 +1,1 @@
+"""The command lines: parse, call, print.  The only place that knows click and rich."""

@@ -1,0 +1,47 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import click
+
+from cafs import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Decorator = Callable[[Any], Any]
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+
+
+def store_option() -> Decorator:
+    """--store: where images are; the default is worked out when it is needed."""
+    return click.option("--store", "store", metavar="URL", help="Store to use (default: $CAFS_STORE, else the user's own).")
+
+
+def store_root(given: str | None) -> str:
+    """The store's directory from the option, the environment, or the default."""
+    from cafs import paths
+    from cafs.errors import UsageError
+
+    root = given or paths.store()
+    if "://" in root:
+        raise UsageError(f"cannot open store '{root}': this version reads directories only")
+    return root
+
+
+def json_option() -> Decorator:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+
+
+def quiet_option() -> Decorator:
+    """-q."""
+    return click.option("-q", "--quiet", is_flag=True, help="Print nothing but the result and errors.")
+
+
+def version_option(program: str) -> Decorator:
+    """--version."""
+    return click.version_option(__version__, "-V", "--version", prog_name=program, message="%(prog)s %(version)s")

@@ -1,0 +1,195 @@
+"""cafs-index: make and read indexes.  man page: cafs-index(1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from cli._app import is_terminal, json_path, run, say, write_json, write_lines
+from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cafs.format import Entry
+    from cafs.index import Index
+
+PROGRAM = "cafs-index"
+
+
+@click.group(context_settings=CONTEXT)
+@version_option(PROGRAM)
+def main() -> None:
+    """Index file trees by content, and read what is in an index.
+
+    \b
+    cafs-index create ./rootfs -t demo:1
+    cafs-index ls demo:1 | wc -l
+    cafs-index cat demo:1 /etc/os-release
+
+    Exit status: 0 done, 1 failed, 2 usage, 3 incomplete, 4 no such thing,
+    5 corrupt.  Full manual: man cafs-index
+    """
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.option("-t", "--tag", metavar="REF", help="Name the image NAME[:TAG] in the store.")
+@click.option("-o", "--output", metavar="FILE", help="Write the index to FILE ('-': stdout); needs no store.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Hashing threads (default: processors).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out paths like /var/cache/*; repeatable.")
+@click.option("-x", "--one-file-system", is_flag=True, help="Do not enter other mounts.")
+@click.option("--numeric", is_flag=True, hidden=True)
+@click.option("--rehash", is_flag=True, help="Read every file, whatever is remembered.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; exit 3.")
+@click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), help="With -o: the hash (default sha256).")
+@click.option("-v", "--verbose", is_flag=True, help="Say what was done and what was left out.")
+@store_option()
+@quiet_option()
+def create(
+    source: str,
+    tag: str | None,
+    output: str | None,
+    jobs: int | None,
+    exclude: tuple[str, ...],
+    one_file_system: bool,
+    numeric: bool,
+    rehash: bool,
+    skip_unreadable: bool,
+    hash_name: str | None,
+    verbose: bool,
+    store: str | None,
+    quiet: bool,
+) -> int:
+    """Index the directory SRC and print the image's digest."""
+    from cafs.indexing import Options, create_file, create_image
+
+    options = Options(
+        source=source,
+        jobs=jobs or os.cpu_count() or 1,
+        exclude=exclude,
+        one_file_system=one_file_system,
+        rehash=rehash,
+        skip_unreadable=skip_unreadable,
+    )
+    with _progress(quiet) as options.progress:
+        if output is not None:
+            report = create_file(options, output, hash_name or "sha256")
+        else:
+            report = create_image(options, store_root(store), tag)
+    if report.digest:
+        click.echo(report.digest)
+    for path, reason in report.skipped:
+        say(PROGRAM, f"warning: left out {path}: {reason}")
+    if verbose:
+        say(PROGRAM, report.summary())
+    return 3 if report.skipped else 0
+
+
+@main.command("ls")
+@click.argument("image")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option("-l", "long", is_flag=True, help="Like ls -l.")
+@click.option("-0", "--null", is_flag=True, help="End raw paths with NUL instead of LF.")
+@json_option()
+@store_option()
+def list_entries(image: str, paths: tuple[str, ...], long: bool, null: bool, as_json: bool, store: str | None) -> None:
+    """List the paths of IMAGE, one a line, or those at and below PATHs."""
+    from cafs import escape, listing
+
+    index = _load(image, store)
+    entries = _chosen(index, paths, image)
+    if as_json:
+        for entry in entries:
+            write_json(listing.as_json(entry) | json_path(entry.path))
+    elif long:
+        write_lines(listing.long_line(index, entry) for entry in entries)
+    elif null:
+        sys.stdout.buffer.writelines(entry.path + b"\0" for entry in entries)
+    else:
+        write_lines(escape.escape(entry.path) for entry in entries)
+
+
+@main.command()
+@click.argument("image")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@store_option()
+def stat(image: str, paths: tuple[str, ...], store: str | None) -> None:
+    """Print the index lines of PATHs."""
+    index = _load(image, store)
+    for path in paths:
+        sys.stdout.buffer.write(index.entry(_find(index, path, image)).encode())
+
+
+@main.command()
+@click.argument("image")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@store_option()
+def cat(image: str, paths: tuple[str, ...], store: str | None) -> None:
+    """Write the content of the files at PATHs."""
+    from cafs.content import write_content
+    from cafs.image import load_index
+    from cafs.store import Store
+
+    root = store_root(store)
+    index, found = load_index(image, root)
+    entries = [_find(index, path, image) for path in paths]
+    sys.stdout.flush()
+    for entry in entries:
+        write_content(index, entry, found or Store(root), sys.stdout.buffer)
+
+
+def _load(image: str, store: str | None) -> Index:
+    from cafs.image import load_index
+
+    return load_index(image, store_root(store))[0]
+
+
+def _find(index: Index, path: str, image: str) -> int:
+    from cafs.errors import NotFound, quote
+
+    entry = index.find(os.fsencode(path))
+    if entry is None:
+        raise NotFound(f"no {quote(path)} in {quote(image)}", hint=f"cafs-index ls {image}")
+    return entry
+
+
+def _chosen(index: Index, paths: tuple[str, ...], image: str) -> Iterator[Entry]:
+    if not paths:
+        yield from index.entries()
+    for path in paths:
+        first = _find(index, path, image)
+        below = index.path(first).rstrip(b"/") + b"/"
+        yield index.entry(first)
+        for number in range(first + 1, len(index)):
+            if not index.path(number).startswith(below):
+                break
+            yield index.entry(number)
+
+
+class _progress:
+    """A line that counts, on a terminal only."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.active = is_terminal() and not quiet
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        if not self.active:
+            return None
+        from rich.console import Console
+
+        self.status = Console(stderr=True).status("indexing")
+        self.status.start()
+        return lambda entries, size: self.status.update(f"indexing: {entries} entries, {size >> 20} MiB")
+
+    def __exit__(self, *failure: object) -> None:
+        if self.active:
+            self.status.stop()
+
+
+def entry() -> None:
+    """The console script."""
+    run(main, PROGRAM)

@@ -1,0 +1,141 @@
+"""cafs-store: look after a store.  man page: cafs-store(1)."""
+
+from __future__ import annotations
+
+import click
+
+from cli._app import run, write_json
+from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+
+PROGRAM = "cafs-store"
+
+
+@click.group(context_settings=CONTEXT)
+@version_option(PROGRAM)
+def main() -> None:
+    """Look after a store: images, names, checks.
+
+    \b
+    cafs-store ls
+    cafs-store tag demo:1 demo:latest
+    cafs-store fsck
+
+    Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 5 corrupt.
+    Full manual: man cafs-store
+    """
+
+
+@main.command()
+@click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), default="sha256", help="Hash of the store.")
+@store_option()
+def init(hash_name: str, store: str | None) -> None:
+    """Make a store; one that is there with the same hash is left as it is."""
+    from cafs.store import init as make
+
+    make(store_root(store), hash_name)
+
+
+@main.command("ls")
+@json_option()
+@quiet_option()
+@store_option()
+def list_refs(as_json: bool, quiet: bool, store: str | None) -> None:
+    """List refs and the images they name."""
+    from cafs.store import Store
+
+    opened = Store(store_root(store))
+    for ref in opened.refs():
+        digest = opened.get_ref(ref)
+        if digest is None:
+            continue
+        if as_json:
+            write_json({"ref": ref, "digest": digest.hex()})
+        else:
+            click.echo(ref if quiet else f"{ref}\t{digest.hex()}")
+
+
+@main.command()
+@json_option()
+@store_option()
+def info(as_json: bool, store: str | None) -> None:
+    """Print where the store is and how much is in it."""
+    from cafs.fsck import totals
+    from cafs.store import Store
+
+    found = totals(Store(store_root(store)))
+    if as_json:
+        write_json(found)
+    else:
+        for name, value in found.items():
+            click.echo(f"{name}\t{value}")
+
+
+@main.command()
+@click.argument("image")
+@click.argument("ref")
+@store_option()
+def tag(image: str, ref: str, store: str | None) -> None:
+    """Make REF name IMAGE."""
+    from cafs.errors import os_error
+    from cafs.image import resolve
+    from cafs.store import Store
+
+    opened = Store(store_root(store))
+    found = resolve(opened, image)
+    try:
+        opened.set_ref(ref, found.digest)
+    except OSError as error:
+        raise os_error(f"cannot tag '{ref}'", error) from error
+
+
+@main.command()
+@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@store_option()
+def untag(refs: tuple[str, ...], store: str | None) -> None:
+    """Remove REFs; the images stay until gc."""
+    from cafs.store import Store
+
+    opened = Store(store_root(store))
+    for ref in refs:
+        opened.remove_ref(ref)
+
+
+@main.command("rm")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@store_option()
+def remove(images: tuple[str, ...], store: str | None) -> None:
+    """Remove every ref of IMAGEs; the content stays until gc."""
+    from cafs.image import resolve
+    from cafs.store import Store
+
+    opened = Store(store_root(store))
+    for name in images:
+        digest = resolve(opened, name).digest
+        for ref in opened.refs():
+            if opened.get_ref(ref) == digest:
+                opened.remove_ref(ref)
+
+
+@main.command()
+@click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@json_option()
+@quiet_option()
+@store_option()
+def fsck(repair: bool, as_json: bool, quiet: bool, store: str | None) -> int:
+    """Read and verify everything; one line for each finding; exit 5 if there is any."""
+    from cafs.fsck import check
+    from cafs.store import Store
+
+    bad = 0
+    for finding in check(Store(store_root(store)), repair=repair):
+        bad += not finding.repaired
+        if as_json:
+            write_json({"problem": finding.problem, "subject": finding.subject, "repaired": finding.repaired})
+        elif not quiet:
+            click.echo(f"{finding.problem}\t{finding.subject}" + ("\trepaired" if finding.repaired else ""))
+    return 5 if bad else 0
+
+
+def entry() -> None:
+    """The console script."""
+    run(main, PROGRAM)

@@ -1,0 +1,66 @@
+"""Fixtures: a private store, cache and run directory for every test, and a way to run the commands as a user does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory that holds everything the tools keep; whatever a test left mounted below it is unmounted."""
+    for name in ("STORE", "CACHE", "RUN", "STATE"):
+        monkeypatch.setenv(f"CAFS_{name}", str(tmp_path / name.lower()))
+    monkeypatch.delenv("CAFS_DEBUG", raising=False)
+    yield tmp_path
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        point = line.split(" ")[4]
+        if point.startswith(str(tmp_path) + "/"):
+            subprocess.run(["umount", "-l", point], check=False)
+
+
+@pytest.fixture
+def cmd(home: Path) -> Run:
+    """Run one of our commands; the result has stdout and stderr as bytes."""
+
+    def run(program: str, *arguments: str | Path, **options: object) -> subprocess.CompletedProcess[bytes]:
+        options.setdefault("timeout", 60)
+        options.setdefault("capture_output", True)
+        return subprocess.run([BIN / program, *map(str, arguments)], check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
+
+
+def lacking(*needs: str) -> str | None:
+    """Why this machine cannot run a test that needs these things; None if it can."""
+    for need in needs:
+        if need == "root" and os.geteuid():
+            return "needs root"
+        if need == "fuse" and not os.access("/dev/fuse", os.W_OK):
+            return "needs /dev/fuse"
+        if need not in ("root", "fuse") and not shutil.which(need):
+            return f"needs the program {need}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("needs"):
+            reason = lacking(*mark.args)
+            if reason and os.environ.get("CI"):
+                raise pytest.UsageError(f"{item.nodeid}: {reason}, which CI must have")
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*things): skip with a reason where a thing is missing; an error in CI")

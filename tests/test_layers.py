@@ -1,0 +1,59 @@
+"""The shape of the code: imports point one way, heavy modules are loaded in one place and only when used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "cafs": {"cafs"},
+    "runner": {"runner", "cafs"},
+    "builder": {"builder", "runner", "cafs"},
+    "pool": {"pool", "cafs"},
+    "cli": {"cli", "cafs", "runner", "builder", "pool"},
+}
+HOMES = {"click": "cli/", "rich": "cli/", "pyfuse3": "cafs/fusefs.py", "trio": "cafs/fusefs.py"}
+HEAVY = ["rich", "pyfuse3", "trio", "boto3", "paramiko", "zstandard", "xxhash", "cafs.index", "dataclasses"]
+
+
+def imports() -> list[tuple[str, str]]:
+    found = []
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                found += [(str(path.relative_to(ROOT)), name) for name in names]
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    for path, name in imports():
+        top = name.split(".")[0]
+        if top in MAY_IMPORT:
+            assert top in MAY_IMPORT[path.split("/")[0]], f"{path} imports {name}"
+
+
+def test_heavy_libraries_are_imported_in_one_place() -> None:
+    for path, name in imports():
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or path.startswith(home), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["cli.cafs_index", "cli.cafs_mount", "cli.cafs_store"])
+def test_help_loads_no_heavy_module(module: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['x', '--help']\nfrom {module} import entry\n"
+        "try: entry()\nexcept SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr.strip() == "[]"
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert done.stdout.startswith("Usage:")
