@@ -24,12 +24,12 @@ from cafs.walk import OPEN_FILE, Found, Walk
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Union
+    from typing import TypeAlias
 
     from cafs.writer import Writer
 
     Compress = Callable[[bytes], bytes] | None
-    Content = Union["Made", CafsError, OSError, None]
+    Content: TypeAlias = "Made | CafsError | OSError | None"
 
 _BATCH_FILES = 64
 _BATCH_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import os
 import re
 
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
-from cafs.store import META_MAX, Store, split_ref
+from cafs.store import Store, split_ref
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from cafs.index import Index
 
-MANIFEST_MAX = 1 << 24
 _LAYERS_MAX = 1024
 
 
@@ -134,6 +133,3 @@ def _is_ref(store_root: str, name: str) -> bool:
         return Store(store_root).get_ref(name) is not None
     except CafsError:
         return False
-
-
-__all__ = ["MANIFEST_MAX", "META_MAX", "Image", "decode", "get", "load_index", "put", "read_index", "resolve"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cafs.index import Index
 
 _EXIT_WAIT_MS = 5000
+_CLOSE_UP_TO = 4096
 
 
 class Request:
@@ -135,6 +136,8 @@ def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
     os.setsid()
     if os.fork():
         return 0
+    os.closerange(3, writer)  # whoever waits for the end of a pipe or a lock of the caller's must not wait for us
+    os.closerange(writer + 1, _CLOSE_UP_TO)
     os.chdir("/")
 
     def ready() -> None:

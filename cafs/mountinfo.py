@@ -50,3 +50,15 @@ def at(path: str) -> Mount | None:
     """What is mounted on top at exactly PATH (absolute, no links), or None."""
     found = [mount for mount in mounts() if mount.point == os.fsencode(path)]
     return found[-1] if found else None
+
+
+def fstype(path: str) -> str:
+    """Type of the file system that PATH is on."""
+    device = os.stat(path).st_dev
+    wanted = b"%d:%d" % (os.major(device), os.minor(device))
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            left, _, right = line.partition(b" - ")
+            if left.split(b" ")[2] == wanted:
+                return right.split(b" ")[0].decode()
+    return ""

@@ -12,8 +12,8 @@ import re
 import time
 from bisect import bisect_left
 
-from cafs import atomic, pack
-from cafs.digest import CHUNK_LIST, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
+from cafs import atomic, mountinfo, pack
+from cafs.digest import CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
 
 TYPE_CHECKING = False
@@ -31,6 +31,8 @@ LEASE_REFRESH_S = 300
 _REF_NAME = re.compile(r"[a-z0-9]+(?:[._:/-]+[a-z0-9]+)*")
 _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _NFS_WAIT_S = 60
+_NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "lustre", "glusterfs", "fuse.")
+"""File systems on which a name that another machine made may be seen late."""
 
 
 class Store:
@@ -141,7 +143,9 @@ class Store:
             try:
                 return os.open(self.pack_path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
-                deadline = deadline or time.monotonic() + (_NFS_WAIT_S if is_network_file_system(self.root) else 0)
+                deadline = deadline or time.monotonic() + (
+                    _NFS_WAIT_S if mountinfo.fstype(self.root).startswith(_NETWORK) else 0
+                )
                 if time.monotonic() >= deadline:
                     raise
                 os.listdir(os.path.join(self.root, "packs"))
@@ -305,18 +309,3 @@ def _decompress_meta(data: bytes, path: str) -> bytes:
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=META_MAX)
     except zstandard.ZstdError as error:
         raise CorruptError(f"{quote(path)} is damaged: {error}", hint="cafs-store fsck") from error
-
-
-def is_network_file_system(path: str) -> bool:
-    """Whether PATH is on a file system where another machine's new names may appear late."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            if left.split(" ")[2] == wanted:
-                return right.split(" ")[0].startswith(("nfs", "cifs", "smb", "ceph", "9p", "lustre", "fuse.", "glusterfs"))
-    return False
-
-
-__all__ = ["CHUNK_LIST", "PLAIN", "Store", "init", "open_or_init", "split_ref"]

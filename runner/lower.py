@@ -1,0 +1,133 @@
+"""The mounted image that a container stands on: one that the user has mounted, or one shared by all our containers.
+
+A shared mount is counted by shared flocks on a lock file, which die with their holders; the last one to let go, who gets the
+exclusive lock, unmounts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+
+from cafs import mountinfo, paths
+from cafs.errors import CafsError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Lower:
+    """A place in the host's namespace where the image is mounted.  lock: descriptor that keeps it, -1 if it is the user's."""
+
+    __slots__ = ("lock", "path")
+
+    def __init__(self, path: str, lock: int) -> None:
+        self.path = path
+        self.lock = lock
+
+    def release(self) -> None:
+        """Let go of a shared mount; unmount it if nobody else has it.  The user's own is left alone."""
+        if self.lock < 0:
+            return
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.lock)
+            self.lock = -1
+            return
+        from cafs.mount import unmount
+
+        try:
+            if mountinfo.at(self.path):
+                unmount(self.path)
+            os.rmdir(self.path)
+            os.unlink(self.path + ".lock")
+        except (CafsError, OSError):
+            pass  # the next container of this image finds and uses it
+        os.close(self.lock)
+        self.lock = -1
+
+
+def find(digest: bytes, store_root: str) -> Lower:
+    """Mount the image, or find it mounted.  Raises CafsError."""
+    name = digest.hex()
+    shared = os.path.join(paths.run(), "images")
+    for mount in mountinfo.ours():
+        point = os.fsdecode(mount.point)
+        if mount.digest == name and os.path.dirname(point) != shared and _answers(point):
+            return Lower(point, -1)
+    os.makedirs(shared, mode=0o700, exist_ok=True)
+    return _shared(os.path.join(shared, name), lambda point: _mount(name, point, store_root))
+
+
+def _answers(point: str) -> bool:
+    try:
+        os.stat(point)
+    except OSError:
+        return False
+    return True
+
+
+def _shared(point: str, mount: Callable[[str], None]) -> Lower:
+    while True:
+        lock = os.open(point + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if _is_current(lock, point + ".lock") and mountinfo.at(point) and _answers(point):
+            return Lower(point, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if not _is_current(lock, point + ".lock"):
+                continue  # the last user has just removed it
+            os.makedirs(point, mode=0o700, exist_ok=True)
+            mount(point)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is_current(lock, point + ".lock") and mountinfo.at(point):
+                kept, lock = lock, -1
+                return Lower(point, kept)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+
+def _is_current(lock: int, path: str) -> bool:
+    """Whether the lock file that we hold is still the one at its path."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(lock)
+    return (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _mount(name: str, point: str, store_root: str) -> None:
+    """Mount in a child, so that the server inherits no descriptor of ours and its libraries are not loaded here."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        os._exit(_mount_child(name, point, store_root, writer))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        message = pipe.read(65536).decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    if status:
+        kind = UnsupportedError if os.waitstatus_to_exitcode(status) == UnsupportedError.exit_code else CafsError
+        text, _, hint = message.partition("\n")
+        raise kind(text or "the image cannot be mounted", hint=hint or None)
+
+
+def _mount_child(name: str, point: str, store_root: str, report: int) -> int:
+    from cafs.mount import Request, mount
+
+    try:
+        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}))
+    except CafsError as error:
+        os.write(report, f"{error}\n{error.hint or ''}".encode())
+        return error.exit_code
+    except BaseException as error:  # the only way out of this process
+        os.write(report, f"{type(error).__name__}: {error}".encode())
+        return 1
+    finally:
+        sys.stderr.flush()
+    return 0

@@ -1,0 +1,157 @@
+"""Standard streams of a container that runs detached from its runtime.
+
+Pipes and sockets are passed straight through.  A terminal (TIOCSTI would let the command type into it) or a regular file that
+is not the command's user's (runc would chown it) goes through a pipe and a thread.  With -t the command gets a terminal of its
+own, whose other end runc hands us over a socket.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import termios
+
+from cafs import atomic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from threading import Thread
+    from typing import Any
+
+
+class Streams:
+    """What runc gets as 0, 1, 2, and the threads that carry what cannot be passed."""
+
+    def __init__(self, interactive: bool, uid: int) -> None:
+        self.child: list[int] = []
+        self._outputs: list[Thread] = []
+        self._owned: list[int] = []
+        for fd in (0, 1, 2):
+            if fd == 0 and not interactive:
+                self.child.append(self._own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+            elif _can_pass(fd, uid):
+                self.child.append(fd)
+            else:
+                self.child.append(self._relay(fd))
+
+    def _own(self, fd: int) -> int:
+        self._owned.append(fd)
+        return fd
+
+    def _relay(self, fd: int) -> int:
+        from threading import Thread
+
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        if fd == 0:
+            Thread(target=_copy, args=(0, writer, True), daemon=True).start()
+            return self._own(reader)
+        thread = Thread(target=_copy, args=(reader, fd, False), daemon=True)
+        thread.start()
+        self._outputs.append(thread)
+        return self._own(writer)
+
+    def started(self) -> None:
+        """Close our copies of what the container has now."""
+        for fd in self._owned:
+            os.close(fd)
+        self._owned = []
+
+    def drain(self) -> None:
+        """After the container's end: wait until all that it wrote is written."""
+        for thread in self._outputs:
+            thread.join()
+
+
+def _can_pass(fd: int, uid: int) -> bool:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    if os.isatty(fd):
+        return False
+    return not stat.S_ISREG(status.st_mode) or status.st_uid == uid
+
+
+def _copy(source: int, target: int, close_target: bool) -> None:
+    try:
+        while data := os.read(source, 1 << 16):
+            atomic.write_all(target, data)
+    except OSError:
+        pass
+    finally:
+        os.close(target if close_target else source)
+
+
+class Console:
+    """The socket on which runc sends the terminal, and the copying between it and ours."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.socket = socket.socket(socket.AF_UNIX)
+        # sun_path holds 107 bytes; a directory may be deeper, its descriptor never is
+        self.socket.bind(f"/proc/self/fd/{self.directory}/console")
+        self.socket.listen(1)
+        self.socket.settimeout(30)
+
+    def receive(self) -> int:
+        """The master side, after runc has started (SCM_RIGHTS, unix(7))."""
+        connection, _ = self.socket.accept()
+        with connection:
+            fds = array.array("i")
+            _, ancillary, _, _ = connection.recvmsg(4096, socket.CMSG_SPACE(fds.itemsize))
+            for _, _, data in ancillary:
+                fds.frombytes(data[: fds.itemsize])
+        self.socket.close()
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+
+def run_terminal(master: int, interactive: bool) -> None:
+    """Copy between our terminal (or pipe) and the container's until it ends."""
+    saved = _raw(0) if interactive and os.isatty(0) else None
+    _resize(master)
+    signal.signal(signal.SIGWINCH, lambda *_: _resize(master))
+    poll = select.poll()
+    poll.register(master, select.POLLIN | select.POLLHUP)
+    if interactive:
+        poll.register(0, select.POLLIN | select.POLLHUP)
+    try:
+        while True:
+            for fd, _ in poll.poll():
+                try:
+                    data = os.read(fd, 1 << 16)
+                except OSError:
+                    data = b""
+                if fd == master:
+                    if not data:
+                        return
+                    atomic.write_all(1, data)
+                elif data:
+                    atomic.write_all(master, data)
+                else:
+                    poll.unregister(0)
+                    atomic.write_all(master, b"\x04")  # end of file, as a terminal says it
+    finally:
+        if saved is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+
+
+def _raw(fd: int) -> Any:
+    import tty
+
+    saved = termios.tcgetattr(fd)
+    tty.setraw(fd)
+    return saved
+
+
+def _resize(master: int) -> None:
+    for fd in (0, 1, 2):
+        if os.isatty(fd):
+            size = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(master, termios.TIOCSWINSZ, size)
+            return
