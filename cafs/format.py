@@ -258,7 +258,7 @@ def _diagnose(line: bytes, header: Header) -> None:
     if kind in (CHAR_DEVICE, BLOCK_DEVICE) and not re.fullmatch(_NUMBER + b":" + _NUMBER, size):
         raise FormatError("device number is not MAJOR:MINOR", rule=11)
     if kind in (FILE, CHUNKED):
-        _diagnose_file(size, digest, header)
+        _diagnose_file(kind, size, digest, header)
     decode_xattrs(xattrs)
 
 
@@ -275,11 +275,13 @@ _FIELDS_OF = {
 }
 
 
-def _diagnose_file(size: bytes, digest: bytes, header: Header) -> None:
+def _diagnose_file(kind: bytes, size: bytes, digest: bytes, header: Header) -> None:
     if not re.fullmatch(rb"0|[1-9][0-9]{0,18}", size):
         raise FormatError("size is not a number in its one spelling", rule=11)
     hex_size = 2 * DIGEST_SIZES[header.hash_name]
     if digest != b"-" and not re.fullmatch(rb"[0-9a-f]{%d}" % hex_size, digest):
         raise FormatError(f"digest is not {hex_size} lower-case hexadecimal digits", rule=13)
+    if kind == CHUNKED and size == b"0":
+        raise FormatError("a chunked file is larger than a chunk", rule=14)
     if (size == b"0") != (digest == b"-"):
         raise FormatError("a file has a digest exactly if it is not empty", rule=14)

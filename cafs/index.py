@@ -67,16 +67,16 @@ class Index:
         return len(self.type)
 
     def name(self, entry: int) -> bytes:
-        """Last component of the entry's path; empty for the root."""
+        """Last component of the entry's path, empty for the root; in a layer the whole path below an unlisted parent."""
         return bytes(self.names[self.name_end[entry] : self.name_end[entry + 1]])
 
     def path(self, entry: int) -> bytes:
         """Full path, '/' for the root."""
-        parts = []
-        while entry:
+        parts = [self.name(entry)]
+        while (entry := self.parent[entry]) != NO_PARENT:
             parts.append(self.name(entry))
-            entry = self.parent[entry]
-        return b"/" + b"/".join(reversed(parts))
+        path = b"/".join(reversed(parts))
+        return path if path.startswith(b"/") else b"/" + path
 
     def inode(self, entry: int) -> int:
         """The entry that holds the attributes: itself, or the first name of a hard link."""
@@ -104,6 +104,8 @@ class Index:
 
     def find(self, path: bytes) -> int | None:
         """The entry at PATH (absolute or relative to the root), no link followed; None if there is none."""
+        if self.header.is_layer:
+            return next((entry for entry in range(len(self)) if self.path(entry) == path), None)
         entry: int | None = 0
         for name in path.split(b"/"):
             if name and entry is not None:
@@ -124,7 +126,7 @@ class Index:
             uid=self.uid[inode],
             gid=self.gid[inode],
             mtime_ns=self.mtime_ns[inode],
-            size=self.size[inode],
+            size=self.size[inode] if kind in (fmt.FILE, fmt.CHUNKED) else 0,
             digest=digest,
             xattrs=fmt.decode_xattrs(self.xattrs.get(inode, b"-")),
             target=target,
@@ -203,7 +205,7 @@ class _Loader:
     def _block(self, block: bytes) -> None:
         rows = self.pattern.findall(block)
         count = block.count(b"\n")
-        if len(rows) != count:
+        if len(rows) != count or (len(block) > fmt.LINE_MAX and max(map(len, block.split(b"\n"))) >= fmt.LINE_MAX):
             raise self._first_bad_line(block)
         if len(self.index) + count > self.entries_max:
             raise FormatError("too many entries", line=self.line + 1, rule=23)
@@ -242,7 +244,8 @@ class _Loader:
     def _columns(self, rows: list[tuple[bytes, ...]], *, clean: bool) -> None:
         """Check and append the rows.  No column grows unless all of it holds."""
         if not all(fmt.shape_is_valid(*shape) for shape in set(map(fmt.shape, rows))):
-            raise FormatError("not the fields of its type", rule=12)
+            bad = next(row for row in rows if not fmt.shape_is_valid(*fmt.shape(row)))
+            raise fmt.diagnose(b" ".join(bad), 0, self.index.header)
         types, modes, uids, gids, mtimes, sizes, digests, xattrs, targets, spelled = zip(*rows, strict=True)
         kinds = b"".join(types)
         paths = spelled if clean else self._unescape(spelled, targets)
@@ -256,6 +259,8 @@ class _Loader:
         base = len(self.index)
         self._check_targets(base, kinds, targets)
         parents = self._parents([part[0] or b"/" for part in parts], paths, kinds, base)
+        if self.index.header.is_layer:
+            names = [name if parent != NO_PARENT else path[1:] for name, parent, path in zip(names, parents, paths, strict=True)]
         self._append(added, digests, names, parents)
         self._sparse(base, kinds, sizes, xattrs, targets)
         self.last_key, self.last_is_directory = fmt.order_key(paths[-1]), kinds[-1] in b"do"
