@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FORMAT_FILE = "cafs-store.json"
+_DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
 META_MAX = 1 << 30
 """Largest meta file in bytes, and largest index in it."""
 
@@ -28,7 +29,8 @@ RAW_META_MAX = 4096
 """A meta file up to this size is not compressed: what `crun run` reads then needs no zstd."""
 
 LEASE_REFRESH_S = 300
-_REF_NAME = re.compile(r"[a-z0-9]+(?:[._:/-]+[a-z0-9]+)*")
+_REF_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_REF_NAME = re.compile(rf"{_REF_PART}(?::[0-9]+(?=/))?(?:/{_REF_PART})*")
 _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _NFS_WAIT_S = 60
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "lustre", "glusterfs", "fuse.")
@@ -252,9 +254,9 @@ class Store:
 
 def split_ref(ref: str) -> tuple[str, str]:
     """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref."""
-    head, _, last = ref.rpartition("/")
+    head, slash, last = ref.rpartition("/")
     base, colon, tag = last.partition(":")
-    name = f"{head}/{base}" if head else base
+    name = head + slash + base
     if not colon:
         tag = "latest"
     if not _REF_NAME.fullmatch(name) or len(name) > 255 or not _REF_TAG.fullmatch(tag):
@@ -266,7 +268,7 @@ def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> 
     """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker."""
     hash_function(hash_name)
     try:
-        for directory in ("packs", "meta", "refs", "leases", "tmp"):
+        for directory in _DIRECTORIES:
             atomic.make_directory(os.path.join(root, directory))
         text = json.dumps({"chunk_size": chunk_size, "format": 1, "hash": hash_name}, sort_keys=True) + "\n"
         atomic.create_file(os.path.join(root, FORMAT_FILE), text.encode())
@@ -279,13 +281,11 @@ def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> 
 
 
 def open_or_init(root: str) -> Store:
-    """The store at ROOT, made on first use if nothing is there."""
-    if os.path.lexists(os.path.join(root, FORMAT_FILE)) or (os.path.isdir(root) and os.listdir(root)):
-        try:
-            return Store(root)
-        except NotFound:
-            if set(os.listdir(root)) - {"packs", "meta", "refs", "leases", "tmp"}:
-                raise
+    """The store at ROOT, made on first use if nothing is there, or only what an interrupted `init` left."""
+    if os.path.lexists(os.path.join(root, FORMAT_FILE)):
+        return Store(root)
+    if os.path.isdir(root) and any(name not in _DIRECTORIES and not name.startswith("tmp.") for name in os.listdir(root)):
+        return Store(root)  # something else lives there: this says so
     return init(root)
 
 

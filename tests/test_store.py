@@ -1,0 +1,230 @@
+"""The store survives being killed at every step, full and failing disks, and says what is damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cafs import fsck, image
+from cafs.digest import PLAIN
+from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError
+from cafs.indexing import Options, create_image
+from cafs.store import Store, init, open_or_init, split_ref
+from tests.conftest import Run
+from tests.faults import calls_of, run_with_fault
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    (root / "dir").mkdir(parents=True)
+    (root / "dir" / "file").write_bytes(b"content")
+    (root / "large").write_bytes(os.urandom(1 << 16) * 100)
+    return root
+
+
+def make(tree: Path, store: Path, tag: str = "t:1") -> str:
+    return create_image(Options(str(tree), rehash=True), str(store), tag).digest
+
+
+def test_every_file_system_call_of_indexing_can_be_the_last(home: Path, tree: Path, tmp_path: Path) -> None:
+    """Kill, EIO and ENOSPC at each call of making a store, putting objects, meta and a ref; also inside the rerun."""
+    clean = tmp_path / "clean"
+    digest = make(tree, clean)
+    points = 0
+    calls = calls_of(lambda: make(tree, tmp_path / "probe"), str(tmp_path / "probe"))
+    assert any(call.startswith("link") for call in calls) and any(call.startswith("rename refs") or "refs" in call for call in calls)
+    for fault in (None, errno.EIO, errno.ENOSPC):
+        for at in range(len(calls)):
+            store = tmp_path / "store"
+            shutil.rmtree(store, ignore_errors=True)
+            code = run_with_fault(lambda store=store: make(tree, store), str(store), at, fault)
+            assert code in ((-9,) if fault is None else (0, 1)), (calls[at], fault, code)
+            # A ref is there only when everything that it needs is.
+            if (store / "cafs-store.json").exists():
+                opened = Store(str(store))
+                if opened.get_ref("t:1"):
+                    serious = [f for f in fsck.check(opened) if f.problem not in ("leftover", "dead-lease")]
+                    assert not serious, (calls[at], serious)
+            # The rerun is killed too, a few calls in; then it is let through, and all is well.
+            run_with_fault(lambda store=store: make(tree, store), str(store), at // 2, None)
+            assert make(tree, store) == digest, calls[at]
+            assert [f for f in fsck.check(Store(str(store)), repair=True) if not f.repaired] == []
+            assert list(fsck.check(Store(str(store)))) == [], calls[at]
+            points += 2
+    print(f"{points} faults at {len(calls)} calls")
+    assert points >= 6 * 25
+
+
+def test_nothing_is_named_before_it_is_durable(home: Path, tree: Path, tmp_path: Path) -> None:
+    """Power loss keeps only what was fsynced: so files are synced before their names, and all before the ref."""
+    store = tmp_path / "s"
+    init(str(store))
+    calls = calls_of(lambda: make(tree, store), str(store))
+    dirty: set[str] = set()
+    for call in calls:
+        name, _, path = call.partition(" ")
+        if name == "write":
+            dirty.add(path)
+        elif name == "fsync":
+            dirty.discard(path)
+        elif name in ("link", "rename"):
+            assert path not in dirty, call
+    ref = next(i for i, call in enumerate(calls) if call.startswith("rename refs"))
+    assert "fsync packs" in calls[:ref] and any(call.startswith("fsync meta") for call in calls[:ref])
+    assert calls[ref + 1].startswith("fsync refs")
+
+
+def test_the_same_tree_gives_the_same_store_bytes_with_any_number_of_threads(home: Path, tree: Path, tmp_path: Path) -> None:
+    for number in range(200):
+        (tree / "dir" / f"f{number}").write_bytes(os.urandom(2000))
+    digests = {create_image(Options(str(tree), jobs=jobs, rehash=True), str(tmp_path / f"s{jobs}"), None).digest for jobs in (1, 8)}
+    assert len(digests) == 1
+    listed = [sorted(p.name for p in (tmp_path / f"s{jobs}" / "packs").iterdir()) for jobs in (1, 8)]
+    assert listed[0] == listed[1]
+
+
+def test_a_second_run_reads_no_file_and_writes_no_pack(home: Path, tree: Path, tmp_path: Path) -> None:
+    for path in (tree / "dir" / "file", tree / "large"):
+        os.utime(path, (1, 1))
+    first = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    assert first.files_read == 2 and first.packs == 1
+    # ctime is fresh, so the racy rule keeps nothing: the second run reads again but stores nothing.
+    second = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    assert second.packs == 0 and second.objects == 0 and second.digest == first.digest
+
+
+def test_the_stat_cache_forgets_files_whose_ctime_is_fresh_and_keeps_others(
+    home: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cafs.statcache.RACY_NS", -(10**12))  # as if all had been there for long
+    first = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    second = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    assert (first.files_read, second.files_read) == (2, 0)
+    (tree / "dir" / "file").write_bytes(b"CONTENT")
+    third = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    assert third.files_read == 1 and third.digest != first.digest
+    shutil.rmtree(tmp_path / "s" / "packs")
+    (tmp_path / "s" / "packs").mkdir()
+    fourth = create_image(Options(str(tree)), str(tmp_path / "s"), None)
+    assert fourth.files_read == 2, "an object that is gone is put again"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "meta", "missing-meta", "ref", "permissions"])
+def test_fsck_names_each_kind_of_damage(home: Path, tree: Path, tmp_path: Path, cmd: Run, damage: str) -> None:
+    store = tmp_path / "store"
+    make(tree, store)
+    pack = next((store / "packs").iterdir())
+    index = next((store / "meta").glob("*/*.index"))
+    expected = {
+        "flip": "damaged-object",
+        "truncate": "damaged-pack",
+        "missing": "missing-object",
+        "meta": "damaged-meta",
+        "missing-meta": "missing-meta",
+        "ref": "ref-to-nowhere",
+        "permissions": "permissions",
+    }[damage]
+    for path in (pack, index):
+        path.chmod(0o644)
+    if damage == "flip":
+        with open(pack, "r+b") as file:
+            file.seek(100)
+            file.write(b"\xff\x00\xff")
+    elif damage == "truncate":
+        os.truncate(pack, pack.stat().st_size - 1)
+    elif damage == "missing":
+        pack.unlink()
+    elif damage == "meta":
+        index.write_bytes(index.read_bytes()[:-1] + b"\x00")
+    elif damage == "missing-meta":
+        index.unlink()
+    elif damage == "ref":
+        next((store / "refs").glob("*/*")).write_text("0" * 64 + "\n")
+    if damage != "permissions":
+        for path in (pack, index):
+            if path.exists():
+                path.chmod(0o444)
+    done = cmd("cafs-store", "fsck")
+    assert done.returncode == 5
+    assert expected in done.stdout.decode(), done.stdout
+    if damage in ("flip", "truncate", "missing", "meta", "missing-meta"):
+        # Indexing the tree again puts back what is gone.
+        cmd("cafs-store", "fsck", "--repair")
+        make(tree, store)
+        assert cmd("cafs-store", "fsck").returncode == 0
+    elif damage == "permissions":
+        assert cmd("cafs-store", "fsck", "--repair").returncode == 0
+        assert cmd("cafs-store", "fsck").returncode == 0
+
+
+def test_a_damaged_object_is_never_returned(home: Path, tree: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    make(tree, store)
+    opened = Store(str(store))
+    opened.refresh()
+    name = opened.pack_names()[0]
+    pristine = (store / "packs" / name).read_bytes()
+    digest = opened.hash(b"content")
+    (_, offset, stored) = next(opened.locate(digest))
+    for at in range(offset, offset + stored):
+        damaged = bytearray(pristine)
+        damaged[at] ^= 0x40
+        (store / "packs" / name).unlink()
+        (store / "packs" / name).write_bytes(damaged)
+        with pytest.raises(CorruptError):
+            opened.read_object(digest, PLAIN)
+
+
+def test_a_sha256sum_of_a_file_finds_its_object(home: Path, tree: Path, tmp_path: Path) -> None:
+    make(tree, tmp_path / "store")
+    said = subprocess.run(["sha256sum", tree / "dir" / "file"], capture_output=True, text=True, check=True).stdout.split()[0]
+    opened = Store(str(tmp_path / "store"))
+    assert opened.read_object(bytes.fromhex(said)) == b"content"
+
+
+def test_two_writers_at_once_leave_one_sound_store(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda n: cmd("cafs-index", "create", tree, "-t", f"t:{n}"), range(4)))
+    assert [d.returncode for d in done] == [0] * 4, [d.stderr for d in done]
+    assert len({d.stdout for d in done}) == 1
+    assert cmd("cafs-store", "fsck").stdout == b""
+
+
+def test_stores_of_another_hash_or_version_are_refused(home: Path, tmp_path: Path) -> None:
+    init(str(tmp_path / "x"), "xxh128")
+    with pytest.raises(UsageError):
+        init(str(tmp_path / "x"), "sha256")
+    assert open_or_init(str(tmp_path / "x")).hash_name == "xxh128"
+    (tmp_path / "x" / "cafs-store.json").unlink()
+    (tmp_path / "x" / "cafs-store.json").write_text('{"chunk_size":4194304,"format":2,"hash":"sha256"}')
+    with pytest.raises(FormatError):
+        Store(str(tmp_path / "x"))
+    with pytest.raises(NotFound):
+        Store(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("ref", ["", "A:1", "a:", "a:b:c", "../x", "a/../b", "a:.x", "a:" + "b" * 129, "a b", "/a", "a\n"])
+def test_what_is_no_ref_is_refused(ref: str) -> None:
+    with pytest.raises(UsageError):
+        split_ref(ref)
+
+
+def test_refs_may_have_slashes_and_ports(home: Path, tree: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    digest = make(tree, store, "localhost:5000/team/app:v1")
+    make(tree, store, "a/b:c")
+    make(tree, store, "a:b")
+    opened = Store(str(store))
+    assert opened.refs() == ["a/b:c", "a:b", "localhost:5000/team/app:v1"]
+    for name in (*opened.refs(), digest, digest[:8], f"a:b@sha256:{digest}"):
+        assert image.resolve(opened, name).digest.hex() == digest
+    with pytest.raises(CafsError):
+        image.resolve(opened, "nothing:1")
