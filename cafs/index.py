@@ -260,7 +260,9 @@ class _Loader:
         self._check_targets(base, kinds, targets)
         parents = self._parents([part[0] or b"/" for part in parts], paths, kinds, base)
         if self.index.header.is_layer:
-            names = [name if parent != NO_PARENT else path[1:] for name, parent, path in zip(names, parents, paths, strict=True)]
+            names = [
+                name if parent != NO_PARENT else path[1:] for name, parent, path in zip(names, parents, paths, strict=True)
+            ]
         self._append(added, digests, names, parents)
         self._sparse(base, kinds, sizes, xattrs, targets)
         self.last_key, self.last_is_directory = fmt.order_key(paths[-1]), kinds[-1] in b"do"

@@ -40,7 +40,9 @@ def long_line(index: Index, entry: Entry) -> bytes:
     inode = index.inode(number)
     mode = stat.filemode(_TYPE_BITS.get(index.type[inode], 0) | entry.mode)
     links = index.links.get(inode, 1)
-    size = f"{entry.device[0]},{entry.device[1]}" if entry.type in (fmt.CHAR_DEVICE, fmt.BLOCK_DEVICE) else str(index.size[inode])
+    size = (
+        f"{entry.device[0]},{entry.device[1]}" if entry.type in (fmt.CHAR_DEVICE, fmt.BLOCK_DEVICE) else str(index.size[inode])
+    )
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.mtime_ns // 1_000_000_000))
     arrow = b" -> " + escape(entry.target) if entry.type == fmt.SYMLINK else b""
     head = f"{mode} {links:3} {entry.uid:5} {entry.gid:5} {size:>10} {when} ".encode()

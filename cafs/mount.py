@@ -9,7 +9,6 @@ import os
 import select
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -80,9 +79,7 @@ def _open_image(request: Request) -> tuple[Index, str]:
 def _check_point(point: str, digest: str) -> str | None:
     here = mountinfo.at(point)
     if here and here.fstype == mountinfo.FSTYPE:
-        try:
-            os.stat(point)
-        except OSError:  # ENOTCONN: its daemon is gone
+        if not mountinfo.answers(point):
             _unmount_stale(point)
             here = None
         else:
@@ -106,7 +103,10 @@ def _check_point(point: str, digest: str) -> str | None:
 
 def _check_host() -> None:
     try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        if os.geteuid() == 0:  # an ordinary user's fusermount3 opens it for them
+            os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        else:
+            os.stat("/dev/fuse")
     except OSError as error:
         raise UnsupportedError(f"cannot open '/dev/fuse': {error.strerror}", hint="modprobe fuse; apt install fuse3") from error
     if os.geteuid() and not shutil.which("fusermount3"):
@@ -175,17 +175,12 @@ def _serve(request: Request, index: Index, digest: str, ready: object) -> None:
         if callable(ready):
             ready()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: _unmount_self(request.point))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
+        signal.signal(number, lambda *_: _unmount_stale(request.point))
     try:
         serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
     finally:
         atomic.unlink_quietly(record)
-
-
-def _unmount_self(point: str) -> None:
-    """On a signal: let go of the mount; the server ends when the last user of it has."""
-    _unmount_stale(point)
 
 
 def _log_to(path: str | None) -> None:
@@ -288,8 +283,3 @@ def _unmount_stale(point: str) -> None:
         linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     else:
         subprocess.run(["fusermount3", "-u", "-z", "--", point], capture_output=True, check=False)
-
-
-def is_mount_point(path: str) -> bool:
-    """Whether PATH is a directory with something mounted on it."""
-    return stat.S_ISDIR(os.stat(path).st_mode) and mountinfo.at(os.path.realpath(path)) is not None

@@ -62,3 +62,12 @@ def fstype(path: str) -> str:
             if left.split(b" ")[2] == wanted:
                 return right.split(b" ")[0].decode()
     return ""
+
+
+def answers(path: str) -> bool:
+    """Whether the server of a mount is alive.  By statfs: what stat(2) says may come from the kernel's cache."""
+    try:
+        os.statvfs(path)
+    except OSError:
+        return False
+    return True

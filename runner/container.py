@@ -242,6 +242,7 @@ class Container:
                 os.close(fd)
 
     def _start(self, uid: int) -> int:
+        forward = _Forwarder()
         terminal = self.options.has("tty")
         interactive = self.options.has("interactive")
         console = stdio.Console(self.directory) if terminal else None
@@ -259,16 +260,14 @@ class Container:
             raise self._start_error()
         with open(os.path.join(self.directory, "pid"), encoding="ascii") as file:
             pid = int(file.read())
-        for number in _FORWARDED:
-            signal.signal(number, lambda number, _: _kill(pid, number))
+        forward.to(pid)
         if console:
             master = console.receive()
             stdio.run_terminal(master, interactive)
             os.close(master)
         _, status = os.waitpid(pid, 0)
         self._ended = True
-        for number in _FORWARDED:
-            signal.signal(number, signal.SIG_IGN)
+        forward.stop()
         if streams:
             streams.drain()
         code = os.waitstatus_to_exitcode(status)
@@ -332,11 +331,34 @@ class Container:
         _remove_tree(self.directory)
 
 
-def _kill(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+class _Forwarder:
+    """Passes our signals on to the command; those that come before it runs wait for it."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._waiting: list[int] = []
+        for number in _FORWARDED:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if not self._pid:
+            self._waiting.append(number)
+            return
+        try:
+            os.kill(self._pid, number)
+        except ProcessLookupError:
+            pass
+
+    def to(self, pid: int) -> None:
+        """From now on to this process."""
+        self._pid = pid
+        for number in self._waiting:
+            self._on_signal(number, None)
+
+    def stop(self) -> None:
+        """The command has ended, and its pid may soon be another's."""
+        for number in _FORWARDED:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _remove_state(state: str) -> bool:

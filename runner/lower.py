@@ -56,25 +56,17 @@ def find(digest: bytes, store_root: str) -> Lower:
     shared = os.path.join(paths.run(), "images")
     for mount in mountinfo.ours():
         point = os.fsdecode(mount.point)
-        if mount.digest == name and os.path.dirname(point) != shared and _answers(point):
+        if mount.digest == name and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)
     return _shared(os.path.join(shared, name), lambda point: _mount(name, point, store_root))
-
-
-def _answers(point: str) -> bool:
-    try:
-        os.stat(point)
-    except OSError:
-        return False
-    return True
 
 
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:
     while True:
         lock = os.open(point + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_current(lock, point + ".lock") and mountinfo.at(point) and _answers(point):
+        if _is_current(lock, point + ".lock") and mountinfo.at(point) and mountinfo.answers(point):
             return Lower(point, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

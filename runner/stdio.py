@@ -138,14 +138,14 @@ def run_terminal(master: int, interactive: bool) -> None:
                     atomic.write_all(master, b"\x04")  # end of file, as a terminal says it
     finally:
         if saved is not None:
-            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+            termios.tcsetattr(0, termios.TCSANOW, saved)
 
 
 def _raw(fd: int) -> Any:
     import tty
 
     saved = termios.tcgetattr(fd)
-    tty.setraw(fd)
+    tty.setraw(fd, termios.TCSANOW)  # the default would throw away what was typed ahead
     return saved
 
 

@@ -38,7 +38,9 @@ def test_every_file_system_call_of_indexing_can_be_the_last(home: Path, tree: Pa
     digest = make(tree, clean)
     points = 0
     calls = calls_of(lambda: make(tree, tmp_path / "probe"), str(tmp_path / "probe"))
-    assert any(call.startswith("link") for call in calls) and any(call.startswith("rename refs") or "refs" in call for call in calls)
+    assert any(call.startswith("link") for call in calls) and any(
+        call.startswith("rename refs") or "refs" in call for call in calls
+    )
     for fault in (None, errno.EIO, errno.ENOSPC):
         for at in range(len(calls)):
             store = tmp_path / "store"
@@ -83,7 +85,9 @@ def test_nothing_is_named_before_it_is_durable(home: Path, tree: Path, tmp_path:
 def test_the_same_tree_gives_the_same_store_bytes_with_any_number_of_threads(home: Path, tree: Path, tmp_path: Path) -> None:
     for number in range(200):
         (tree / "dir" / f"f{number}").write_bytes(os.urandom(2000))
-    digests = {create_image(Options(str(tree), jobs=jobs, rehash=True), str(tmp_path / f"s{jobs}"), None).digest for jobs in (1, 8)}
+    digests = {
+        create_image(Options(str(tree), jobs=jobs, rehash=True), str(tmp_path / f"s{jobs}"), None).digest for jobs in (1, 8)
+    }
     assert len(digests) == 1
     listed = [sorted(p.name for p in (tmp_path / f"s{jobs}" / "packs").iterdir()) for jobs in (1, 8)]
     assert listed[0] == listed[1]

@@ -1,0 +1,297 @@
+"""crun run, with real runc over a real mount: what docker's users expect, and no leftovers after any end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, Run
+
+pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
+TOOLS = (
+    "sh",
+    "cat",
+    "id",
+    "env",
+    "pwd",
+    "sleep",
+    "true",
+    "kill",
+    "ls",
+    "touch",
+    "hostname",
+    "grep",
+    "tty",
+    "stat",
+    "ip",
+    "head",
+)
+
+
+def make_rootfs(root: Path) -> None:
+    """A small image: busybox, users, a file that cannot be executed."""
+    for name in ("bin", "etc", "proc", "sys", "dev", "tmp", "home/joe"):
+        (root / name).mkdir(parents=True)
+    busybox = shutil.which("busybox")
+    assert busybox
+    shutil.copy(busybox, root / "bin" / "busybox")
+    for name in TOOLS:
+        (root / "bin" / name).symlink_to("busybox")
+    (root / "bin" / "data").write_text("not a program")
+    (root / "etc" / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\njoe:x:1000:1001::/home/joe:/bin/sh\n7:x:42:42::/:/bin/sh\n"
+    )
+    (root / "etc" / "group").write_text("root:x:0:\njoe:x:1001:\nextra:x:2000:joe\n")
+    (root / "tmp").chmod(0o1777)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One store with the image b:1, mounted once, so that each test starts warm."""
+    base = tmp_path_factory.mktemp("crun")
+    environment = {f"CAFS_{n}": str(base / n.lower()) for n in ("STORE", "CACHE", "RUN", "STATE")}
+    make_rootfs(base / "rootfs")
+    (base / "mnt").mkdir()
+    subprocess.run([BIN / "cafs-index", "create", base / "rootfs", "-t", "b:1"], env=os.environ | environment, check=True)
+    subprocess.run([BIN / "cafs-mount", "b:1", base / "mnt"], env=os.environ | environment, check=True)
+    yield base
+    subprocess.run([BIN / "cafs-mount", "--unmount", base / "mnt"], env=os.environ | environment, check=True)
+
+
+@pytest.fixture
+def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The environment of `shared`; afterwards nothing of a container may be left."""
+    for name in ("STORE", "CACHE", "RUN", "STATE"):
+        monkeypatch.setenv(f"CAFS_{name}", str(shared / name.lower()))
+    yield shared
+    assert leftovers(shared) == []
+
+
+def leftovers(base: Path) -> list[str]:
+    found = [str(p) for d in ("state/containers", "run/runc", "run/names", "run/images") for p in (base / d).glob("*")]
+    found += [
+        line
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if f"{base}/" in line and f"{base}/mnt" not in line
+    ]
+    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir()]
+    return found
+
+
+def crun(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "crun"), "run", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_output_and_exit_code_are_the_commands(image: Path) -> None:
+    done = crun("b:1", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 7)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["nothing"], 127), (["/bin/nothing"], 127), (["/bin/data"], 126), (["/bin"], 126), (["/bin/data/x"], 127)],
+)
+def test_what_cannot_be_run_is_126_and_what_is_not_there_127(image: Path, command: list[str], code: int) -> None:
+    done = crun("b:1", *command)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("crun: cannot run") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nme", "x", "b:1"], "did you mean --name?"),
+        (["-Z", "b:1"], "unknown flag '-Z'"),
+        (["b:9"], "no image 'b:9'"),
+        (["-u", "nobody", "b:1", "true"], "no user 'nobody'"),
+        (["-v", "/a", "b:1", "true"], "is not SRC:DST[:ro]"),
+        (["-w", "/proc/self/fd/7", "b:1", "true"], "working directory"),
+        (["--network", "bridge", "b:1", "true"], "unknown network"),
+        (["b:1"], "no command"),
+        ([], "IMAGE is missing"),
+    ],
+)
+def test_our_own_failures_are_125_and_say_why(image: Path, arguments: list[str], said: str) -> None:
+    done = crun(*arguments)
+    assert done.returncode == 125, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_arguments_after_the_image_are_the_commands(image: Path) -> None:
+    assert crun("b:1", "sh", "-c", 'echo x "$@"', "--", "-e", "--rm", "-it").stdout == "x -e --rm -it\n"
+
+
+def test_a_container_is_a_filter(image: Path) -> None:
+    data = os.urandom(3 << 20)
+    done = subprocess.run([BIN / "crun", "run", "-i", "b:1", "cat"], input=data, capture_output=True, timeout=60, check=True)
+    assert done.stdout == data
+    assert crun("b:1", "cat", input="not read").stdout == ""
+
+
+def test_environment_user_and_directory(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("# comment\nFROM_FILE='quoted'\nINHERITED\n")
+    arguments = ["-e", "A=1=2", "-eB", "--env-file", tmp_path / "env", "-u", "joe", "-w", "/tmp", "--hostname", "box"]
+    done = crun(*arguments, "b:1", "sh", "-c", "env; id; pwd; hostname", env=os.environ | {"B": "b", "INHERITED": "yes"})
+    for line in ("A=1=2", "B=b", "FROM_FILE='quoted'", "INHERITED=yes", "HOME=/home/joe", "HOSTNAME=box", "/tmp", "box"):
+        assert line in done.stdout.splitlines(), done.stdout
+    assert "uid=1000(joe) gid=1001(joe) groups=1001(joe),2000(extra)" in done.stdout
+
+
+def test_a_numeric_user_is_not_looked_up_as_a_name(image: Path) -> None:
+    assert crun("-u", "7", "b:1", "id", "-u").stdout == "7\n"
+
+
+def test_volumes_are_bound_and_read_only_where_asked(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("in")
+    done = crun(
+        "-v", f"{tmp_path}:/rw", "-v", f"{tmp_path}:/ro:ro", "b:1", "sh", "-c", "cat /rw/in; touch /rw/out; touch /ro/no"
+    )
+    assert done.stdout == "in" and (tmp_path / "out").exists() and not (tmp_path / "no").exists()
+    assert "Read-only file system" in done.stderr
+
+
+def test_the_image_is_writable_for_the_container_only(image: Path) -> None:
+    assert crun("b:1", "sh", "-c", "echo x > /new && cat /new").stdout == "x\n"
+    assert crun("b:1", "ls", "/new").returncode != 0
+    assert "Read-only file system" in crun("--read-only", "b:1", "touch", "/new").stderr
+
+
+def test_the_defaults_are_dockers(image: Path) -> None:
+    done = crun(
+        "b:1",
+        "sh",
+        "-c",
+        "grep Cap /proc/self/status; cat /proc/keys | head -c 1; echo x >/proc/sys/kernel/domainname; ls /sys/firmware; ip link",
+    )
+    lines = done.stdout.splitlines()
+    assert (
+        "CapEff:\t00000000a80425fb" in lines and "CapInh:\t0000000000000000" in lines and "CapAmb:\t0000000000000000" in lines
+    )
+    assert "Read-only file system" in done.stderr
+    assert [line for line in lines if ": " in line and "lo" in line] and "eth" not in done.stdout
+    descriptors = crun("b:1", "ls", "/proc/self/fd").stdout.split()
+    assert descriptors == ["0", "1", "2", "3"], "3 is ls's own"
+
+
+def read_terminal(master: int) -> bytes:
+    """What is there, empty once nobody holds the other end (Linux says EIO)."""
+    try:
+        return os.read(master, 1024)
+    except OSError:
+        return b""
+
+
+def test_a_terminal_is_given_with_t(image: Path) -> None:
+    assert crun("-t", "b:1", "tty").stdout == "/dev/pts/0\n"
+    assert "not a tty" in crun("b:1", "tty").stdout
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [BIN / "crun", "run", "-it", "b:1", "sh"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    ) as child:
+        os.close(slave)
+        os.write(master, b"echo a$((40+2))z; exit 5\n")
+        seen = b""
+        while data := read_terminal(master):
+            seen += data
+        assert b"a42z" in seen
+        assert child.wait(30) == 5
+    os.close(master)
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen([BIN / "crun", "run", *arguments], stdout=subprocess.PIPE)
+    assert child.stdout and child.stdout.readline() == b"ready\n"
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_reach_the_command(image: Path, number: signal.Signals) -> None:
+    with start("b:1", "sh", "-c", f"trap 'exit 33' {number.value}; echo ready; while :; do sleep 0.05; done") as child:
+        child.send_signal(number)
+        assert child.wait(30) == 33
+
+
+def test_a_command_ended_by_a_signal_is_128_and_its_number(image: Path) -> None:
+    assert crun("b:1", "sh", "-c", "sh -c 'kill -9 $$'; exit $?").returncode == 137
+
+
+def until(condition: object, timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_container_dies_with_a_killed_crun_and_leaves_nothing(image: Path) -> None:
+    with start("--name", "victim", "b:1", "sh", "-c", "echo ready; exec sleep 4242.5") as child:
+        child.kill()
+        child.wait()
+    assert until(lambda: not leftovers(image)), leftovers(image)
+    assert subprocess.run(["pgrep", "-f", "sleep 4242.5"], capture_output=True, check=False).returncode == 1
+
+
+def test_a_name_is_taken_while_its_container_runs(image: Path) -> None:
+    with start("--name", "web", "b:1", "sh", "-c", "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done") as child:
+        done = crun("--name", "web", "b:1", "true")
+        assert done.returncode == 125 and "'web' is running" in done.stderr
+        child.terminate()
+    assert crun("--name", "web", "b:1", "true").returncode == 0
+
+
+def test_containers_share_one_mount_that_goes_with_the_last(home: Path, tmp_path: Path, cmd: Run) -> None:
+    """Nothing is mounted beforehand: eight at once mount once, all work, and nothing is left."""
+    make_rootfs(tmp_path / "rootfs")
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
+    children = [subprocess.Popen([BIN / "crun", "run", "b:1", "sh", "-c", f"exit {n}"]) for n in range(8)]
+    assert [child.wait(60) for child in children] == list(range(8))
+    assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dev", "proc", "sys"])
+def test_an_image_with_a_link_where_the_system_mounts_is_refused(home: Path, tmp_path: Path, cmd: Run, name: str) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    (tmp_path / "rootfs" / name).rmdir()
+    (tmp_path / "rootfs" / name).symlink_to("/tmp")
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
+    done = cmd("crun", "run", "b:1", "true")
+    assert done.returncode == 125 and f"'/{name}' is not a directory".encode() in done.stderr
+
+
+def test_users_are_looked_up_inside_the_image_whatever_its_links_say(home: Path, tmp_path: Path, cmd: Run) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    (tmp_path / "secret").write_text("spy:x:4711:4711::/:/bin/sh\n")
+    (tmp_path / "rootfs" / "etc" / "passwd").unlink()
+    (tmp_path / "rootfs" / "etc" / "passwd").symlink_to(f"../../../../../..{tmp_path}/secret")
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
+    done = cmd("crun", "run", "-u", "spy", "b:1", "true")
+    assert done.returncode == 125 and b"no user 'spy'" in done.stderr
+
+
+def test_run_loads_neither_click_nor_other_slow_modules(image: Path) -> None:
+    slow = ["click", "rich", "dataclasses", "inspect", "typing", "subprocess", "logging", "zstandard", "shutil"]
+    code = (
+        "import sys; sys.argv = ['crun', 'run', 'b:1', 'true']\n"
+        "from cli.crun import entry\n"
+        "try: entry()\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print([m for m in {slow} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_missing_runc_is_exit_8_with_a_hint(image: Path) -> None:
+    done = crun("b:1", "true", env={k: v for k, v in os.environ.items() if k.startswith("CAFS_")} | {"PATH": "/nonexistent"})
+    assert done.returncode == 8 and "apt install runc" in done.stderr

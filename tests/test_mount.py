@@ -1,0 +1,317 @@
+"""The fuse engine: a mounted index is the source tree, entry by entry, and failures end in a clear error or EIO."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
+
+
+def make_everything(root: Path) -> None:
+    """Every kind of entry that an index knows."""
+    root.mkdir()
+    for name, mode in (("plain", 0o644), ("setuid", 0o4755), ("sticky", 0o1000), ("none", 0)):
+        (root / name).write_bytes(name.encode() * 100)
+        os.chown(root / name, 1234, 4294967294)
+        (root / name).chmod(mode)
+    (root / "empty").touch()
+    os.link(root / "plain", root / "plain-link")
+    (root / "sub").mkdir(0o2750)
+    os.link(root / "plain", root / "sub" / "zz-link")
+    os.mknod(root / "null", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    os.mknod(root / "disk", 0o660 | stat.S_IFBLK, os.makedev(259, 65537))
+    os.mkfifo(root / "fifo")
+    os.mknod(root / "socket", 0o755 | stat.S_IFSOCK)
+    os.symlink("x" * 4000, root / "long-link")
+    os.symlink("-", root / "dash")
+    for name in (b"\xff\xfe", b"new\nline", b"a b\\c", "\u00fc\u0085".encode(), b"n" * 255):
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_bytes(name)
+    os.setxattr(root / "plain", "user.key,=", b"\0binary\xff")
+    os.setxattr(root / "sub", "user.dir", b"")
+    subprocess.run(["setcap", "cap_net_raw+ep", root / "setuid"], check=True)
+    subprocess.run(["setfacl", "-m", "u:77:r", root / "plain"], check=True)
+    subprocess.run(["setfacl", "-d", "-m", "g:5:rwx", root / "sub"], check=True)
+    with open(root / "sparse", "wb") as file:
+        file.truncate(5 << 30)
+        file.seek(3 << 30)
+        file.write(b"island")
+    (root / "large").write_bytes(os.urandom((9 << 20) + 17))
+    (root / "zeros").write_bytes(bytes(6 << 20))
+    (root / "many").mkdir()
+    for number in range(20_000):
+        (root / "many" / f"{number:x}").touch()
+    for path in (root / "plain", root / "sub", root):
+        os.utime(path, ns=(5, -1_234_567_891))
+
+
+def describe(root: Path) -> dict[bytes, tuple[object, ...]]:
+    """What a walk sees; content by hash, sparse files only around their data."""
+    found: dict[bytes, tuple[object, ...]] = {}
+    top = os.fsencode(root)
+    for directory, names, files in os.walk(top):
+        for path in [os.path.join(directory, name) for name in [*names, *files]] + [directory]:
+            status = os.lstat(path)
+            kind = stat.S_IFMT(status.st_mode)
+            content = ""
+            if kind == stat.S_IFREG:
+                with open(path, "rb") as file:
+                    if status.st_size > 1 << 30:
+                        file.seek((3 << 30) - 4096)
+                        content = hashlib.sha256(file.read(8192)).hexdigest()
+                    else:
+                        content = hashlib.sha256(file.read()).hexdigest()
+            xattrs = tuple(
+                sorted((n, os.getxattr(path, n, follow_symlinks=False)) for n in os.listxattr(path, follow_symlinks=False))
+            )
+            found[path[len(top) :]] = (
+                status.st_mode,
+                status.st_uid,
+                status.st_gid,
+                status.st_mtime_ns,
+                status.st_rdev,
+                None if kind == stat.S_IFDIR else (status.st_size, status.st_nlink),
+                os.readlink(path) if kind == stat.S_IFLNK else None,
+                xattrs,
+                content,
+            )
+    return found
+
+
+@pytest.mark.needs("root", "fuse", "setcap", "setfacl")
+def test_a_mounted_index_is_the_source_tree(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree, point = tmp_path / "tree", tmp_path / "mnt"
+    make_everything(tree)
+    point.mkdir()
+    made = cmd("cafs-index", "create", tree, "-t", "all:1")
+    assert made.returncode == 0, made.stderr
+    mounted = cmd("cafs-mount", "all:1", point, "--log", tmp_path / "log")
+    assert mounted.returncode == 0, mounted.stderr
+    source, seen = describe(tree), describe(point)
+    assert source.keys() == seen.keys()
+    for path, what in source.items():
+        assert seen[path] == what, path
+    assert len(os.listdir(point / "many")) == 20_000
+    assert (point / "plain").stat().st_ino == (point / "sub" / "zz-link").stat().st_ino
+    again = cmd("cafs-index", "create", point, "-o", "-")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == cmd("cafs-index", "create", tree, "-o", "-").stdout
+    with pytest.raises(OSError) as caught:
+        (point / "new").touch()
+    assert caught.value.errno == errno.EROFS
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.fixture
+def small(home: Path, tmp_path: Path, cmd: Run) -> Path:
+    """A ref s:1 of a small tree; returns an empty mount point."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a").write_bytes(b"a" * 5000)
+    (tree / "b").write_bytes(b"b" * 5000)
+    assert cmd("cafs-index", "create", tree, "-t", "s:1").returncode == 0
+    point = tmp_path / "mnt"
+    point.mkdir()
+    return point
+
+
+def test_mounting_twice_is_fine_and_another_image_there_is_busy(small: Path, tmp_path: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    (tmp_path / "tree" / "c").write_text("c")
+    assert cmd("cafs-index", "create", tmp_path / "tree", "-t", "s:2").returncode == 0
+    other = cmd("cafs-mount", "s:2", small)
+    assert other.returncode == 6 and b"is taken: image" in other.stderr
+    listed = cmd("cafs-mount", "--list").stdout.decode()
+    assert f"{small}\ts:1\t" in listed
+    assert cmd("cafs-mount", "--unmount", small).returncode == 0
+    assert cmd("cafs-mount", "--unmount", small).returncode == 4
+    assert str(small) not in cmd("cafs-mount", "--list").stdout.decode()
+
+
+def test_a_mount_point_in_use_is_busy(small: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    with open(small / "a"):
+        done = cmd("cafs-mount", "--unmount", small)
+    assert done.returncode == 6 and b"in use" in done.stderr
+    assert cmd("cafs-mount", "--unmount", small).returncode == 0
+
+
+def test_bad_mount_points_are_named(small: Path, tmp_path: Path, cmd: Run) -> None:
+    missing = cmd("cafs-mount", "s:1", tmp_path / "missing")
+    assert missing.returncode == 4 and b"No such file or directory" in missing.stderr
+    (small / "x").touch()
+    full = cmd("cafs-mount", "s:1", small)
+    assert full.returncode == 1 and b"Directory not empty" in full.stderr
+    nothing = cmd("cafs-mount", "s:3", small)
+    assert nothing.returncode == 4 and b"did you mean 's:1'" in nothing.stderr
+
+
+def server_pid(cmd: Run) -> int:
+    return int(cmd("cafs-mount", "--list").stdout.decode().split("\t")[4])
+
+
+def test_a_mount_whose_server_was_killed_is_replaced(small: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    pid = server_pid(cmd)
+    fd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    import select
+
+    select.select([fd], [], [], 10)
+    os.close(fd)
+    with pytest.raises(OSError):
+        (small / "a").read_bytes()
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert (small / "a").read_bytes() == b"a" * 5000
+
+
+def test_a_server_told_to_stop_unmounts(small: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    pid = server_pid(cmd)
+    fd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGTERM)
+    import select
+
+    assert select.select([fd], [], [], 10)[0]
+    os.close(fd)
+    assert os.listdir(small) == []
+
+
+def test_damage_is_eio_with_a_line_in_the_log_and_the_rest_can_be_read(small: Path, tmp_path: Path, cmd: Run) -> None:
+    pack = next((tmp_path / "store" / "packs").iterdir())
+    data = bytearray(pack.read_bytes())
+    digest = hashlib.sha256(b"a" * 5000).hexdigest()
+    data[20] ^= 1  # in the first frame, which is that of /a
+    pack.unlink()
+    pack.write_bytes(data)
+    assert cmd("cafs-mount", "s:1", small, "--log", tmp_path / "log").returncode == 0
+    with pytest.raises(OSError) as caught:
+        (small / "a").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert (small / "b").read_bytes() == b"b" * 5000
+    log = (tmp_path / "log").read_text()
+    assert digest in log and "/a" in log
+
+
+def test_a_damaged_cached_object_is_set_aside_and_fetched_again(small: Path, tmp_path: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert (small / "a").read_bytes() == b"a" * 5000
+    assert cmd("cafs-mount", "--unmount", small).returncode == 0
+    cached = [p for p in (tmp_path / "cache" / ".cafs-objects").glob("*/*")]
+    assert len(cached) == 1 and stat.S_IMODE(cached[0].stat().st_mode) == 0o444
+    cached[0].chmod(0o644)
+    cached[0].write_bytes(b"A" * 5000)
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert (small / "a").read_bytes() == b"a" * 5000
+    assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
+
+
+def test_a_full_cache_disk_costs_speed_only(small: Path, tmp_path: Path, cmd: Run) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", cache], check=True)
+    try:
+        with open(cache / "fill", "wb") as file, pytest.raises(OSError):
+            while True:
+                os.write(file.fileno(), bytes(4096))
+        assert cmd("cafs-mount", "s:1", small, "--log", tmp_path / "log").returncode == 0
+        assert (small / "a").read_bytes() == b"a" * 5000
+        assert "No space left" in (tmp_path / "log").read_text()
+        (cache / "fill").unlink()
+        assert (small / "b").read_bytes() == b"b" * 5000
+        assert len(list((cache / ".cafs-objects").glob("*/*"))) == 1
+        assert cmd("cafs-mount", "--unmount", small).returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", cache], check=True)
+
+
+def test_a_full_store_disk_is_a_clear_error_and_leaves_nothing_half_written(home: Path, tmp_path: Path, cmd: Run) -> None:
+    store, tree = tmp_path / "store", tmp_path / "tree"
+    store.mkdir()
+    tree.mkdir()
+    (tree / "f").write_bytes(os.urandom(3 << 20))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", store], check=True)
+    try:
+        done = cmd("cafs-index", "create", tree, "-t", "f:1")
+        assert done.returncode == 1 and b"No space left on device" in done.stderr and b"Traceback" not in done.stderr
+        assert list((store / "packs").iterdir()) == [] and list((store / "tmp").iterdir()) == []
+        assert cmd("cafs-store", "ls").stdout == b""
+        subprocess.run(["mount", "-o", "remount,size=16m", store], check=True)
+        assert cmd("cafs-index", "create", tree, "-t", "f:1").returncode == 0
+        assert cmd("cafs-store", "fsck").returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", store], check=True)
+
+
+def test_a_store_that_hangs_ends_in_eio_within_the_limit(small: Path, tmp_path: Path, cmd: Run) -> None:
+    """Another process holds the fetch lock of /a's object for good: the read waits, then fetches by itself or is EIO."""
+    import fcntl
+    import struct
+
+    cache = tmp_path / "cache"
+    cache.mkdir(exist_ok=True)
+    start = int.from_bytes(hashlib.sha256(b"a" * 5000).digest()[:7], "big")
+    with open(cache / "fetch.lock", "w") as file:
+        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
+        assert cmd("cafs-mount", "s:1", small, "--timeout", "2").returncode == 0
+        begin = time.monotonic()
+        assert (small / "a").read_bytes() == b"a" * 5000
+        assert 0.5 < time.monotonic() - begin < 10
+    assert cmd("cafs-mount", "--unmount", small).returncode == 0
+
+
+@pytest.mark.needs("root", "fuse", "fusermount3", "setpriv")
+def test_an_ordinary_user_can_mount(home: Path, tmp_path: Path) -> None:
+    import sys
+
+    tmp_path.chmod(0o755)
+    base = Path("/var/tmp") / f"cafs-user-{os.getpid()}"
+    base.mkdir()
+    os.chown(base, 65534, 65534)
+    environment = {f"CAFS_{n}": str(base / n.lower()) for n in ("STORE", "CACHE", "RUN", "STATE")} | {
+        "PATH": os.environ["PATH"]
+    }
+    program = "import sys; sys.argv[0] = 'x'; import importlib; importlib.import_module(sys.argv.pop(1)).entry()"
+
+    def as_user(module: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", program, module]
+        return subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, env=environment, check=False, timeout=60, cwd=base
+        )
+
+    device_mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
+    os.chmod("/dev/fuse", 0o666)  # as udev has it on every distribution
+    try:
+        probe = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", "import cafs"],
+            capture_output=True, env=environment, cwd=base, check=False,
+        )  # fmt: skip
+        if probe.returncode:
+            pytest.skip("this interpreter cannot be read by another user")
+        for name in ("tree", "mnt"):
+            (base / name).mkdir()
+            os.chown(base / name, 65534, 65534)
+        (base / "tree" / "f").write_text("text")
+        assert as_user("cli.cafs_index", "create", base / "tree", "-t", "u:1").returncode == 0
+        done = as_user("cli.cafs_mount", "u:1", base / "mnt")
+        assert done.returncode == 0, done.stderr
+        assert as_user("cli.cafs_index", "create", base / "mnt", "-o", "-").stdout.count(b"\n") == 4
+        assert as_user("cli.cafs_mount", "--unmount", base / "mnt").returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", base / "mnt"], capture_output=True, check=False)
+        os.chmod("/dev/fuse", device_mode)
+        shutil.rmtree(base)
