@@ -26,23 +26,30 @@ def run(command: click.Command, program: str, arguments: list[str] | None = None
     import click
 
     def main() -> int:
+        # Not command.main(): it turns a closed pipe into exit 1 and Ctrl-C into "Aborted!", exit 1.
         try:
-            result = command.main(arguments, prog_name=program, standalone_mode=False)
-            return result if isinstance(result, int) else 0
+            with command.make_context(program, sys.argv[1:] if arguments is None else arguments) as context:
+                result = command.invoke(context)
+                return result if isinstance(result, int) else 0
+        except click.exceptions.Exit as end:
+            return end.exit_code
         except click.UsageError as error:
-            context = error.ctx
-            usage = context.get_usage() if context else f"Usage: {program}"
-            sys.stderr.write(
-                f"{program}: {error.format_message()[0].lower()}{error.format_message()[1:].rstrip('.')}\n{usage}\n"
-            )
+            say(program, _one_line(error.format_message()))
+            sys.stderr.write(f"{error.ctx.get_usage() if error.ctx else command.name}\n")
             return 2
         except click.ClickException as error:
-            say(program, error.format_message())
+            say(program, _one_line(error.format_message()))
             return 1
         except click.Abort:
             raise KeyboardInterrupt from None
 
     sys.exit(guarded(program, main))
+
+
+def _one_line(text: str) -> str:
+    """Click's sentence in our form: lower case (unless it begins with a NAME), no final period."""
+    text = " ".join(text.split()).rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def guarded(program: str, main: Callable[[], int]) -> int:

@@ -1,0 +1,168 @@
+"""The commands as a user meets them: wrong arguments, bad input, pipes, and what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, Run
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "rootfs"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc" / "os-release").write_text("NAME=test\n")
+    (root / "large").write_bytes(os.urandom(5 << 20))
+    os.symlink("etc/os-release", root / "link")
+    return root
+
+
+def test_the_first_path_from_directory_to_content(home: Path, tree: Path, cmd: Run) -> None:
+    made = cmd("cafs-index", "create", tree, "-t", "demo:1")
+    assert made.returncode == 0 and made.stderr == b"" and len(made.stdout.strip()) == 64
+    assert cmd("cafs-index", "ls", "demo:1").stdout.split() == [b"/", b"/etc", b"/etc/os-release", b"/large", b"/link"]
+    assert cmd("cafs-index", "ls", "demo:1", "/etc").stdout.split() == [b"/etc", b"/etc/os-release"]
+    assert cmd("cafs-index", "cat", "demo:1", "/etc/os-release").stdout == b"NAME=test\n"
+    assert cmd("cafs-index", "cat", "demo:1", "/large").stdout == (tree / "large").read_bytes()
+    row = json.loads(cmd("cafs-index", "ls", "--json", "demo:1", "/link").stdout)
+    assert (row["path"], row["type"], row["target"]) == ("/link", "l", "etc/os-release")
+    assert b"-> etc/os-release" in cmd("cafs-index", "ls", "-l", "demo:1").stdout
+    index = cmd("cafs-index", "create", tree, "-o", "-").stdout
+    assert b" /etc/os-release\n" in index
+    piped = cmd("cafs-index", "ls", "-", input=index)
+    assert piped.stdout.count(b"\n") == 5
+    assert cmd("cafs-index", "stat", "demo:1", "/etc/os-release").stdout in index.splitlines(keepends=True)
+    info = json.loads(cmd("cafs-store", "info", "--json").stdout)
+    assert (info["refs"], info["images"], info["packs"]) == (1, 1, 1)
+    assert cmd("cafs-store", "tag", "demo:1", "other").returncode == 0
+    assert cmd("cafs-store", "ls", "-q").stdout == b"demo:1\nother:latest\n"
+    assert cmd("cafs-store", "rm", "demo:1").returncode == 0
+    assert cmd("cafs-store", "ls").stdout == b""
+
+
+BAD = [
+    (["cafs-index", "create", "{}/missing", "-o", "-"], 4, "cannot index '{}/missing': No such file or directory"),
+    (["cafs-index", "create", "{}/file", "-o", "-"], 1, "Not a directory"),
+    (["cafs-index", "create", "{}/rootfs", "-t", "Bad:1"], 2, "is not a ref"),
+    (["cafs-index", "create", "{}/rootfs", "-o", "{}/no/where"], 4, "cannot write"),
+    (["cafs-index", "ls", "{}/file"], 5, "not an index"),
+    (["cafs-index", "ls", "{}/newer"], 5, "unknown index version '2'"),
+    (["cafs-index", "ls", "{}/missing"], 4, "cannot open index '{}/missing': No such file or directory"),
+    (["cafs-index", "ls", "demp:1"], 4, "did you mean 'demo:1'"),
+    (["cafs-index", "cat", "demo:1", "/nothing"], 4, "no '/nothing' in 'demo:1'"),
+    (["cafs-index", "cat", "demo:1", "/etc"], 2, "is not a regular file"),
+    (["cafs-index", "nonsense"], 2, "nonsense"),
+    (["cafs-store", "untag", "x:1"], 4, "no ref 'x:1'"),
+    (["cafs-store", "info", "--store", "{}/rootfs"], 4, "not a store"),
+    (["cafs-index", "create", "{}/rootfs", "--store", "{}/rootfs"], 4, "not a store"),
+    (["cafs-store", "info", "--store", "s3://bucket/x"], 2, "directories only"),
+    (["cafs-mount", "demo:1"], 2, "IMAGE and DIR"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "said"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_bad_input_is_one_clear_line_and_its_exit_code(
+    home: Path, tree: Path, tmp_path: Path, cmd: Run, command: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "file").write_text("text\n")
+    (tmp_path / "newer").write_text("cafs-index 2 sha256 4194304\nend 0\n")
+    cmd("cafs-index", "create", tree, "-t", "demo:1")
+    done = cmd(*[word.replace("{}", str(tmp_path)) for word in command])
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert said.replace("{}", str(tmp_path)) in text
+    assert text.startswith(f"{command[0]}: ") and "Traceback" not in text
+    assert done.stdout == b""
+
+
+def test_an_unreadable_file_is_an_error_or_left_out_with_exit_3(home: Path, tree: Path, cmd: Run) -> None:
+    # Root reads everything, so what cannot be read here is a name that its directory does not let through.
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "none", tree / "etc"], check=True)
+    (tree / "etc" / "secret").write_text("x")
+    (tree / "etc" / "secret").chmod(0)
+    try:
+        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
+        run = [*drop, str(BIN / "cafs-index"), "create", str(tree), "-o", "-"]
+        done = subprocess.run(run, capture_output=True, check=False)
+        assert done.returncode == 1 and b"cannot read '/etc/secret': Permission denied" in done.stderr
+        assert b"--skip-unreadable" in done.stderr and done.stdout == b""
+        done = subprocess.run([*run, "--skip-unreadable"], capture_output=True, check=False)
+        assert done.returncode == 3 and b"left out '/etc/secret'" in done.stderr
+        assert b"/large" in done.stdout and b"secret" not in done.stdout
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", tree / "etc"], check=True)
+
+
+def test_exclude_leaves_out_a_path_and_what_is_below(home: Path, tree: Path, cmd: Run) -> None:
+    done = cmd("cafs-index", "create", tree, "-o", "-", "--exclude", "/etc")
+    assert b"/etc" not in done.stdout.replace(b"etc/os-release /link", b"") and b"/large" in done.stdout
+
+
+def test_a_closed_pipe_is_141_and_silent(home: Path, tree: Path, cmd: Run) -> None:
+    for number in range(3000):
+        (tree / f"some-long-name-{number}").touch()
+    cmd("cafs-index", "create", tree, "-t", "demo:1")
+    with subprocess.Popen([BIN / "cafs-index", "ls", "demo:1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout and child.stderr
+        child.stdout.read(1)
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait() == 141
+
+
+def test_ctrl_c_is_130(home: Path, cmd: Run) -> None:
+    with subprocess.Popen([BIN / "cafs-index", "ls", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin and child.stderr
+        child.stdin.write(b"cafs-index 1 sha256 4194304\nd 755 0 0 0 - - - - /\n")
+        for number in range(50_000):  # more than a pipe holds: once it is written, somebody is reading
+            child.stdin.write(b"d 755 0 0 0 - - - - /%06d\n" % number)
+        child.stdin.flush()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+        assert child.stderr.read() == b""
+
+
+def test_output_does_not_depend_on_locale_or_hash_seed(home: Path, tree: Path) -> None:
+    seen = set()
+    for locale, seed, jobs in (("C", "0", "1"), ("C.UTF-8", "1", "4"), ("nonsense", "2", "8")):
+        environment = os.environ | {"LC_ALL": locale, "PYTHONHASHSEED": seed}
+        run = [BIN / "cafs-index", "create", tree, "-o", "-", "-j", jobs]
+        seen.add(subprocess.run(run, env=environment, capture_output=True, check=True).stdout)
+    assert len(seen) == 1
+
+
+def test_an_index_file_is_replaced_whole_or_not_at_all(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:
+    out = tmp_path / "out"
+    assert cmd("cafs-index", "create", tree, "-o", out).returncode == 0
+    before = out.read_bytes()
+    assert cmd("cafs-index", "create", tree / "missing", "-o", out).returncode == 4
+    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.glob("tmp.*")) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_reported(
+    home: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cafs import create
+    from cafs.errors import CafsError
+    from cafs.indexing import Options, create_image
+
+    real = create._read_whole
+
+    def growing(fd: int, size: int, offset: int) -> bytes:
+        data = real(fd, size, offset)
+        with open(tree / "etc" / "os-release", "a") as file:
+            file.write("more")
+        return data
+
+    monkeypatch.setattr(create, "_read_whole", growing)
+    with pytest.raises(CafsError, match="changed while the tree was read"):
+        create_image(Options(str(tree), jobs=1), str(tmp_path / "s"), "t:1")
+    assert not (tmp_path / "s" / "refs" / "t").exists()
