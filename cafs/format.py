@@ -200,7 +200,7 @@ def line_pattern(hash_name: str) -> re.Pattern[bytes]:
     word = rb"[!-~\x80-\xff]+"
     size = rb"-|0|[1-9][0-9]{0,18}|%s:%s" % (_NUMBER, _NUMBER)
     return re.compile(
-        rb"([fdlFhcbpsow]) (-|%s) (-|%s) (-|%s) (-|%s) (%s) (-|%s) (%s) (%s) (/(?:%s)?)\n"
+        rb"(?m)^([fdlFhcbpsow]) (-|%s) (-|%s) (-|%s) (-|%s) (%s) (-|%s) (%s) (%s) (/(?:%s)?)\n"
         % (_MODE, _NUMBER, _NUMBER, _TIME, size, digest, word, word, word)
     )
 

@@ -58,6 +58,7 @@ BAD = {
     "09-nine-fields": index(f"f 644 0 0 0 1 {D} - /a"),
     "09-empty-line": index(""),
     "10-letter": index("x 644 0 0 0 - - - - /a"),
+    "10-junk-before-type": index("\x00b 660 0 6 0 8:1 - - - /b"),
     "10-whiteout-in-base": index("w - - - - - - - - /a"),
     "11-leading-zero": index("d 0755 0 0 0 - - - - /a"),
     "11-uid": index("d 755 4294967295 0 0 - - - - /a"),
