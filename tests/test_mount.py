@@ -159,13 +159,14 @@ def test_bad_mount_points_are_named(small: Path, tmp_path: Path, cmd: Run) -> No
     assert nothing.returncode == 4 and b"did you mean 's:1'" in nothing.stderr
 
 
-def server_pid(cmd: Run) -> int:
-    return int(cmd("cafs-mount", "--list").stdout.decode().split("\t")[4])
+def server_pid(cmd: Run, point: Path) -> int:
+    rows = [line.split("\t") for line in cmd("cafs-mount", "--list").stdout.decode().splitlines()]
+    return next(int(row[4]) for row in rows if row[0] == str(point))
 
 
 def test_a_mount_whose_server_was_killed_is_replaced(small: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "s:1", small).returncode == 0
-    pid = server_pid(cmd)
+    pid = server_pid(cmd, small)
     fd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
     import select
@@ -180,7 +181,7 @@ def test_a_mount_whose_server_was_killed_is_replaced(small: Path, cmd: Run) -> N
 
 def test_a_server_told_to_stop_unmounts(small: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "s:1", small).returncode == 0
-    pid = server_pid(cmd)
+    pid = server_pid(cmd, small)
     fd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGTERM)
     import select
