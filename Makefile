@@ -17,7 +17,7 @@ check: $(STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bench/run.sh
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bench/create.sh $(or $(TREE),/var/tmp/cafs-demo/debian-python)
 
 $(STAMP): pyproject.toml setup.cfg packages.sh
 	./packages.sh
