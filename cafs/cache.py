@@ -41,7 +41,6 @@ class Cache:
         self.root = root
         self.store = store
         self.limit_s = limit_s
-        self.fetched_objects = self.fetched_bytes = 0
         self._verified: dict[Key, tuple[int, int, int, int]] = {}
         self._guard = threading.Lock()
         self._in_flight: dict[Key, threading.Lock] = {}
@@ -109,8 +108,6 @@ class Cache:
 
     def _fetch(self, digest: bytes, kind: int) -> int:
         data = self.store.read_object(digest, kind)
-        self.fetched_objects += 1
-        self.fetched_bytes += len(data)
         try:
             return self._put(digest, kind, data)
         except OSError as error:

@@ -30,13 +30,6 @@ class UsageError(CafsError):
     kind = "usage"
 
 
-class Incomplete(CafsError):
-    """The work was done, but not for everything that was named."""
-
-    exit_code = DIFFERS
-    kind = "incomplete"
-
-
 class NotFound(CafsError):
     """A named thing does not exist."""
 
@@ -71,13 +64,6 @@ class BusyError(CafsError):
 
     exit_code = BUSY
     kind = "busy"
-
-
-class RemoteError(CafsError):
-    """A store that is not on this machine's disks did not answer in time."""
-
-    exit_code = REMOTE
-    kind = "remote"
 
 
 class UnsupportedError(CafsError):

@@ -103,17 +103,18 @@ def read_index(store: Store, image: Image) -> bytes:
     return store.get_meta(image.layers[0], "index")
 
 
-def load_index(name: str, store_root: str) -> tuple[Index, Store | None]:
+def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
     """The index that IMAGE names: '-' (stdin), a path to an index file (it has a slash or is no ref that exists), or an image.
 
-    Returns the store as well where one was asked.
+    Returns the index, the digest that names it (of the image, or of a bare index), and the store where one was asked.
     """
     from cafs.index import load
 
     if name == "-" or (os.path.isfile(name) and ("/" in name or not _is_ref(store_root, name))):
         try:
             with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
-                return load(stream), None
+                index = load(stream)
+                return index, index.identity, None
         except OSError as error:
             raise os_error(f"cannot open index {quote(name)}", error) from error
         except FormatError as error:
@@ -125,7 +126,7 @@ def load_index(name: str, store_root: str) -> tuple[Index, Store | None]:
     index = load(io.BytesIO(read_index(store, image)))
     if index.header.hash_name != store.hash_name or index.header.chunk_size != store.chunk_size:
         raise CorruptError(f"index of {quote(name)} is of another hash or chunk size than its store")
-    return index, store
+    return index, image.digest, store
 
 
 def _is_ref(store_root: str, name: str) -> bool:

@@ -289,7 +289,7 @@ class _Loader:
 
     def _check_order(self, paths: Paths, kinds: bytes) -> None:
         """Rules 18 and 19, and that nothing is below what is no directory (rule 20)."""
-        keys = [self.last_key, *[path.replace(b"/", b"\0") for path in paths]]
+        keys = [self.last_key, *[path.replace(b"/", b"\0") for path in paths]]  # order_key, without 500,000 calls
         if not all(map(lt, keys, keys[1:])):
             raise FormatError("path is not after the one before it", rule=18)
         is_layer = self.index.header.is_layer

@@ -20,6 +20,8 @@ from cafs.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cafs.index import Index
 
 _EXIT_WAIT_MS = 5000
@@ -52,7 +54,8 @@ def mount(request: Request, *, foreground: bool = False) -> str | None:
 
     Returns a note if the same image was mounted there already.  Raises NotFound, BusyError, UnsupportedError, CafsError.
     """
-    index, digest = _open_image(request)
+    index, identity, _ = image.load_index(request.name, request.store)
+    digest = identity.hex()
     note = _check_point(request.point, digest)
     if note:
         return note
@@ -66,14 +69,6 @@ def mount(request: Request, *, foreground: bool = False) -> str | None:
     except OSError as error:
         raise os_error(f"mounted on {quote(request.point)}, but it does not answer", error) from error
     return None
-
-
-def _open_image(request: Request) -> tuple[Index, str]:
-    """The index, and the digest that the mount is called by: of the image, or of a bare index."""
-    index, store = image.load_index(request.name, request.store)
-    if store is None:
-        return index, index.identity.hex()
-    return index, image.resolve(store, request.name).digest.hex()
 
 
 def _check_point(point: str, digest: str) -> str | None:
@@ -160,7 +155,7 @@ def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
     return 0
 
 
-def _serve(request: Request, index: Index, digest: str, ready: object) -> None:
+def _serve(request: Request, index: Index, digest: str, ready: Callable[[], None]) -> None:
     from cafs.fusefs import serve
     from cafs.tree import Tree
 
@@ -172,8 +167,7 @@ def _serve(request: Request, index: Index, digest: str, ready: object) -> None:
 
     def mounted() -> None:
         _write_record(record, request, digest)
-        if callable(ready):
-            ready()
+        ready()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: _unmount_stale(request.point))

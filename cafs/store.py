@@ -28,7 +28,6 @@ META_MAX = 1 << 30
 RAW_META_MAX = 4096
 """A meta file up to this size is not compressed: what `crun run` reads then needs no zstd."""
 
-LEASE_REFRESH_S = 300
 _REF_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _REF_NAME = re.compile(rf"{_REF_PART}(?::[0-9]+(?=/))?(?:/{_REF_PART})*")
 _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -51,7 +50,6 @@ class Store:
         self.hash_name, self.chunk_size = _parse_format(data, root)
         self.hash = hash_function(self.hash_name)
         self._packs: dict[str, pack.Records] = {}
-        self._packs_stamp = -1
 
     # --- packs ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +108,7 @@ class Store:
     def read_object(self, digest: bytes, kind: int = PLAIN) -> bytes:
         """The verified bytes of an object, from whichever copy is good.
 
-        Raises NotFound if no pack lists it, CorruptError if every copy is bad, RemoteError-like OSErrors as CafsError.
+        Raises NotFound if no pack lists it, CorruptError if every copy is bad, CafsError if a pack cannot be read.
         """
         name = object_name(digest, kind)
         for again in (False, True):

@@ -135,7 +135,7 @@ def cat(image: str, paths: tuple[str, ...], store: str | None) -> None:
     from cafs.store import Store
 
     root = store_root(store)
-    index, found = load_index(image, root)
+    index, _, found = load_index(image, root)
     entries = [_find(index, path, image) for path in paths]
     sys.stdout.flush()
     for entry in entries:
