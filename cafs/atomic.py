@@ -12,11 +12,33 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+_IOV_MAX = 1024  # UIO_MAXIOV, writev(2)
+
+
 def write_all(fd: int, data: Buffer) -> None:
     """Write every byte; write(2) may write less than it was given."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def write_all_at(fd: int, data: Buffer, offset: int) -> None:
+    """`write_all` at a place in the file."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def write_all_parts(fd: int, parts: list[bytes]) -> None:
+    """`write_all` of several pieces, without joining them."""
+    for at in range(0, len(parts), _IOV_MAX):
+        some = parts[at : at + _IOV_MAX]
+        size = sum(map(len, some))
+        written = os.writev(fd, some)
+        if written != size:
+            write_all(fd, memoryview(b"".join(some))[written:])
 
 
 def fsync_directory(path: str) -> None:
@@ -60,8 +82,8 @@ def unlink_quietly(path: str) -> None:
         pass
 
 
-def publish(temporary: str, path: str) -> bool:
-    """Give a finished, fsynced file its name unless the name is taken; the temporary name goes.
+def publish(temporary: str, path: str, *, replace: bool = False) -> bool:
+    """Give a finished, fsynced file its name, or, unless REPLACE, leave what has the name; the temporary name goes.
 
     Returns whether this call made the name.  Over NFS a link whose reply was lost is tried again by the client and then
     says EEXIST; that st_nlink is 2 tells that it was ours (open(2), O_EXCL).
@@ -71,7 +93,10 @@ def publish(temporary: str, path: str) -> bool:
         made = True
     except FileExistsError:
         made = os.stat(temporary).st_nlink == 2
-    os.unlink(temporary)
+    if made or not replace:
+        os.unlink(temporary)
+    else:
+        os.rename(temporary, path)
     fsync_directory(os.path.dirname(path))
     return made
 

@@ -1,5 +1,6 @@
 """The cache: verified objects as loose files on local disk, filled from a store on demand.  cafs-store(5), CACHE.
 
+Files larger than a chunk are partial.py's.
 Safe to delete at any time.  What was put by an earlier process is verified once by each process before its first use.
 A miss is fetched once however many threads and processes ask: a lock in the process, and an open-file-description lock
 (fcntl(2)) on one byte of a lock file, which the kernel drops when its owner dies.
@@ -17,13 +18,15 @@ import time
 from contextlib import contextmanager
 
 from cafs import atomic
-from cafs.digest import object_name
+from cafs.chunks import LIST_MAX
+from cafs.digest import CHUNK_LIST, object_name
 from cafs.errors import CafsError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cafs.locator import Place
     from cafs.store import Store
 
 FETCH_LIMIT_S = 60.0
@@ -55,22 +58,36 @@ class Cache:
         name = object_name(digest, kind)
         return os.path.join(self.root, ".cafs-objects", name[:2], name[2:])
 
-    def open(self, digest: bytes, kind: int) -> int:
-        """A descriptor of the whole, verified object; the caller closes it.  Raises CafsError."""
+    def is_verified(self, digest: bytes, kind: int) -> bool:
+        """Whether this process has verified the object in the cache.  It may be gone by now."""
+        return (digest, kind) in self._verified
+
+    def open(self, digest: bytes, kind: int, hint: Place | None = None) -> int:
+        """A descriptor of the whole, verified object; the caller closes it.  hint: where in the store.  Raises CafsError."""
         fd = self._open_cached(digest, kind)
         if fd is not None:
             return fd
-        with self._single_flight((digest, kind)):
+        with self.single_flight((digest, kind)):
             fd = self._open_cached(digest, kind)
-            return self._fetch(digest, kind) if fd is None else fd
+            return self._fetch(digest, kind, hint) if fd is None else fd
 
-    def read(self, digest: bytes, kind: int) -> bytes:
-        """All bytes of an object."""
-        fd = self.open(digest, kind)
+    def read_list(self, digest: bytes, hint: Place | None = None) -> bytes:
+        """The verified bytes of a chunk list.  It is kept in lists/: the name of the object is for the whole file."""
+        path = os.path.join(self.root, "lists", digest.hex())
         try:
-            return atomic.read_exactly(fd, os.fstat(fd).st_size, 0)
-        finally:
-            os.close(fd)
+            data = atomic.read_file(path, LIST_MAX)
+            if self.store.hash(data) == digest:
+                return data
+        except OSError:
+            pass
+        with self.single_flight((digest, CHUNK_LIST)):
+            data = self.store.read_object(digest, CHUNK_LIST, hint)
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            atomic.replace_file(path, data, 0o444)
+        except OSError as error:
+            _log.warning("cannot write to cache %s: %s", self.root, error.strerror)
+        return data
 
     def _open_cached(self, digest: bytes, kind: int) -> int | None:
         """Open what is cached; verify it unless this process did.  What is damaged is set aside."""
@@ -106,8 +123,8 @@ class Cache:
         except OSError:
             atomic.unlink_quietly(path)
 
-    def _fetch(self, digest: bytes, kind: int) -> int:
-        data = self.store.read_object(digest, kind)
+    def _fetch(self, digest: bytes, kind: int, hint: Place | None) -> int:
+        data = self.store.read_object(digest, kind, hint)
         try:
             return self._put(digest, kind, data)
         except OSError as error:
@@ -141,7 +158,8 @@ class Cache:
         return fd
 
     @contextmanager
-    def _single_flight(self, key: Key) -> Iterator[None]:
+    def single_flight(self, key: Key) -> Iterator[None]:
+        """Hold this while fetching the object; look again whether it came meanwhile."""
         with self._guard:
             lock = self._in_flight.setdefault(key, threading.Lock())
         if not lock.acquire(timeout=self.limit_s):

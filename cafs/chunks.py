@@ -39,14 +39,6 @@ class ChunkList:
         """Number of chunks, the last one may be short."""
         return -(-self.size // self.chunk_size)
 
-    def digest_at(self, chunk: int) -> bytes:
-        """Raw digest of chunk number CHUNK, b'' for zeros."""
-        for count, digest in self.runs:
-            if chunk < count:
-                return digest
-            chunk -= count
-        raise IndexError(chunk)
-
     def length_at(self, chunk: int) -> int:
         """Bytes in chunk number CHUNK."""
         return min(self.chunk_size, self.size - chunk * self.chunk_size)

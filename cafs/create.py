@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cafs import chunks, pack
+from cafs import chunks
 from cafs import format as fmt
 from cafs.atomic import read_exactly as _read_whole
-from cafs.digest import CHUNK_LIST, PLAIN, hash_function
+from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, FormatError, quote
 from cafs.format import Entry, Header
+from cafs.objects import Made, ObjectMaker, is_zero
 from cafs.ordered import ordered_map
 from cafs.statcache import StatCache
 from cafs.walk import OPEN_FILE, Found, Walk
@@ -28,28 +28,18 @@ if TYPE_CHECKING:
 
     from cafs.writer import Writer
 
-    Compress = Callable[[bytes], bytes] | None
     Content: TypeAlias = "Made | CafsError | OSError | None"
 
-_BATCH_FILES = 64
-_BATCH_BYTES = 1 << 20
-_LEVEL = 1
-_INCOMPRESSIBLE = 0.95
-
-
-@dataclass(slots=True)
-class Made:
-    """The content of a file: its object, and the frames that are new (raw chunks before the list)."""
-
-    kind: int
-    digest: bytes
-    frames: list[tuple[bytes, int, bytes]] = field(default_factory=list)
-    fresh: bool = True
+_BATCH_FILES = 128
+_BATCH_BYTES = 1 << 21
 
 
 @dataclass(slots=True)
 class _Batch:
-    found: list[Found] = field(default_factory=list)
+    """Entries in order; those at READS are files whose content is still to be made, SIZE bytes in all."""
+
+    entries: list[tuple[Found, Content]] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
     size: int = 0
 
 
@@ -59,6 +49,7 @@ class Indexer:
 
     writer: where objects go, None to make digests only.  threads: hashing threads, at least 1.
     cache: remembered digests, None to hash everything.  progress: called with (entries, bytes) now and then.
+    contents: after `run`, (digest, kind) of what every file with content has, in order.
     """
 
     walk: Walk
@@ -69,12 +60,13 @@ class Indexer:
     progress: Callable[[int, int], None] | None = None
     bytes_seen: int = 0
     files_read: int = 0
+    contents: list[tuple[bytes, int]] = field(default_factory=list)
     _start_ns: int = 0
     _inodes: dict[tuple[int, int], bytes] = field(default_factory=dict)
     _failed: set[bytes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._hash = hash_function(self.header.hash_name)
+        self._maker = ObjectMaker(self.header, self.writer)
 
     def run(self) -> bytes:
         """The whole index file.  Raises CafsError naming the file that could not be read or that changed."""
@@ -89,22 +81,54 @@ class Indexer:
         lines.append(fmt.encode_trailer(len(lines) - 1))
         return b"".join(lines)
 
+    @property
+    def left_out(self) -> int:
+        """Number of xattrs that an index does not list."""
+        return self.walk.left_out
+
+    @property
+    def skipped(self) -> list[tuple[bytes, str]]:
+        """What could not be read, and why."""
+        return self.walk.skipped
+
     def _contents(self) -> Iterator[tuple[Found, Content]]:
-        for batch in ordered_map(self._do_batch, self._batches(), self.threads, 4 * self.threads, _drop):
-            yield from batch
+        done = ordered_map(
+            self._read_batch,
+            self._batches(),
+            self.threads,
+            window=4 * self.threads,
+            drop=_drop,
+            is_light=lambda batch: not batch.reads,
+        )
+        for entries in done:
+            yield from entries
 
     def _batches(self) -> Iterator[_Batch]:
         batch = _Batch()
         for found in self.walk.run():
             self._mark_hardlink(found)
-            size = found.status.st_size if found.kind == fmt.FILE else 0
-            batch.found.append(found)
-            batch.size += size
-            if len(batch.found) >= _BATCH_FILES or batch.size >= _BATCH_BYTES:
+            self._add(batch, found)
+            if len(batch.entries) >= _BATCH_FILES or batch.size >= _BATCH_BYTES:
                 yield batch
                 batch = _Batch()
-        if batch.found:
+        if batch.entries:
             yield batch
+
+    def _add(self, batch: _Batch, found: Found) -> None:
+        """Look a file up in the cache; if it is not there, a thread will read it, or, if it is large, all will in its turn."""
+        made: Content = None
+        size = found.status.st_size if found.kind == fmt.FILE else 0
+        if size:
+            try:
+                made = self._remembered(found)
+            except (CafsError, OSError) as error:
+                made = error
+        if size and not made and size <= self.header.chunk_size:
+            batch.reads.append(len(batch.entries))
+            batch.size += size
+        elif not size or made:
+            found.directory.release()
+        batch.entries.append((found, made))
 
     def _mark_hardlink(self, found: Found) -> None:
         """Only the first name of an inode has content."""
@@ -114,24 +138,19 @@ class Indexer:
             if first != found.path:
                 found.kind, found.target = fmt.HARDLINK, first
 
-    def _do_batch(self, batch: _Batch) -> list[tuple[Found, Content]]:
-        """On a thread: hash the regular files of a batch.  Failures are returned, in their place."""
-        results: list[tuple[Found, Content]] = []
-        compress = _compressor() if self.writer else None
-        for found in batch.found:
-            made: Content = None
-            if found.kind == fmt.FILE and found.status.st_size:
-                try:
-                    made = self._remembered(found)
-                    if not made and found.status.st_size > self.header.chunk_size:
-                        results.append((found, None))  # read when its turn comes, by all threads; the directory stays held
-                        continue
-                    made = made or self._read(found, compress)
-                except (CafsError, OSError) as error:
-                    made = error
+    def _read_batch(self, batch: _Batch) -> list[tuple[Found, Content]]:
+        """On a thread: read, hash and compress.  Failures are returned, in their place."""
+        read: list[tuple[int, bytes]] = []
+        for at in batch.reads:
+            found = batch.entries[at][0]
+            try:
+                read.append((at, self._read(found)))
+            except (CafsError, OSError) as error:
+                batch.entries[at] = found, error
             found.directory.release()
-            results.append((found, made))
-        return results
+        for (at, _), made in zip(read, self._maker.make_all([data for _, data in read]), strict=True):
+            batch.entries[at] = batch.entries[at][0], made
+        return batch.entries
 
     def _remembered(self, found: Found) -> Made | None:
         hit = self.cache.get(found.status) if self.cache else None
@@ -153,19 +172,24 @@ class Indexer:
         listed = chunks.decode(data, self.header.hash_name, self.header.chunk_size)
         return all(self.writer.store.has(chunk) for _, chunk in listed.runs if chunk)
 
-    def _read(self, found: Found, compress: Compress) -> Made:
-        """The object of a file of at most one chunk."""
-        with _opened(found) as fd:
-            data = _read_whole(fd, found.status.st_size + 1, 0)
-            if len(data) != found.status.st_size:
-                raise _changed(found.path)
-            return self._object(data, PLAIN, compress)
+    def _read(self, found: Found) -> bytes:
+        """The content of a file of at most one chunk."""
+        fd = _open(found)
+        try:
+            data = _read_whole(fd, found.status.st_size, 0)
+            _check_unchanged(fd, found)
+        finally:
+            os.close(fd)
+        if len(data) != found.status.st_size:
+            raise _changed(found.path)
+        return data
 
     def _read_large(self, found: Found) -> Made:
         """The chunk list of a larger file: its chunks are read by all threads and put in order."""
         size, step = found.status.st_size, self.header.chunk_size
         runs: list[tuple[int, bytes]] = []
-        with _opened(found) as fd:
+        fd = _open(found)
+        try:
 
             def one(piece: tuple[int, int]) -> tuple[int, Made | None]:
                 offset, count = piece
@@ -174,26 +198,16 @@ class Indexer:
                 data = _read_whole(fd, min(step, size - offset), offset)
                 if len(data) != min(step, size - offset):
                     raise _changed(found.path)
-                is_zero = data[0] == 0 and data == bytes(len(data))
-                return 1, None if is_zero else self._object(data, PLAIN, _compressor() if self.writer else None)
+                return 1, None if is_zero(data) else self._maker.make(data)
 
-            for count, made in ordered_map(one, _pieces(fd, size, step), self.threads, 2 * self.threads, lambda piece: None):
+            for count, made in ordered_map(one, _pieces(fd, size, step), self.threads, window=2 * self.threads):
                 runs.append((count, made.digest if made else b""))
                 if made:
-                    self._put_frames(made)
-        listed = chunks.ChunkList(self.header.hash_name, step, size, chunks.join_runs(runs)).encode()
-        if len(listed) > chunks.LIST_MAX:
-            raise CafsError(f"cannot index {quote(found.path)}: its chunk list is over {chunks.LIST_MAX} bytes")
-        return self._object(listed, CHUNK_LIST, _compressor() if self.writer else None)
-
-    def _object(self, data: bytes, kind: int, compress: Compress) -> Made:
-        digest = self._hash(data)
-        made = Made(kind, digest)
-        if compress and self.writer and not self.writer.store.has(digest, kind):
-            payload = compress(data)
-            small = len(payload) < _INCOMPRESSIBLE * len(data)
-            made.frames.append((digest, kind, pack.encode_frame(data, kind, payload if small else None)))
-        return made
+                    self._maker.put(made)
+            _check_unchanged(fd, found)
+        finally:
+            os.close(fd)
+        return self._maker.make_list(size, runs, found.path)
 
     def _entry(self, found: Found, made: Content) -> bytes:
         """The line of an entry, after its objects are put.  Empty if it was skipped."""
@@ -238,30 +252,25 @@ class Indexer:
         return entry.encode()
 
     def _keep(self, made: Made, found: Found) -> None:
-        self._put_frames(made)
-        if self.cache and not found.xattrs:
+        self._maker.put(made)
+        self.contents.append((made.digest, made.kind))
+        if self.cache:
             self.cache.add(found.status, made.kind, made.digest, self._start_ns)
         self.bytes_seen += found.status.st_size
         self.files_read += made.fresh
 
-    def _put_frames(self, made: Made) -> None:
-        if self.writer:
-            for digest, kind, frame in made.frames:
-                self.writer.put(digest, kind, frame)
+
+def _open(found: Found) -> int:
+    return os.open(found.name, OPEN_FILE, dir_fd=found.directory.fd)
 
 
-@contextmanager
-def _opened(found: Found) -> Iterator[int]:
-    """The file's descriptor; that it is the one which was listed and did not change is checked on both ends."""
-    fd = os.open(found.name, OPEN_FILE, dir_fd=found.directory.fd)
-    try:
-        if _stamp(os.fstat(fd)) != _stamp(found.status):
-            raise _changed(found.path)
-        yield fd
-        if _stamp(os.fstat(fd)) != _stamp(found.status):
-            raise _changed(found.path)
-    finally:
-        os.close(fd)
+def _check_unchanged(fd: int, found: Found) -> None:
+    """After reading: that the file is still the one which was listed, as it was then."""
+    now, then = os.fstat(fd), found.status
+    if (now.st_ctime_ns, now.st_mtime_ns, now.st_size, now.st_ino, now.st_dev) != (
+        then.st_ctime_ns, then.st_mtime_ns, then.st_size, then.st_ino, then.st_dev
+    ):  # fmt: skip
+        raise _changed(found.path)
 
 
 def _changed(path: bytes) -> CafsError:
@@ -269,18 +278,8 @@ def _changed(path: bytes) -> CafsError:
 
 
 def _drop(batch: _Batch) -> None:
-    for found in batch.found:
-        found.directory.release()
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _compressor() -> Callable[[bytes], bytes]:
-    import zstandard
-
-    return zstandard.ZstdCompressor(level=_LEVEL).compress
+    for at in batch.reads:
+        batch.entries[at][0].directory.release()
 
 
 def _pieces(fd: int, size: int, step: int) -> Iterator[tuple[int, int]]:

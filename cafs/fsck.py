@@ -8,7 +8,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from cafs import atomic, chunks, image, pack
+from cafs import atomic, chunks, image, locator, pack
 from cafs import format as fmt
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError
@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cafs.index import Index
     from cafs.store import Store
 
 Key = tuple[bytes, int]
@@ -58,7 +59,6 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
     good: set[Key] = set()
     for name in store.pack_names():
         yield from _check_pack(store, name, good, repair)
-    store._packs.clear()
     store.refresh()
     images = {}
     for digest, kind in store.meta_names():
@@ -69,10 +69,11 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
         except CafsError:
             yield Finding("damaged-meta", f"{kind} {digest.hex()}")
         yield from _permissions(store.meta_path(digest, kind), repair)
+    yield from _check_pack_list(store, repair)
     yield from _check_refs(store, set(images))
     for digest, found in images.items():
         for layer in found.layers:
-            yield from _check_index(store, layer, digest, good)
+            yield from _check_index(store, layer, digest, good, repair)
 
 
 def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
@@ -125,7 +126,9 @@ def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterat
     try:
         records = store.read_footer(name)
     except (CorruptError, OSError) as error:
-        yield Finding("damaged-pack", f"{name}: {error}", repair and _set_aside(store, name, []))
+        saved = _salvage(store, path) if repair else []
+        good.update((digest, kind) for digest, kind, _, _ in saved)
+        yield Finding("damaged-pack", f"{name}: {error}", repair and _set_aside(store, name, saved))
         return
     bad, whole = [], []
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -151,22 +154,49 @@ def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterat
         yield from _permissions(path, repair)
 
 
+def _salvage(store: Store, path: str) -> list[tuple[bytes, int, int, int]]:
+    """(digest, kind, offset, size) of the sound frames of a pack whose footer cannot be used."""
+    found = []
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = len(pack.PACK_MAGIC)
+        while 0 <= at < size:
+            stored = pack.frame_size(atomic.read_exactly(file.fileno(), pack.FRAME.size, at))
+            try:
+                raw, kind = pack.decode_frame(atomic.read_exactly(file.fileno(), stored, at))
+                found.append((store.hash(raw), kind, at, stored))
+                at += stored
+            except CorruptError:
+                at = _next_frame(file.fileno(), at + 1)
+    return found
+
+
+def _next_frame(fd: int, at: int) -> int:
+    """Offset of the next thing that begins like a frame, -1 at the end."""
+    while len(data := atomic.read_exactly(fd, 1 << 20, at)) >= len(pack.FRAME_MAGIC):
+        if (found := data.find(pack.FRAME_MAGIC)) >= 0:
+            return at + found
+        at += len(data) - len(pack.FRAME_MAGIC) + 1
+    return -1
+
+
 def _set_aside(store: Store, name: str, whole: list[tuple[bytes, int, int, int]]) -> bool:
     """Put the good objects of a damaged pack into a new one, then move the pack out of the readers' sight."""
     from cafs.writer import Writer
 
     path = store.pack_path(name)
-    store._packs.pop(name, None)
+    store.set_aside(name)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with Writer(store) as writer:
-            store._packs.pop(name, None)
             for digest, kind, offset, stored in whole:
                 writer.put(digest, kind, atomic.read_exactly(fd, stored, offset))
     finally:
         os.close(fd)
-    os.rename(path, path + ".bad")
-    atomic.fsync_directory(os.path.dirname(path))
+    if store.is_set_aside(name):  # else the good objects made the same pack anew
+        os.rename(path, path + ".bad")
+        atomic.fsync_directory(os.path.dirname(path))
+    store.write_pack_list()
     return True
 
 
@@ -181,7 +211,22 @@ def _check_refs(store: Store, images: set[bytes]) -> Iterator[Finding]:
             yield Finding("ref-to-nowhere", ref)
 
 
-def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key]) -> Iterator[Finding]:
+def _check_pack_list(store: Store, repair: bool) -> Iterator[Finding]:
+    """That packs/list and the directory agree; without it only readers that cannot list would notice."""
+    try:
+        listed = set(atomic.read_file(store.pack_path("list"), 1 << 28).decode("latin-1").split())
+    except FileNotFoundError:
+        listed = set()
+    names = set(store.pack_names())
+    for gone in sorted(listed - names):
+        yield Finding("missing-pack", gone)
+    if listed != names and repair:
+        store.write_pack_list()
+    if names - listed:
+        yield Finding("stale-pack-list", "packs/list", repair)
+
+
+def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key], repair: bool) -> Iterator[Finding]:
     """The index of an image, and every object that it needs."""
     try:
         index = load(io.BytesIO(store.get_meta(layer, "index")))
@@ -201,3 +246,17 @@ def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key]) -> It
                 yield Finding("damaged-object", f"{object_name(digest, kind)}: {error}")
     for digest, kind in sorted(wanted - good):
         yield Finding("missing-object", f"{object_name(digest, kind)} of image {owner.hex()}")
+    if wanted <= good:
+        yield from _check_locator(store, index, layer, repair)
+
+
+def _check_locator(store: Store, index: Index, layer: bytes, repair: bool) -> Iterator[Finding]:
+    """That the index's locator is what the packs say; any copy of an object will do."""
+    found = store.get_locator(layer)
+    is_right = found is not None and all(
+        found.place(number) in list(store.locate(digest, kind)) for number, (digest, kind) in enumerate(locator.contents(index))
+    )
+    if not is_right:
+        if repair:
+            store.put_locator(layer, locator.encode(store, locator.contents(index)))
+        yield Finding("stale-locator", f"index {layer.hex()}", repair)

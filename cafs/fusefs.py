@@ -42,18 +42,22 @@ class Operations(pyfuse3.Operations):
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def _entry(self, inode: int) -> Any:
-        index, at = self.tree.index, inode - 1
         found = pyfuse3.EntryAttributes()
-        found.st_ino = inode
         found.generation = 0
         found.entry_timeout = found.attr_timeout = _FOREVER
+        found.st_blksize = BLOCK_SIZE
+        return self._fill(found, inode)
+
+    def _fill(self, found: Any, inode: int) -> Any:
+        """Set what differs from inode to inode; one record serves a whole directory."""
+        index, at = self.tree.index, inode - 1
+        found.st_ino = inode
         found.st_mode = self.tree.mode(inode)
         found.st_nlink = self.tree.links(inode)
         found.st_uid, found.st_gid = index.uid[at], index.gid[at]
         found.st_rdev = self.tree.device(inode)
-        found.st_size = index.size[at]
-        found.st_blksize = BLOCK_SIZE
-        found.st_blocks = (index.size[at] + 511) // 512
+        found.st_size = size = index.size[at]
+        found.st_blocks = (size + 511) // 512
         found.st_atime_ns = found.st_ctime_ns = found.st_mtime_ns = index.mtime_ns[at]
         return found
 
@@ -77,22 +81,25 @@ class Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         children = self.tree.index.children(fh - 1)
+        entry = self._entry(fh)
         for position in range(start_id, len(children)):
             child = children[position]
-            entry = self._entry(self.tree.inode(child))
+            self._fill(entry, self.tree.inode(child))
             if not pyfuse3.readdir_reply(token, self.tree.index.name(child), entry, position + 1):
                 break
 
     async def open(self, inode: int, flags: int, ctx: Any = None) -> Any:
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
-        if not self.tree.is_chunked(inode) and inode not in self._descriptors:
+        # What was verified once is opened when it is read, if at all: mostly the kernel still has the pages.
+        if not self.tree.is_chunked(inode) and not self.tree.is_verified(inode):
             self._keep(inode, await self._limited(self.tree.open_object, inode))
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         if self.tree.is_chunked(fh):
-            return await self._limited(self.tree.read_chunked, fh, offset, size)
+            data = self.tree.read_ready(fh, offset, size)
+            return data if data is not None else await self._limited(self.tree.read_chunked, fh, offset, size)
         if fh not in self._descriptors:
             self._keep(fh, await self._limited(self.tree.open_object, fh))
         return os.pread(self._descriptors[fh], size, offset)

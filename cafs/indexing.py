@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 
-from cafs import atomic, image
+from cafs import atomic, image, locator
 from cafs.create import Indexer
 from cafs.digest import DIGEST_SIZES
-from cafs.errors import os_error, quote
+from cafs.errors import CorruptError, FormatError, os_error, quote
 from cafs.format import Header
 from cafs.statcache import StatCache
 from cafs.store import open_or_init, split_ref
+from cafs.tarindex import TarIndexer
 from cafs.walk import Walk
 from cafs.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import BinaryIO
+
+    from cafs.store import Store
 
 
 @dataclass(slots=True)
@@ -50,6 +56,10 @@ class Report:
     xattrs_left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    def as_json(self) -> dict[str, object]:
+        """Everything, for --json; what was left out as [path, reason]."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def summary(self) -> str:
         """One line for -v."""
         return (
@@ -63,32 +73,51 @@ def create_image(options: Options, store_root: str, tag: str | None) -> Report:
     """Index into a store; the ref, if any, is set last.  Raises CafsError; then no ref has changed."""
     if tag is not None:
         split_ref(tag)
-    walk = _walk(options)
     store = open_or_init(store_root)
     cache = StatCache(options.source, store.hash_name, DIGEST_SIZES[store.hash_name])
     if not options.rehash:
         cache.load()
-    with Writer(store) as writer:
-        indexer = Indexer(walk, Header(store.hash_name, store.chunk_size), writer, options.jobs, cache, options.progress)
-        data = indexer.run()
+    with _source(options) as stream, Writer(store) as writer:
+        indexer = _indexer(options, stream, Header(store.hash_name, store.chunk_size), writer, cache)
+        data = _run(indexer, options.source)
         writer.flush()
         try:
+            _put_locator(store, indexer, data)
             made = image.put(store, data, {})
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:
             raise os_error(f"cannot write to store {quote(store.root)}", error) from error
-    cache.save()
+    if isinstance(indexer, Indexer):
+        cache.save()
     report = _report(indexer, data)
     report.digest = made.digest.hex()
     report.objects, report.stored_bytes, report.packs = writer.objects, writer.stored_bytes, writer.packs
     return report
 
 
+def _run(indexer: Indexer | TarIndexer, source: str) -> bytes:
+    try:
+        return indexer.run()
+    except CorruptError as error:
+        if isinstance(indexer, TarIndexer):
+            raise FormatError(f"cannot index {quote(source)}: {error}") from error
+        raise
+
+
+def _put_locator(store: Store, indexer: Indexer | TarIndexer, index: bytes) -> None:
+    """Make the index's locator unless there is one whose packs are all there."""
+    digest = store.hash(index)
+    found = store.get_locator(digest)
+    if found is None or not set(found.packs) <= set(store.pack_names()):
+        store.put_locator(digest, locator.encode(store, indexer.contents))
+
+
 def create_file(options: Options, output: str, hash_name: str) -> Report:
     """Index into a file, which appears whole or not at all; '-' is stdout.  Needs no store."""
-    indexer = Indexer(_walk(options), Header(hash_name), None, options.jobs, None, options.progress)
-    data = indexer.run()
+    with _source(options) as stream:
+        indexer = _indexer(options, stream, Header(hash_name), None, None)
+        data = _run(indexer, options.source)
     if output == "-":
         sys.stdout.buffer.write(data)
     elif os.path.exists(output) and not os.path.isfile(output):
@@ -104,21 +133,45 @@ def create_file(options: Options, output: str, hash_name: str) -> Report:
     return _report(indexer, data)
 
 
-def _walk(options: Options) -> Walk:
+@contextmanager
+def _source(options: Options) -> Iterator[BinaryIO | None]:
+    """The stream of a tar, None for a directory."""
+    if options.source == "-":
+        yield sys.stdin.buffer.raw if isinstance(sys.stdin.buffer, io.BufferedReader) else sys.stdin.buffer
+        return
+    try:
+        is_directory = os.path.isdir(options.source)
+        stream = None if is_directory else open(options.source, "rb", buffering=0)
+    except OSError as error:
+        raise os_error(f"cannot index {quote(options.source)}", error) from error
+    try:
+        yield stream
+    finally:
+        if stream:
+            stream.close()
+
+
+def _indexer(
+    options: Options, stream: BinaryIO | None, header: Header, writer: Writer | None, cache: StatCache | None
+) -> Indexer | TarIndexer:
     patterns = [re.compile(os.fsencode(translate(pattern))) for pattern in options.exclude]
-    return Walk(
+    exclude = (lambda path: any(pattern.match(path) for pattern in patterns)) if patterns else None
+    if stream:
+        return TarIndexer(stream, header, writer, options.jobs, exclude, options.progress)
+    walk = Walk(
         options.source,
-        exclude=lambda path: any(pattern.match(path) for pattern in patterns),
+        exclude=exclude,
         one_file_system=options.one_file_system,
         skip_unreadable=options.skip_unreadable,
     )
+    return Indexer(walk, header, writer, options.jobs, cache, options.progress)
 
 
-def _report(indexer: Indexer, data: bytes) -> Report:
+def _report(indexer: Indexer | TarIndexer, data: bytes) -> Report:
     return Report(
         entries=data.count(b"\n") - 2,
         bytes_seen=indexer.bytes_seen,
         files_read=indexer.files_read,
-        xattrs_left_out=indexer.walk.left_out,
-        skipped=[(quote(path), reason) for path, reason in indexer.walk.skipped],
+        xattrs_left_out=indexer.left_out,
+        skipped=[(quote(path), reason) for path, reason in indexer.skipped],
     )

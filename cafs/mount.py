@@ -161,8 +161,7 @@ def _serve(request: Request, index: Index, digest: str, ready: Callable[[], None
 
     _log_to(request.log)
     store = Store(request.store)
-    store.refresh()
-    tree = Tree(index, Cache(paths.cache(), store, limit_s=request.limit_s))
+    tree = Tree(index, Cache(paths.cache(), store, limit_s=request.limit_s), store.get_locator(index.identity))
     record = _record_path(request.point)
 
     def mounted() -> None:
@@ -174,6 +173,7 @@ def _serve(request: Request, index: Index, digest: str, ready: Callable[[], None
     try:
         serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
     finally:
+        tree.close()
         atomic.unlink_quietly(record)
 
 

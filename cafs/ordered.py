@@ -14,17 +14,29 @@ Result = TypeVar("Result")
 
 
 def ordered_map(
-    function: Callable[[Task], Result], tasks: Iterable[Task], threads: int, window: int, drop: Callable[[Task], None]
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    threads: int,
+    *,
+    window: int,
+    drop: Callable[[Task], None] = lambda task: None,
+    is_light: Callable[[Task], bool] = lambda task: False,
 ) -> Iterator[Result]:
     """Yield function(task) in order; at most WINDOW tasks are taken ahead.
 
-    If the consumer stops or anything fails, tasks that did not start are given to DROP, once each.
+    drop: if the consumer stops or anything fails, is given each task that did not start.
+    is_light: whether to do a task at once, on this thread.
     """
     waiting: deque[tuple[Task, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(function, task)))
+                if is_light(task):
+                    future: Future[Result] = Future()
+                    future.set_result(function(task))
+                else:
+                    future = pool.submit(function, task)
+                waiting.append((task, future))
                 if len(waiting) >= window:
                     yield waiting[0][1].result()
                     waiting.popleft()

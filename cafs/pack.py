@@ -7,6 +7,9 @@ says where each object is.
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
+from bisect import bisect_left
 
 from cafs.digest import DIGEST_SIZES, checksum
 from cafs.errors import CorruptError, FormatError
@@ -14,8 +17,6 @@ from cafs.errors import CorruptError, FormatError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from typing_extensions import Buffer
 
 FRAME = struct.Struct("<4sBBHII8s")
 """magic, codec, kind, zero, stored size, raw size, first 8 bytes of the payload's XXH3-128."""
@@ -34,16 +35,24 @@ FOOTER_MAGIC = b"CAFSPKF1"
 _TAIL = struct.Struct("<BQII")
 
 
-def encode_frame(raw: Buffer, kind: int, payload: bytes | None) -> bytes:
+def encode_frame(raw: bytes, kind: int, payload: bytes | None) -> bytes:
     """A frame.  payload: what zstd made of RAW, or None to store it as it is."""
-    body = bytes(raw) if payload is None else payload
+    body = raw if payload is None else payload
     codec = RAW if payload is None else ZSTD
-    return FRAME.pack(FRAME_MAGIC, codec, kind, 0, len(body), memoryview(raw).nbytes, checksum(body)[:8]) + body
+    return FRAME.pack(FRAME_MAGIC, codec, kind, 0, len(body), len(raw), checksum(body)[:8]) + body
 
 
 def frame_raw_size(frame: bytes) -> int:
     """Size of the object in a whole or partial frame."""
     return int(FRAME.unpack_from(frame)[5])
+
+
+def frame_size(head: bytes) -> int:
+    """Size of the whole frame that begins with these FRAME.size bytes; 0 if they begin none."""
+    if len(head) < FRAME.size or not head.startswith(FRAME_MAGIC):
+        return 0
+    stored = int(FRAME.unpack(head)[4])
+    return FRAME.size + stored if stored <= RAW_MAX else 0
 
 
 def decode_frame(frame: bytes) -> tuple[bytes, int]:
@@ -78,6 +87,14 @@ def _decompress(body: bytes, raw_size: int) -> bytes:
     return raw
 
 
+def prefixes(records: bytes, size: int) -> array[int]:
+    """The first 8 bytes of each record as numbers: bisecting those runs in C, some ten times as fast as bisecting slices."""
+    found = array("Q", b"".join([records[at : at + 8] for at in range(0, len(records), size)]))
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found
+
+
 class Records:
     """The sorted records of a pack's footer: fixed size, digest and kind first, so that they can be bisected as bytes.
 
@@ -89,6 +106,7 @@ class Records:
         self.digest_size = DIGEST_SIZES[hash_name]
         self.size = self.digest_size + _TAIL.size
         self.data = data
+        self._prefixes: array[int] | None = None
 
     def __len__(self) -> int:
         return len(self.data) // self.size
@@ -106,10 +124,42 @@ class Records:
             kind, offset, stored, raw = _TAIL.unpack_from(self.data, at + split)
             yield self.data[at : at + split], kind, offset, stored, raw
 
+    def find(self, digest: bytes, kind: int) -> tuple[int, int] | None:
+        """(offset, frame size) of an object, None if the pack does not have it."""
+        if self._prefixes is None:
+            self._prefixes = prefixes(self.data, self.size)
+        key, size = digest + bytes([kind]), self.size
+        at = bisect_left(self._prefixes, int.from_bytes(digest[:8], "big")) * size
+        while (found := self.data[at : at + len(key)]) < key and found:
+            at += size
+        if found != key:
+            return None
+        _, offset, stored, _ = _TAIL.unpack_from(self.data, at + len(digest))
+        return offset, stored
+
     def encode_footer(self) -> bytes:
         """Records and the fixed tail, as they end a pack."""
         head = struct.pack("<16s8sIHH", self.hash_name.encode(), b"", len(self), self.size, 1)
         return self.data + head + checksum(self.data + head) + FOOTER_MAGIC
+
+
+class Filter:
+    """Says at once that an object is in none of many packs: one bit of 2 MiB by the first three bytes of its digest."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, records: Records) -> None:
+        """Take in the objects of a pack."""
+        self._bits = self._bits or bytearray(1 << 21)
+        for at in range(0, len(records.data), records.size):
+            number = int.from_bytes(records.data[at : at + 3], "big")
+            self._bits[number >> 3] |= 1 << (number & 7)
+
+    def may_have(self, digest: bytes) -> bool:
+        """False: no pack has it.  True: look."""
+        number = int.from_bytes(digest[:3], "big")
+        return bool(self._bits) and bool(self._bits[number >> 3] >> (number & 7) & 1)
 
 
 def footer_size(tail: bytes) -> int:

@@ -2,7 +2,7 @@
 
 Only a hint, kept in the cache directory, with a checksum; a damaged one counts as absent.  An entry whose ctime is not well
 before the start of the scan that made it is not kept: the file may change again within one tick of the clock (git's racy
-rule, Documentation/technical/racy-git).  Files with xattrs are not kept, so a hit also says that there are none.
+rule, Documentation/technical/racy-git).
 """
 
 from __future__ import annotations

@@ -10,15 +10,16 @@ import json
 import os
 import re
 import time
-from bisect import bisect_left
 
-from cafs import atomic, mountinfo, pack
+from cafs import atomic, merged, mountinfo, pack
 from cafs.digest import CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from cafs.locator import Locator
 
 FORMAT_FILE = "cafs-store.json"
 _DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
@@ -49,7 +50,11 @@ class Store:
             raise os_error(f"cannot open store {quote(root)}", error) from error
         self.hash_name, self.chunk_size = _parse_format(data, root)
         self.hash = hash_function(self.hash_name)
-        self._packs: dict[str, pack.Records] = {}
+        self._merged: merged.Merged | None = None
+        self._sizes: dict[str, int] = {}
+        self._footers: dict[str, pack.Records] = {}
+        self._filter = pack.Filter()
+        self._set_aside: set[str] = set()
 
     # --- packs ---------------------------------------------------------------------------------------------------
 
@@ -62,16 +67,46 @@ class Store:
         return sorted(n for n in os.listdir(os.path.join(self.root, "packs")) if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{32}", n))
 
     def refresh(self) -> None:
-        """Read the footers of packs that are new since the last look.  A damaged pack holds nothing."""
-        names = self.pack_names()
-        for gone in set(self._packs) - set(names):
-            del self._packs[gone]
-        for name in names:
-            if name not in self._packs:
+        """Look which packs there are, and read the footers of those that no locator has.  A damaged pack holds nothing."""
+        self._sizes = {name: size for name, size in self._pack_sizes() if name not in self._set_aside}
+        known = merged.load(self.root, self.hash_name) if self._merged is None else self._merged
+        for gone in set(self._footers) - set(self._sizes):
+            del self._footers[gone]
+        for name, size in self._sizes.items():
+            if known.packs.get(name) != size and name not in self._footers:
                 try:
-                    self._packs[name] = self.read_footer(name)
+                    self._footers[name] = self.read_footer(name)
+                    self._filter.add(self._footers[name])
                 except (CorruptError, OSError):
-                    self._packs[name] = pack.Records(self.hash_name)
+                    self._footers[name] = pack.Records(self.hash_name)
+        whole = {name: records for name, records in self._footers.items() if len(records)}
+        if merged.is_due(known, whole):
+            known = merged.merge(self.root, known, whole, self._sizes)
+            self._footers = {name: records for name, records in self._footers.items() if not len(records)}
+        self._merged = known
+
+    def _pack_sizes(self) -> Iterator[tuple[str, int]]:
+        for name in self.pack_names():
+            try:
+                yield name, os.stat(self.pack_path(name)).st_size
+            except FileNotFoundError:
+                continue
+
+    def add_pack(self, name: str, records: pack.Records) -> None:
+        """A pack that this process has just made."""
+        self._footers[name] = records
+        self._filter.add(records)
+        self._set_aside.discard(name)
+
+    def is_set_aside(self, name: str) -> bool:
+        """Whether `set_aside` was called, and no good pack of the name made since."""
+        return name in self._set_aside
+
+    def set_aside(self, name: str) -> None:
+        """Look nothing up in this pack any more."""
+        self._set_aside.add(name)
+        self._sizes.pop(name, None)
+        self._footers.pop(name, None)
 
     def read_footer(self, name: str) -> pack.Records:
         """Records of one pack.  Raises CorruptError, or OSError if it cannot be read."""
@@ -92,28 +127,35 @@ class Store:
         return records
 
     def locate(self, digest: bytes, kind: int = PLAIN) -> Iterator[tuple[str, int, int]]:
-        """(pack, offset, frame size) of every copy of an object that the footers read so far know."""
-        key = digest + bytes([kind])
-        for name, records in list(self._packs.items()):  # a writer on another thread may add one
-            size, data = records.size, records.data
-            at = bisect_left(range(len(records)), key, key=lambda i: data[i * size : i * size + len(key)])
-            if data[at * size : at * size + len(key)] == key:
-                _, offset, stored, _ = pack._TAIL.unpack_from(data, at * size + len(digest))
-                yield name, offset, stored
+        """(pack, offset, frame size) of every copy of an object that was there at the last `refresh`."""
+        if self._merged is not None:
+            for found in self._merged.locate(digest, kind):
+                if self._sizes.get(found[0]) == self._merged.packs[found[0]]:
+                    yield found
+        if not self._filter.may_have(digest):
+            return
+        for name, records in list(self._footers.items()):  # a writer on another thread may add one
+            if place := records.find(digest, kind):
+                yield name, *place
 
     def has(self, digest: bytes, kind: int = PLAIN) -> bool:
-        """Whether the footers read so far list the object."""
+        """Whether the object was there at the last `refresh`, or was put by this process."""
         return next(self.locate(digest, kind), None) is not None
 
-    def read_object(self, digest: bytes, kind: int = PLAIN) -> bytes:
-        """The verified bytes of an object, from whichever copy is good.
+    def read_object(self, digest: bytes, kind: int = PLAIN, hint: tuple[str, int, int] | None = None) -> bytes:
+        """The verified bytes of an object, from whichever copy is good.  hint: where it may be, from an index's locator.
 
         Raises NotFound if no pack lists it, CorruptError if every copy is bad, CafsError if a pack cannot be read.
         """
         name = object_name(digest, kind)
+        if hint:
+            try:
+                return self._read_copy(*hint, digest, kind)
+            except (CorruptError, OSError):
+                pass  # the footers know better
         for again in (False, True):
             problem: CafsError | None = None
-            if again or not self._packs:
+            if again or self._merged is None:
                 self.refresh()
             for pack_name, offset, stored in self.locate(digest, kind):
                 try:
@@ -154,7 +196,7 @@ class Store:
     # --- meta ----------------------------------------------------------------------------------------------------
 
     def meta_path(self, digest: bytes, kind: str) -> str:
-        """Path of a meta file.  kind: 'index' or 'image'."""
+        """Path of a meta file.  kind: 'index', 'image' or 'loc'."""
         name = digest.hex()
         return os.path.join(self.root, "meta", name[:2], f"{name[2:]}.{kind}")
 
@@ -193,6 +235,33 @@ class Store:
         if self.hash(data) != digest:
             raise CorruptError(f"{kind} {digest.hex()} is damaged", hint="cafs-store fsck")
         return data
+
+    def put_locator(self, index: bytes, data: bytes) -> None:
+        """Keep the locator of an index; what was there is replaced."""
+        import zstandard
+
+        path = self.meta_path(index, "loc")
+        atomic.make_directory(os.path.dirname(path))
+        atomic.replace_file(path, zstandard.ZstdCompressor(level=3).compress(data), 0o444)
+
+    def get_locator(self, index: bytes) -> Locator | None:
+        """The locator of an index; None if there is none that is sound."""
+        from cafs import locator
+
+        path = self.meta_path(index, "loc")
+        try:
+            return locator.decode(_decompress_meta(atomic.read_file(path, META_MAX), path), self.hash_name)
+        except (OSError, CafsError):
+            return None
+
+    def write_pack_list(self) -> None:
+        """Write packs/list, again if a pack appeared meanwhile."""
+        names: list[str] = []
+        for _ in range(3):
+            if (found := self.pack_names()) == names:
+                return
+            names = found
+            atomic.replace_file(self.pack_path("list"), "".join(f"{name}\n" for name in names).encode())
 
     def meta_names(self) -> Iterator[tuple[bytes, str]]:
         """(digest, kind) of every meta file, sorted."""

@@ -7,16 +7,18 @@ import os
 import stat
 import threading
 
-from cafs import atomic, chunks
 from cafs import format as fmt
-from cafs.digest import CHUNK_LIST, PLAIN
+from cafs.digest import PLAIN
 from cafs.errors import UnsupportedError
 from cafs.index import xattrs_of
+from cafs.locator import ranks
+from cafs.partial import ChunkedFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.cache import Cache
     from cafs.index import Index
+    from cafs.locator import Locator, Place
 
 BLOCK_SIZE = 4096
 _TYPE_BITS = {
@@ -32,14 +34,19 @@ _TYPE_BITS = {
 
 
 class Tree:
-    """Read-only answers.  Inode numbers in, plain values out; OSError with the errno that the kernel is to see."""
+    """Read-only answers.  Inode numbers in, plain values out; OSError with the errno that the kernel is to see.
 
-    def __init__(self, index: Index, cache: Cache) -> None:
+    locator: where the objects of the index are; without it the store's footers are asked.
+    """
+
+    def __init__(self, index: Index, cache: Cache, locator: Locator | None = None) -> None:
         if index.header.is_layer:
             raise UnsupportedError("a layer cannot be mounted by itself")
         self.index = index
         self.cache = cache
-        self._lists: dict[int, chunks.ChunkList] = {}
+        self._locator = locator
+        self._ranks = ranks(index) if locator is not None else None
+        self._files: dict[int, ChunkedFile] = {}
         self._lock = threading.Lock()
         self._subdirectories = self._count_subdirectories()
 
@@ -71,7 +78,8 @@ class Tree:
 
     def device(self, inode: int) -> int:
         """st_rdev."""
-        return os.makedev(*self.index.rdev.get(inode - 1, (0, 0)))
+        device = self.index.rdev.get(inode - 1)
+        return os.makedev(*device) if device else 0
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         """All attributes."""
@@ -81,11 +89,15 @@ class Tree:
         """Whether the file's content is read chunk by chunk."""
         return self.index.type[inode - 1] == fmt.CHUNKED[0]
 
+    def is_verified(self, inode: int) -> bool:
+        """Whether `open_object` has succeeded for this content before, or there is nothing to open."""
+        return not self.index.size[inode - 1] or self.cache.is_verified(self.index.object(inode - 1), PLAIN)
+
     def open_object(self, inode: int) -> int:
         """Descriptor of a small file's content, verified.  May wait for the store.  Raises CafsError."""
         if not self.index.size[inode - 1]:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        fd = self.cache.open(self.index.object(inode - 1), PLAIN)
+        fd = self.cache.open(self.index.object(inode - 1), PLAIN, self._place(inode))
         if os.fstat(fd).st_size != self.index.size[inode - 1]:
             os.close(fd)
             raise OSError(errno.EIO, "object is not of the size that the index says")
@@ -93,33 +105,30 @@ class Tree:
 
     def read_chunked(self, inode: int, offset: int, size: int) -> bytes:
         """Bytes of a chunked file.  May wait for the store.  Raises CafsError."""
-        listed = self._chunk_list(inode)
-        size = max(min(size, listed.size - offset), 0)
-        parts = []
-        while size:
-            number, within = divmod(offset, listed.chunk_size)
-            length = min(size, listed.length_at(number) - within)
-            digest = listed.digest_at(number)
-            if digest:
-                fd = self.cache.open(digest, PLAIN)
-                try:
-                    parts.append(atomic.read_exactly(fd, length, within))
-                finally:
-                    os.close(fd)
-            else:
-                parts.append(bytes(length))
-            offset += length
-            size -= length
-        return b"".join(parts)
+        return self._chunked(inode).read(offset, size)
 
-    def _chunk_list(self, inode: int) -> chunks.ChunkList:
-        listed = self._lists.get(inode)
-        if not listed:
-            header = self.index.header
-            data = self.cache.read(self.index.object(inode - 1), CHUNK_LIST)
-            listed = chunks.decode(data, header.hash_name, header.chunk_size)
-            if listed.size != self.index.size[inode - 1]:
-                raise OSError(errno.EIO, "chunk list is not of the size that the index says")
+    def read_ready(self, inode: int, offset: int, size: int) -> bytes | None:
+        """The same if it is at hand, else None."""
+        file = self._files.get(inode)
+        return file.read_ready(offset, size) if file else None
+
+    def close(self) -> None:
+        """Save what is known of chunked files."""
+        for file in self._files.values():
+            file.close()
+
+    def _place(self, inode: int) -> Place | None:
+        """Where the locator says that the content is."""
+        return self._locator.place(self._ranks[inode - 1]) if self._locator is not None and self._ranks is not None else None
+
+    def _chunked(self, inode: int) -> ChunkedFile:
+        file = self._files.get(inode)
+        if not file:
             with self._lock:
-                self._lists[inode] = listed
-        return listed
+                file = self._files.get(inode)
+                if not file:
+                    file = ChunkedFile(self.cache, self.index.object(inode - 1), self._place(inode), self._locator)
+                    if file.listed.size != self.index.size[inode - 1]:
+                        raise OSError(errno.EIO, "chunk list is not of the size that the index says")
+                    self._files[inode] = file
+        return file

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from threading import Lock
 
 from cafs import format as fmt
 from cafs.errors import CafsError, NotFound, os_error, quote
@@ -32,6 +33,9 @@ KIND_OF_MODE = {
 }
 
 
+_USERS = Lock()
+
+
 class OpenDirectory:
     """A directory descriptor shared by the entries in it; closed with the last user."""
 
@@ -41,13 +45,16 @@ class OpenDirectory:
 
     def hold(self) -> OpenDirectory:
         """One user more."""
-        self._users += 1
+        with _USERS:
+            self._users += 1
         return self
 
     def release(self) -> None:
-        """One user less."""
-        self._users -= 1
-        if not self._users:
+        """One user less; on any thread."""
+        with _USERS:
+            self._users -= 1
+            is_last = not self._users
+        if is_last:
             os.close(self.fd)
 
 
@@ -64,6 +71,24 @@ class Found:
     target: bytes = b""
 
 
+class _Level:
+    """A directory that is being walked.  path: in the tree, empty for the root."""
+
+    __slots__ = ("_before", "directory", "names", "path")
+
+    def __init__(self, directory: OpenDirectory, path: bytes) -> None:
+        self.directory = directory
+        self.path = path
+        self._before = os.fstat(directory.fd)
+        self.names = iter(sorted(map(os.fsencode, os.listdir(directory.fd))))
+
+    def check_unchanged(self) -> None:
+        """After the last name."""
+        after = os.fstat(self.directory.fd)
+        if (self._before.st_mtime_ns, self._before.st_ctime_ns) != (after.st_mtime_ns, after.st_ctime_ns):
+            raise CafsError(f"directory {quote(self.path or b'/')} changed while it was read")
+
+
 @dataclass(slots=True)
 class Walk:
     """The options of a walk, and what it left out.
@@ -74,10 +99,9 @@ class Walk:
     """
 
     root: str
-    exclude: Callable[[bytes], bool] = lambda path: False
+    exclude: Callable[[bytes], bool] | None = None
     one_file_system: bool = False
     skip_unreadable: bool = False
-    known_xattrs: Callable[[os.stat_result], bool] = lambda status: False
     skipped: list[tuple[bytes, str]] = field(default_factory=list)
     left_out: int = 0
 
@@ -89,8 +113,8 @@ class Walk:
             raise os_error(f"cannot index {quote(self.root)}", error) from error
         top = OpenDirectory(fd)
         status = os.fstat(fd)
-        yield Found(b"/", fmt.DIRECTORY, status, top.hold(), b".", self._xattrs(top, b".", fmt.DIRECTORY, b"/"))
-        yield from self._directory(top, b"", status.st_dev)
+        yield Found(b"/", fmt.DIRECTORY, status, top.hold(), b".", self._xattrs(top, b"."))
+        yield from self._below(top, status.st_dev)
 
     def failed(self, path: bytes, error: OSError) -> None:
         """Note a path that cannot be read, or raise."""
@@ -104,20 +128,40 @@ class Walk:
             f"cannot read {quote(path)}: {error.strerror}", hint="--skip-unreadable leaves such files out and exits 3"
         ) from error
 
-    def _directory(self, directory: OpenDirectory, path: bytes, device: int) -> Iterator[Found]:
+    def _below(self, top: OpenDirectory, device: int) -> Iterator[Found]:
+        """Everything below the top, depth first: a stack instead of recursion, for a generator pays for each level."""
+        stack: list[_Level] = []
         try:
-            before = os.fstat(directory.fd)
-            for name in sorted(map(os.fsencode, os.listdir(directory.fd))):
-                yield from self._name(directory, name, path + b"/" + name, device)
-            after = os.fstat(directory.fd)
-            if (before.st_mtime_ns, before.st_ctime_ns) != (after.st_mtime_ns, after.st_ctime_ns):
-                raise CafsError(f"directory {quote(path or b'/')} changed while it was read")
+            stack.append(_Level(top, b""))
+            while stack:
+                level = stack[-1]
+                name = next(level.names, None)
+                if name is None:
+                    level.check_unchanged()
+                    stack.pop().directory.release()
+                    continue
+                found, child = self._name(level.directory, name, level.path + b"/" + name)
+                if found is None:
+                    continue
+                if child and self.one_file_system and found.status.st_dev != device:
+                    child.release()
+                elif child:
+                    try:
+                        stack.append(_Level(child, found.path))
+                    except OSError as error:
+                        child.release()
+                        found.directory.release()
+                        self.failed(found.path, error)
+                        continue
+                yield found
         finally:
-            directory.release()
+            for level in stack:
+                level.directory.release()
 
-    def _name(self, directory: OpenDirectory, name: bytes, path: bytes, device: int) -> Iterator[Found]:
-        if self.exclude(path):
-            return
+    def _name(self, directory: OpenDirectory, name: bytes, path: bytes) -> tuple[Found | None, OpenDirectory | None]:
+        """What is called NAME, and its descriptor if it is a directory to be entered."""
+        if self.exclude and self.exclude(path):
+            return None, None
         child: OpenDirectory | None = None
         try:
             status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
@@ -126,19 +170,15 @@ class Walk:
                 child = OpenDirectory(os.open(name, _OPEN_DIRECTORY, dir_fd=directory.fd))
                 status = os.fstat(child.fd)
             target = os.readlink(name, dir_fd=directory.fd) if kind == fmt.SYMLINK else b""
-            xattrs = () if self.known_xattrs(status) else self._xattrs(child or directory, b"." if child else name, kind, path)
+            xattrs = self._xattrs(child or directory, b"." if child else name)
         except OSError as error:
             if child:
                 child.release()
             self.failed(path, error)
-            return
-        yield Found(path, kind, status, directory.hold(), name, xattrs, target)
-        if child and self.one_file_system and status.st_dev != device:
-            child.release()
-        elif child:
-            yield from self._directory(child, path, device)
+            return None, None
+        return Found(path, kind, status, directory.hold(), name, xattrs, target), child
 
-    def _xattrs(self, directory: OpenDirectory, name: bytes, kind: bytes, path: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    def _xattrs(self, directory: OpenDirectory, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
         """The attributes that an index lists, by name.  Through /proc/self/fd: there is no listxattrat before 6.13."""
         where = b"/proc/self/fd/%d/%s" % (directory.fd, name)
         try:

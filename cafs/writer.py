@@ -33,6 +33,7 @@ class Writer:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.objects = self.raw_bytes = self.stored_bytes = self.packs = 0
+        self._listed = 0
         self._rows: list[tuple[bytes, int, int, int, int]] = []
         self._open_names: set[tuple[bytes, int]] = set()
         self._fd = -1
@@ -92,6 +93,9 @@ class Writer:
         try:
             if self._rows:
                 self._close_pack()
+            if self.packs > self._listed:
+                self.store.write_pack_list()
+                self._listed = self.packs
         except OSError as error:
             raise self._error(error) from error
 
@@ -118,7 +122,7 @@ class Writer:
         self._offset = len(pack.PACK_MAGIC)
 
     def _write_pending(self) -> None:
-        atomic.write_all(self._fd, b"".join(self._pending))
+        atomic.write_all_parts(self._fd, self._pending)
         self._pending, self._pending_size = [], 0
 
     def _close_pack(self) -> None:
@@ -130,9 +134,10 @@ class Writer:
         os.close(self._fd)
         self._fd = -1
         name = self.store.hash(footer).hex()
-        atomic.publish(self._temporary, self.store.pack_path(name))
+        # A pack of this name is there already: it may be damaged and this one is not, so this one takes its place.
+        atomic.publish(self._temporary, self.store.pack_path(name), replace=True)
         self._temporary = ""
-        self.store._packs[name] = records
+        self.store.add_pack(name, records)
         self._rows, self._open_names = [], set()
         self.packs += 1
         self._refresh_lease()

@@ -47,6 +47,7 @@ def main() -> None:
 @click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; exit 3.")
 @click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), help="With -o: the hash (default sha256).")
 @click.option("-v", "--verbose", is_flag=True, help="Say what was done and what was left out.")
+@json_option()
 @store_option()
 @quiet_option()
 def create(
@@ -61,12 +62,21 @@ def create(
     skip_unreadable: bool,
     hash_name: str | None,
     verbose: bool,
+    as_json: bool,
     store: str | None,
     quiet: bool,
 ) -> int:
-    """Index the directory SRC and print the image's digest."""
+    """Index SRC and print the image's digest.
+
+    SRC is a directory, or a tar archive: a file, or '-' for stdin; plain, or
+    compressed with gzip, bzip2, xz or zstd.
+    """
     from cafs.indexing import Options, create_file, create_image
 
+    if as_json and output == "-":
+        raise click.UsageError("--json and '-o -' both want stdout")
+    if hash_name and output is None:
+        raise click.UsageError("--hash goes with -o; a store has its own (cafs-store init --hash)")
     options = Options(
         source=source,
         jobs=jobs or os.cpu_count() or 1,
@@ -80,7 +90,9 @@ def create(
             report = create_file(options, output, hash_name or "sha256")
         else:
             report = create_image(options, store_root(store), tag)
-    if report.digest:
+    if as_json:
+        write_json(report.as_json())
+    elif report.digest:
         click.echo(report.digest)
     for path, reason in report.skipped:
         say(PROGRAM, f"warning: left out {path}: {reason}")

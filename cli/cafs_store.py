@@ -29,7 +29,7 @@ def main() -> None:
 @click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), default="sha256", help="Hash of the store.")
 @store_option()
 def init(hash_name: str, store: str | None) -> None:
-    """Make a store; one that is there with the same hash is left as it is."""
+    """Make a store, or leave one with the same hash as it is."""
     from cafs.store import init as make
 
     make(store_root(store), hash_name)
@@ -122,7 +122,7 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
 @quiet_option()
 @store_option()
 def fsck(repair: bool, as_json: bool, quiet: bool, store: str | None) -> int:
-    """Read and verify everything; one line for each finding; exit 5 if there is any."""
+    """Verify everything; a line a finding; exit 5 if any."""
     from cafs.fsck import check
     from cafs.store import Store
 

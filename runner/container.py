@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 from cafs import atomic, image, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 _DELETE_TRIES = 20
+_CGROUP_WAIT_S = 5
 
 
 class Refused(CafsError):
@@ -314,7 +316,10 @@ class Container:
         """Kill what is left of the container and remove its cgroups and runtime state."""
         state = os.path.join(self.runtime_root, self.id)
         for _ in range(_DELETE_TRIES):
-            if not os.path.exists(state) or (self._ended and _remove_state(state)):
+            if not os.path.exists(state):
+                _kill_cgroup(self.id)  # somebody removed the state of a running container
+                return
+            if self._ended and _remove_state(state):
                 return
             self._spawn([self.runc, "--root", self.runtime_root, "delete", "--force", self.id], [], [])
 
@@ -359,6 +364,27 @@ class _Forwarder:
         """The command has ended, and its pid may soon be another's."""
         for number in _FORWARDED:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_cgroup(container: str) -> None:
+    """Kill what is in the container's cgroups (v1 or v2) and remove them."""
+    from glob import glob
+
+    for pattern in (f"/sys/fs/cgroup/*/cafs/{container}", f"/sys/fs/cgroup/cafs/{container}"):
+        for path in glob(pattern):
+            deadline = time.monotonic() + _CGROUP_WAIT_S
+            while time.monotonic() < deadline:
+                try:
+                    with open(os.path.join(path, "cgroup.procs"), encoding="ascii") as file:
+                        pids = [int(line) for line in file]
+                    for pid in pids:
+                        os.kill(pid, signal.SIGKILL)
+                    os.rmdir(path)
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.01)  # EBUSY: they are dying
 
 
 def _remove_state(state: str) -> bool:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SWITCH, VALUE, LIST = "switch", "value", "list"
 
 FLAGS = {
-    "env": (LIST, "e", "K[=V]", "Set an environment variable; K alone takes the caller's."),
+    "env": (LIST, "e", "K[=V]", "Set a variable; K alone takes the caller's."),
     "env-file": (LIST, "", "FILE", "Read variables from FILE, K=V a line."),
     "workdir": (VALUE, "w", "DIR", "Working directory."),
     "user": (VALUE, "u", "USER[:GROUP]", "User (name or id)."),

@@ -234,6 +234,13 @@ def until(condition: object, timeout_s: float = 20) -> bool:
     return False
 
 
+def test_a_container_whose_state_was_removed_dies_with_its_crun_all_the_same(image: Path) -> None:
+    with start("b:1", "sh", "-c", "echo ready; exec sleep 4343.5") as child:
+        shutil.rmtree(image / "run" / "runc")
+        child.kill()
+    assert until(lambda: not subprocess.run(["pgrep", "-f", "sleep 4343.5"], capture_output=True, check=False).stdout)
+
+
 def test_a_container_dies_with_a_killed_crun_and_leaves_nothing(image: Path) -> None:
     with start("--name", "victim", "b:1", "sh", "-c", "echo ready; exec sleep 4242.5") as child:
         child.kill()
@@ -295,3 +302,15 @@ def test_run_loads_neither_click_nor_other_slow_modules(image: Path) -> None:
 def test_missing_runc_is_exit_8_with_a_hint(image: Path) -> None:
     done = crun("b:1", "true", env={k: v for k, v in os.environ.items() if k.startswith("CAFS_")} | {"PATH": "/nonexistent"})
     assert done.returncode == 8 and "apt install runc" in done.stderr
+
+
+@pytest.mark.needs("setpriv")
+def test_without_root_is_exit_8_with_a_hint(image: Path) -> None:
+    code = "import sys; sys.argv = ['crun', 'run', 'b:1', 'true']; from cli.crun import entry; entry()"
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    if "Permission denied" in done.stderr and "cafs" not in done.stderr:
+        pytest.skip("this interpreter cannot be read by another user")
+    assert done.returncode == 8 and "root" in done.stderr and "Traceback" not in done.stderr, done.stderr

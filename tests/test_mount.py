@@ -19,7 +19,7 @@ from tests.conftest import Run
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
 
 
-def make_everything(root: Path) -> None:
+def make_everything(root: Path, many: int = 20_000) -> None:
     """Every kind of entry that an index knows."""
     root.mkdir()
     for name, mode in (("plain", 0o644), ("setuid", 0o4755), ("sticky", 0o1000), ("none", 0)):
@@ -50,7 +50,7 @@ def make_everything(root: Path) -> None:
     (root / "large").write_bytes(os.urandom((9 << 20) + 17))
     (root / "zeros").write_bytes(bytes(6 << 20))
     (root / "many").mkdir()
-    for number in range(20_000):
+    for number in range(many):
         (root / "many" / f"{number:x}").touch()
     for path in (root / "plain", root / "sub", root):
         os.utime(path, ns=(5, -1_234_567_891))
@@ -192,7 +192,7 @@ def test_a_server_told_to_stop_unmounts(small: Path, cmd: Run) -> None:
 
 
 def test_damage_is_eio_with_a_line_in_the_log_and_the_rest_can_be_read(small: Path, tmp_path: Path, cmd: Run) -> None:
-    pack = next((tmp_path / "store" / "packs").iterdir())
+    pack = next((tmp_path / "store" / "packs").glob("?" * 64))
     data = bytearray(pack.read_bytes())
     digest = hashlib.sha256(b"a" * 5000).hexdigest()
     data[20] ^= 1  # in the first frame, which is that of /a
@@ -316,3 +316,15 @@ def test_an_ordinary_user_can_mount(home: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", base / "mnt"], capture_output=True, check=False)
         os.chmod("/dev/fuse", device_mode)
         shutil.rmtree(base)
+
+
+@pytest.mark.needs("root", "unshare")
+def test_no_dev_fuse_is_exit_8_with_a_hint(small: Path) -> None:
+    from tests.conftest import BIN
+
+    hide = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9 && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, "sh", BIN / "cafs-mount", "s:1", small], capture_output=True, check=False
+    )
+    assert done.returncode == 8, done.stderr
+    assert b"cannot open '/dev/fuse': No such file or directory" in done.stderr and b"apt install fuse3" in done.stderr

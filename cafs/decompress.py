@@ -1,0 +1,91 @@
+"""Streams that may be compressed: gzip, bzip2, xz or zstd, several frames in a row, or nothing, told by their first bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO, cast
+
+from cafs.errors import CorruptError
+
+_READ = 1 << 20
+
+
+def decompressed(stream: BinaryIO) -> BinaryIO:
+    """The plain bytes of a stream that need not be seekable.  Reading raises CorruptError where it is damaged or cut off."""
+    buffered = io.BufferedReader(cast(io.RawIOBase, stream), _READ)
+    head = buffered.peek(6)[:6]
+    opened: BinaryIO
+    if head.startswith(b"\x1f\x8b"):
+        import gzip
+
+        opened = cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
+    elif head.startswith(b"BZh"):
+        import bz2
+
+        opened = cast(BinaryIO, bz2.BZ2File(buffered))
+    elif head.startswith(b"\xfd7zXZ\0"):
+        import lzma
+
+        opened = cast(BinaryIO, lzma.LZMAFile(buffered))
+    elif head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        opened = cast(BinaryIO, io.BufferedReader(_Zstd(buffered), _READ))
+    else:
+        return cast(BinaryIO, buffered)
+    return cast(BinaryIO, _Checked(opened))
+
+
+class _Checked:
+    """Turns what the decompressors raise into CorruptError."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        import lzma
+        import zlib
+
+        try:
+            return self._stream.read(size)
+        except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+            raise CorruptError(f"compressed data is damaged or cut off: {error}") from error
+        except OSError as error:
+            if error.errno is None:  # gzip.BadGzipFile, and bz2's way to say it
+                raise CorruptError(f"compressed data is damaged: {error}") from error
+            raise
+
+
+class _Zstd(io.RawIOBase):
+    """Frames in a row.  The library's own reader takes the end of the input in a frame for the end of the data."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        import zstandard
+
+        self._stream = stream
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        self._error = zstandard.ZstdError
+        self._frame = self._decompressor.decompressobj()
+        self._in_frame = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = self._decompressor.decompressobj(), False
+            data = data or self._stream.read(_READ >> 3)
+            if not data:
+                if self._in_frame:
+                    raise EOFError("end of the input in a zstd frame")
+                return 0
+            try:
+                self._ready, self._in_frame = self._frame.decompress(data), True
+            except self._error as error:
+                raise ValueError(str(error)) from error
+        size = min(len(view), len(self._ready))
+        view[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

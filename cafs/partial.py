@@ -1,0 +1,208 @@
+"""Large files in the cache: chunks are written where they belong in one growing file, which is linked when it is whole.
+
+cafs-store(5), CACHE.  partial/NAME is the file, partial/NAME.map says which chunks are in it; the map is written after
+fdatasync(2) of the file.  Each process still verifies a chunk before it uses it for the first time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+import threading
+from bisect import bisect_right
+from itertools import accumulate
+
+from cafs import atomic, chunks
+from cafs.digest import CHUNK_LIST, PLAIN, checksum, object_name
+from cafs.errors import CorruptError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cafs.cache import Cache
+    from cafs.chunks import ChunkList
+    from cafs.locator import Locator, Place
+
+MAP_MAGIC = b"CAFSMAP1"
+_MAP_HEAD = struct.Struct("<QQ")
+_SAVE_EVERY = 8
+_log = logging.getLogger(__name__)
+
+
+class ChunkedFile:
+    """One large file of a mounted index.  Thread-safe.  Close it to save what is known of it."""
+
+    def __init__(self, cache: Cache, digest: bytes, place: Place | None, locator: Locator | None) -> None:
+        """place: of the chunk list; locator: of the chunks.  Raises CafsError."""
+        self.cache = cache
+        self.locator = locator
+        data = cache.read_list(digest, place)
+        self.listed: ChunkList = chunks.decode(data, cache.store.hash_name, cache.store.chunk_size)
+        self.whole_path = cache.path(digest, CHUNK_LIST)
+        self.path = os.path.join(cache.root, "partial", object_name(digest, CHUNK_LIST))
+        self._lock = threading.Lock()
+        self._verified: set[int] = set()
+        self._unsaved = 0
+        self._ends = list(accumulate(count for count, _ in self.listed.runs))
+        self._wanted = sum(count for count, digest in self.listed.runs if digest)
+        self._fd, self._present = self._open()
+
+    def _open(self) -> tuple[int, bytearray]:
+        """The whole file if it is there, else the growing one; -1 where neither can be had."""
+        bits = bytearray(-(-self.listed.chunks() // 8))
+        try:
+            fd = os.open(self.whole_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            if os.fstat(fd).st_size == self.listed.size:
+                return fd, bytearray(b"\xff" * len(bits))
+            os.close(fd)
+            os.unlink(self.whole_path)
+        except OSError:
+            pass
+        try:
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if os.fstat(fd).st_size != self.listed.size:
+                os.ftruncate(fd, self.listed.size)
+                return fd, bits
+        except OSError as error:
+            _log.warning("cannot write to cache %s: %s; serving from memory", self.path, error.strerror)
+            return -1, bits
+        self._merge_map(bits)
+        return fd, bits
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Verified bytes; fewer only at the end of the file.  May wait for the store.  Raises CafsError."""
+        return b"".join(
+            self._ready(number, within, length) or self._load(number)[within : within + length]
+            for number, within, length in self._parts(offset, size)
+        )
+
+    def read_ready(self, offset: int, size: int) -> bytes | None:
+        """The same if nothing has to be fetched or verified for it, else None."""
+        parts = [self._ready(*part) for part in self._parts(offset, size)]
+        return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
+
+    def _parts(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """(chunk, offset in it, length) of what makes up a range."""
+        size = max(min(size, self.listed.size - offset), 0)
+        while size:
+            number, within = divmod(offset, self.listed.chunk_size)
+            length = min(size, self.listed.length_at(number) - within)
+            yield number, within, length
+            offset += length
+            size -= length
+
+    def _digest(self, number: int) -> bytes:
+        return self.listed.runs[bisect_right(self._ends, number)][1]
+
+    def _ready(self, number: int, within: int, length: int) -> bytes | None:
+        if number in self._verified:
+            return atomic.read_exactly(self._fd, length, number * self.listed.chunk_size + within)
+        return None if self._digest(number) else bytes(length)
+
+    def _load(self, number: int) -> bytes:
+        digest = self._digest(number)
+        with self.cache.single_flight((digest, PLAIN)):
+            return self._cached(number, digest) or self._fetch(number, digest)
+
+    def _cached(self, number: int, digest: bytes) -> bytes | None:
+        """The chunk, if it is in the file and what it should be."""
+        if self._fd < 0 or not self._has(number):
+            return None
+        data = atomic.read_exactly(self._fd, self.listed.length_at(number), number * self.listed.chunk_size)
+        if self.cache.store.hash(data) == digest:
+            self._verified.add(number)
+            return data
+        _log.warning("chunk %d of cached object %s is damaged: fetched again", number, os.path.basename(self.path))
+        return None
+
+    def _fetch(self, number: int, digest: bytes) -> bytes:
+        place = self.locator.chunk(digest) if self.locator is not None else None
+        data = self.cache.store.read_object(digest, PLAIN, place)
+        if len(data) != self.listed.length_at(number):
+            raise CorruptError(f"chunk {digest.hex()} is not of the size that its list says")
+        if self._fd >= 0:
+            try:
+                self._write(number, data)
+            except OSError as error:
+                _log.warning("cannot write to cache %s: %s; serving from memory", self.path, error.strerror)
+                return data
+            self._mark(number)
+        return data
+
+    def _write(self, number: int, data: bytes) -> None:
+        """Put a chunk in its place; also into a whole file in which it was damaged."""
+        offset = number * self.listed.chunk_size
+        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE:
+            atomic.write_all_at(self._fd, data, offset)
+            return
+        path = f"/proc/self/fd/{self._fd}"
+        os.chmod(path, 0o600)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                atomic.write_all_at(fd, data, offset)
+            finally:
+                os.close(fd)
+        finally:
+            os.chmod(path, 0o444)
+
+    def _has(self, number: int) -> bool:
+        return bool(self._present[number >> 3] >> (number & 7) & 1)
+
+    def _mark(self, number: int) -> None:
+        with self._lock:
+            self._present[number >> 3] |= 1 << (number & 7)
+            self._verified.add(number)
+            self._unsaved += 1
+            if self._unsaved >= _SAVE_EVERY or self._is_whole():
+                self._save()
+
+    def _is_whole(self) -> bool:
+        return int.from_bytes(self._present, "big").bit_count() == self._wanted
+
+    def _save(self) -> None:
+        """Write the map, with what other processes know; give the file its name if nothing is missing."""
+        self._unsaved = 0
+        try:
+            os.fdatasync(self._fd)
+            self._merge_map(self._present)
+            head = _MAP_HEAD.pack(self.listed.size, self.listed.chunk_size)
+            body = head + self._present
+            atomic.replace_file(self.path + ".map", MAP_MAGIC + checksum(body) + body, 0o600)
+            if self._is_whole():
+                os.fchmod(self._fd, 0o444)
+                os.makedirs(os.path.dirname(self.whole_path), exist_ok=True)
+                try:
+                    os.link(self.path, self.whole_path)
+                except FileExistsError:
+                    pass
+                atomic.unlink_quietly(self.path)
+                atomic.unlink_quietly(self.path + ".map")
+        except OSError as error:
+            _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
+
+    def _merge_map(self, bits: bytearray) -> None:
+        """Add what the map on disk says; a damaged one says nothing."""
+        try:
+            data = atomic.read_file(self.path + ".map", 1 << 26)
+        except OSError:
+            return
+        body = data[len(MAP_MAGIC) + 16 :]
+        head = _MAP_HEAD.pack(self.listed.size, self.listed.chunk_size)
+        if data != MAP_MAGIC + checksum(body) + body or not body.startswith(head) or len(body) != len(head) + len(bits):
+            return
+        for at, byte in enumerate(body[len(head) :]):
+            bits[at] |= byte
+
+    def close(self) -> None:
+        """Save the map."""
+        with self._lock:
+            if self._fd >= 0:
+                if self._unsaved:
+                    self._save()
+                os.close(self._fd)
+                self._fd = -1
