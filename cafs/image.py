@@ -7,7 +7,7 @@ import json
 import os
 import re
 
-from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
+from cafs.errors import CafsError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.store import Store, split_ref
 
 TYPE_CHECKING = False
@@ -124,9 +124,19 @@ def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
     store = Store(store_root)
     image = resolve(store, name)
     index = load(io.BytesIO(read_index(store, image)))
-    if index.header.hash_name != store.hash_name or index.header.chunk_size != store.chunk_size:
-        raise CorruptError(f"index of {quote(name)} is of another hash or chunk size than its store")
+    check_hash(index, name, store)
     return index, image.digest, store
+
+
+def check_hash(index: Index, name: str, store: Store) -> None:
+    """Raise UsageError unless the index and the store have the same hash and chunk size: nothing mixes."""
+    ours, theirs = (index.header.hash_name, index.header.chunk_size), (store.hash_name, store.chunk_size)
+    if ours != theirs:
+        raise UsageError(
+            f"index {quote(name)} is of {ours[0]} and chunks of {ours[1]}, "
+            f"store {quote(store.root)} of {theirs[0]} and {theirs[1]}",
+            hint="nothing mixes: name another store with --store",
+        )
 
 
 def _is_ref(store_root: str, name: str) -> bool:

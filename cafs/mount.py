@@ -54,7 +54,9 @@ def mount(request: Request, *, foreground: bool = False) -> str | None:
 
     Returns a note if the same image was mounted there already.  Raises NotFound, BusyError, UnsupportedError, CafsError.
     """
-    index, identity, _ = image.load_index(request.name, request.store)
+    index, identity, store = image.load_index(request.name, request.store)
+    if store is None:
+        image.check_hash(index, request.name, Store(request.store))
     digest = identity.hex()
     note = _check_point(request.point, digest)
     if note:
@@ -78,7 +80,7 @@ def _check_point(point: str, digest: str) -> str | None:
             _unmount_stale(point)
             here = None
         else:
-            if here.digest == digest:
+            if here.digest == digest and mountinfo.is_mine(here):
                 return f"already mounted on {point}"
             raise BusyError(
                 f"{quote(point)} is taken: image {here.digest[:12]} is mounted there", hint=f"cafs-mount --unmount {point}"

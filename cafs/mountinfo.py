@@ -7,17 +7,19 @@ import re
 
 FSTYPE = b"fuse.cafs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+_OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 
 
 class Mount:
-    """One line: mount point (raw bytes), file system type, source."""
+    """One line: mount point (raw bytes), file system type, source, and for FUSE the uid of who serves it (else -1)."""
 
-    __slots__ = ("fstype", "point", "source")
+    __slots__ = ("fstype", "owner", "point", "source")
 
-    def __init__(self, point: bytes, fstype: bytes, source: bytes) -> None:
+    def __init__(self, point: bytes, fstype: bytes, source: bytes, owner: int = -1) -> None:
         self.point = point
         self.fstype = fstype
         self.source = source
+        self.owner = owner
 
     @property
     def digest(self) -> str:
@@ -36,14 +38,20 @@ def mounts() -> list[Mount]:
     found = []
     for line in lines:
         left, _, right = line.partition(b" - ")
-        fstype, source = right.split(b" ")[:2]
-        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source)))
+        fstype, source, options = right.split(b" ", 2)
+        owner = _OWNER.search(options)
+        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source), int(owner[1]) if owner else -1))
     return found
 
 
 def ours() -> list[Mount]:
     """The mounts of cafs-mount."""
     return [mount for mount in mounts() if mount.fstype == FSTYPE]
+
+
+def is_mine(mount: Mount) -> bool:
+    """Whether a mount is of cafs-mount and served by this user: anybody may mount anything and call it the same."""
+    return mount.fstype == FSTYPE and mount.owner == os.geteuid()
 
 
 def at(path: str) -> Mount | None:

@@ -143,15 +143,18 @@ def stat(image: str, paths: tuple[str, ...], store: str | None) -> None:
 def cat(image: str, paths: tuple[str, ...], store: str | None) -> None:
     """Write the content of the files at PATHs."""
     from cafs.content import write_content
-    from cafs.image import load_index
+    from cafs.image import check_hash, load_index
     from cafs.store import Store
 
     root = store_root(store)
     index, _, found = load_index(image, root)
+    if found is None:
+        found = Store(root)
+        check_hash(index, image, found)
     entries = [_find(index, path, image) for path in paths]
     sys.stdout.flush()
     for entry in entries:
-        write_content(index, entry, found or Store(root), sys.stdout.buffer)
+        write_content(index, entry, found, sys.stdout.buffer)
 
 
 def _load(image: str, store: str | None) -> Index:

@@ -59,6 +59,12 @@ BAD = [
     (["cafs-index", "ls", "demp:1"], 4, "did you mean 'demo:1'"),
     (["cafs-index", "cat", "demo:1", "/nothing"], 4, "no '/nothing' in 'demo:1'"),
     (["cafs-index", "cat", "demo:1", "/etc"], 2, "is not a regular file"),
+    (
+        ["cafs-index", "cat", "{}/other-hash", "/f"],
+        2,
+        "index '{}/other-hash' is of xxh128 and chunks of 4194304, store '{}/store' of",
+    ),
+    (["cafs-index", "create", "{}/rootfs", "--store", "{}/newer-store"], 5, "store '{}/newer-store' has an unknown format"),
     (["cafs-index", "nonsense"], 2, "nonsense"),
     (["cafs-store", "untag", "x:1"], 4, "no ref 'x:1'"),
     (["cafs-store", "info", "--store", "{}/rootfs"], 4, "not a store"),
@@ -74,6 +80,11 @@ def test_bad_input_is_one_clear_line_and_its_exit_code(
 ) -> None:
     (tmp_path / "file").write_text("text\n")
     (tmp_path / "newer").write_text("cafs-index 2 sha256 4194304\nend 0\n")
+    (tmp_path / "other-hash").write_text(
+        f"cafs-index 1 xxh128 4194304\nd 755 0 0 0 - - - - /\nf 644 0 0 0 1 {'a' * 32} - - /f\nend 2\n"
+    )
+    (tmp_path / "newer-store").mkdir()
+    (tmp_path / "newer-store" / "cafs-store.json").write_text('{"chunk_size":4194304,"format":9,"hash":"sha256"}')
     cmd("cafs-index", "create", tree, "-t", "demo:1")
     done = cmd(*[word.replace("{}", str(tmp_path)) for word in command])
     text = done.stderr.decode()

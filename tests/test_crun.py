@@ -276,6 +276,41 @@ def test_an_image_with_a_link_where_the_system_mounts_is_refused(home: Path, tmp
     assert done.returncode == 125 and f"'/{name}' is not a directory".encode() in done.stderr
 
 
+def test_an_image_whose_etc_is_a_link_out_of_the_root_touches_nothing_of_the_hosts(
+    home: Path, tmp_path: Path, cmd: Run
+) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    outside = tmp_path / "outside"
+    (tmp_path / "rootfs" / "etc").rename(outside)
+    (tmp_path / "rootfs" / "etc").symlink_to(f"../../../../../..{outside}")
+    (outside / "hosts").write_text("the host's own\n")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
+    done = cmd("crun", "run", "-u", "joe", "b:1", "true")
+    assert done.returncode == 125 and b"no user 'joe'" in done.stderr, "the host's passwd is not read"
+    done = cmd("crun", "run", "--hostname", "box", "b:1", "cat", "/etc/hosts")
+    assert done.returncode == 0 and b"127.0.1.1\tbox" in done.stdout, done.stderr
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_a_mount_that_another_user_calls_ours_is_not_run(image: Path, tmp_path: Path) -> None:
+    """Anybody can serve whatever they like under the name of an image; here it is a server that never answers."""
+    from cafs import linux
+
+    digest = subprocess.run([BIN / "cafs-store", "ls"], capture_output=True, text=True, check=True).stdout.split()[1]
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id=1000,group_id=1000,allow_other"
+    subprocess.run([BIN / "cafs-mount", "--unmount", image / "mnt"], check=True)
+    linux.mount(f"cafs:{digest}", str(tmp_path), "fuse.cafs", 0, options)
+    try:
+        done = crun("b:1", "sh", "-c", "echo right")
+        assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+    finally:
+        linux.umount(str(tmp_path), linux.MNT_DETACH)
+        os.close(device)
+        subprocess.run([BIN / "cafs-mount", "b:1", image / "mnt"], check=True)
+
+
 def test_users_are_looked_up_inside_the_image_whatever_its_links_say(home: Path, tmp_path: Path, cmd: Run) -> None:
     make_rootfs(tmp_path / "rootfs")
     (tmp_path / "secret").write_text("spy:x:4711:4711::/:/bin/sh\n")

@@ -141,6 +141,12 @@ def test_mounting_twice_is_fine_and_another_image_there_is_busy(small: Path, tmp
     assert str(small) not in cmd("cafs-mount", "--list").stdout.decode()
 
 
+def test_an_index_of_another_hash_than_the_store_is_not_mounted(small: Path, tmp_path: Path, cmd: Run) -> None:
+    assert cmd("cafs-index", "create", tmp_path / "tree", "-o", tmp_path / "x.idx", "--hash", "xxh128").returncode == 0
+    done = cmd("cafs-mount", tmp_path / "x.idx", small)
+    assert done.returncode == 2 and b"is of xxh128" in done.stderr and os.listdir(small) == []
+
+
 def test_a_mount_point_in_use_is_busy(small: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "s:1", small).returncode == 0
     with open(small / "a"):

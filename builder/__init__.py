@@ -1,0 +1,1 @@
+"""A Dockerfile and a context to an image; its steps run through runner.  Empty as yet."""
