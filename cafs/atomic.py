@@ -71,7 +71,14 @@ def temporary_name(directory: str) -> str:
 def open_temporary(directory: str, mode: int = 0o644) -> tuple[int, str]:
     """A new file open for writing, and its path.  The caller links or unlinks it, and closes it."""
     path = temporary_name(directory)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), path
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(fd, mode)  # whatever the umask is
+    except BaseException:
+        os.close(fd)
+        unlink_quietly(path)
+        raise
+    return fd, path
 
 
 def unlink_quietly(path: str) -> None:

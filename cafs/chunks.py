@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAGIC = b"cafs-chunks 1 "
+SIZE_MAX = (1 << 63) - 1
 LIST_MAX = 1 << 26
 """Largest chunk list in bytes: about 4 TB of file in which no two neighbouring chunks are equal."""
 
@@ -57,12 +58,18 @@ def join_runs(runs: Iterable[tuple[int, bytes]]) -> tuple[tuple[int, bytes], ...
 def decode(data: bytes, hash_name: str, chunk_size: int) -> ChunkList:
     """Read a list.  Raises FormatError unless it is the one spelling of a list of this store's hash and chunk size."""
     head = re.match(rb"cafs-chunks 1 %s %d ([1-9][0-9]{0,18})\n" % (hash_name.encode(), chunk_size), data)
-    if not head:
+    if not head or int(head[1]) > SIZE_MAX:
         raise FormatError("not a chunk list of this store", line=1)
-    line = rb"([1-9][0-9]{0,18}) (-|[0-9a-f]{%d})\n" % (2 * DIGEST_SIZES[hash_name])
-    rows = re.findall(line, data[head.end() :])
-    runs = tuple((int(count), b"" if digest == b"-" else bytes.fromhex(digest.decode())) for count, digest in rows)
-    found = ChunkList(hash_name, chunk_size, int(head[1]), runs)
-    if found.encode() != data or join_runs(runs) != runs or sum(run[0] for run in runs) != found.chunks():
-        raise FormatError("chunk list is not in its one spelling, or does not add up")
-    return found
+    line = re.compile(rb"([1-9][0-9]{0,18}) (-|[0-9a-f]{%d})\n" % (2 * DIGEST_SIZES[hash_name]))
+    left = -(-int(head[1]) // chunk_size)
+    runs: list[tuple[int, bytes]] = []
+    at, before = head.end(), b""
+    while at < len(data):  # line by line: what is refused is refused before memory is taken for the rest
+        row = line.match(data, at)
+        if not row or row[2] == before or int(row[1]) > left:
+            raise FormatError("chunk list is not in its one spelling, or does not add up", line=len(runs) + 2)
+        at, before, left = row.end(), row[2], left - int(row[1])
+        runs.append((int(row[1]), b"" if before == b"-" else bytes.fromhex(before.decode())))
+    if left:
+        raise FormatError("chunk list does not add up")
+    return ChunkList(hash_name, chunk_size, int(head[1]), tuple(runs))

@@ -6,6 +6,7 @@ index and the packs are the same whatever the number of threads.  Without a stor
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from dataclasses import dataclass, field
@@ -288,8 +289,10 @@ def _pieces(fd: int, size: int, step: int) -> Iterator[tuple[int, int]]:
     while at < size:
         try:
             data = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            data = size  # ENXIO: no data up to the end
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.EINVAL):
+                raise
+            data = size if error.errno == errno.ENXIO else at  # no data up to the end; or a file system without holes
         hole = -(-(size - at) // step) if data >= size else (data - at) // step
         yield at, -hole if hole else 1
         at += (hole or 1) * step

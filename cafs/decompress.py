@@ -8,12 +8,17 @@ from typing import BinaryIO, cast
 from cafs.errors import CorruptError
 
 _READ = 1 << 20
+_MAGIC_MAX = 6
+_PIECE = 1024
+"""What zstd is given at once: four bytes can stand for 128 KiB, so this much for 32 MiB."""
 
 
 def decompressed(stream: BinaryIO) -> BinaryIO:
     """The plain bytes of a stream that need not be seekable.  Reading raises CorruptError where it is damaged or cut off."""
-    buffered = io.BufferedReader(cast(io.RawIOBase, stream), _READ)
-    head = buffered.peek(6)[:6]
+    head = b""
+    while len(head) < _MAGIC_MAX and (more := stream.read(_MAGIC_MAX - len(head))):  # a pipe may give a byte at a time
+        head += more
+    buffered = io.BufferedReader(_Rewound(head, stream), _READ)
     opened: BinaryIO
     if head.startswith(b"\x1f\x8b"):
         import gzip
@@ -54,6 +59,23 @@ class _Checked:
             raise
 
 
+class _Rewound(io.RawIOBase):
+    """A stream whose first bytes have been read already."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head = head
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        data, self._head = self._head[: len(view)] or self._stream.read(len(view)), self._head[len(view) :]
+        view[: len(data)] = data
+        return len(data)
+
+
 class _Zstd(io.RawIOBase):
     """Frames in a row.  The library's own reader takes the end of the input in a frame for the end of the data."""
 
@@ -65,27 +87,35 @@ class _Zstd(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._frame = self._decompressor.decompressobj()
         self._in_frame = False
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: object) -> int:
         view = memoryview(buffer)  # type: ignore[arg-type]
-        while not self._ready:
-            data = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._in_frame = self._decompressor.decompressobj(), False
-            data = data or self._stream.read(_READ >> 3)
-            if not data:
-                if self._in_frame:
-                    raise EOFError("end of the input in a zstd frame")
-                return 0
-            try:
-                self._ready, self._in_frame = self._frame.decompress(data), True
-            except self._error as error:
-                raise ValueError(str(error)) from error
-        size = min(len(view), len(self._ready))
-        view[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
+        done = 0
+        while done < len(view):
+            if not self._ready and not self._more():
+                break
+            size = min(len(view) - done, len(self._ready))
+            view[done : done + size] = self._ready[:size]
+            self._ready = self._ready[size:]
+            done += size
+        return done
+
+    def _more(self) -> bool:
+        """Decompress the next piece; False at the end."""
+        data = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame, self._in_frame = self._decompressor.decompressobj(), False
+        data = data or self._stream.read(_PIECE)
+        if not data:
+            if self._in_frame:
+                raise EOFError("end of the input in a zstd frame")
+            return False
+        try:
+            self._ready, self._in_frame = memoryview(self._frame.decompress(data)), True
+        except self._error as error:
+            raise ValueError(str(error)) from error
+        return True

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DIGEST_SIZES = {"sha256": 32, "xxh128": 16}
 CHUNK_SIZE = 4 << 20
+CHUNK_MIN, CHUNK_MAX = 1 << 16, 1 << 26
+"""A chunk size is a power of two in this range."""
+
 CHUNK_LIST_SUFFIX = ".c"
 
 PLAIN, CHUNK_LIST = 0, 1

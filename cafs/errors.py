@@ -5,6 +5,7 @@ The codes are a contract with scripts; cafs(7), EXIT STATUS, prints the same tab
 
 from __future__ import annotations
 
+_QUOTED_MAX = 4095
 OK, FAILED, USAGE, DIFFERS, NO_SUCH, CORRUPT, BUSY, REMOTE, UNSUPPORTED = range(9)
 
 
@@ -80,9 +81,10 @@ def os_error(what: str, error: OSError, *, hint: str | None = None) -> CafsError
 
 
 def quote(name: str | bytes) -> str:
-    """Put a name into single quotes for a message, control bytes and undecodable bytes as \\xHH."""
-    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
-    return "'" + "".join(_visible(c) for c in text) + "'"
+    """Put a name into single quotes for a message, control bytes and undecodable bytes as \\xHH; cut if no path is so long."""
+    more = "..." if len(name) > _QUOTED_MAX else ""
+    text = name[:_QUOTED_MAX].decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name[:_QUOTED_MAX]
+    return "'" + "".join(_visible(c) for c in text) + more + "'"
 
 
 def _visible(char: str) -> str:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cafs.digest import CHUNK_SIZE, DIGEST_SIZES
+from cafs.digest import CHUNK_MAX, CHUNK_MIN, CHUNK_SIZE, DIGEST_SIZES
 from cafs.errors import FormatError, quote
 from cafs.escape import escape, escape_xattr, is_canonical, unescape
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MAGIC = b"cafs-index "
 VERSION = 1
-CHUNK_MIN, CHUNK_MAX = 1 << 16, 1 << 26
 NAME_MAX = 255
 PATH_MAX = 4095
 XATTR_NAME_MAX = 255
@@ -155,18 +154,20 @@ def check_xattrs(pairs: Sequence[tuple[bytes, bytes]]) -> None:
 
 
 def check_limits(entry: Entry) -> None:
-    """Raise FormatError if a limit that a file system may exceed is broken: name, ids, times, devices, xattrs.
+    """Raise FormatError if a limit that a file system or an archive may exceed is broken: names, ids, times, sizes, xattrs.
 
     The directories above the entry have been checked as entries.
     """
-    if len(entry.path) > PATH_MAX or len(entry.path) - entry.path.rfind(b"/") - 1 > NAME_MAX:
-        raise FormatError("path is too long", rule=17)
-    if not (entry.uid <= ID_MAX and entry.gid <= ID_MAX and INT64_MIN <= entry.mtime_ns <= INT64_MAX):
+    if len(entry.path) > PATH_MAX or len(entry.path) - entry.path.rfind(b"/") - 1 > NAME_MAX or b"\0" in entry.path:
+        raise FormatError("path is too long or has a NUL", rule=17)
+    if not (0 <= entry.uid <= ID_MAX and 0 <= entry.gid <= ID_MAX and INT64_MIN <= entry.mtime_ns <= INT64_MAX):
         raise FormatError("owner or mtime is out of range", rule=11)
-    if entry.device[0] > MAJOR_MAX or entry.device[1] > MINOR_MAX:
+    if not 0 <= entry.size <= INT64_MAX:
+        raise FormatError("size is out of range", rule=11)
+    if not (0 <= entry.device[0] <= MAJOR_MAX and 0 <= entry.device[1] <= MINOR_MAX):
         raise FormatError("device number is out of range", rule=11)
-    if entry.type == SYMLINK and not 1 <= len(entry.target) <= PATH_MAX:
-        raise FormatError("symbolic link target is empty or too long", rule=15)
+    if entry.type == SYMLINK and (not 1 <= len(entry.target) <= PATH_MAX or b"\0" in entry.target):
+        raise FormatError("symbolic link target is empty or too long, or has a NUL", rule=15)
     if entry.xattrs:
         check_xattrs(entry.xattrs)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 from dataclasses import dataclass
 
-from cafs import atomic, chunks, image, locator, pack
+from cafs import atomic, chunks, image, lease, locator, pack
 from cafs import format as fmt
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError
@@ -82,7 +81,7 @@ def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
     alive = False
     for name in sorted(os.listdir(leases)):
         path = os.path.join(leases, name)
-        if _writer_is_dead(path):
+        if lease.is_dead(path):
             yield Finding("dead-lease", name, _remove(path, repair))
         else:
             alive = True
@@ -92,16 +91,6 @@ def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
                 if name.startswith("tmp."):
                     path = os.path.join(directory, name)
                     yield Finding("leftover", os.path.relpath(path, store.root), _remove(path, repair))
-
-
-def _writer_is_dead(path: str) -> bool:
-    try:
-        lease = json.loads(atomic.read_file(path, 65536))
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            same_boot = lease["boot_id"] == file.read().strip()
-        return same_boot and not os.path.exists(f"/proc/{int(lease['pid'])}")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _remove(path: str, repair: bool) -> bool:
@@ -201,6 +190,8 @@ def _set_aside(store: Store, name: str, whole: list[tuple[bytes, int, int, int]]
 
 
 def _check_refs(store: Store, images: set[bytes]) -> Iterator[Finding]:
+    for path in store.strays():
+        yield Finding("stray-file", path)
     for ref in store.refs():
         try:
             digest = store.get_ref(ref)

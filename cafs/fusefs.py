@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -20,19 +21,40 @@ from cafs.errors import CafsError, UnsupportedError
 from cafs.tree import BLOCK_SIZE, Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 _log = logging.getLogger(__name__)
 _FOREVER = 1e9
 _FD_CACHE = 256
+_BLOCKS_MAX = (1 << 63) - 1
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
+
+
+def answering(method: Callable[Given, Coroutine[Any, Any, Result]]) -> Callable[Given, Coroutine[Any, Any, Result]]:
+    """A handler in which whatever goes wrong is EIO and a line in the log: an exception that got out would end the mount."""
+
+    @wraps(method)
+    async def wrapped(*arguments: Given.args, **options: Given.kwargs) -> Result:
+        try:
+            return await method(*arguments, **options)
+        except pyfuse3.FUSEError:
+            raise
+        except (CafsError, OSError) as error:
+            _log.error("%s: %s", method.__name__, error)
+        except Exception:
+            _log.exception("%s%r failed", method.__name__, arguments[1:])
+        raise pyfuse3.FUSEError(errno.EIO)
+
+    return wrapped
 
 
 class Operations(pyfuse3.Operations):
     """One mount.  File handle = inode: an open has no state of its own; descriptors are kept in an LRU."""
 
     supports_dot_lookup = False
-    enable_acl = False
+    enable_acl = True
+    """Without it the kernel takes the mask of an ACL for the group's bits."""
 
     def __init__(self, tree: Tree, limit_s: float) -> None:
         super().__init__()
@@ -40,6 +62,7 @@ class Operations(pyfuse3.Operations):
         self.limit_s = limit_s
         self.threads = trio.CapacityLimiter(16)
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._blocks = min(sum(tree.index.size) // BLOCK_SIZE, _BLOCKS_MAX)
 
     def _entry(self, inode: int) -> Any:
         found = pyfuse3.EntryAttributes()
@@ -61,9 +84,11 @@ class Operations(pyfuse3.Operations):
         found.st_atime_ns = found.st_ctime_ns = found.st_mtime_ns = index.mtime_ns[at]
         return found
 
+    @answering
     async def getattr(self, inode: int, ctx: Any = None) -> Any:
         return self._entry(inode)
 
+    @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
         entry = self.tree.lookup(parent_inode, name)
         if entry is None:
@@ -73,12 +98,15 @@ class Operations(pyfuse3.Operations):
             return missing
         return self._entry(self.tree.inode(entry))
 
+    @answering
     async def readlink(self, inode: int, ctx: Any = None) -> bytes:
         return self.tree.index.target[inode - 1]
 
+    @answering
     async def opendir(self, inode: int, ctx: Any = None) -> int:
         return inode
 
+    @answering
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         children = self.tree.index.children(fh - 1)
         entry = self._entry(fh)
@@ -88,6 +116,7 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, self.tree.index.name(child), entry, position + 1):
                 break
 
+    @answering
     async def open(self, inode: int, flags: int, ctx: Any = None) -> Any:
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -96,6 +125,7 @@ class Operations(pyfuse3.Operations):
             self._keep(inode, await self._limited(self.tree.open_object, inode))
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
+    @answering
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         if self.tree.is_chunked(fh):
             data = self.tree.read_ready(fh, offset, size)
@@ -124,22 +154,26 @@ class Operations(pyfuse3.Operations):
             _log.error("reading %r: %s", path, error)
         raise pyfuse3.FUSEError(errno.EIO)
 
+    @answering
     async def getxattr(self, inode: int, name: bytes, ctx: Any = None) -> bytes:
         value = self.tree.xattrs(inode).get(name)
         if value is None:
             raise pyfuse3.FUSEError(errno.ENODATA)
         return value
 
+    @answering
     async def listxattr(self, inode: int, ctx: Any = None) -> list[bytes]:
         return list(self.tree.xattrs(inode))
 
+    @answering
     async def access(self, inode: int, mode: int, ctx: Any = None) -> bool:
         return True  # default_permissions: the kernel has checked
 
+    @answering
     async def statfs(self, ctx: Any = None) -> Any:
         found = pyfuse3.StatvfsData()
         found.f_bsize = found.f_frsize = BLOCK_SIZE
-        found.f_blocks = sum(self.tree.index.size) // BLOCK_SIZE
+        found.f_blocks = self._blocks
         found.f_files = len(self.tree.index)
         found.f_namemax = fmt.NAME_MAX
         return found

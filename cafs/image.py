@@ -110,7 +110,7 @@ def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
     """
     from cafs.index import load
 
-    if name == "-" or (os.path.isfile(name) and ("/" in name or not _is_ref(store_root, name))):
+    if name == "-" or (_is_stream(name) and ("/" in name or not _is_ref(store_root, name))):
         try:
             with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
                 index = load(stream)
@@ -137,6 +137,11 @@ def check_hash(index: Index, name: str, store: Store) -> None:
             f"store {quote(store.root)} of {theirs[0]} and {theirs[1]}",
             hint="nothing mixes: name another store with --store",
         )
+
+
+def _is_stream(path: str) -> bool:
+    """A file, or a pipe such as a shell's <(...)."""
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 def _is_ref(store_root: str, name: str) -> bool:

@@ -65,6 +65,7 @@ class Index:
         self.links: dict[int, int] = {}
         self._children = array("I")
         self._children_start = array("I")
+        self._by_path: dict[bytes, int] | None = None
 
     def __len__(self) -> int:
         return len(self.type)
@@ -107,8 +108,10 @@ class Index:
 
     def find(self, path: bytes) -> int | None:
         """The entry at PATH (absolute or relative to the root), no link followed; None if there is none."""
-        if self.header.is_layer:
-            return next((entry for entry in range(len(self)) if self.path(entry) == path), None)
+        if self.header.is_layer:  # a parent that is not listed breaks the way down
+            if self._by_path is None:
+                self._by_path = {self.path(entry): entry for entry in range(len(self))}
+            return self._by_path.get(path)
         entry: int | None = 0
         for name in path.split(b"/"):
             if name and entry is not None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 
-from cafs import atomic, image, locator
+from cafs import atomic, image, linux, locator
 from cafs.create import Indexer
 from cafs.digest import DIGEST_SIZES
 from cafs.errors import CorruptError, FormatError, os_error, quote
@@ -156,6 +156,7 @@ def _indexer(
 ) -> Indexer | TarIndexer:
     patterns = [re.compile(os.fsencode(translate(pattern))) for pattern in options.exclude]
     exclude = (lambda path: any(pattern.match(path) for pattern in patterns)) if patterns else None
+    linux.raise_descriptor_limit()  # a walk holds one a level, and one a directory of the files that wait to be read
     if stream:
         return TarIndexer(stream, header, writer, options.jobs, exclude, options.progress)
     walk = Walk(

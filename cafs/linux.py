@@ -48,3 +48,12 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     """openat2(2) with RESOLVE_IN_ROOT: links and '..' in PATH stay below ROOT_FD, as after chroot."""
     how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     return _check(_libc.syscall(_SYS_OPENAT2, root_fd, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)), path)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may (RLIMIT_NOFILE, getrlimit(2))."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

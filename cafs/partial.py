@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MAP_MAGIC = b"CAFSMAP1"
 _MAP_HEAD = struct.Struct("<QQ")
 _SAVE_EVERY = 8
+_TRACKED_MAX = 1 << 26
+"""A file of more chunks (256 TiB of 4 MiB each) is not kept in the cache: its map would be too large."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +55,8 @@ class ChunkedFile:
 
     def _open(self) -> tuple[int, bytearray]:
         """The whole file if it is there, else the growing one; -1 where neither can be had."""
+        if self.listed.chunks() > _TRACKED_MAX:
+            return -1, bytearray()
         bits = bytearray(-(-self.listed.chunks() // 8))
         try:
             fd = os.open(self.whole_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -63,11 +68,14 @@ class ChunkedFile:
             pass
         try:
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            fd = -1
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             if os.fstat(fd).st_size != self.listed.size:
                 os.ftruncate(fd, self.listed.size)
                 return fd, bits
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             _log.warning("cannot write to cache %s: %s; serving from memory", self.path, error.strerror)
             return -1, bits
         self._merge_map(bits)

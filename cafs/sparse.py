@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Map = tuple[int, tuple[Segment, ...]]
 
 BLOCK = 512
+SIZE_MAX = (1 << 63) - 1
 MAP_MAX = 1 << 20
 """Bytes of a map (CVE-2025-58183: readers without a limit)."""
 
@@ -134,7 +135,7 @@ def _from_content(stored: int, read: Callable[[int], bytes]) -> tuple[Segment, .
 
 
 def _decimal(text: bytes) -> int:
-    if not re.fullmatch(rb"[0-9]{1,19}", text):
+    if not re.fullmatch(rb"[0-9]{1,19}", text) or int(text) > SIZE_MAX:
         raise ValueError("sparse map with a bad number")
     return int(text)
 

@@ -12,7 +12,7 @@ import re
 import time
 
 from cafs import atomic, merged, mountinfo, pack
-from cafs.digest import CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
+from cafs.digest import CHUNK_MAX, CHUNK_MIN, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
 
 TYPE_CHECKING = False
@@ -25,6 +25,9 @@ FORMAT_FILE = "cafs-store.json"
 _DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
 META_MAX = 1 << 30
 """Largest meta file in bytes, and largest index in it."""
+
+IMAGE_MAX = 2 << 20
+"""Largest manifest in bytes: parsed JSON takes many times its size in memory."""
 
 RAW_META_MAX = 4096
 """A meta file up to this size is not compressed: what `crun run` reads then needs no zstd."""
@@ -224,14 +227,15 @@ class Store:
     def get_meta(self, digest: bytes, kind: str) -> bytes:
         """The verified bytes of an index or a manifest.  Raises NotFound, CorruptError."""
         path = self.meta_path(digest, kind)
+        limit = IMAGE_MAX if kind == "image" else META_MAX
         try:
-            data = atomic.read_file(path, META_MAX)
+            data = atomic.read_file(path, limit)
         except FileNotFoundError:
             raise NotFound(f"store {quote(self.root)} has no {kind} {digest.hex()}", hint="cafs-store fsck") from None
         except OSError as error:
             raise os_error(f"cannot read {quote(path)}", error) from error
         if data.startswith(b"\x28\xb5\x2f\xfd"):
-            data = _decompress_meta(data, path)
+            data = _decompress_meta(data, path, limit)
         if self.hash(data) != digest:
             raise CorruptError(f"{kind} {digest.hex()} is damaged", hint="cafs-store fsck")
         return data
@@ -267,6 +271,8 @@ class Store:
         """(digest, kind) of every meta file, sorted."""
         top = os.path.join(self.root, "meta")
         for shard in sorted(os.listdir(top)):
+            if not re.fullmatch("[0-9a-f]{2}", shard):
+                continue
             for name in sorted(os.listdir(os.path.join(top, shard))):
                 match = re.fullmatch(r"([0-9a-f]+)\.(index|image)", name)
                 if match and len(shard + match[1]) == 2 * DIGEST_SIZES[self.hash_name]:
@@ -309,14 +315,26 @@ class Store:
         atomic.fsync_directory(os.path.dirname(path))
 
     def refs(self) -> list[str]:
-        """All refs, sorted, as NAME:TAG."""
+        """All refs, sorted, as NAME:TAG.  What is no ref, as `strays` lists, does not count."""
+        return sorted(ref for ref, path in self._ref_files() if ref)
+
+    def strays(self) -> list[str]:
+        """Paths below refs/ that are neither a ref nor a temporary file, such as NFS leaves of open files."""
+        return sorted(path for ref, path in self._ref_files() if not ref)
+
+    def _ref_files(self) -> Iterator[tuple[str, str]]:
+        """(ref, path), the ref empty for what is none."""
         top = os.path.join(self.root, "refs")
-        found = []
         for name in os.listdir(top):
+            if name.startswith("tmp."):
+                continue
+            if not os.path.isdir(os.path.join(top, name)):
+                yield "", f"refs/{name}"
+                continue
             for tag in os.listdir(os.path.join(top, name)):
                 if not tag.startswith("tmp."):
-                    found.append(f"{name.replace('+', '/')}:{tag}")
-        return sorted(found)
+                    ref = f"{name.replace('+', '/')}:{tag}"
+                    yield ref if _is_ref(ref) else "", f"refs/{name}/{tag}"
 
 
 def split_ref(ref: str) -> tuple[str, str]:
@@ -329,6 +347,14 @@ def split_ref(ref: str) -> tuple[str, str]:
     if not _REF_NAME.fullmatch(name) or len(name) > 255 or not _REF_TAG.fullmatch(tag):
         raise UsageError(f"{quote(ref)} is not a ref", hint="a ref is NAME[:TAG], in lower case, like debian:12")
     return name, tag
+
+
+def _is_ref(text: str) -> bool:
+    try:
+        split_ref(text)
+    except UsageError:
+        return False
+    return True
 
 
 def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
@@ -356,23 +382,29 @@ def open_or_init(root: str) -> Store:
     return init(root)
 
 
+def is_chunk_size(size: object) -> bool:
+    """Whether SIZE is one that an index may have: rule 4 of cafs-index(5)."""
+    return type(size) is int and CHUNK_MIN <= size <= CHUNK_MAX and not size & (size - 1)
+
+
 def _parse_format(data: bytes, root: str) -> tuple[str, int]:
     try:
         found = json.loads(data)
         version, hash_name, chunk_size = found.pop("format"), found.pop("hash"), found.pop("chunk_size")
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise FormatError(f"{quote(os.path.join(root, FORMAT_FILE))} is damaged") from None
-    if version != 1 or found or hash_name not in DIGEST_SIZES or not isinstance(chunk_size, int):
+    is_known = version == 1 and not found and isinstance(hash_name, str) and hash_name in DIGEST_SIZES
+    if not is_known or not is_chunk_size(chunk_size):
         raise FormatError(f"store {quote(root)} has an unknown format", hint="a newer release of these tools may read it")
     return hash_name, chunk_size
 
 
-def _decompress_meta(data: bytes, path: str) -> bytes:
+def _decompress_meta(data: bytes, path: str, limit: int = META_MAX) -> bytes:
     import zstandard
 
     try:
-        if not 0 <= zstandard.frame_content_size(data) <= META_MAX:
-            raise CorruptError(f"{quote(path)} does not declare its size")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=META_MAX)
+        if not 0 <= zstandard.frame_content_size(data) <= limit:
+            raise CorruptError(f"{quote(path)} does not declare its size, or is too large")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
     except zstandard.ZstdError as error:
         raise CorruptError(f"{quote(path)} is damaged: {error}", hint="cafs-store fsck") from error

@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 from cafs import format as fmt
 from cafs import sparse
 from cafs.errors import FormatError
+from cafs.sparse import SIZE_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ BLOCK = 512
 HEADER_MAX = 1 << 20
 """Largest long name, pax header or sparse map, in bytes; checked before it is read."""
 
-SIZE_MAX = (1 << 63) - 1
 _KINDS = {
     b"0": fmt.FILE, b"\0": fmt.FILE, b"7": fmt.FILE, b"S": fmt.FILE, b"1": fmt.HARDLINK, b"2": fmt.SYMLINK,
     b"3": fmt.CHAR_DEVICE, b"4": fmt.BLOCK_DEVICE, b"5": fmt.DIRECTORY, b"D": fmt.DIRECTORY, b"6": fmt.FIFO,
@@ -79,7 +79,7 @@ class Reader:
         self._member: Member | None = None
 
     def __iter__(self) -> Iterator[Member]:
-        defaults: Records = []
+        defaults: dict[bytes, bytes] = {}
         while (member := self._next(defaults)) is not None:
             self._member = member
             self._members += 1
@@ -135,6 +135,12 @@ class Reader:
         while self.stream.read(_SKIP_STEP):
             pass
 
+    def _keep_defaults(self, defaults: dict[bytes, bytes], records: Records) -> None:
+        """Global records: the last of a key counts, for all members that follow."""
+        defaults.update((key, value) for key, value in records if key not in _GLOBAL_IGNORED)
+        if sum(len(key) + len(value) for key, value in defaults.items()) > HEADER_MAX:
+            raise self._error("global headers are too large")
+
     def _payload(self, block: bytes) -> bytes:
         """The content of a header that extends another."""
         size = self._number(block[124:136], "size")
@@ -150,7 +156,7 @@ class Reader:
             raise self._error(f"{what} is not a number")
         return number
 
-    def _next(self, defaults: Records) -> Member | None:
+    def _next(self, defaults: dict[bytes, bytes]) -> Member | None:
         long_name = long_link = b""
         records: Records = []
         while (block := self._header()) is not None:
@@ -158,7 +164,7 @@ class Reader:
             if flag in b"xX":
                 records = self._records(self._payload(block))
             elif flag == b"g":
-                defaults[:] = [*defaults, *((k, v) for k, v in self._records(self._payload(block)) if k not in _GLOBAL_IGNORED)]
+                self._keep_defaults(defaults, self._records(self._payload(block)))
             elif flag == b"L":
                 long_name = self._payload(block).partition(b"\0")[0]
             elif flag == b"K":
@@ -166,23 +172,24 @@ class Reader:
             elif flag == b"V":
                 continue
             else:
-                return self._build(block, [*defaults, *records], long_name, long_link)
+                return self._build(block, [*defaults.items(), *records], long_name, long_link)
         return None
 
     def _records(self, data: bytes) -> Records:
         """'LENGTH KEY=VALUE\\n' records, in order."""
         found: Records = []
-        while data:
-            head = _RECORD.match(data)
+        at = 0
+        while at < len(data):
+            head = _RECORD.match(data, at)
             length = int(head[1]) if head else 0
-            record = data[:length]
-            key, equals, value = record[head.end() : -1].partition(b"=") if head else (b"", b"", b"")
+            record = data[at : at + length]
+            key, equals, value = record[head.end() - at : -1].partition(b"=") if head else (b"", b"", b"")
             if not head or len(record) != length or not record.endswith(b"\n") or not equals or not key or b"\0" in key:
                 raise self._error("bad record in a pax header")
-            if b"\0" in value and key in (b"path", b"linkpath", b"uname", b"gname"):
+            if b"\0" in value and key in (b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"):
                 raise self._error("pax path with a NUL")
             found.append((key, value))
-            data = data[length:]
+            at += length
         return found
 
     def _build(self, block: bytes, records: Records, long_name: bytes, long_link: bytes) -> Member:

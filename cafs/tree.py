@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 import threading
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
 
 from cafs import format as fmt
 from cafs.digest import PLAIN
@@ -16,11 +18,14 @@ from cafs.partial import ChunkedFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cafs.cache import Cache
     from cafs.index import Index
     from cafs.locator import Locator, Place
 
 BLOCK_SIZE = 4096
+_FILES_MAX = 64
 _TYPE_BITS = {
     ord("f"): stat.S_IFREG,
     ord("F"): stat.S_IFREG,
@@ -46,7 +51,8 @@ class Tree:
         self.cache = cache
         self._locator = locator
         self._ranks = ranks(index) if locator is not None else None
-        self._files: dict[int, ChunkedFile] = {}
+        self._files: OrderedDict[int, ChunkedFile] = OrderedDict()
+        self._users: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._subdirectories = self._count_subdirectories()
 
@@ -105,12 +111,15 @@ class Tree:
 
     def read_chunked(self, inode: int, offset: int, size: int) -> bytes:
         """Bytes of a chunked file.  May wait for the store.  Raises CafsError."""
-        return self._chunked(inode).read(offset, size)
+        with self._chunked(inode) as file:
+            return file.read(offset, size)
 
     def read_ready(self, inode: int, offset: int, size: int) -> bytes | None:
         """The same if it is at hand, else None."""
-        file = self._files.get(inode)
-        return file.read_ready(offset, size) if file else None
+        if inode not in self._files:
+            return None
+        with self._chunked(inode) as file:
+            return file.read_ready(offset, size)
 
     def close(self) -> None:
         """Save what is known of chunked files."""
@@ -121,14 +130,35 @@ class Tree:
         """Where the locator says that the content is."""
         return self._locator.place(self._ranks[inode - 1]) if self._locator is not None and self._ranks is not None else None
 
-    def _chunked(self, inode: int) -> ChunkedFile:
-        file = self._files.get(inode)
-        if not file:
+    @contextmanager
+    def _chunked(self, inode: int) -> Iterator[ChunkedFile]:
+        """An open chunked file.  The latest _FILES_MAX stay open; none that is being read is closed."""
+        made: ChunkedFile | None = None
+        while True:
             with self._lock:
-                file = self._files.get(inode)
-                if not file:
-                    file = ChunkedFile(self.cache, self.index.object(inode - 1), self._place(inode), self._locator)
-                    if file.listed.size != self.index.size[inode - 1]:
-                        raise OSError(errno.EIO, "chunk list is not of the size that the index says")
-                    self._files[inode] = file
+                if made and self._files.setdefault(inode, made) is not made:
+                    made.close()
+                if file := self._files.get(inode):
+                    self._files.move_to_end(inode)
+                    self._users[inode] += 1
+                    self._close_idle()
+                    break
+            made = self._open_chunked(inode)  # without the lock: it may wait for the store
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[inode] -= 1
+
+    def _close_idle(self) -> None:
+        idle = [inode for inode in self._files if not self._users[inode]]
+        for inode in idle[: max(len(self._files) - _FILES_MAX, 0)]:
+            self._files.pop(inode).close()
+            del self._users[inode]
+
+    def _open_chunked(self, inode: int) -> ChunkedFile:
+        file = ChunkedFile(self.cache, self.index.object(inode - 1), self._place(inode), self._locator)
+        if file.listed.size != self.index.size[inode - 1]:
+            file.close()
+            raise OSError(errno.EIO, "chunk list is not of the size that the index says")
         return file

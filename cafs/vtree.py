@@ -166,8 +166,13 @@ def contents(entry: Entry) -> tuple[bytes, int] | None:
 
 
 def components(name: bytes) -> list[bytes]:
-    """The parts of an archive's name: leading and doubled slashes and '.' do not count.  Raises FormatError on '..'."""
-    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    """The parts of an archive's name: leading and doubled slashes and '.' do not count.
+
+    Raises FormatError on '..' and on what is longer than a path may be.
+    """
+    parts = [part for part in name.split(b"/", 2 * fmt.PATH_MAX) if part not in (b"", b".")]
+    if sum(map(len, parts)) + len(parts) > fmt.PATH_MAX or max(map(len, parts), default=0) > fmt.NAME_MAX:
+        raise FormatError(f"name {quote(name[:64])}... is too long")
     if b".." in parts:
         raise FormatError(f"name {quote(name)} has '..' in it")
     return parts

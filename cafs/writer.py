@@ -6,12 +6,10 @@ files and a lease, which `cafs-store fsck --repair` removes.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
 
-from cafs import atomic, pack
+from cafs import atomic, lease, pack
 from cafs.digest import PLAIN
 from cafs.errors import CafsError, os_error, quote
 
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from cafs.store import Store
-
-_LEASE_REFRESH_S = 300
 
 
 class Writer:
@@ -46,7 +42,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         try:
-            self._take_lease()
+            self._lease, self._lease_time = lease.take(self.store.root, "writer"), time.monotonic()
             self.store.refresh()
         except OSError as error:
             raise os_error(f"cannot write to store {quote(self.store.root)}", error) from error
@@ -70,6 +66,7 @@ class Writer:
         if self.has(digest, kind):
             return False
         try:
+            self._refresh_lease()
             if self._fd < 0:
                 self._open_pack()
             self._rows.append((digest, kind, self._offset, len(frame), pack.frame_raw_size(frame)))
@@ -93,6 +90,8 @@ class Writer:
         try:
             if self._rows:
                 self._close_pack()
+            else:  # what was there already may be the pack of a writer that died between its link and its fsync
+                atomic.fsync_directory(os.path.join(self.store.root, "packs"))
             if self.packs > self._listed:
                 self.store.write_pack_list()
                 self._listed = self.packs
@@ -102,17 +101,8 @@ class Writer:
     def _error(self, error: OSError) -> CafsError:
         return os_error(f"cannot write to store {quote(self.store.root)}", error)
 
-    def _take_lease(self) -> None:
-        """Say who writes, before the first look-up: gc deletes nothing that a live lease may rely on."""
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
-        lease = {"boot_id": boot, "host": socket.gethostname(), "kind": "writer", "pid": os.getpid(), "start": int(time.time())}
-        path = os.path.join(self.store.root, "leases", f"{os.getpid()}-{os.urandom(8).hex()}")
-        atomic.replace_file(path, json.dumps(lease, sort_keys=True).encode() + b"\n")
-        self._lease, self._lease_time = path, time.monotonic()
-
     def _refresh_lease(self) -> None:
-        if time.monotonic() - self._lease_time > _LEASE_REFRESH_S:
+        if time.monotonic() - self._lease_time > lease.REFRESH_S:
             os.utime(self._lease)
             self._lease_time = time.monotonic()
 
@@ -140,7 +130,6 @@ class Writer:
         self.store.add_pack(name, records)
         self._rows, self._open_names = [], set()
         self.packs += 1
-        self._refresh_lease()
 
     def _discard(self) -> None:
         if self._fd >= 0:

@@ -54,6 +54,7 @@ def _one_line(text: str) -> str:
 
 def guarded(program: str, main: Callable[[], int]) -> int:
     """Call MAIN and turn its exceptions into messages and exit codes.  Also used by `crun run`, which loads no click."""
+    _open_streams()
     from cafs.errors import CafsError
 
     try:
@@ -74,8 +75,7 @@ def guarded(program: str, main: Callable[[], int]) -> int:
         say(program, "out of memory")
         return 1
     except OSError as error:
-        name = f" '{os.fsdecode(error.filename)}'" if error.filename else ""
-        say(program, f"{error.strerror or error}{name}")
+        say(program, describe(error))
         return 1
     except Exception as error:
         if os.environ.get(DEBUG):
@@ -83,6 +83,23 @@ def guarded(program: str, main: Callable[[], int]) -> int:
         say(program, f"internal error: {type(error).__name__}: {error}")
         say(program, f"hint: {DEBUG}=1 shows where; please report it")
         return 1
+
+
+def describe(error: OSError) -> str:
+    """An OSError that nobody gave a noun, in our form."""
+    name = error.filename if isinstance(error.filename, (str, bytes)) else None
+    return f"cannot use '{os.fsdecode(name)}': {error.strerror or error}" if name else str(error.strerror or error)
+
+
+def _open_streams() -> None:
+    """Give /dev/null to standard streams that the caller closed: else the next file that is opened takes their place."""
+    for fd, stream, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(fd, mode, closefd=False))
 
 
 def write_json(value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from cafs import __version__
@@ -29,7 +31,7 @@ def store_root(given: str | None) -> str:
     root = given or paths.store()
     if "://" in root:
         raise UsageError(f"cannot open store '{root}': this version reads directories only")
-    return root
+    return os.path.abspath(root)
 
 
 def json_option() -> Decorator:
@@ -37,9 +39,9 @@ def json_option() -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 
 
-def quiet_option() -> Decorator:
-    """-q."""
-    return click.option("-q", "--quiet", is_flag=True, help="Print nothing but the result and errors.")
+def quiet_option(*, used: bool = True) -> Decorator:
+    """-q.  used: whether the command has anything to leave out; it is accepted everywhere."""
+    return click.option("-q", "--quiet", is_flag=True, expose_value=used, help="Print nothing but the result and errors.")
 
 
 def version_option(program: str) -> Decorator:

@@ -108,6 +108,7 @@ def create(
 @click.option("-0", "--null", is_flag=True, help="End raw paths with NUL instead of LF.")
 @json_option()
 @store_option()
+@quiet_option(used=False)
 def list_entries(image: str, paths: tuple[str, ...], long: bool, null: bool, as_json: bool, store: str | None) -> None:
     """List the paths of IMAGE, one a line, or those at and below PATHs."""
     from cafs import escape, listing
@@ -129,6 +130,7 @@ def list_entries(image: str, paths: tuple[str, ...], long: bool, null: bool, as_
 @click.argument("image")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @store_option()
+@quiet_option(used=False)
 def stat(image: str, paths: tuple[str, ...], store: str | None) -> None:
     """Print the index lines of PATHs."""
     index = _load(image, store)
@@ -140,6 +142,7 @@ def stat(image: str, paths: tuple[str, ...], store: str | None) -> None:
 @click.argument("image")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @store_option()
+@quiet_option(used=False)
 def cat(image: str, paths: tuple[str, ...], store: str | None) -> None:
     """Write the content of the files at PATHs."""
     from cafs.content import write_content

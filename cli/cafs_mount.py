@@ -49,6 +49,7 @@ def main(
     6 busy, 8 missing privilege or program.  Full manual: man cafs-mount
     """
     from cafs import mount as mounting
+    from cafs.server import Request
 
     if listing or unmount is not None:
         if image is not None or (listing and unmount is not None):
@@ -61,8 +62,8 @@ def main(
     if image is None or directory is None:
         raise click.UsageError("IMAGE and DIR are needed")
     extra = {"suid", "dev"} if suid else {"nosuid", "nodev"}
-    request = mounting.Request(image, directory, store=store_root(store), log=log, extra=extra, limit_s=timeout)
-    note = mounting.mount(request, foreground=foreground)
+    request = Request(image, directory, store=store_root(store), log=log, extra=extra, limit_s=timeout, foreground=foreground)
+    note = mounting.mount(request)
     if note and not quiet and is_terminal():
         say(PROGRAM, note)
 

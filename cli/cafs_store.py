@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import click
 
-from cli._app import run, write_json
+from cli._app import run, say, write_json
 from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.store import Store
 
 PROGRAM = "cafs-store"
 
@@ -28,6 +32,7 @@ def main() -> None:
 @main.command()
 @click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), default="sha256", help="Hash of the store.")
 @store_option()
+@quiet_option(used=False)
 def init(hash_name: str, store: str | None) -> None:
     """Make a store, or leave one with the same hash as it is."""
     from cafs.store import init as make
@@ -45,7 +50,7 @@ def list_refs(as_json: bool, quiet: bool, store: str | None) -> None:
 
     opened = Store(store_root(store))
     for ref in opened.refs():
-        digest = opened.get_ref(ref)
+        digest = _digest_of(opened, ref)
         if digest is None:
             continue
         if as_json:
@@ -54,9 +59,21 @@ def list_refs(as_json: bool, quiet: bool, store: str | None) -> None:
             click.echo(ref if quiet else f"{ref}\t{digest.hex()}")
 
 
+def _digest_of(store: Store, ref: str) -> bytes | None:
+    """What a ref names; one damaged ref does not stop the rest."""
+    from cafs.errors import CafsError
+
+    try:
+        return store.get_ref(ref)
+    except CafsError as error:
+        say(PROGRAM, f"warning: {error}")
+        return None
+
+
 @main.command()
 @json_option()
 @store_option()
+@quiet_option(used=False)
 def info(as_json: bool, store: str | None) -> None:
     """Print where the store is and how much is in it."""
     from cafs.fsck import totals
@@ -74,6 +91,7 @@ def info(as_json: bool, store: str | None) -> None:
 @click.argument("image")
 @click.argument("ref")
 @store_option()
+@quiet_option(used=False)
 def tag(image: str, ref: str, store: str | None) -> None:
     """Make REF name IMAGE."""
     from cafs.errors import os_error
@@ -91,6 +109,7 @@ def tag(image: str, ref: str, store: str | None) -> None:
 @main.command()
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
 @store_option()
+@quiet_option(used=False)
 def untag(refs: tuple[str, ...], store: str | None) -> None:
     """Remove REFs; the images stay until gc."""
     from cafs.store import Store
@@ -103,6 +122,7 @@ def untag(refs: tuple[str, ...], store: str | None) -> None:
 @main.command("rm")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @store_option()
+@quiet_option(used=False)
 def remove(images: tuple[str, ...], store: str | None) -> None:
     """Remove every ref of IMAGEs; the content stays until gc."""
     from cafs.image import resolve
@@ -112,7 +132,7 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
     for name in images:
         digest = resolve(opened, name).digest
         for ref in opened.refs():
-            if opened.get_ref(ref) == digest:
+            if _digest_of(opened, ref) == digest:
                 opened.remove_ref(ref)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from cli._app import guarded
+from cli._app import DEBUG, describe, guarded
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.errors import CafsError
 
 PROGRAM = "crun"
 USAGE = """Usage: crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]
@@ -57,11 +62,23 @@ def main(arguments: list[str]) -> int:
 
     try:
         return run(parse(arguments[1:]))
-    except (UnsupportedError, Refused):
+    except (UnsupportedError, Refused, BrokenPipeError):
         raise
     except CafsError as error:
-        error.exit_code = 125
-        raise
+        raise _ours(error) from None
+    except OSError as error:
+        raise _ours(CafsError(describe(error))) from error
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        hint = f"{DEBUG}=1 shows where; please report it"
+        raise _ours(CafsError(f"internal error: {type(error).__name__}: {error}", hint=hint)) from error
+
+
+def _ours(error: CafsError) -> CafsError:
+    """A failure of crun's own: 1 would be taken for the command's."""
+    error.exit_code = 125
+    return error
 
 
 def entry() -> None:

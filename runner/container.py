@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 from cafs import atomic, image, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from cafs.store import Store
-from runner import lower, spec, stdio, users
+from runner import cleanup, lower, names, spec, stdio, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from runner.options import Options
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 _DELETE_TRIES = 20
-_CGROUP_WAIT_S = 5
+_DYING_S = 2
 
 
 class Refused(CafsError):
@@ -34,6 +34,16 @@ class Refused(CafsError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.exit_code = code
+
+
+def _copy_attributes(source: str, target: str) -> None:
+    """The container's root is the upper directory: give it what the image's root has."""
+    status = os.stat(source)
+    os.chown(target, status.st_uid, status.st_gid)
+    os.chmod(target, status.st_mode & 0o7777)
+    for name in os.listxattr(source):
+        os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def find_runc() -> str:
@@ -52,7 +62,7 @@ def run(options: Options) -> int:
     if options.value("network") not in (None, "none", "host"):
         raise UsageError(f"unknown network {quote(options.value('network') or '')}", hint="none or host")
     runc = find_runc()
-    root = options.value("store") or paths.store()
+    root = os.path.abspath(options.value("store") or paths.store())
     store = Store(root)
     found = image.resolve(store, options.image)
     container = Container(runc, options, found.config)
@@ -69,41 +79,41 @@ class Container:
     def __init__(self, runc: str, options: Options, config: dict[str, Any]) -> None:
         self.runc = runc
         self.options = options
-        self.config = config.get("config", config) or {}
+        self.config = spec.section(config, "config") if "config" in config else config
         self.id = os.urandom(32).hex()
         self.name = options.value("name")
         self.directory = os.path.join(paths.state(), "containers", self.id)
         self.runtime_root = os.path.join(paths.run(), "runc")
-        self.lower: lower.Lower
+        self.lower: lower.Lower | None = None
         self._guard = self._guard_pipe = -1
         self._ended = False
-        self._name_path = ""
 
     def take(self, digest: bytes, store_root: str) -> None:
-        """Get what must be given back: the guard first, then directories, the name, the lower mount."""
+        """Get what must be given back: the guard first, who gives it back if we cannot, then directories, name, lower mount."""
         try:
-            os.makedirs(os.path.join(paths.run(), "names"), mode=0o700, exist_ok=True)
             os.makedirs(self.runtime_root, mode=0o700, exist_ok=True)
-            os.makedirs(os.path.dirname(self.directory), mode=0o700, exist_ok=True)
-            if mountinfo.fstype(os.path.dirname(self.directory)) == "overlay":
+            containers = os.path.dirname(self.directory)
+            os.makedirs(containers, mode=0o700, exist_ok=True)
+            if mountinfo.fstype(containers) == "overlay":
                 raise UnsupportedError(
                     f"{quote(paths.state())} is on overlayfs, which cannot hold a writable layer",
                     hint="set CAFS_STATE to a directory on another file system",
                 )
-            self._take_name()
+            self._start_guard(digest)
+        except OSError as error:
+            raise os_error(f"cannot make a container in {quote(self.directory)}", error) from error
+        try:
+            if self.name is not None:
+                names.take(self.name, self.id)
             os.makedirs(os.path.join(self.directory, "rootfs"), mode=0o700)
             for name in ("upper", "work"):
                 os.mkdir(os.path.join(self.directory, name), 0o755)
-        except OSError as error:
-            self._drop_name()
-            raise os_error(f"cannot make a container in {quote(self.directory)}", error) from error
-        try:
             self.lower = lower.find(digest, store_root)
-        except BaseException:
-            self._remove_directory()
-            self._drop_name()
+        except BaseException as error:
+            self.clean()
+            if isinstance(error, OSError):
+                raise os_error(f"cannot make a container in {quote(self.directory)}", error) from error
             raise
-        self._start_guard()
 
     def run(self) -> int:
         """Mount, start, wait."""
@@ -120,37 +130,20 @@ class Container:
         """Give everything back; safe after any failure.  The shared mount is the guard's: it is in the host's namespace."""
         self._delete()
         self._unmount()
-        self._remove_directory()
-        self._drop_name()
+        cleanup.remove_directory(self.directory)
+        if self.name is not None:
+            names.drop(self.name, self.id)
+        if self.lower:
+            self.lower.let_go()
         os.write(self._guard_pipe, b"d")
         os.close(self._guard_pipe)
         os.waitpid(self._guard, 0)
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def _take_name(self) -> None:
-        if self.name is None:
-            return
-        if not all(c.isalnum() or c in "_.-" for c in self.name) or not self.name[:1].isalnum() or len(self.name) > 128:
-            raise UsageError(f"{quote(self.name)} is not a container name")
-        path = os.path.join(paths.run(), "names", self.name)
-        while True:
-            try:
-                os.symlink(f"{os.getpid()}:{self.id}", path)
-                self._name_path = path
-                return
-            except FileExistsError:
-                pid = os.readlink(path).partition(":")[0]
-                if os.path.exists(f"/proc/{pid}"):
-                    raise CafsError(f"a container named {quote(self.name)} is running") from None
-                atomic.unlink_quietly(path)
-
-    def _drop_name(self) -> None:
-        if self._name_path:
-            atomic.unlink_quietly(self._name_path)
-
-    def _start_guard(self) -> None:
+    def _start_guard(self, digest: bytes) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC)
+        names.mark_alive(self.id)
         self._guard = os.fork()
         if self._guard:
             os.close(reader)
@@ -164,18 +157,28 @@ class Container:
             null = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
-            if not os.read(reader, 1):
-                self._delete()
-                self._remove_directory()
-                self._drop_name()
-            self.lower.release()
+            self._guard_until_end(reader, digest)
         finally:
             os._exit(0)
+
+    def _guard_until_end(self, pipe: int, digest: bytes) -> None:
+        """In the guard.  Each step is done whatever becomes of the one before."""
+        is_done = bool(os.read(pipe, 1))
+        if not is_done:
+            _quietly(self._delete)
+            _quietly(cleanup.remove_directory, self.directory)
+            if self.name is not None:
+                _quietly(names.drop, self.name, self.id)
+        # A killed crun may not have given up its own hold yet: its pipe is closed before the last of its files is.
+        _quietly(lower.release, digest, 0 if is_done else _DYING_S)
+        _quietly(names.forget, self.id)
 
     def _mount_overlay(self) -> None:
         """In a mount namespace of our own, so that the overlay goes with the last process in it."""
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
+        assert self.lower
+        _copy_attributes(self.lower.path, os.path.join(self.directory, "upper"))
         parts = (self.lower.path, os.path.join(self.directory, "upper"), os.path.join(self.directory, "work"))
         fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in parts]
         # By descriptor: ':', ',' and '\\' in a path would be read as option syntax.
@@ -196,9 +199,9 @@ class Container:
         options, config = self.options, self.config
         users.refuse_links(rootfs)
         wanted = options.value("user")
-        user = users.resolve(rootfs, wanted if wanted is not None else str(config.get("User") or ""))
-        cwd = options.value("workdir") or config.get("WorkingDir") or "/"
-        if not cwd.startswith("/") or os.path.normpath(cwd).split("/")[1] == "proc":
+        user = users.resolve(rootfs, wanted if wanted is not None else spec.text(config, "User"))
+        cwd = options.value("workdir") or spec.text(config, "WorkingDir") or "/"
+        if not cwd.startswith("/") or os.path.normpath(cwd).lstrip("/").split("/")[0] == "proc":
             raise UsageError(f"working directory {quote(cwd)} is not an absolute path outside /proc")
         variables = spec.environment(options, config)
         arguments = spec.command_line(options, config)
@@ -271,7 +274,12 @@ class Container:
         self._ended = True
         forward.stop()
         if streams:
-            streams.drain()
+            try:
+                streams.drain()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise os_error("cannot write what the command printed", error) from error
         code = os.waitstatus_to_exitcode(status)
         return 128 - code if code < 0 else code
 
@@ -317,9 +325,9 @@ class Container:
         state = os.path.join(self.runtime_root, self.id)
         for _ in range(_DELETE_TRIES):
             if not os.path.exists(state):
-                _kill_cgroup(self.id)  # somebody removed the state of a running container
+                cleanup.kill_cgroup(self.id)  # somebody removed the state of a running container
                 return
-            if self._ended and _remove_state(state):
+            if self._ended and cleanup.remove_state(state):
                 return
             self._spawn([self.runc, "--root", self.runtime_root, "delete", "--force", self.id], [], [])
 
@@ -329,11 +337,12 @@ class Container:
         except OSError:
             pass  # never mounted, or in another namespace that is gone
 
-    def _remove_directory(self) -> None:
-        """Never through a mount: a file system that is still mounted below keeps its content."""
-        if any(one.point.startswith(os.fsencode(self.directory) + b"/") for one in mountinfo.mounts()):
-            return
-        _remove_tree(self.directory)
+
+def _quietly(step: Callable[..., object], *arguments: object) -> None:
+    try:
+        step(*arguments)
+    except Exception:  # nobody is left to tell, and the next step matters as much
+        return
 
 
 class _Forwarder:
@@ -364,58 +373,3 @@ class _Forwarder:
         """The command has ended, and its pid may soon be another's."""
         for number in _FORWARDED:
             signal.signal(number, signal.SIG_IGN)
-
-
-def _kill_cgroup(container: str) -> None:
-    """Kill what is in the container's cgroups (v1 or v2) and remove them."""
-    from glob import glob
-
-    for pattern in (f"/sys/fs/cgroup/*/cafs/{container}", f"/sys/fs/cgroup/cafs/{container}"):
-        for path in glob(pattern):
-            deadline = time.monotonic() + _CGROUP_WAIT_S
-            while time.monotonic() < deadline:
-                try:
-                    with open(os.path.join(path, "cgroup.procs"), encoding="ascii") as file:
-                        pids = [int(line) for line in file]
-                    for pid in pids:
-                        os.kill(pid, signal.SIGKILL)
-                    os.rmdir(path)
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    time.sleep(0.01)  # EBUSY: they are dying
-
-
-def _remove_state(state: str) -> bool:
-    """Remove the cgroups and runtime state of a container whose init was reaped: `runc delete` takes 25 ms for that.
-
-    Returns False, having removed nothing that `runc delete` needs, if a cgroup is still in use.
-    """
-    try:
-        cgroups = json.loads(atomic.read_file(os.path.join(state, "state.json"), 1 << 24))["cgroup_paths"]
-        for path in set(cgroups.values()):
-            try:
-                os.rmdir(path)
-            except FileNotFoundError:
-                pass
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False
-    _remove_tree(state)
-    return True
-
-
-def _remove_tree(path: str) -> None:
-    """Remove a tree by directory descriptors: a link that a container made in it is removed, never followed."""
-    try:
-        for _, directories, names, fd in os.fwalk(path, topdown=False, follow_symlinks=False):
-            for name in names:
-                os.unlink(name, dir_fd=fd)
-            for name in directories:
-                try:
-                    os.rmdir(name, dir_fd=fd)
-                except NotADirectoryError:
-                    os.unlink(name, dir_fd=fd)
-        os.rmdir(path)
-    except OSError:
-        pass  # what is left is found by the next run as a directory nobody holds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import time
 
 from cafs import mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError
@@ -27,27 +28,50 @@ class Lower:
         self.path = path
         self.lock = lock
 
-    def release(self) -> None:
-        """Let go of a shared mount; unmount it if nobody else has it.  The user's own is left alone."""
-        if self.lock < 0:
-            return
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    def let_go(self) -> None:
+        """Do not keep a shared mount any longer."""
+        if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
-            return
-        from cafs.mount import unmount
 
+
+def release(digest: bytes, wait_s: float = 0) -> None:
+    """Unmount the shared mount of an image if nobody keeps it, or lets go of it in time.  The user's own is left alone."""
+    point = _shared_point(digest)
+    try:
+        lock = os.open(point + ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        _lock_within(lock, wait_s)
+        if not _is_current(lock, point + ".lock"):
+            return
+        if mountinfo.at(point):
+            from cafs.mount import unmount
+
+            unmount(point)
+        os.rmdir(point)
+        os.unlink(point + ".lock")
+    except (CafsError, OSError):
+        pass  # somebody has it; else the next container of this image finds and uses it
+    finally:
+        os.close(lock)
+
+
+def _lock_within(lock: int, wait_s: float) -> None:
+    """Raises BlockingIOError."""
+    deadline = time.monotonic() + wait_s
+    while True:
         try:
-            if mountinfo.at(self.path):
-                unmount(self.path)
-            os.rmdir(self.path)
-            os.unlink(self.path + ".lock")
-        except (CafsError, OSError):
-            pass  # the next container of this image finds and uses it
-        os.close(self.lock)
-        self.lock = -1
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _shared_point(digest: bytes) -> str:
+    return os.path.join(paths.run(), "images", digest.hex())
 
 
 def find(digest: bytes, store_root: str) -> Lower:
@@ -60,7 +84,7 @@ def find(digest: bytes, store_root: str) -> Lower:
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)
-    return _shared(os.path.join(shared, name), lambda point: _mount(name, point, store_root))
+    return _shared(_shared_point(digest), lambda point: _mount(name, point, store_root))
 
 
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:
@@ -111,7 +135,8 @@ def _mount(name: str, point: str, store_root: str) -> None:
 
 
 def _mount_child(name: str, point: str, store_root: str, report: int) -> int:
-    from cafs.mount import Request, mount
+    from cafs.mount import mount
+    from cafs.server import Request
 
     try:
         mount(Request(name, point, store=store_root, extra={"suid", "nodev"}))

@@ -77,6 +77,22 @@ def _words(config: dict[str, Any], key: str) -> list[str]:
     return value
 
 
+def text(config: dict[str, Any], key: str) -> str:
+    """A text of the image's config, empty if it is not there."""
+    value = config.get(key) or ""
+    if not isinstance(value, str):
+        raise CafsError(f"the image's {key} is not a text")
+    return value
+
+
+def section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object of the image's config, empty if it is not there."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CafsError(f"the image's {key} is not an object")
+    return value
+
+
 def environment(options: Options, config: dict[str, Any]) -> dict[str, str]:
     """PATH, the image's variables, --env-file, then -e.  HOME, HOSTNAME and TERM are added by `build`."""
     found = {"PATH": DEFAULT_PATH}

@@ -31,6 +31,7 @@ class Streams:
         self.child: list[int] = []
         self._outputs: list[Thread] = []
         self._owned: list[int] = []
+        self._failures: list[OSError] = []
         for fd in (0, 1, 2):
             if fd == 0 and not interactive:
                 self.child.append(self._own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
@@ -48,9 +49,9 @@ class Streams:
 
         reader, writer = os.pipe2(os.O_CLOEXEC)
         if fd == 0:
-            Thread(target=_copy, args=(0, writer, True), daemon=True).start()
+            Thread(target=_copy, args=(0, writer, True, []), daemon=True).start()
             return self._own(reader)
-        thread = Thread(target=_copy, args=(reader, fd, False), daemon=True)
+        thread = Thread(target=_copy, args=(reader, fd, False, self._failures), daemon=True)
         thread.start()
         self._outputs.append(thread)
         return self._own(writer)
@@ -62,27 +63,32 @@ class Streams:
         self._owned = []
 
     def drain(self) -> None:
-        """After the container's end: wait until all that it wrote is written."""
+        """After the container's end: wait until all that it wrote is written.  Raises OSError if it could not be."""
         for thread in self._outputs:
             thread.join()
+        for error in self._failures:
+            raise error
 
 
 def _can_pass(fd: int, uid: int) -> bool:
+    """Whether the command may have the file itself: the runtime gives it to the command's user (fchown(2))."""
     try:
         status = os.fstat(fd)
+        name = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return False
     if os.isatty(fd):
         return False
-    return not stat.S_ISREG(status.st_mode) or status.st_uid == uid
+    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+    return status.st_uid == uid or is_null or name.startswith(("pipe:[", "socket:["))
 
 
-def _copy(source: int, target: int, close_target: bool) -> None:
+def _copy(source: int, target: int, close_target: bool, failures: list[OSError]) -> None:
     try:
         while data := os.read(source, 1 << 16):
             atomic.write_all(target, data)
-    except OSError:
-        pass
+    except OSError as error:
+        failures.append(error)
     finally:
         os.close(target if close_target else source)
 

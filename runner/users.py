@@ -39,14 +39,19 @@ def read_table(root: int, path: str) -> list[list[str]]:
     return [line.split(":") for line in data.decode("utf-8", "surrogateescape").split("\n")]
 
 
+def is_number(text: str) -> bool:
+    """Whether TEXT is an id and not a name; str.isdigit also takes what int() does not."""
+    return text.isascii() and text.isdigit() and len(text) <= 10
+
+
 def resolve(root: int, wanted: str) -> User:
     """USER[:GROUP] by the image's own tables.  A number is never looked up as a name.  Raises CafsError."""
     name, colon, group = (wanted or "0").partition(":")
-    passwd = [row for row in read_table(root, "/etc/passwd") if len(row) >= 6 and row[2].isdigit() and row[3].isdigit()]
+    passwd = [row for row in read_table(root, "/etc/passwd") if len(row) >= 6 and is_number(row[2]) and is_number(row[3])]
     uid, row = _find(passwd, name, "user")
     gid = int(row[3]) if row else 0
     home = row[5] if row else "/"
-    table = [line for line in read_table(root, "/etc/group") if len(line) >= 4 and line[2].isdigit()]
+    table = [line for line in read_table(root, "/etc/group") if len(line) >= 4 and is_number(line[2])]
     if colon:
         gid = _find(table, group, "group")[0]
         groups = [gid]
@@ -57,7 +62,7 @@ def resolve(root: int, wanted: str) -> User:
 
 
 def _find(table: list[list[str]], wanted: str, what: str) -> tuple[int, list[str] | None]:
-    if wanted.isdigit():
+    if is_number(wanted):
         number = int(wanted)
         if number > 0xFFFF_FFFE:
             raise CafsError(f"{what} id {wanted} is out of range")

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 
-CALLS = ("open", "write", "writev", "fsync", "link", "rename", "unlink", "mkdir", "utime", "chmod", "close")
+CALLS = ("open", "write", "writev", "fsync", "link", "rename", "unlink", "mkdir", "utime", "chmod", "fchmod", "close")
 
 
 def _arm(at: int, error: int | None, below: str) -> list[str]:

@@ -183,3 +183,16 @@ def test_a_file_that_changes_while_it_is_read_is_reported(
     with pytest.raises(CafsError, match="changed while the tree was read"):
         create_image(Options(str(tree), jobs=1), str(tmp_path / "s"), "t:1")
     assert not (tmp_path / "s" / "refs" / "t").exists()
+
+
+def test_closed_standard_streams_are_no_error_and_hold_no_other_file(home: Path, tree: Path) -> None:
+    script = f"{BIN}/cafs-index create {tree} -t demo:1 >&- 2>&- <&- && {BIN}/cafs-index ls demo:1 >&-"
+    assert subprocess.run(["sh", "-c", script], check=False).returncode == 0
+    script = f"{BIN}/cafs-index ls nothing:1 2>&-"
+    assert subprocess.run(["sh", "-c", script], check=False).returncode == 4
+
+
+def test_an_index_may_come_from_a_pipe_with_a_name(home: Path, tree: Path) -> None:
+    script = f"{BIN}/cafs-index ls <({BIN}/cafs-index create {tree} -o -) /etc"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=False)
+    assert done.stdout == b"/etc\n/etc/os-release\n", done.stderr

@@ -115,6 +115,18 @@ def test_a_chunk_list_has_one_spelling(text: str) -> None:
         chunks.decode(text.encode(), "sha256", 4 << 20)
 
 
+def test_a_chunk_list_that_is_a_bomb_is_refused_at_its_first_wrong_line() -> None:
+    head = b"cafs-chunks 1 sha256 4194304 9223372036854775807\n"
+    for body in (b"1 -\n" * (16 << 20), b"2199023255553 -\n", b"1 -\n" + b"junk" * (1 << 20)):
+        import tracemalloc
+
+        tracemalloc.start()
+        with pytest.raises(FormatError):
+            chunks.decode(head + body, "sha256", 4 << 20)
+        assert tracemalloc.get_traced_memory()[1] - len(head + body) < 1 << 20
+        tracemalloc.stop()
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,16 @@ def test_a_line_that_breaks_a_rule_is_named_also_among_many(line: bytes, rule: i
     with pytest.raises(FormatError) as caught:
         load(io.BytesIO(data))
     assert (caught.value.line, caught.value.rule) == (303, rule)
+
+
+def test_hard_links_of_a_layer_are_loaded_in_linear_time() -> None:
+    """Ten times as many take about ten times as long, and nowhere near a hundred times."""
+
+    def seconds(count: int) -> float:
+        links = b"".join(b"h - - - - - - - /d/a /d/l%06d\n" % number for number in range(count))
+        data = b"cafs-index 1 sha256 4194304 layer\nf 644 0 0 0 0 - - - /d/a\n" + links + b"end %d\n" % (count + 1)
+        start = time.process_time()
+        assert load(io.BytesIO(data)).links == {0: count + 1}
+        return time.process_time() - start
+
+    assert seconds(20_000) < 40 * seconds(2_000)

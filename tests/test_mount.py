@@ -147,6 +147,100 @@ def test_an_index_of_another_hash_than_the_store_is_not_mounted(small: Path, tmp
     assert done.returncode == 2 and b"is of xxh128" in done.stderr and os.listdir(small) == []
 
 
+def test_a_relative_store_and_log_are_the_callers(small: Path, tmp_path: Path, cmd: Run) -> None:
+    done = cmd("cafs-mount", "--store", "store", "--log", "the.log", "s:1", "mnt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (small / "a").read_bytes() == b"a" * 5000 and (tmp_path / "the.log").exists()
+
+
+def test_what_goes_wrong_in_the_server_has_its_own_exit_code(small: Path, tmp_path: Path, cmd: Run) -> None:
+    done = cmd("cafs-mount", "s:1", small, "--log", "/proc/nothing/x")
+    assert done.returncode == 4 and b"cannot log to '/proc/nothing/x'" in done.stderr
+
+
+def test_another_file_system_on_the_mount_point_is_busy(small: Path, cmd: Run) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "none", small], check=True)
+    try:
+        done = cmd("cafs-mount", "s:1", small)
+        assert done.returncode == 6 and b"a tmpfs file system is mounted there" in done.stderr
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_server_told_to_stop_twice_serves_its_last_user(small: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    pid = server_pid(cmd, small)
+    with open(small / "a", "rb") as file:
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while os.path.ismount(small) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGTERM)
+        assert file.read() == b"a" * 5000
+
+
+def test_access_lists_are_kept_by_the_mount(home: Path, tmp_path: Path, cmd: Run) -> None:
+    """The bits of the group are the mask where there is a list: they are not the group's rights."""
+    tree, point = tmp_path / "tree", tmp_path / "mnt"
+    tree.mkdir()
+    point.mkdir()
+    (tree / "file").write_text("secret")
+    os.chown(tree / "file", 0, 2000)
+    (tree / "file").chmod(0o640)
+    subprocess.run(["setfacl", "-m", "u:77:r,g::-", tree / "file"], check=True)
+    assert cmd("cafs-index", "create", tree, "-t", "acl:1").returncode == 0
+    assert cmd("cafs-mount", "acl:1", point).returncode == 0
+    for user, group, code in ((77, 77, 0), (1000, 2000, 1), (1000, 1000, 1)):
+        who = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+        for top in (tree, point):
+            # By a descriptor of the directory: the directories above are root's alone.
+            done = subprocess.run([*who, "cat", "./file"], cwd=top, capture_output=True, check=False)
+            assert done.returncode == code, (user, group, top, done.stderr)
+
+
+def test_a_hostile_index_does_not_end_the_server(small: Path, tmp_path: Path, cmd: Run) -> None:
+    """A file of 2^63-1 bytes with a list of one run, and more blocks than statfs(2) can say."""
+    size = (1 << 63) - 1
+    text = f"cafs-chunks 1 sha256 4194304 {size}\n{-(-size // 4194304)} -\n".encode()
+    digest = hashlib.sha256(text).hexdigest()
+    from cafs.digest import CHUNK_LIST
+    from cafs.pack import encode_frame
+    from cafs.store import Store
+    from cafs.writer import Writer
+
+    with Writer(Store(str(tmp_path / "store"))) as writer:
+        writer.put(bytes.fromhex(digest), CHUNK_LIST, encode_frame(text, CHUNK_LIST, None))
+    lines = [f"F 644 0 0 0 {size} {digest} - - /f{number:05}\n" for number in range(10_000)]
+    index = tmp_path / "hostile.idx"
+    index.write_text("cafs-index 1 sha256 4194304\nd 755 0 0 0 - - - - /\n" + "".join(lines) + f"end {len(lines) + 1}\n")
+    done = cmd("cafs-mount", index, small, "--log", tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    os.statvfs(small)
+    for name in ("f00000", "f09999"):
+        with open(small / name, "rb") as file:
+            assert file.read(10) == bytes(10)
+            file.seek(size - 16384)  # read(2) refuses what would end beyond 2^63
+            assert file.read(10) == bytes(10)
+    assert len(os.listdir(small)) == 10_000
+
+
+def test_a_mount_of_many_large_files_needs_few_descriptors(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree, point = tmp_path / "tree", tmp_path / "mnt"
+    tree.mkdir()
+    point.mkdir()
+    for number in range(150):
+        with open(tree / f"{number}", "wb") as file:
+            file.write(b"%d" % number)
+            file.truncate(5 << 20)
+    assert cmd("cafs-index", "create", tree, "-t", "many:1").returncode == 0
+    assert cmd("cafs-mount", "many:1", point).returncode == 0
+    for number in range(150):
+        with open(point / f"{number}", "rb") as file:
+            assert file.read(3).rstrip(b"\0") == b"%d" % number
+    held = os.listdir(f"/proc/{server_pid(cmd, point)}/fd")
+    assert len(held) < 120
+
+
 def test_a_mount_point_in_use_is_busy(small: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "s:1", small).returncode == 0
     with open(small / "a"):
@@ -334,3 +428,24 @@ def test_no_dev_fuse_is_exit_8_with_a_hint(small: Path) -> None:
     )
     assert done.returncode == 8, done.stderr
     assert b"cannot open '/dev/fuse': No such file or directory" in done.stderr and b"apt install fuse3" in done.stderr
+
+
+@pytest.mark.needs("root", "fuse", "setpriv")
+def test_no_fusermount3_is_exit_8_with_a_hint(small: Path) -> None:
+    import sys
+
+    code = "import sys; sys.argv = ['cafs-mount', *sys.argv[1:]]; from cli.cafs_mount import entry; entry()"
+    hide = 'mount --bind /dev/null /usr/bin/fusermount3 && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    for path in [small, *small.parents][:4]:
+        path.chmod(0o755)
+    shutil.copytree(small.parent / "store", small.parent / "readable")
+    os.chmod("/dev/fuse", stat.S_IMODE(os.stat("/dev/fuse").st_mode))
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    os.chown(small, 65534, 65534)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-c", code, "s:1", small],
+        capture_output=True, check=False, env=environment, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    if b"Permission denied" in done.stderr and b"cafs-mount" not in done.stderr:
+        pytest.skip("this interpreter cannot be read by another user")
+    assert done.returncode == 8 and b"apt install fuse3" in done.stderr, done.stderr

@@ -53,6 +53,7 @@ def test_every_file_system_call_of_indexing_can_be_the_last(home: Path, tree: Pa
                 if opened.get_ref("t:1"):
                     serious = [f for f in fsck.check(opened) if f.problem not in ("leftover", "dead-lease")]
                     assert not serious, (calls[at], serious)
+                assert opened.get_ref("t:1") or code != 0, calls[at]
             # The rerun is killed too, a few calls in; then it is let through, and all is well.
             run_with_fault(lambda store=store: make(tree, store), str(store), at // 2, None)
             assert make(tree, store) == digest, calls[at]
@@ -205,6 +206,91 @@ def test_a_sha256sum_of_a_file_finds_its_object(home: Path, tree: Path, tmp_path
     said = subprocess.run(["sha256sum", tree / "dir" / "file"], capture_output=True, text=True, check=True).stdout.split()[0]
     opened = Store(str(tmp_path / "store"))
     assert opened.read_object(bytes.fromhex(said)) == b"content"
+
+
+@pytest.mark.parametrize("stray", ["refs/t/.nfs0001", "refs/.nfs0002", "meta/.nfs0003", "packs/.nfs0004"])
+def test_a_stray_file_stops_no_command(home: Path, tree: Path, tmp_path: Path, cmd: Run, stray: str) -> None:
+    make(tree, tmp_path / "store")
+    (tmp_path / "store" / stray).touch()
+    assert cmd("cafs-store", "ls", "-q").stdout == b"t:1\n"
+    checked = cmd("cafs-store", "fsck")
+    assert checked.stdout.decode() == (f"stray-file\t{stray}\n" if stray.startswith("refs") else "")
+
+
+def test_a_damaged_ref_does_not_stop_the_others(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:
+    make(tree, tmp_path / "store")
+    make(tree, tmp_path / "store", "u:1")
+    (tmp_path / "store" / "refs" / "t" / "1").write_text("junk")
+    listed = cmd("cafs-store", "ls", "-q")
+    assert (listed.returncode, listed.stdout) == (0, b"u:1\n") and b"ref 't:1' is damaged" in listed.stderr
+    assert cmd("cafs-store", "rm", "u:1").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", '{"chunk_size":4194304,"format":1,"hash":["x"]}', '{"chunk_size":0,"format":1,"hash":"sha256"}',
+     '{"chunk_size":134217728,"format":1,"hash":"sha256"}', '{"chunk_size":true,"format":1,"hash":"sha256"}', "{", "[" * 60_000],
+)  # fmt: skip
+def test_a_damaged_format_file_is_a_format_error(home: Path, tmp_path: Path, text: str) -> None:
+    init(str(tmp_path / "s"))
+    (tmp_path / "s" / "cafs-store.json").unlink()
+    (tmp_path / "s" / "cafs-store.json").write_text(text)
+    with pytest.raises(FormatError):
+        Store(str(tmp_path / "s"))
+
+
+def test_leftovers_of_a_crash_go_when_their_lease_is_dead(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:
+    """By a reboot of this machine, or by age where its pid means nothing here; a fresh lease of another machine stays."""
+    import json
+    import time
+
+    from cafs import lease
+
+    store = tmp_path / "store"
+    make(tree, store)
+    path = Path(lease.take(str(store), "writer"))
+    mine = json.loads(path.read_text())
+    (store / "tmp" / "tmp.4242.x").touch()
+    for change, age_s, is_dead in (
+        ({}, 0, False),
+        ({"pid": 2**22 + 1}, 0, True),
+        ({"boot_id": "before"}, 0, True),
+        ({"host": "another"}, 0, False),
+        ({"host": "another"}, 3600, True),
+        ({"pid_namespace": "pid:[1]", "pid": 2**22 + 1}, 0, False),
+    ):
+        path.write_text(json.dumps(mine | change))
+        os.utime(path, (time.time() - age_s,) * 2)
+        assert lease.is_dead(str(path)) is is_dead, (change, age_s)
+    path.write_text(json.dumps(mine | {"boot_id": "before"}))
+    assert cmd("cafs-store", "fsck", "--repair").returncode == 0
+    assert list((store / "tmp").iterdir()) == list((store / "leases").iterdir()) == []
+
+
+def test_files_of_a_store_have_the_modes_that_the_man_page_says_whatever_the_umask(
+    home: Path, tree: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o077)
+    try:
+        make(tree, tmp_path / "s")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "s").rglob("*") if path.is_file() and path.parts[-2] not in ("leases",)]
+    modes = {path.relative_to(tmp_path / "s").parts[0]: path.stat().st_mode & 0o777 for path in files if path.name != "list"}
+    assert modes["packs"] == modes["meta"] == 0o444
+
+
+def test_a_manifest_that_is_a_bomb_is_refused(home: Path, tree: Path, tmp_path: Path) -> None:
+    import zstandard
+
+    make(tree, tmp_path / "s")
+    store = Store(str(tmp_path / "s"))
+    bomb = b'{"cafs-image":1,"config":{"x":[' + b"[]," * (20 << 20) + b"[]]}}"
+    path = Path(store.meta_path(store.hash(bomb), "image"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(zstandard.ZstdCompressor().compress(bomb))
+    with pytest.raises(CorruptError):
+        image.get(store, store.hash(bomb))
 
 
 def test_two_writers_at_once_leave_one_sound_store(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:

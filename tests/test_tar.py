@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -280,3 +281,89 @@ def test_pieces_of_a_sparse_file_are_the_file(gaps: list[tuple[int, int]], tail:
     )
     assert found[: len(expected)] == expected and not found[len(expected) :].strip(b"\0")
     assert FILE == b"f"
+
+
+def raw(name: bytes, flag: bytes, content: bytes, uid: bytes = b"0000000\0") -> bytes:
+    """A member that no library would write."""
+    head = bytearray(512)
+    head[: len(name)] = name
+    head[100:108], head[108:116], head[116:124] = b"0000644\0", uid, b"0000000\0"
+    head[124:136], head[136:148], head[156:157] = b"%011o\0" % len(content), b"00000000000\0", flag
+    head[257:265] = b"ustar\00000"
+    head[148:156] = b"%06o\0 " % sum(bytes(head[:148]) + b" " * 8 + bytes(head[156:]))
+    return bytes(head) + content + bytes(-len(content) % 512)
+
+
+def pax(*records: tuple[bytes, bytes]) -> bytes:
+    found = b""
+    for key, value in records:
+        rest = len(key) + len(value) + 3
+        length = next(n for n in range(rest, rest + 10) if n == rest + len(str(n)))
+        found += b"%d %s=%s\n" % (length, key, value)
+    return found
+
+
+UNSOUND = {
+    "negative-uid": raw(b"f", b"0", b"x", uid=b"\xff" * 8),
+    "nul-in-sparse-name": raw(
+        b"p", b"x", pax((b"GNU.sparse.name", b"a\0b"), (b"GNU.sparse.map", b"0,1"), (b"GNU.sparse.size", b"1"))
+    )
+    + raw(b"f", b"0", b"x"),
+    "sparse-size-over-63-bits": raw(b"p", b"x", pax((b"GNU.sparse.size", b"9999999999999999999"), (b"GNU.sparse.map", b"0,1")))
+    + raw(b"f", b"0", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_no_index_can_say_is_refused_before_a_ref_is_set(home: Path, tmp_path: Path, cmd: Run, name: str) -> None:
+    done = cmd("cafs-index", "create", "-", "-t", "x:1", input=UNSOUND[name] + bytes(1024))
+    assert done.returncode == 5 and b"Traceback" not in done.stderr, done.stderr
+    assert cmd("cafs-store", "ls").stdout == b""
+
+
+def peak_mib(data: bytes) -> tuple[int, str]:
+    """Peak memory of a process that indexes an archive, and what it said."""
+    code = (
+        "import io, re, sys; from cafs.tarindex import TarIndexer; from cafs.format import Header\n"
+        "from cafs.errors import CorruptError\n"
+        "try: TarIndexer(sys.stdin.buffer.raw, Header()).run(); said = 'done'\n"
+        "except CorruptError as error: said = str(error)\n"
+        "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) >> 10, said[:200])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    peak, _, said = done.stdout.decode().partition(" ")
+    return int(peak), said
+
+
+def test_bombs_are_refused_in_bounded_memory() -> None:
+    names = b"".join(raw(b"n", b"L", b"a/" * (1 << 19)) + raw(b"f", b"0", b"x") for _ in range(3))
+    peak, said = peak_mib(names)
+    assert peak < 150 and "is too long" in said
+    headers = b"".join(raw(b"g", b"g", pax((b"key%03d" % number, b"v" * (1 << 19)))) for number in range(200))
+    peak, said = peak_mib(headers + raw(b"f", b"0", b"x"))
+    assert peak < 150 and "global headers are too large" in said
+    many = raw(b"p", b"x", b"6 a=b\n" * 170_000) + raw(b"f", b"0", b"x")
+    assert peak_mib(many)[1] == "done\n"
+
+
+def test_a_large_file_of_zeros_in_a_small_zstd_archive_needs_little_memory() -> None:
+    packer = zstandard.ZstdCompressor().compressobj()
+    head = bytearray(raw(b"zeros", b"0", b""))
+    size = 1 << 30
+    head[124:136] = b"%011o\0" % size
+    head[148:156] = b"%06o\0 " % sum(bytes(head[:148]) + b" " * 8 + bytes(head[156:]))
+    data = packer.compress(bytes(head)) + b"".join(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)) + packer.flush()
+    assert len(data) < 1 << 20
+    peak, said = peak_mib(data)
+    assert peak < 250 and said == "done\n"
+
+
+def test_compression_is_seen_also_when_a_pipe_gives_one_byte_first() -> None:
+    class Slowly(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(1 if self.tell() < 8 else size)
+
+    plain = archive(("f", REG, "content"))
+    for packed in (plain, gzip.compress(plain), bz2.compress(plain), lzma.compress(plain), zstandard.compress(plain)):
+        assert TarIndexer(Slowly(packed), Header()).run() == TarIndexer(io.BytesIO(plain), Header()).run()

@@ -106,3 +106,20 @@ def test_an_unreadable_directory_is_an_error_or_left_out_whole(home: Path, tree:
         assert done.returncode == 3 and b"/open" in done.stdout and b"closed" not in done.stdout
     finally:
         subprocess.run(["umount", tree], check=True)
+
+
+def test_an_error_while_holes_are_looked_for_is_no_hole(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cafs.indexing import Options, create_file
+
+    (tree / "large").write_bytes(os.urandom(9 << 20))
+    real, calls = os.lseek, []
+
+    def failing(fd: int, offset: int, how: int) -> int:
+        calls.append(offset)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return real(fd, offset, how)
+
+    monkeypatch.setattr(os, "lseek", failing)
+    with pytest.raises(CafsError, match="cannot read '/large': Input/output error"):
+        create_file(Options(str(tree)), str(tmp_path / "out"), "sha256")

@@ -1,0 +1,187 @@
+"""The process behind a mount: leaves its parent's session, serves, keeps a record and a log, unmounts when told to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from cafs import atomic, linux, paths
+from cafs.cache import FETCH_LIMIT_S, Cache
+from cafs.errors import CafsError, os_error, quote
+from cafs.store import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cafs.index import Index
+
+_CLOSE_UP_TO = 4096
+
+
+class Request:
+    """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process."""
+
+    def __init__(
+        self,
+        name: str,
+        point: str,
+        *,
+        store: str,
+        log: str | None = None,
+        extra: set[str] | None = None,
+        limit_s: float = FETCH_LIMIT_S,
+        foreground: bool = False,
+    ) -> None:
+        self.name = name
+        self.point = os.path.realpath(point)
+        self.store = os.path.abspath(store)  # the server works in /
+        self.log = log and os.path.abspath(log)
+        self.extra = extra or {"nosuid", "nodev"}
+        self.limit_s = limit_s
+        self.foreground = foreground
+
+
+def start(request: Request, index: Index, digest: str) -> None:
+    """Fork a server in its own session; returns when it is mounted.  Its failure is raised here."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os._exit(_daemon(request, index, digest, writer))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read(65536)
+    os.waitpid(child, 0)
+    if answer != b"ok":
+        raise _failure(answer)
+
+
+def _failure(answer: bytes) -> CafsError:
+    """What the server said instead of 'ok'."""
+    try:
+        code, message, hint = json.loads(answer)
+    except ValueError:
+        return CafsError("the server died while it mounted", hint="--foreground shows more")
+    error = CafsError(message, hint=hint)
+    error.exit_code = code
+    return error
+
+
+def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
+    """In the child: fork again, so that nobody has to wait for the server; report 'ok' or the error through the pipe."""
+    os.setsid()
+    if os.fork():
+        return 0
+    os.closerange(3, writer)  # whoever waits for the end of a pipe or a lock of the caller's must not wait for us
+    os.closerange(writer + 1, _CLOSE_UP_TO)
+    os.chdir("/")
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.write(writer, b"ok")
+        os.close(writer)
+
+    try:
+        serve(request, index, digest, ready)
+    except BaseException as error:  # the only way out of this process
+        known = error if isinstance(error, CafsError) else CafsError(f"{type(error).__name__}: {error}")
+        try:
+            os.write(writer, json.dumps([known.exit_code, str(known), known.hint]).encode())
+        except OSError:
+            logging.getLogger(__name__).exception("server failed")
+        return 1
+    return 0
+
+
+def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]) -> None:
+    from cafs import fusefs
+    from cafs.tree import Tree
+
+    record = _record_path(request.point)
+    _log_to(request.log, "" if request.foreground else record.removesuffix(".json") + ".log")
+    linux.raise_descriptor_limit()
+    store = Store(request.store)
+    tree = Tree(index, Cache(paths.cache(), store, limit_s=request.limit_s), store.get_locator(index.identity))
+
+    def mounted() -> None:
+        _write_record(record, request, digest)
+        ready()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
+        signal.signal(number, lambda *_: _unmount_quietly(request.point))
+    try:
+        fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
+    finally:
+        tree.close()
+        atomic.unlink_quietly(record)
+
+
+def _log_to(path: str | None, otherwise: str) -> None:
+    """Log to PATH; without one to syslog, and where there is none to the file OTHERWISE; with neither to standard error."""
+    import logging.handlers
+
+    handler: logging.Handler
+    try:
+        if not path and otherwise and os.path.exists("/dev/log"):
+            handler = logging.handlers.SysLogHandler("/dev/log")
+            handler.setFormatter(logging.Formatter("cafs-mount[%(process)d]: %(message)s"))
+        elif path or otherwise:
+            os.makedirs(os.path.dirname(path or otherwise), mode=0o700, exist_ok=True)
+            handler = logging.FileHandler(path or otherwise, delay=not path)
+            handler.setFormatter(logging.Formatter("%(asctime)s cafs-mount[%(process)d]: %(levelname)s: %(message)s"))
+        else:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("cafs-mount: %(message)s"))
+    except OSError as error:
+        raise os_error(f"cannot log to {quote(path or otherwise)}", error) from error
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def _record_path(point: str) -> str:
+    name = hashlib.sha256(os.fsencode(point)).hexdigest()[:32]
+    return os.path.join(paths.run(), "mounts", f"{name}.json")
+
+
+def _write_record(path: str, request: Request, digest: str) -> None:
+    """Note for --list; mountinfo stays the truth about what is mounted."""
+    record = {"digest": digest, "engine": "fuse", "image": request.name, "pid": os.getpid(), "start": int(time.time())}
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        atomic.replace_file(path, json.dumps(record, sort_keys=True).encode(), 0o600)
+    except OSError as error:
+        logging.getLogger(__name__).warning("cannot write %s: %s", path, error.strerror)
+
+
+def read_record(point: str, digest: str) -> dict[str, object]:
+    try:
+        record = json.loads(atomic.read_file(_record_path(point), 65536))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("digest") == digest else {}
+
+
+def unmount_stale(point: str) -> None:
+    if os.geteuid() == 0:
+        linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    else:
+        subprocess.run(["fusermount3", "-u", "-z", "--", point], capture_output=True, check=False)
+
+
+def _unmount_quietly(point: str) -> None:
+    """In a signal handler: a second signal finds nothing mounted any more, while the server still has users."""
+    try:
+        unmount_stale(point)
+    except OSError:
+        pass
