@@ -6,9 +6,13 @@ Every system call goes through ``os`` by name, so that tests can fail or kill at
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
     from typing_extensions import Buffer
 
 
@@ -136,6 +140,22 @@ def replace_file(path: str, data: Buffer, mode: int = 0o644) -> None:
     """Make PATH hold DATA: a reader sees the old content or the new, never a part."""
     temporary = _write_temporary(os.path.dirname(path), data, mode)
     try:
+        os.rename(temporary, path)
+    except BaseException:
+        unlink_quietly(temporary)
+        raise
+    fsync_directory(os.path.dirname(path))
+
+
+@contextmanager
+def replacing(path: str, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to be written that takes the place of PATH when the block ends without an error."""
+    fd, temporary = open_temporary(os.path.dirname(path), mode)
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
         os.rename(temporary, path)
     except BaseException:
         unlink_quietly(temporary)

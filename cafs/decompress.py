@@ -8,7 +8,10 @@ from typing import BinaryIO, cast
 from cafs.errors import CorruptError
 
 _READ = 1 << 20
-_MAGIC_MAX = 6
+_MAGIC_MAX = 10
+_BZIP2_BLOCKS = (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90")
+"""What follows BZh and a digit: a block, or the end.  A tar begins with the name of a file, so three letters prove nothing."""
+
 _PIECE = 1024
 """What zstd is given at once: four bytes can stand for 128 KiB, so this much for 32 MiB."""
 
@@ -20,11 +23,11 @@ def decompressed(stream: BinaryIO) -> BinaryIO:
         head += more
     buffered = io.BufferedReader(_Rewound(head, stream), _READ)
     opened: BinaryIO
-    if head.startswith(b"\x1f\x8b"):
+    if head.startswith(b"\x1f\x8b\x08"):
         import gzip
 
         opened = cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
-    elif head.startswith(b"BZh"):
+    elif head.startswith(b"BZh") and head[4:] in _BZIP2_BLOCKS:
         import bz2
 
         opened = cast(BinaryIO, bz2.BZ2File(buffered))

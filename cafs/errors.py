@@ -67,6 +67,13 @@ class BusyError(CafsError):
     kind = "busy"
 
 
+class RemoteError(CafsError):
+    """Another machine, or the network, failed; trying again may help."""
+
+    exit_code = REMOTE
+    kind = "remote"
+
+
 class UnsupportedError(CafsError):
     """A privilege, a kernel feature or a program is missing."""
 

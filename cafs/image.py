@@ -8,7 +8,7 @@ import os
 import re
 
 from cafs.errors import CafsError, FormatError, NotFound, UsageError, os_error, quote
-from cafs.store import Store, split_ref
+from cafs.store import IMAGE_MAX, Store, split_ref
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,8 +50,16 @@ def decode(data: bytes, digest: bytes) -> Image:
 
 def put(store: Store, index: bytes, config: dict[str, Any]) -> Image:
     """Store an index and the manifest of an image of one layer.  Objects must be there already."""
-    image = Image((store.put_meta(index, "index"),), config)
-    image.digest = store.put_meta(image.encode(), "image")
+    return put_layers(store, (store.put_meta(index, "index"),), config)
+
+
+def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any]) -> Image:
+    """Store the manifest of an image whose layers' indexes are there.  Raises CafsError if it is too large."""
+    image = Image(layers, config)
+    data = image.encode()
+    if len(data) > IMAGE_MAX:
+        raise CafsError(f"the image's config is too large: {len(data)} bytes")
+    image.digest = store.put_meta(data, "image")
     return image
 
 
@@ -97,10 +105,14 @@ def _nearest(store: Store, name: str) -> str | None:
 
 
 def read_index(store: Store, image: Image) -> bytes:
-    """The bytes of the index of an image of one layer."""
-    if len(image.layers) != 1:
-        raise CafsError("an image of several layers cannot be read by this version")
-    return store.get_meta(image.layers[0], "index")
+    """The bytes of the index of an image; of several layers, that of the tree they make."""
+    layers = [store.get_meta(layer, "index") for layer in image.layers]
+    if len(layers) == 1:
+        return layers[0]
+    from cafs.index import load
+    from cafs.layers import merge
+
+    return merge([load(io.BytesIO(layer)) for layer in layers])
 
 
 def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 
-from cafs import atomic, image, linux, locator
+from cafs import atomic, image, linux, locator, sources
 from cafs.create import Indexer
 from cafs.digest import DIGEST_SIZES
-from cafs.errors import CorruptError, FormatError, os_error, quote
+from cafs.errors import CorruptError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.format import Header
+from cafs.index import load
+from cafs.sources import ImageSource
 from cafs.statcache import StatCache
 from cafs.store import open_or_init, split_ref
-from cafs.tarindex import TarIndexer
+from cafs.tarindex import MemberReader, TreeIndexer, tar_tree
 from cafs.walk import Walk
 from cafs.writer import Writer
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
+    from cafs.index import Index
     from cafs.store import Store
 
 
@@ -35,6 +38,7 @@ class Options:
 
     source: str
     jobs: int = 1
+    platform: str | None = None
     exclude: tuple[str, ...] = ()
     one_file_system: bool = False
     rehash: bool = False
@@ -77,13 +81,13 @@ def create_image(options: Options, store_root: str, tag: str | None) -> Report:
     cache = StatCache(options.source, store.hash_name, DIGEST_SIZES[store.hash_name])
     if not options.rehash:
         cache.load()
-    with _source(options) as stream, Writer(store) as writer:
-        indexer = _indexer(options, stream, Header(store.hash_name, store.chunk_size), writer, cache)
+    with _source(options) as source, Writer(store) as writer:
+        indexer = _indexer(options, source, Header(store.hash_name, store.chunk_size), writer, cache)
         data = _run(indexer, options.source)
         writer.flush()
         try:
             _put_locator(store, indexer, data)
-            made = image.put(store, data, {})
+            made = image.put(store, data, source.config if isinstance(source, ImageSource) else {})
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:
@@ -96,16 +100,16 @@ def create_image(options: Options, store_root: str, tag: str | None) -> Report:
     return report
 
 
-def _run(indexer: Indexer | TarIndexer, source: str) -> bytes:
+def _run(indexer: Indexer | TreeIndexer, source: str) -> bytes:
     try:
         return indexer.run()
     except CorruptError as error:
-        if isinstance(indexer, TarIndexer):
-            raise FormatError(f"cannot index {quote(source)}: {error}") from error
+        if isinstance(indexer, TreeIndexer):
+            raise FormatError(f"cannot index {quote(source)}: {error}", hint=error.hint) from error
         raise
 
 
-def _put_locator(store: Store, indexer: Indexer | TarIndexer, index: bytes) -> None:
+def _put_locator(store: Store, indexer: Indexer | TreeIndexer, index: bytes) -> None:
     """Make the index's locator unless there is one whose packs are all there."""
     digest = store.hash(index)
     found = store.get_locator(digest)
@@ -115,29 +119,60 @@ def _put_locator(store: Store, indexer: Indexer | TarIndexer, index: bytes) -> N
 
 def create_file(options: Options, output: str, hash_name: str) -> Report:
     """Index into a file, which appears whole or not at all; '-' is stdout.  Needs no store."""
-    with _source(options) as stream:
-        indexer = _indexer(options, stream, Header(hash_name), None, None)
+    with _source(options) as source:
+        indexer = _indexer(options, source, Header(hash_name), None, None)
         data = _run(indexer, options.source)
-    if output == "-":
-        sys.stdout.buffer.write(data)
-    elif os.path.exists(output) and not os.path.isfile(output):
-        with open(output, "wb") as stream:
-            stream.write(data)
-    else:
-        try:
-            umask = os.umask(0)
-            os.umask(umask)
-            atomic.replace_file(os.path.abspath(output), data, 0o666 & ~umask)
-        except OSError as error:
-            raise os_error(f"cannot write {quote(output)}", error) from error
+    write_index(output, data)
     return _report(indexer, data)
 
 
+def write_index(output: str, data: bytes) -> None:
+    """Write an index file, whole or not at all; '-' is stdout, and what is no regular file is written in place."""
+    if output == "-":
+        sys.stdout.buffer.write(data)
+        return
+    try:
+        if os.path.exists(output) and not os.path.isfile(output):
+            with open(output, "wb") as stream:
+                stream.write(data)
+        else:
+            umask = os.umask(0)
+            os.umask(umask)
+            atomic.replace_file(os.path.abspath(output), data, 0o666 & ~umask)
+    except OSError as error:
+        raise os_error(f"cannot write {quote(output)}", error) from error
+
+
+def index_directory(path: str, header: Header, threads: int) -> Index:
+    """The index of a directory as it is now; nothing is stored.  Raises CafsError."""
+    linux.raise_descriptor_limit()
+    return load(io.BytesIO(Indexer(Walk(path), header, None, threads).run()))
+
+
+def merge_image(store_root: str, data: bytes, base: str, tag: str | None) -> str:
+    """Make an image of a merged index, with the config of BASE if that is an image; returns its digest, hex."""
+    store = open_or_init(store_root)
+    index = load(io.BytesIO(data))
+    image.check_hash(index, base, store)
+    try:
+        config = image.resolve(store, base).config
+    except (NotFound, UsageError):
+        config = {}  # a bare index
+    with Writer(store) as writer:
+        writer.flush()
+        store.put_locator(index.identity, locator.encode(store, locator.contents(index)))
+        made = image.put(store, data, config)
+        if tag is not None:
+            store.set_ref(tag, made.digest)
+    return made.digest.hex()
+
+
 @contextmanager
-def _source(options: Options) -> Iterator[BinaryIO | None]:
-    """The stream of a tar, None for a directory."""
-    if options.source == "-":
-        yield sys.stdin.buffer.raw if isinstance(sys.stdin.buffer, io.BufferedReader) else sys.stdin.buffer
+def _source(options: Options) -> Iterator[ImageSource | BinaryIO | None]:
+    """An image of others, the stream of a tar, or None for a directory."""
+    found = sources.parse(options.source, options.platform)
+    if found or options.source == "-":
+        yield found or (sys.stdin.buffer.raw if isinstance(sys.stdin.buffer, io.BufferedReader) else sys.stdin.buffer)
         return
     try:
         is_directory = os.path.isdir(options.source)
@@ -152,13 +187,15 @@ def _source(options: Options) -> Iterator[BinaryIO | None]:
 
 
 def _indexer(
-    options: Options, stream: BinaryIO | None, header: Header, writer: Writer | None, cache: StatCache | None
-) -> Indexer | TarIndexer:
+    options: Options, source: ImageSource | BinaryIO | None, header: Header, writer: Writer | None, cache: StatCache | None
+) -> Indexer | TreeIndexer:
     patterns = [re.compile(os.fsencode(translate(pattern))) for pattern in options.exclude]
     exclude = (lambda path: any(pattern.match(path) for pattern in patterns)) if patterns else None
     linux.raise_descriptor_limit()  # a walk holds one a level, and one a directory of the files that wait to be read
-    if stream:
-        return TarIndexer(stream, header, writer, options.jobs, exclude, options.progress)
+    if source:
+        reader = MemberReader(header, writer, options.jobs, options.progress)
+        build = source.build if isinstance(source, ImageSource) else lambda reader: tar_tree(reader, source)
+        return TreeIndexer(reader, build, exclude)
     walk = Walk(
         options.source,
         exclude=exclude,
@@ -168,7 +205,7 @@ def _indexer(
     return Indexer(walk, header, writer, options.jobs, cache, options.progress)
 
 
-def _report(indexer: Indexer | TarIndexer, data: bytes) -> Report:
+def _report(indexer: Indexer | TreeIndexer, data: bytes) -> Report:
     return Report(
         entries=data.count(b"\n") - 2,
         bytes_seen=indexer.bytes_seen,

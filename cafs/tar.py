@@ -126,7 +126,7 @@ class Reader:
             self.ended = True
             self._drain()
             return None
-        if not _checksum_is_right(block):
+        if not is_header(block):
             raise self._error("not a header: its checksum is wrong" if self._members else "not a tar archive")
         return block
 
@@ -223,7 +223,7 @@ class Reader:
             self._held = self._held or self.stream.read(BLOCK)
             while 0 < len(self._held) < BLOCK and (more := self.stream.read(BLOCK - len(self._held))):
                 self._held += more
-            if not self._held or not self._held.strip(b"\0") or _checksum_is_right(self._held):
+            if not self._held or not self._held.strip(b"\0") or is_header(self._held):
                 stored = 0
         elif kind != fmt.FILE and flag not in (b"D", b"0", b"\0", b"7"):
             stored = 0
@@ -294,8 +294,8 @@ def parse_number(field: bytes) -> int | None:
     return int(text, 8) if _OCTAL.fullmatch(text) else None
 
 
-def _checksum_is_right(block: bytes) -> bool:
-    """The sum of all bytes with spaces for the sum itself; some old writers summed signed bytes."""
+def is_header(block: bytes) -> bool:
+    """Whether a block's checksum is right: the sum of all bytes, with spaces for itself; some old writers sum signed bytes."""
     wanted = parse_number(block[148:156]) if len(block) == BLOCK else None
     if wanted is None:
         return False

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from cafs.writer import Writer
 
+    Members = list[tuple[bytes, Inode]]
+
 _BATCH_FILES = 128
 _BATCH_BYTES = 1 << 21
 
@@ -37,48 +39,35 @@ class _Piece:
 
 
 @dataclass
-class TarIndexer:
-    """One indexing run over a stream.  The counterpart of create.Indexer, with the same results."""
+class MemberReader:
+    """Reads the members of archives and puts their content.  progress: called with (members, bytes) now and then."""
 
-    stream: BinaryIO
     header: Header
     writer: Writer | None = None
     threads: int = 2
-    exclude: Callable[[bytes], bool] | None = None
     progress: Callable[[int, int], None] | None = None
     bytes_seen: int = 0
     files_read: int = 0
     left_out: int = 0
-    contents: list[tuple[bytes, int]] = field(default_factory=list)
-    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+    members: int = 0
     _runs: list[tuple[int, bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._maker = ObjectMaker(self.header, self.writer)
-        self._tree = VirtualTree()
 
-    def run(self) -> bytes:
-        """The whole index file.  Raises FormatError on what is no sound tar."""
-        for batch in ordered_map(self._do_batch, self._batches(), self.threads, window=4 * self.threads):
+    def read(self, stream: BinaryIO) -> Members:
+        """All members of one plain archive, in order, read to the end.  Raises CorruptError."""
+        found: Members = []
+        batches = self._batches(self._pieces(stream, found))
+        for batch in ordered_map(self._do_batch, batches, self.threads, window=4 * self.threads):
             for piece, made in batch:
                 self._keep(piece, made)
-        self._tree.finish()
-        lines = [self.header.encode()]
-        for entry in self._tree.entries(self.exclude):
-            try:
-                fmt.check_limits(entry)
-            except FormatError as error:
-                raise FormatError(f"{quote(entry.path)}: {error}") from error
-            lines.append(entry.encode())
-            if found := vtree.contents(entry):
-                self.contents.append(found)
-        lines.append(fmt.encode_trailer(len(lines) - 1))
-        return b"".join(lines)
+        return found
 
-    def _batches(self) -> Iterator[list[_Piece]]:
+    def _batches(self, pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         batch: list[_Piece] = []
         size = 0
-        for piece in self._pieces():
+        for piece in pieces:
             batch.append(piece)
             size += len(piece.data)
             if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
@@ -87,18 +76,19 @@ class TarIndexer:
         if batch:
             yield batch
 
-    def _pieces(self) -> Iterator[_Piece]:
-        """Put every member into the tree, and yield what it holds."""
-        reader = Reader(decompressed(self.stream))
-        members = 0
+    def _pieces(self, stream: BinaryIO, found: Members) -> Iterator[_Piece]:
+        """Note every member, and yield what it holds."""
+        reader = Reader(stream)
         for member in reader:
-            members += 1
+            if max(len(member.name), len(member.link)) > 2 * fmt.PATH_MAX:
+                raise FormatError(f"name {quote(member.name[:64])}... is too long")
+            self.members += 1
             inode = self._inode(member)
-            self._tree.put(member.name, inode)
-            if self.progress and members % 500 == 0:
-                self.progress(members, self.bytes_seen)
+            found.append((member.name, inode))
+            if self.progress and self.members % 500 == 0:
+                self.progress(self.members, self.bytes_seen)
             yield from self._content(reader, member, inode)
-        if not members and not reader.ended:
+        if not found and not reader.ended:
             raise FormatError("not a tar archive, it is empty")
 
     def _content(self, reader: Reader, member: Member, inode: Inode) -> Iterator[_Piece]:
@@ -117,6 +107,7 @@ class TarIndexer:
         inode.target = member.link
         inode.device = member.device
         inode.xattrs = tuple(pair for pair in member.xattrs if fmt.xattr_allowed(pair[0]))
+        fmt.check_xattrs(inode.xattrs)
         self.left_out += len(member.xattrs) - len(inode.xattrs)
         if member.kind == fmt.FILE and member.size > self.header.chunk_size:
             inode.kind = fmt.CHUNKED
@@ -148,3 +139,55 @@ class TarIndexer:
             inode.digest = made.digest
             self.bytes_seen += inode.size
             self.files_read += 1
+
+
+@dataclass
+class TreeIndexer:
+    """One indexing run over archives.  The counterpart of create.Indexer, with the same results.
+
+    build: reads the archives with `reader` and returns the finished tree.
+    """
+
+    reader: MemberReader
+    build: Callable[[MemberReader], VirtualTree]
+    exclude: Callable[[bytes], bool] | None = None
+    contents: list[tuple[bytes, int]] = field(default_factory=list)
+    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+
+    @property
+    def bytes_seen(self) -> int:
+        """Size of all files read."""
+        return self.reader.bytes_seen
+
+    @property
+    def files_read(self) -> int:
+        """Number of files read."""
+        return self.reader.files_read
+
+    @property
+    def left_out(self) -> int:
+        """Number of xattrs that an index does not list."""
+        return self.reader.left_out
+
+    def run(self) -> bytes:
+        """The whole index file.  Raises CorruptError on what is not sound, or what no index can say."""
+        lines = [self.reader.header.encode()]
+        for entry in self.build(self.reader).entries(self.exclude):
+            try:
+                fmt.check_limits(entry)
+            except FormatError as error:
+                raise FormatError(f"{quote(entry.path)}: {error}") from error
+            lines.append(entry.encode())
+            if found := vtree.contents(entry):
+                self.contents.append(found)
+        lines.append(fmt.encode_trailer(len(lines) - 1))
+        return b"".join(lines)
+
+
+def tar_tree(reader: MemberReader, stream: BinaryIO) -> VirtualTree:
+    """The tree in one archive, compressed or not; no name in it has a special meaning.  Raises CorruptError."""
+    tree = VirtualTree()
+    for name, inode in reader.read(decompressed(stream)):
+        tree.put(name, inode)
+    tree.finish()
+    return tree

@@ -12,9 +12,12 @@ from cafs.format import Entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _LINKS_MAX = 40  # path_resolution(7)
+WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
+_AUFS = b".wh..wh."
+"""Names that only aufs knows."""
 
 
 class Inode:
@@ -35,6 +38,13 @@ class Inode:
         self.device = (0, 0)
         self.shared = False
         self.children: dict[bytes, Inode] = {}
+
+    def copy(self) -> Inode:
+        """The same with no name and nothing in it yet."""
+        made = Inode(self.kind, self.mode, self.uid, self.gid, self.mtime_ns)
+        made.size, made.digest, made.xattrs = self.size, self.digest, self.xattrs
+        made.target, made.device = self.target, self.device
+        return made
 
     def entry(self, path: bytes) -> Entry:
         """Its record under a name."""
@@ -83,6 +93,28 @@ class VirtualTree:
         if before and before.kind == inode.kind == fmt.DIRECTORY:
             inode.children = before.children
         directory.children[names[-1]] = inode
+
+    def put_layer(self, members: Sequence[tuple[bytes, Inode]]) -> None:
+        """Lay the members of an image's layer over what is there.  OCI image spec, layer.md, "Whiteouts".
+
+        Whiteouts are about the layers below only, wherever in the archive they stand.  Raises FormatError.
+        """
+        for name, _ in members:
+            directory, _, last = name.rpartition(b"/")
+            if not last.startswith(WHITEOUT):
+                continue
+            try:
+                found = self._directory(components(directory), make=False)
+            except FormatError:
+                continue  # nothing below to hide
+            if last == OPAQUE:
+                found.children = {}
+            elif not last.startswith(_AUFS):
+                found.children.pop(last.removeprefix(WHITEOUT), None)
+        for name, inode in members:
+            if not name.rpartition(b"/")[2].startswith(WHITEOUT):
+                self.put(name, inode)
+        self.finish()
 
     def find(self, name: bytes) -> Inode | None:
         """What a name stands for, links in its directories followed, the last component not; None if there is nothing."""

@@ -43,6 +43,7 @@ def main() -> None:
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out paths like /var/cache/*; repeatable.")
 @click.option("-x", "--one-file-system", is_flag=True, help="Do not enter other mounts.")
 @click.option("--numeric", is_flag=True, hidden=True)
+@click.option("--platform", metavar="OS/ARCH", help="Of an image for several (default: this machine's).")
 @click.option("--rehash", is_flag=True, help="Read every file, whatever is remembered.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; exit 3.")
 @click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), help="With -o: the hash (default sha256).")
@@ -58,6 +59,7 @@ def create(
     exclude: tuple[str, ...],
     one_file_system: bool,
     numeric: bool,
+    platform: str | None,
     rehash: bool,
     skip_unreadable: bool,
     hash_name: str | None,
@@ -68,8 +70,10 @@ def create(
 ) -> int:
     """Index SRC and print the image's digest.
 
-    SRC is a directory, or a tar archive: a file, or '-' for stdin; plain, or
-    compressed with gzip, bzip2, xz or zstd.
+    SRC is a directory; a tar archive, plain or compressed with gzip, bzip2, xz
+    or zstd: a file, or '-' for stdin; or an image: docker-archive:FILE[:REF]
+    (FILE may be '-'), oci:DIR[:TAG], oci-archive:FILE[:TAG],
+    docker-daemon:REF, docker://REF.
     """
     from cafs.indexing import Options, create_file, create_image
 
@@ -80,6 +84,7 @@ def create(
     options = Options(
         source=source,
         jobs=jobs or os.cpu_count() or 1,
+        platform=platform,
         exclude=exclude,
         one_file_system=one_file_system,
         rehash=rehash,
@@ -158,6 +163,126 @@ def cat(image: str, paths: tuple[str, ...], store: str | None) -> None:
     sys.stdout.flush()
     for entry in entries:
         write_content(index, entry, found, sys.stdout.buffer)
+
+
+@main.command()
+@click.argument("old")
+@click.argument("new")
+@click.option("--name-only", is_flag=True, help="Print a letter (A, D, M) and the path of each.")
+@json_option()
+@store_option()
+@quiet_option()
+def diff(old: str, new: str, name_only: bool, as_json: bool, store: str | None, quiet: bool) -> int:
+    """Print what differs between OLD and NEW; exit 3 if anything does.
+
+    Index lines, '-' before those of OLD and '+' before those of NEW.
+    """
+    from cafs.compare import differences
+    from cafs.errors import UsageError
+    from cli import _differing as differing
+
+    before, after = _load(old, store), _load(new, store)
+    if (before.header.hash_name, before.header.chunk_size) != (after.header.hash_name, after.header.chunk_size):
+        raise UsageError(f"'{old}' and '{new}' are of different hashes or chunk sizes")
+    found = differences(before, after)
+    if quiet:
+        return 3 if next(found, None) else 0
+    return differing.print_all(found, (old, new), name_only, as_json)
+
+
+@main.command()
+@click.argument("image")
+@click.argument("directory", required=False, metavar="[DIR]")
+@click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Hashing threads (default: processors).")
+@click.option("--name-only", is_flag=True, help="Print a letter (A, D, M) and the path of each.")
+@json_option()
+@store_option()
+@quiet_option()
+def verify(
+    image: str, directory: str | None, jobs: int | None, name_only: bool, as_json: bool, store: str | None, quiet: bool
+) -> int:
+    """Read every file of IMAGE, or compare IMAGE with the tree in DIR.
+
+    Without DIR: exit 5 if content is missing or damaged in the store.
+    With DIR, also a mount: print differences as diff does; exit 3 if any.
+    """
+    from cli import _differing as differing
+
+    if directory is None:
+        return differing.verify_content(image, store_root(store), PROGRAM)
+    from cafs.compare import differences
+    from cafs.indexing import index_directory
+
+    index = _load(image, store)
+    found = differences(index, index_directory(directory, index.header, jobs or os.cpu_count() or 1))
+    if quiet:
+        return 3 if next(found, None) else 0
+    return differing.print_all(found, (image, directory), name_only, as_json)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--svg", metavar="FILE", help="Draw the sharing matrix to FILE.")
+@json_option()
+@store_option()
+@quiet_option(used=False)
+def du(images: tuple[str, ...], svg: str | None, as_json: bool, store: str | None) -> None:
+    """Print how much IMAGEs hold, share, and add to those before them."""
+    from dataclasses import asdict
+
+    from cafs.store import Store
+    from cafs.usage import sharing
+    from cli import _sharing
+
+    found = sharing(Store(store_root(store)), images)
+    if svg:
+        _sharing.write_svg(found, svg)
+    if as_json:
+        write_json(asdict(found))
+    else:
+        _sharing.write_table(found)
+
+
+@main.command()
+@click.argument("base")
+@click.argument("layers", nargs=-1, required=True, metavar="LAYER...")
+@click.option("-t", "--tag", metavar="REF", help="Name the image NAME[:TAG] in the store.")
+@click.option("-o", "--output", metavar="FILE", help="Write the index to FILE ('-': stdout) instead.")
+@store_option()
+@quiet_option(used=False)
+def merge(base: str, layers: tuple[str, ...], tag: str | None, output: str | None, store: str | None) -> None:
+    """Fold LAYERs over BASE into one image.
+
+    BASE is an image or an index, LAYERs are indexes of differences.
+    """
+    from cafs.indexing import merge_image, write_index
+    from cafs.layers import merge as fold
+
+    data = fold([_load(one, store) for one in (base, *layers)])
+    if output is not None:
+        write_index(output, data)
+    else:
+        click.echo(merge_image(store_root(store), data, base, tag))
+
+
+@main.command()
+@click.argument("image")
+@click.argument("dest")
+@click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Compressing threads (default: processors).")
+@store_option()
+@quiet_option(used=False)
+def export(image: str, dest: str, jobs: int | None, store: str | None) -> None:
+    """Write IMAGE to DEST, the same bytes every time.
+
+    DEST is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF],
+    FILE.tar or '-' (a tar of the tree), or a new directory.
+    """
+    from cafs.image import resolve
+    from cafs.store import Store
+    from cli._export import export as write
+
+    opened = Store(store_root(store))
+    write(resolve(opened, image), opened, dest, jobs or os.cpu_count() or 1)
 
 
 def _load(image: str, store: str | None) -> Index:

@@ -1,0 +1,212 @@
+"""Images for others: a tar of the tree, an OCI layout, its archive, an archive as of `docker save`.  The same bytes every time.
+
+No clock is read: dates are the image's own, else SOURCE_DATE_EPOCH, else 1970.  Layers are gzip members of 4 MiB in a row
+(RFC 1952, 2.2), so that all processors work on one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+import zlib
+from dataclasses import dataclass
+
+from cafs import atomic, image, oci, tarwrite
+from cafs.errors import CafsError, UsageError, os_error, quote
+from cafs.index import load
+from cafs.ordered import ordered_map
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any, BinaryIO
+
+    from cafs.image import Image
+    from cafs.store import Store
+
+_MEMBER = 4 << 20
+_LEVEL = 6
+_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+_CONFIG = "application/vnd.oci.image.config.v1+json"
+_GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A written blob.  digest: hex SHA-256; diff_id: that of the uncompressed bytes."""
+
+    digest: str
+    size: int
+    diff_id: str = ""
+
+    def descriptor(self, media_type: str) -> dict[str, Any]:
+        """What points to it."""
+        return {"mediaType": media_type, "digest": f"sha256:{self.digest}", "size": self.size}
+
+
+def write_tar(found: Image, store: Store, out: BinaryIO) -> None:
+    """The tree as one archive.  Raises CafsError."""
+    index = load(io.BytesIO(image.read_index(store, found)))
+    for piece in tarwrite.write(index, store):
+        out.write(piece)
+
+
+def write_layout(found: Image, store: Store, directory: str, tag: str | None, threads: int) -> None:
+    """An OCI layout; an existing one gains the image, and its tag names that.  Raises CafsError."""
+    blobs = os.path.join(directory, "blobs", "sha256")
+    try:
+        atomic.make_directory(blobs)
+        layers = [_layer_blob(layer, store, blobs, threads) for layer in found.layers]
+        config = _blob(oci_config(found, [layer.diff_id for layer in layers]), blobs)
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": oci.MANIFEST_TYPES[0],
+            "config": config.descriptor(_CONFIG),
+            "layers": [layer.descriptor(_LAYER) for layer in layers],
+        }
+        described = _blob(_json(manifest), blobs).descriptor(oci.MANIFEST_TYPES[0])
+        if tag:
+            described["annotations"] = {oci.REF_NAME: tag}
+        atomic.replace_file(os.path.join(directory, "oci-layout"), _json({"imageLayoutVersion": "1.0.0"}))
+        _add_to_index(os.path.join(directory, "index.json"), described)
+    except OSError as error:
+        raise os_error(f"cannot write {quote(directory)}", error) from error
+
+
+def write_layout_archive(found: Image, store: Store, out: BinaryIO, tag: str | None, threads: int, scratch: str) -> None:
+    """The same in a tar.  scratch: an empty directory for what has to be known before it can be written."""
+    write_layout(found, store, scratch, tag, threads)
+    _archive(
+        out, scratch, sorted(os.path.relpath(os.path.join(d, f), scratch) for d, _, names in os.walk(scratch) for f in names)
+    )
+
+
+def write_saved(found: Image, store: Store, out: BinaryIO, tag: str | None, threads: int, scratch: str) -> None:
+    """An archive as of `docker save`, layers uncompressed."""
+    layers = []
+    for number, digest in enumerate(found.layers):
+        path = os.path.join(scratch, f"layer-{number}")
+        hashed = hashlib.sha256()
+        with open(path, "wb") as file:
+            for piece in tarwrite.write(load(io.BytesIO(store.get_meta(digest, "index"))), store):
+                hashed.update(piece)
+                file.write(piece)
+        name = f"{hashed.hexdigest()}.tar"
+        os.rename(path, os.path.join(scratch, name))
+        layers.append(name)
+    config = oci_config(found, [name.removesuffix(".tar") for name in layers])
+    config_name = hashlib.sha256(config).hexdigest() + ".json"
+    tags = [tag if ":" in tag.rpartition("/")[2] else f"{tag}:latest"] if tag else []
+    documents = {config_name: config, "manifest.json": _json([{"Config": config_name, "RepoTags": tags, "Layers": layers}])}
+    for name, data in documents.items():
+        with open(os.path.join(scratch, name), "wb") as file:
+            file.write(data)
+    _archive(out, scratch, [*dict.fromkeys(layers), *documents])
+
+
+def oci_config(found: Image, diff_ids: list[str]) -> bytes:
+    """The image's config as the OCI image spec wants it (config.md)."""
+    kept = found.config if "config" in found.config else {"config": found.config}
+    platform = oci.host_platform()
+    config: dict[str, Any] = {"architecture": platform.architecture, "os": platform.os, "created": _created()} | kept
+    config["rootfs"] = {"type": "layers", "diff_ids": [f"sha256:{one}" for one in diff_ids]}
+    history = [dict(step) for step in config.get("history") or []]
+    while len(history) < len(diff_ids):
+        history.append({"created": config["created"], "created_by": "cafs-index export"})
+    for step in history[len(history) - len(diff_ids) :]:
+        step.pop("empty_layer", None)
+    config["history"] = history
+    return _json(config)
+
+
+def _created() -> str:
+    text = os.environ.get("SOURCE_DATE_EPOCH") or "0"
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        raise UsageError(f"SOURCE_DATE_EPOCH is {quote(text)}, which is no number of seconds")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(text)))
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _blob(data: bytes, directory: str) -> Blob:
+    digest = hashlib.sha256(data).hexdigest()
+    atomic.replace_file(os.path.join(directory, digest), data)
+    return Blob(digest, len(data))
+
+
+def _layer_blob(layer: bytes, store: Store, directory: str, threads: int) -> Blob:
+    """A layer as gzip, under its digest."""
+    plain, packed, size = hashlib.sha256(), hashlib.sha256(), 0
+    pieces = tarwrite.write(load(io.BytesIO(store.get_meta(layer, "index"))), store)
+    fd, temporary = atomic.open_temporary(directory)
+    try:
+        try:
+            for raw, data in ordered_map(_gzip, _joined(pieces), threads, window=2 * threads):
+                plain.update(raw)
+                packed.update(data)
+                atomic.write_all(fd, data)
+                size += len(data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        atomic.publish(temporary, os.path.join(directory, packed.hexdigest()), replace=True)
+    except BaseException:
+        atomic.unlink_quietly(temporary)
+        raise
+    return Blob(packed.hexdigest(), size, plain.hexdigest())
+
+
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of one size, whatever they came in."""
+    waiting, size = [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if size >= _MEMBER:
+            data = b"".join(waiting)
+            for at in range(0, size - size % _MEMBER, _MEMBER):
+                yield data[at : at + _MEMBER]
+            waiting, size = [data[size - size % _MEMBER :]], size % _MEMBER
+    if size:
+        yield b"".join(waiting)
+
+
+def _gzip(raw: bytes) -> tuple[bytes, bytes]:
+    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15)
+    body = packer.compress(raw) + packer.flush()
+    return raw, _GZIP_HEAD + body + zlib.crc32(raw).to_bytes(4, "little") + (len(raw) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def _add_to_index(path: str, described: dict[str, Any]) -> None:
+    """Let a layout's index name one image more; another of the same tag, or the same without one, goes."""
+    try:
+        document = oci.parse(atomic.read_file(path, oci.JSON_MAX), "index.json")
+    except FileNotFoundError:
+        document = {"schemaVersion": 2, "mediaType": oci.INDEX_TYPES[0], "manifests": []}
+    before = document.get("manifests")
+    if not isinstance(before, list) or not all(isinstance(one, dict) for one in before):
+        raise CafsError(f"{quote(path)} is damaged")
+    tag = (described.get("annotations") or {}).get(oci.REF_NAME)
+
+    def is_replaced(one: dict[str, Any]) -> bool:
+        other = (one.get("annotations") or {}).get(oci.REF_NAME)
+        return other == tag if tag else one == described
+
+    document["manifests"] = [one for one in before if not is_replaced(one)] + [described]
+    atomic.replace_file(path, _json(document))
+
+
+def _archive(out: BinaryIO, directory: str, names: list[str]) -> None:
+    """The files as a plain tar, without dates and owners.  Python's own writer does: nothing in it is odd."""
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = os.stat(os.path.join(directory, name)).st_size, 0o644
+            with open(os.path.join(directory, name), "rb") as file:
+                archive.addfile(info, file)

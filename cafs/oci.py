@@ -1,0 +1,196 @@
+"""OCI and docker image documents: index, manifest, config.  Pure bytes <-> records; everything read is checked first.
+
+Sources: OCI image spec v1.1 (image-layout.md, image-index.md, manifest.md, config.md, descriptor.md); docker's
+image-spec v1.2 (manifest.json of `docker save`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+
+from cafs.errors import CorruptError, FormatError, NotFound, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+JSON_MAX = 4 << 20
+LAYERS_MAX = 1024
+INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+REF_NAME = "org.opencontainers.image.ref.name"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What points to a blob.  digest: hex of its SHA-256.  size: bytes."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: dict[str, str]
+    platform: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """os/arch[/variant], in Go's words."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def matches(self, found: dict[str, Any]) -> bool:
+        """Whether an image's platform is this one; an image that does not say is."""
+        wanted = {"os": self.os, "architecture": self.architecture} | ({"variant": self.variant} if self.variant else {})
+        return all(found.get(key, value) == value for key, value in wanted.items())
+
+
+def parse_platform(text: str) -> Platform:
+    """os/arch[/variant].  Raises FormatError."""
+    parts = text.split("/")
+    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
+        raise FormatError(f"{quote(text)} is not a platform", hint="a platform is OS/ARCH[/VARIANT], like linux/arm64")
+    return Platform(*parts)
+
+
+def host_platform() -> Platform:
+    """This machine's."""
+    machine = os.uname().machine
+    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+    return Platform("linux", names.get(machine, machine))
+
+
+def parse(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object.  Raises FormatError."""
+    found = _json(data, what)
+    if not isinstance(found, dict):
+        raise FormatError(f"{what} is not a JSON object")
+    return found
+
+
+def _json(data: bytes, what: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    if len(data) > JSON_MAX:
+        raise FormatError(f"{what} is over {JSON_MAX} bytes")
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} is not JSON: {error}") from None
+
+
+def descriptor(found: Any, what: str) -> Descriptor:
+    """Read a descriptor.  Raises FormatError; digests other than sha256 are refused."""
+    if not isinstance(found, dict):
+        raise FormatError(f"{what} has a descriptor that is no object")
+    digest, size = found.get("digest"), found.get("size")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise FormatError(f"{what} has a digest that is not sha256:HEX")
+    if type(size) is not int or size < 0:
+        raise FormatError(f"{what} has a descriptor without a size")
+    notes, platform = found.get("annotations") or {}, found.get("platform") or {}
+    if not isinstance(notes, dict) or not isinstance(platform, dict):
+        raise FormatError(f"{what} has a damaged descriptor")
+    return Descriptor(str(found.get("mediaType") or ""), digest.removeprefix("sha256:"), size, notes, platform)
+
+
+def descriptors(document: dict[str, Any], key: str, what: str) -> list[Descriptor]:
+    """A list of descriptors.  Raises FormatError."""
+    found = document.get(key)
+    if not isinstance(found, list) or len(found) > LAYERS_MAX:
+        raise FormatError(f"{what} has no list of {key}, or too long a one")
+    return [descriptor(one, what) for one in found]
+
+
+def choose(found: list[Descriptor], tag: str | None, platform: Platform | None, what: str) -> Descriptor:
+    """The one manifest or index that is meant.  Raises NotFound, or FormatError if several may be."""
+    if tag is not None:
+        found = [one for one in found if one.annotations.get(REF_NAME) == tag]
+        if not found:
+            raise NotFound(f"{what} has no image {quote(tag)}")
+    images = [one for one in found if one.media_type in (*INDEX_TYPES, *MANIFEST_TYPES, "")]
+    if (platform and len(images) > 1) or any(one.platform for one in images):
+        wanted = platform or host_platform()
+        images = [one for one in images if wanted.matches(one.platform)]
+        if not images:
+            raise NotFound(f"{what} has no image for {wanted.os}/{wanted.architecture}", hint="--platform OS/ARCH[/VARIANT]")
+    if len({one.digest for one in images}) > 1:
+        names = sorted(one.annotations[REF_NAME] for one in images if REF_NAME in one.annotations)
+        raise FormatError(f"{what} has several images", hint="name one: " + ", ".join(names) if names else None)
+    if not images:
+        raise NotFound(f"{what} has no image")
+    return images[0]
+
+
+def diff_ids(config: dict[str, Any], count: int) -> list[str]:
+    """The hex SHA-256 of each uncompressed layer, base first.  Raises FormatError unless there are COUNT."""
+    rootfs = config.get("rootfs")
+    found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(found, list) or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in found):
+        raise FormatError("the image's config has no list of diff_ids")
+    if len(found) != count:
+        raise FormatError(f"the image's config has {len(found)} diff_ids for {count} layers")
+    return [one.removeprefix("sha256:") for one in found]
+
+
+def kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config is kept: all but what is about the source's layers.  History stays, without layers of its steps."""
+    found = {key: value for key, value in config.items() if key not in ("rootfs", "history")}
+    history = config.get("history")
+    if isinstance(history, list) and all(isinstance(step, dict) for step in history):
+        found["history"] = [step | {"empty_layer": True} for step in history]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One image of `docker save`: names of its config and layers in the archive, base first, and its tags."""
+
+    config: str
+    layers: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+def parse_saved(data: bytes) -> list[Saved]:
+    """Read a manifest.json.  Raises FormatError."""
+    found = _json(data, "manifest.json")
+    try:
+        if not isinstance(found, list):
+            raise TypeError("not a list")
+        images = [Saved(one["Config"], tuple(one["Layers"]), tuple(one.get("RepoTags") or ())) for one in found]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"manifest.json is not of docker save: {error}") from None
+    names = [name for one in images for name in (one.config, *one.layers, *one.tags)]
+    if not all(isinstance(name, str) for name in names) or any(len(one.layers) > LAYERS_MAX for one in images):
+        raise FormatError("manifest.json is not of docker save")
+    return images
+
+
+def choose_saved(images: list[Saved], tag: str | None) -> Saved:
+    """The one that is meant.  Raises NotFound, FormatError."""
+    if tag is not None:
+        wanted = tag if ":" in tag.rpartition("/")[2] else f"{tag}:latest"
+        images = [one for one in images if {wanted, f"docker.io/{wanted}", f"docker.io/library/{wanted}"} & set(one.tags)]
+        if not images:
+            raise NotFound(f"the archive has no image {quote(tag)}")
+    if len(images) > 1:
+        names = sorted(name for one in images for name in one.tags)
+        raise FormatError("the archive has several images", hint="name one: " + ", ".join(names) if names else None)
+    if not images:
+        raise NotFound("the archive has no image")
+    return images[0]
+
+
+def check_digest(data: bytes, digest: str, what: str) -> bytes:
+    """DATA, if its SHA-256 is DIGEST.  Raises CorruptError."""
+    import hashlib
+
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CorruptError(f"{what} is not what its digest says")
+    return data
