@@ -22,7 +22,7 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml setup.cfg packages.sh
 	./packages.sh
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --config-settings editable_mode=compat -e '.[fuse,dev]'
+	$(VENV)/bin/pip install -q --config-settings editable_mode=compat -e '.[fuse,s3,dev]'
 	touch $@
 
 clean:

@@ -193,3 +193,33 @@ class Cache:
                 if time.monotonic() > deadline:
                     return fd
                 time.sleep(_LOCK_POLL_S)
+
+
+def fill(name: str, store_root: str, threads: int = 8) -> None:
+    """Bring all of an image into the cache, for use without its store.  Raises CafsError."""
+    from cafs import paths
+    from cafs.image import load_index
+    from cafs.locator import contents
+    from cafs.ordered import ordered_map
+    from cafs.partial import ChunkedFile
+    from cafs.store import Store
+
+    index, _, found = load_index(name, store_root)
+    store = found or Store(store_root)
+    cache, where = Cache(paths.cache(), store), store.get_locator(index.identity)
+
+    def one(task: tuple[int, Key]) -> None:
+        number, (digest, kind) = task
+        place = where.place(number) if where is not None else None
+        if kind == CHUNK_LIST:
+            file = ChunkedFile(cache, digest, place, where)
+            try:
+                for at in range(0, file.listed.size, file.listed.chunk_size):
+                    file.read(at, file.listed.chunk_size)
+            finally:
+                file.close()
+        else:
+            os.close(cache.open(digest, kind, place))
+
+    for _ in ordered_map(one, enumerate(contents(index)), threads, window=4 * threads):
+        pass

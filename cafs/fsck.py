@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import os
 import stat
+import time
 from dataclasses import dataclass
 
 from cafs import atomic, chunks, image, lease, locator, pack
 from cafs import format as fmt
+from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
-from cafs.errors import CafsError, CorruptError
+from cafs.directory import DirectoryBackend
+from cafs.errors import CafsError, CorruptError, UnsupportedError, quote
 from cafs.index import load
+from cafs.store import PACK_LIST, meta_name, parse_pack_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 Key = tuple[bytes, int]
+Whole = list[tuple[bytes, int, int, int]]
+"""(digest, kind, offset, frame size) of the sound objects of a pack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +40,7 @@ class Finding:
 
 def totals(store: Store) -> dict[str, object]:
     """What `cafs-store info` prints.  Sizes in bytes."""
-    store.refresh()
-    packs = store.pack_names()
+    packs = store.pack_sizes()
     return {
         "store": store.root,
         "hash": store.hash_name,
@@ -44,19 +49,21 @@ def totals(store: Store) -> dict[str, object]:
         "images": sum(kind == "image" for _, kind in store.meta_names()),
         "packs": len(packs),
         "objects": sum(len(store.read_footer(name)) for name in packs),
-        "stored_bytes": sum(os.stat(store.pack_path(name)).st_size for name in packs),
+        "stored_bytes": sum(packs.values()),
     }
 
 
 def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
     """Every finding, most basic first: leftovers, packs, meta, refs, then what images need.
 
-    Repairing removes leftovers of dead writers, sets permissions right and moves a damaged pack out of the way
-    (its name ends in '.bad'; good objects in it are put again first).  Nothing else is ever deleted.
+    Repairing, which takes a directory, removes leftovers of dead writers, sets permissions right and moves a damaged pack out
+    of the way (its name ends in '.bad'; good objects in it are put again first).  Nothing else is ever deleted.
     """
+    if repair and not store.backend.is_local:
+        raise UnsupportedError(f"cannot repair store {quote(store.root)}: only a store in a directory can be")
     yield from _leftovers(store, repair)
     good: set[Key] = set()
-    for name in store.pack_names():
+    for name in store.pack_sizes():
         yield from _check_pack(store, name, good, repair)
     store.refresh()
     images = {}
@@ -67,7 +74,7 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
                 images[digest] = image.decode(data, digest)
         except CafsError:
             yield Finding("damaged-meta", f"{kind} {digest.hex()}")
-        yield from _permissions(store.meta_path(digest, kind), repair)
+        yield from _permissions(store, meta_name(digest, kind), repair)
     yield from _check_pack_list(store, repair)
     yield from _check_refs(store, set(images))
     for digest, found in images.items():
@@ -75,22 +82,30 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
             yield from _check_index(store, layer, digest, good, repair)
 
 
+def _path(store: Store, name: str) -> str:
+    """Path of a file of a store in a directory."""
+    assert isinstance(store.backend, DirectoryBackend)
+    return store.backend.path(name)
+
+
 def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
-    """Leases of writers that died on this machine; temporary files when no writer is alive anywhere."""
-    leases = os.path.join(store.root, "leases")
+    """Leases of writers that died; in a directory temporary files when no writer is alive anywhere."""
     alive = False
-    for name in sorted(os.listdir(leases)):
-        path = os.path.join(leases, name)
-        if lease.is_dead(path):
-            yield Finding("dead-lease", name, _remove(path, repair))
+    for one in store.backend.list("leases"):
+        try:
+            is_dead = lease.is_dead(store.backend.read(f"leases/{one.name}", 65536), time.time() - one.mtime_s)
+        except OSError:
+            continue
+        if is_dead:
+            if repair:
+                atomic.unlink_quietly(_path(store, f"leases/{one.name}"))
+            yield Finding("dead-lease", one.name, repair)
         else:
             alive = True
-    if not alive:
-        for directory, _, names in os.walk(store.root):
-            for name in sorted(names):
-                if name.startswith("tmp."):
-                    path = os.path.join(directory, name)
-                    yield Finding("leftover", os.path.relpath(path, store.root), _remove(path, repair))
+    if not alive and store.backend.is_local:
+        for one in store.backend.list(""):
+            if os.path.basename(one.name).startswith("tmp."):
+                yield Finding("leftover", one.name, _remove(_path(store, one.name), repair))
 
 
 def _remove(path: str, repair: bool) -> bool:
@@ -99,7 +114,10 @@ def _remove(path: str, repair: bool) -> bool:
     return repair
 
 
-def _permissions(path: str, repair: bool) -> Iterator[Finding]:
+def _permissions(store: Store, name: str, repair: bool) -> Iterator[Finding]:
+    if not store.backend.is_local:
+        return
+    path = _path(store, name)
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
@@ -111,40 +129,36 @@ def _permissions(path: str, repair: bool) -> Iterator[Finding]:
 
 
 def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterator[Finding]:
-    path = store.pack_path(name)
     try:
         records = store.read_footer(name)
-    except (CorruptError, OSError) as error:
-        saved = _salvage(store, path) if repair else []
+    except (CafsError, OSError) as error:
+        saved = _salvage(store, _path(store, f"packs/{name}")) if repair else []
         good.update((digest, kind) for digest, kind, _, _ in saved)
         yield Finding("damaged-pack", f"{name}: {error}", repair and _set_aside(store, name, saved))
         return
-    bad, whole = [], []
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    bad: list[str] = []
+    whole: Whole = []
+    rows = sorted(records.rows(), key=lambda row: row[2])
     try:
-        for digest, kind, offset, stored, _ in records.rows():
-            frame = atomic.read_exactly(fd, stored, offset)
+        for row, frame in zip(rows, read_frames(store, name, [row[2:4] for row in rows]), strict=True):
+            digest, kind, offset, stored, _ = row
             try:
-                raw, found_kind = pack.decode_frame(frame)
-                if found_kind != kind or store.hash(raw) != digest:
-                    raise CorruptError("content is not what its name says")
+                store.check_frame(frame, digest, kind)
                 good.add((digest, kind))
                 whole.append((digest, kind, offset, stored))
             except CorruptError:
                 bad.append(object_name(digest, kind))
     except OSError as error:
         yield Finding("unreadable-pack", f"{name}: {error.strerror}")
-    finally:
-        os.close(fd)
     mended = bool(bad) and repair and _set_aside(store, name, whole)
-    for one in bad:
+    for one in sorted(bad):
         yield Finding("damaged-object", f"{one} in pack {name}", mended)
     if not bad:
-        yield from _permissions(path, repair)
+        yield from _permissions(store, f"packs/{name}", repair)
 
 
-def _salvage(store: Store, path: str) -> list[tuple[bytes, int, int, int]]:
-    """(digest, kind, offset, size) of the sound frames of a pack whose footer cannot be used."""
+def _salvage(store: Store, path: str) -> Whole:
+    """The sound frames of a pack whose footer cannot be used."""
     found = []
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -169,11 +183,11 @@ def _next_frame(fd: int, at: int) -> int:
     return -1
 
 
-def _set_aside(store: Store, name: str, whole: list[tuple[bytes, int, int, int]]) -> bool:
+def _set_aside(store: Store, name: str, whole: Whole) -> bool:
     """Put the good objects of a damaged pack into a new one, then move the pack out of the readers' sight."""
     from cafs.writer import Writer
 
-    path = store.pack_path(name)
+    path = _path(store, f"packs/{name}")
     store.set_aside(name)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -204,17 +218,14 @@ def _check_refs(store: Store, images: set[bytes]) -> Iterator[Finding]:
 
 def _check_pack_list(store: Store, repair: bool) -> Iterator[Finding]:
     """That packs/list and the directory agree; without it only readers that cannot list would notice."""
-    try:
-        listed = set(atomic.read_file(store.pack_path("list"), 1 << 28).decode("latin-1").split())
-    except FileNotFoundError:
-        listed = set()
-    names = set(store.pack_names())
-    for gone in sorted(listed - names):
+    sizes = store.pack_sizes()
+    listed = dict(parse_pack_list(store.read_pack_list()))
+    for gone in sorted(set(listed) - set(sizes)):
         yield Finding("missing-pack", gone)
-    if listed != names and repair:
+    if listed != sizes and repair:
         store.write_pack_list()
-    if names - listed:
-        yield Finding("stale-pack-list", "packs/list", repair)
+    if set(sizes.items()) - set(listed.items()):
+        yield Finding("stale-pack-list", PACK_LIST, repair)
 
 
 def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key], repair: bool) -> Iterator[Finding]:

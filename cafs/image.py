@@ -7,6 +7,7 @@ import json
 import os
 import re
 
+from cafs.digest import DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.store import IMAGE_MAX, Store, split_ref
 
@@ -78,6 +79,8 @@ def resolve(store: Store, name: str) -> Image:
         split_ref(ref)
         return resolve(store, wanted.removeprefix(store.hash_name + ":"))
     if re.fullmatch(r"[0-9a-f]{8,128}", name):
+        if len(name) == 2 * DIGEST_SIZES[store.hash_name] and store.has_meta(bytes.fromhex(name), "image"):
+            return get(store, bytes.fromhex(name))
         found = sorted({digest for digest, kind in store.meta_names() if kind == "image" and digest.hex().startswith(name)})
         if len(found) > 1:
             raise UsageError(f"{quote(name)} is the beginning of {len(found)} image digests")
@@ -97,7 +100,10 @@ def resolve(store: Store, name: str) -> Image:
 def _nearest(store: Store, name: str) -> str | None:
     import difflib
 
-    refs = store.refs()
+    try:
+        refs = store.refs()
+    except CafsError:  # a web server lists nothing
+        return None
     near = difflib.get_close_matches(name, [*refs, *(ref.removesuffix(":latest") for ref in refs)], 3, 0.5)
     if near:
         return "did you mean " + " or ".join(quote(ref) for ref in near) + "?"

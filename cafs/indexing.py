@@ -113,7 +113,7 @@ def _put_locator(store: Store, indexer: Indexer | TreeIndexer, index: bytes) -> 
     """Make the index's locator unless there is one whose packs are all there."""
     digest = store.hash(index)
     found = store.get_locator(digest)
-    if found is None or not set(found.packs) <= set(store.pack_names()):
+    if found is None or not set(found.packs) <= set(store.pack_sizes()):
         store.put_locator(digest, locator.encode(store, indexer.contents))
 
 

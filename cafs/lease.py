@@ -7,36 +7,38 @@ import os
 import socket
 import time
 
-from cafs import atomic
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.backend import Backend
 
 REFRESH_S = 300
 DEAD_AFTER_S = 6 * REFRESH_S
 """A lease that another machine, or another pid namespace, has not touched for so long is dead."""
 
 
-def take(root: str, kind: str) -> str:
-    """Make a lease; returns its path, for the holder to touch every REFRESH_S and to unlink.  Raises OSError."""
+def take(backend: Backend, kind: str) -> str:
+    """Make a lease; returns its name, for the holder to touch every REFRESH_S and to remove.  Raises OSError, CafsError."""
     record = _here() | {"kind": kind, "pid": os.getpid(), "start": int(time.time())}
-    path = os.path.join(root, "leases", f"{os.getpid()}-{os.urandom(8).hex()}")
-    atomic.replace_file(path, json.dumps(record, sort_keys=True).encode() + b"\n")
-    return path
+    name = f"leases/{os.getpid()}-{os.urandom(8).hex()}"
+    backend.replace(name, json.dumps(record, sort_keys=True).encode() + b"\n")
+    return name
 
 
-def is_dead(path: str) -> bool:
-    """Whether a lease's holder is surely gone: by its pid where pids can be compared, by a reboot, or by its age."""
+def is_dead(data: bytes, age_s: float) -> bool:
+    """Whether a lease's holder is surely gone: by its pid where pids can be compared, by a reboot, or by its age.
+
+    data: what the lease holds; age_s: since it was touched.
+    """
     try:
-        record = json.loads(atomic.read_file(path, 65536))
-        age_s = time.time() - os.stat(path).st_mtime
+        record = json.loads(data)
         here = _here()
         if record["host"] == here["host"] and record["boot_id"] != here["boot_id"]:
             return True
         if all(record[key] == value for key, value in here.items()):
             return not os.path.exists(f"/proc/{int(record['pid'])}")
-        return age_s > DEAD_AFTER_S
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # nobody of ours wrote it: by its age
+    return age_s > DEAD_AFTER_S
 
 
 def _here() -> dict[str, str]:

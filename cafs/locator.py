@@ -73,8 +73,11 @@ def ranks(index: Index) -> array[int]:
     return found
 
 
-def encode(store: Store, objects: Iterable[tuple[bytes, int]]) -> bytes:
-    """The locator of the index that has these contents.  Raises NotFound if a chunk list is not there."""
+def encode(store: Store, objects: Iterable[tuple[bytes, int]], lists: Store | None = None) -> bytes:
+    """The locator of the index that has these contents.  lists: a store that is nearer, to read chunk lists from.
+
+    Raises NotFound if a chunk list is not there.
+    """
     numbers: dict[str, int] = {}
 
     def place(digest: bytes, kind: int) -> bytes:
@@ -88,7 +91,7 @@ def encode(store: Store, objects: Iterable[tuple[bytes, int]]) -> bytes:
     for digest, kind in objects:
         places += place(digest, kind)
         if kind == CHUNK_LIST:
-            listed = chunks.decode(store.read_object(digest, kind), store.hash_name, store.chunk_size)
+            listed = chunks.decode((lists or store).read_object(digest, kind), store.hash_name, store.chunk_size)
             chunk_digests.update(chunk for _, chunk in listed.runs if chunk)
     chunk_rows = b"".join(digest + place(digest, PLAIN) for digest in sorted(chunk_digests))
     head = _HEAD.pack(MAGIC, len(numbers), len(places) // _PLACE.size, len(chunk_digests), 0)

@@ -82,16 +82,16 @@ class Merged:
                 yield record[:split] + _TAIL.pack(renumbered[pack], offset, stored)
 
 
-def path_of(root: str, hash_name: str) -> str:
-    """Where the merged locator of the store at ROOT is kept."""
-    name = hashlib.sha256(os.fsencode(os.path.realpath(root)) + b"\0" + hash_name.encode()).hexdigest()[:32]
+def path_of(identity: str, hash_name: str) -> str:
+    """Where the merged locator of a store is kept.  identity: of its backend."""
+    name = hashlib.sha256(os.fsencode(identity) + b"\0" + hash_name.encode()).hexdigest()[:32]
     return os.path.join(paths.cache(), "locator", name)
 
 
-def load(root: str, hash_name: str) -> Merged:
+def load(identity: str, hash_name: str) -> Merged:
     """What was saved for a store; empty if there is nothing, or nothing sound."""
     try:
-        fd = os.open(path_of(root, hash_name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path_of(identity, hash_name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             data = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)  # in the cache, so on a local disk, and only ever replaced
         finally:
@@ -126,7 +126,7 @@ def is_due(merged: Merged, footers: Mapping[str, Records]) -> bool:
     return len(footers) > MERGE_PACKS or objects > max(MERGE_OBJECTS, len(merged) // 10)
 
 
-def merge(root: str, merged: Merged, footers: Mapping[str, Records], sizes: Mapping[str, int]) -> Merged:
+def merge(identity: str, merged: Merged, footers: Mapping[str, Records], sizes: Mapping[str, int]) -> Merged:
     """Fold FOOTERS in and save the result; it is used from memory where it cannot be saved.
 
     sizes: of the packs that count, name -> bytes; what is merged of any other is dropped.
@@ -141,13 +141,13 @@ def merge(root: str, merged: Merged, footers: Mapping[str, Records], sizes: Mapp
     records = b"".join(heapq.merge(*parts))
     body = head + rows + prefixes(records, merged.record_size).tobytes() + records
     data = MAGIC + checksum(body) + body
-    path = path_of(root, merged.hash_name)
+    path = path_of(identity, merged.hash_name)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         atomic.replace_file(path, data, 0o600)
     except OSError:
         pass
-    saved = load(root, merged.hash_name)
+    saved = load(identity, merged.hash_name)
     if saved.packs != packs:  # it was not saved, or another process was later
         return Merged(merged.hash_name, packs, data, _BODY + len(head) + len(rows))
     return saved

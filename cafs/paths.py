@@ -16,8 +16,15 @@ def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> 
     return os.path.join(base, name)
 
 
+def located(url: str) -> str:
+    """A store's URL as it is, a path made absolute."""
+    return url if "://" in url else os.path.abspath(url)
+
+
 def store() -> str:
-    """The default store."""
+    """The default store: a path or a URL."""
+    if "://" in os.environ.get("CAFS_STORE", ""):
+        return os.environ["CAFS_STORE"]
     return _directory("CAFS_STORE", "/var/lib/cafs/store", "XDG_DATA_HOME", ".local/share", "cafs/store")
 
 

@@ -41,7 +41,7 @@ class Request:
     ) -> None:
         self.name = name
         self.point = os.path.realpath(point)
-        self.store = os.path.abspath(store)  # the server works in /
+        self.store = paths.located(store)  # the server works in /
         self.log = log and os.path.abspath(log)
         self.extra = extra or {"nosuid", "nodev"}
         self.limit_s = limit_s

@@ -1,4 +1,4 @@
-"""A store in a directory: packs, meta, refs, leases.  cafs-store(5) is the authority.
+"""A store: packs, meta, refs, leases, wherever a backend keeps them.  cafs-store(5) is the authority.
 
 Writers order: packs, then meta, then the ref.  Readers the reverse.  Nothing that is read here is trusted before its digest
 or checksum has been compared.  Writing objects is writer.py's.
@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 
-from cafs import atomic, merged, mountinfo, pack
+from cafs import atomic, merged, pack, paths
+from cafs.backend import Backend, CannotList, open_backend
 from cafs.digest import CHUNK_MAX, CHUNK_MIN, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from cafs.backend import Listed
     from cafs.locator import Locator
 
 FORMAT_FILE = "cafs-store.json"
-_DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
+PACK_LIST = "packs/list"
 META_MAX = 1 << 30
 """Largest meta file in bytes, and largest index in it."""
 
@@ -32,26 +33,29 @@ IMAGE_MAX = 2 << 20
 RAW_META_MAX = 4096
 """A meta file up to this size is not compressed: what `crun run` reads then needs no zstd."""
 
+_FOOTER_GUESS = 1 << 18
+_LIST_MAX = 1 << 28
+_AT_ONCE = 8
 _REF_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _REF_NAME = re.compile(rf"{_REF_PART}(?::[0-9]+(?=/))?(?:/{_REF_PART})*")
+_PACK_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}")
 _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_NFS_WAIT_S = 60
-_NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "lustre", "glusterfs", "fuse.")
-"""File systems on which a name that another machine made may be seen late."""
 
 
 class Store:
-    """An open store.  Attributes: root (path), hash_name, chunk_size."""
+    """An open store.  Attributes: root (path or URL), backend, hash_name, chunk_size."""
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.backend: Backend = open_backend(root)
+        self.root = self.backend.url
         try:
-            data = atomic.read_file(os.path.join(root, FORMAT_FILE), 1 << 16)
+            data = self.backend.read(FORMAT_FILE, 1 << 16)
         except FileNotFoundError:
-            raise NotFound(f"cannot open store {quote(root)}: not a store", hint=f"cafs-store init --store {root}") from None
+            hint = f"cafs-store init --store {self.root}" if self.backend.is_local else None
+            raise NotFound(f"cannot open store {quote(self.root)}: not a store", hint=hint) from None
         except OSError as error:
-            raise os_error(f"cannot open store {quote(root)}", error) from error
-        self.hash_name, self.chunk_size = _parse_format(data, root)
+            raise os_error(f"cannot open store {quote(self.root)}", error) from error
+        self.hash_name, self.chunk_size = _parse_format(data, self.root)
         self.hash = hash_function(self.hash_name)
         self._merged: merged.Merged | None = None
         self._sizes: dict[str, int] = {}
@@ -61,39 +65,48 @@ class Store:
 
     # --- packs ---------------------------------------------------------------------------------------------------
 
-    def pack_path(self, name: str) -> str:
-        """Path of a pack."""
-        return os.path.join(self.root, "packs", name)
+    def pack_sizes(self) -> dict[str, int]:
+        """Name and size of every pack, by name: from the directory, or from packs/list where there is no listing."""
+        try:
+            found = [(one.name, one.size) for one in self._list("packs")]
+        except CannotList:
+            found = parse_pack_list(self.read_pack_list())
+        return dict(sorted((name, size) for name, size in found if _PACK_NAME.fullmatch(name)))
 
-    def pack_names(self) -> list[str]:
-        """Names of all packs, sorted."""
-        return sorted(n for n in os.listdir(os.path.join(self.root, "packs")) if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{32}", n))
+    def _list(self, directory: str) -> list[Listed]:
+        try:
+            return self.backend.list(directory)
+        except OSError as error:
+            raise os_error(f"cannot list store {quote(self.root)}", error) from error
 
     def refresh(self) -> None:
         """Look which packs there are, and read the footers of those that no locator has.  A damaged pack holds nothing."""
-        self._sizes = {name: size for name, size in self._pack_sizes() if name not in self._set_aside}
-        known = merged.load(self.root, self.hash_name) if self._merged is None else self._merged
+        self._sizes = {name: size for name, size in self.pack_sizes().items() if name not in self._set_aside}
+        known = merged.load(self.backend.identity, self.hash_name) if self._merged is None else self._merged
         for gone in set(self._footers) - set(self._sizes):
             del self._footers[gone]
-        for name, size in self._sizes.items():
-            if known.packs.get(name) != size and name not in self._footers:
-                try:
-                    self._footers[name] = self.read_footer(name)
-                    self._filter.add(self._footers[name])
-                except (CorruptError, OSError):
-                    self._footers[name] = pack.Records(self.hash_name)
+        wanted = [n for n, size in self._sizes.items() if known.packs.get(n) != size and n not in self._footers]
+        for name, records in self._read_footers(wanted):
+            self._footers[name] = records
+            self._filter.add(records)
         whole = {name: records for name, records in self._footers.items() if len(records)}
         if merged.is_due(known, whole):
-            known = merged.merge(self.root, known, whole, self._sizes)
+            known = merged.merge(self.backend.identity, known, whole, self._sizes)
             self._footers = {name: records for name, records in self._footers.items() if not len(records)}
         self._merged = known
 
-    def _pack_sizes(self) -> Iterator[tuple[str, int]]:
-        for name in self.pack_names():
+    def _read_footers(self, names: list[str]) -> Iterable[tuple[str, pack.Records]]:
+        def one(name: str) -> tuple[str, pack.Records]:
             try:
-                yield name, os.stat(self.pack_path(name)).st_size
-            except FileNotFoundError:
-                continue
+                return name, self.read_footer(name)
+            except (CorruptError, OSError):
+                return name, pack.Records(self.hash_name)
+
+        if self.backend.is_local or len(names) < 2:
+            return map(one, names)
+        from cafs.ordered import ordered_map
+
+        return ordered_map(one, names, _AT_ONCE, window=2 * _AT_ONCE)
 
     def add_pack(self, name: str, records: pack.Records) -> None:
         """A pack that this process has just made."""
@@ -112,16 +125,13 @@ class Store:
         self._footers.pop(name, None)
 
     def read_footer(self, name: str) -> pack.Records:
-        """Records of one pack.  Raises CorruptError, or OSError if it cannot be read."""
-        fd = os.open(self.pack_path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            size = os.fstat(fd).st_size
-            length = pack.footer_size(atomic.read_exactly(fd, pack.FOOTER.size, max(size - pack.FOOTER.size, 0)))
-            if length > size:
-                raise FormatError("pack is cut off")
-            footer = atomic.read_exactly(fd, length, size - length)
-        finally:
-            os.close(fd)
+        """Records of one pack.  Raises CorruptError, or OSError or RemoteError if it cannot be read."""
+        path = f"packs/{name}"
+        tail, size = self.backend.read_tail(path, _FOOTER_GUESS)
+        length = pack.footer_size(tail[-pack.FOOTER.size :])
+        if length > size:
+            raise FormatError("pack is cut off")
+        footer = tail[-length:] if length <= len(tail) else self.backend.read_range(path, size - length, length)
         if self.hash(footer).hex() != name:
             raise CorruptError("pack footer is not what the pack's name says")
         records = pack.decode_footer(footer, size)
@@ -172,70 +182,74 @@ class Store:
         raise NotFound(f"store {quote(self.root)} has no object {name}", hint="cafs-store fsck")
 
     def _read_copy(self, pack_name: str, offset: int, stored: int, digest: bytes, kind: int) -> bytes:
-        fd = self._open_pack(pack_name)
-        try:
-            raw, found_kind = pack.decode_frame(atomic.read_exactly(fd, stored, offset))
-        finally:
-            os.close(fd)
+        return self.check_frame(self.backend.read_range(f"packs/{pack_name}", offset, stored), digest, kind)
+
+    def check_frame(self, frame: bytes, digest: bytes, kind: int) -> bytes:
+        """The object in a frame.  Raises CorruptError unless it is the one of this digest."""
+        raw, found_kind = pack.decode_frame(frame)
         if found_kind != kind or self.hash(raw) != digest:
             raise CorruptError("content is not what its name says")
         return raw
 
-    def _open_pack(self, name: str) -> int:
-        """Open a pack; on NFS a name that another machine just made may not be seen yet, so look again for a while."""
-        deadline = 0.0
-        while True:
-            try:
-                return os.open(self.pack_path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except FileNotFoundError:
-                deadline = deadline or time.monotonic() + (
-                    _NFS_WAIT_S if mountinfo.fstype(self.root).startswith(_NETWORK) else 0
-                )
-                if time.monotonic() >= deadline:
-                    raise
-                os.listdir(os.path.join(self.root, "packs"))
-                time.sleep(0.5)
-
     # --- meta ----------------------------------------------------------------------------------------------------
 
-    def meta_path(self, digest: bytes, kind: str) -> str:
-        """Path of a meta file.  kind: 'index', 'image' or 'loc'."""
-        name = digest.hex()
-        return os.path.join(self.root, "meta", name[:2], f"{name[2:]}.{kind}")
+    def has_meta(self, digest: bytes, kind: str) -> bool:
+        """Whether there is a meta file of this name; it may be damaged."""
+        return self.backend.exists(meta_name(digest, kind))
 
     def put_meta(self, data: bytes, kind: str) -> bytes:
         """Store an index or a manifest durably and return its digest.  What is there already and good is left alone."""
         digest = self.hash(data)
-        path = self.meta_path(digest, kind)
-        atomic.make_directory(os.path.dirname(path))
+        name = meta_name(digest, kind)
         frame = data
         if len(data) > RAW_META_MAX:
             import zstandard
 
             frame = zstandard.ZstdCompressor(level=3).compress(data)
-        if not atomic.create_file(path, frame) and not self._meta_is_good(digest, kind):
-            atomic.replace_file(path, frame, 0o444)
+        if not self.backend.create(name, frame) and not self._meta_is_good(digest, kind):
+            self.backend.replace(name, frame)
         return digest
 
     def _meta_is_good(self, digest: bytes, kind: str) -> bool:
         try:
-            self.get_meta(digest, kind)
+            self._fetch_meta(digest, kind)
         except (CafsError, OSError):
             return False
         return True
 
     def get_meta(self, digest: bytes, kind: str) -> bytes:
-        """The verified bytes of an index or a manifest.  Raises NotFound, CorruptError."""
-        path = self.meta_path(digest, kind)
+        """The verified bytes of an index or a manifest.  Raises NotFound, CorruptError.
+
+        What is far away is kept in the cache: it never changes.
+        """
+        if self.backend.is_local:
+            return self._fetch_meta(digest, kind)
+        path = os.path.join(paths.cache(), "meta", f"{digest.hex()}.{kind}")
+        try:
+            data = atomic.read_file(path, META_MAX)
+            if self.hash(data) == digest:
+                return data
+        except OSError:
+            pass
+        data = self._fetch_meta(digest, kind)
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            atomic.replace_file(path, data, 0o600)
+        except OSError:
+            pass
+        return data
+
+    def _fetch_meta(self, digest: bytes, kind: str) -> bytes:
+        name = meta_name(digest, kind)
         limit = IMAGE_MAX if kind == "image" else META_MAX
         try:
-            data = atomic.read_file(path, limit)
+            data = self.backend.read(name, limit)
         except FileNotFoundError:
             raise NotFound(f"store {quote(self.root)} has no {kind} {digest.hex()}", hint="cafs-store fsck") from None
         except OSError as error:
-            raise os_error(f"cannot read {quote(path)}", error) from error
+            raise os_error(f"cannot read {quote(name)} in store {quote(self.root)}", error) from error
         if data.startswith(b"\x28\xb5\x2f\xfd"):
-            data = _decompress_meta(data, path, limit)
+            data = _decompress_meta(data, name, limit)
         if self.hash(data) != digest:
             raise CorruptError(f"{kind} {digest.hex()} is damaged", hint="cafs-store fsck")
         return data
@@ -244,52 +258,53 @@ class Store:
         """Keep the locator of an index; what was there is replaced."""
         import zstandard
 
-        path = self.meta_path(index, "loc")
-        atomic.make_directory(os.path.dirname(path))
-        atomic.replace_file(path, zstandard.ZstdCompressor(level=3).compress(data), 0o444)
+        self.backend.replace(meta_name(index, "loc"), zstandard.ZstdCompressor(level=3).compress(data))
 
     def get_locator(self, index: bytes) -> Locator | None:
         """The locator of an index; None if there is none that is sound."""
         from cafs import locator
 
-        path = self.meta_path(index, "loc")
+        name = meta_name(index, "loc")
         try:
-            return locator.decode(_decompress_meta(atomic.read_file(path, META_MAX), path), self.hash_name)
+            return locator.decode(_decompress_meta(self.backend.read(name, META_MAX), name), self.hash_name)
         except (OSError, CafsError):
             return None
 
+    def read_pack_list(self) -> bytes:
+        """What packs/list holds, empty if it is not there.  Raises CafsError."""
+        try:
+            return self.backend.read(PACK_LIST, _LIST_MAX)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise os_error(f"cannot read {quote(PACK_LIST)} in store {quote(self.root)}", error) from error
+
     def write_pack_list(self) -> None:
         """Write packs/list, again if a pack appeared meanwhile."""
-        names: list[str] = []
+        written: dict[str, int] = {}
         for _ in range(3):
-            if (found := self.pack_names()) == names:
+            if (found := self.pack_sizes()) == written:
                 return
-            names = found
-            atomic.replace_file(self.pack_path("list"), "".join(f"{name}\n" for name in names).encode())
+            written = found
+
+            def text(before: bytes | None) -> bytes:
+                return "".join(f"{name} {size}\n" for name, size in self.pack_sizes().items()).encode()
+
+            self.backend.swap(PACK_LIST, text)
 
     def meta_names(self) -> Iterator[tuple[bytes, str]]:
-        """(digest, kind) of every meta file, sorted."""
-        top = os.path.join(self.root, "meta")
-        for shard in sorted(os.listdir(top)):
-            if not re.fullmatch("[0-9a-f]{2}", shard):
-                continue
-            for name in sorted(os.listdir(os.path.join(top, shard))):
-                match = re.fullmatch(r"([0-9a-f]+)\.(index|image)", name)
-                if match and len(shard + match[1]) == 2 * DIGEST_SIZES[self.hash_name]:
-                    yield bytes.fromhex(shard + match[1]), match[2]
+        """(digest, kind) of every index and manifest, by name.  Raises CannotList."""
+        for one in self._list("meta"):
+            match = re.fullmatch(r"([0-9a-f]{2})/([0-9a-f]+)\.(index|image)", one.name)
+            if match and len(match[1] + match[2]) == 2 * DIGEST_SIZES[self.hash_name]:
+                yield bytes.fromhex(match[1] + match[2]), match[3]
 
     # --- refs ----------------------------------------------------------------------------------------------------
 
-    def ref_path(self, ref: str) -> str:
-        """Path of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME."""
-        name, tag = split_ref(ref)
-        return os.path.join(self.root, "refs", name.replace("/", "+"), tag)
-
     def get_ref(self, ref: str) -> bytes | None:
         """Digest that a ref names, None if there is no such ref.  Raises FormatError."""
-        path = self.ref_path(ref)
         try:
-            data = atomic.read_file(path, 4096)
+            data = self.backend.read(ref_name(ref), 4096)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -301,40 +316,48 @@ class Store:
 
     def set_ref(self, ref: str, digest: bytes) -> None:
         """Make a ref name an image, durably; the only thing in a store that is ever overwritten."""
-        path = self.ref_path(ref)
-        atomic.make_directory(os.path.dirname(path))
-        atomic.replace_file(path, digest.hex().encode() + b"\n")
+        self.backend.swap(ref_name(ref), lambda before: digest.hex().encode() + b"\n")
 
     def remove_ref(self, ref: str) -> None:
         """Remove a ref.  Raises NotFound."""
-        path = self.ref_path(ref)
         try:
-            os.unlink(path)
+            self.backend.remove(ref_name(ref))
         except FileNotFoundError:
             raise NotFound(f"no ref {quote(ref)}") from None
-        atomic.fsync_directory(os.path.dirname(path))
 
     def refs(self) -> list[str]:
-        """All refs, sorted, as NAME:TAG.  What is no ref, as `strays` lists, does not count."""
-        return sorted(ref for ref, path in self._ref_files() if ref)
+        """All refs, sorted, as NAME:TAG.  What is no ref, as `strays` lists, does not count.  Raises CannotList."""
+        return sorted(ref for ref, _ in self._ref_files() if ref)
 
     def strays(self) -> list[str]:
-        """Paths below refs/ that are neither a ref nor a temporary file, such as NFS leaves of open files."""
-        return sorted(path for ref, path in self._ref_files() if not ref)
+        """Names below refs/ that are neither a ref nor a temporary file, such as NFS leaves of open files."""
+        return sorted(name for ref, name in self._ref_files() if not ref)
 
     def _ref_files(self) -> Iterator[tuple[str, str]]:
-        """(ref, path), the ref empty for what is none."""
-        top = os.path.join(self.root, "refs")
-        for name in os.listdir(top):
-            if name.startswith("tmp."):
-                continue
-            if not os.path.isdir(os.path.join(top, name)):
-                yield "", f"refs/{name}"
-                continue
-            for tag in os.listdir(os.path.join(top, name)):
-                if not tag.startswith("tmp."):
-                    ref = f"{name.replace('+', '/')}:{tag}"
-                    yield ref if _is_ref(ref) else "", f"refs/{name}/{tag}"
+        """(ref, name), the ref empty for what is none."""
+        for one in self._list("refs"):
+            *above, tag = one.name.split("/")
+            if not tag.startswith("tmp."):
+                ref = f"{above[0].replace('+', '/')}:{tag}" if len(above) == 1 else ""
+                yield ref if ref and is_ref(ref) else "", f"refs/{one.name}"
+
+
+def meta_name(digest: bytes, kind: str) -> str:
+    """Name of a meta file.  kind: 'index', 'image' or 'loc'."""
+    text = digest.hex()
+    return f"meta/{text[:2]}/{text[2:]}.{kind}"
+
+
+def ref_name(ref: str) -> str:
+    """Name of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME.  Raises UsageError."""
+    name, tag = split_ref(ref)
+    return f"refs/{name.replace('/', '+')}/{tag}"
+
+
+def parse_pack_list(data: bytes) -> list[tuple[str, int]]:
+    """(name, size) of each line of packs/list; a line that is none is passed over: it is a hint."""
+    found = re.findall(r"^([0-9a-f]{32}|[0-9a-f]{64}) ([0-9]{1,15})$", data.decode("latin-1"), re.M)
+    return [(name, int(size)) for name, size in found]
 
 
 def split_ref(ref: str) -> tuple[str, str]:
@@ -349,7 +372,8 @@ def split_ref(ref: str) -> tuple[str, str]:
     return name, tag
 
 
-def _is_ref(text: str) -> bool:
+def is_ref(text: str) -> bool:
+    """Whether TEXT could be a ref."""
     try:
         split_ref(text)
     except UsageError:
@@ -360,26 +384,29 @@ def _is_ref(text: str) -> bool:
 def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
     """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker."""
     hash_function(hash_name)
+    place = open_backend(root)
     try:
-        for directory in _DIRECTORIES:
-            atomic.make_directory(os.path.join(root, directory))
+        place.prepare()
         text = json.dumps({"chunk_size": chunk_size, "format": 1, "hash": hash_name}, sort_keys=True) + "\n"
-        atomic.create_file(os.path.join(root, FORMAT_FILE), text.encode())
+        place.create(FORMAT_FILE, text.encode())
     except OSError as error:
-        raise os_error(f"cannot make store {quote(root)}", error) from error
+        raise os_error(f"cannot make store {quote(place.url)}", error) from error
     store = Store(root)
     if (store.hash_name, store.chunk_size) != (hash_name, chunk_size):
-        raise UsageError(f"store {quote(root)} exists with hash {store.hash_name}", hint="nothing mixes: use another directory")
+        raise UsageError(
+            f"store {quote(place.url)} exists with hash {store.hash_name}", hint="nothing mixes: use another directory"
+        )
     return store
 
 
-def open_or_init(root: str) -> Store:
+def open_or_init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
     """The store at ROOT, made on first use if nothing is there, or only what an interrupted `init` left."""
-    if os.path.lexists(os.path.join(root, FORMAT_FILE)):
+    try:
         return Store(root)
-    if os.path.isdir(root) and any(name not in _DIRECTORIES and not name.startswith("tmp.") for name in os.listdir(root)):
-        return Store(root)  # something else lives there: this says so
-    return init(root)
+    except NotFound:
+        if not open_backend(root).is_free():
+            raise  # something else lives there
+        return init(root, hash_name, chunk_size)
 
 
 def is_chunk_size(size: object) -> bool:

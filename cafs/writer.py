@@ -42,7 +42,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         try:
-            self._lease, self._lease_time = lease.take(self.store.root, "writer"), time.monotonic()
+            self._lease, self._lease_time = lease.take(self.store.backend, "writer"), time.monotonic()
             self.store.refresh()
         except OSError as error:
             raise os_error(f"cannot write to store {quote(self.store.root)}", error) from error
@@ -55,7 +55,7 @@ class Writer:
         finally:
             self._discard()
             if self._lease:
-                atomic.unlink_quietly(self._lease)
+                self._drop_lease()
 
     def has(self, digest: bytes, kind: int = PLAIN) -> bool:
         """Whether the store, or this writer's open pack, has the object."""
@@ -85,13 +85,18 @@ class Writer:
         self.stored_bytes += len(frame)
         return True
 
+    def adopt(self, name: str, records: pack.Records) -> None:
+        """Count a pack that was published under this writer's lease without going through `put`."""
+        self.store.add_pack(name, records)
+        self.packs += 1
+
     def flush(self) -> None:
         """Make everything that was put durable and visible."""
         try:
             if self._rows:
                 self._close_pack()
             else:  # what was there already may be the pack of a writer that died between its link and its fsync
-                atomic.fsync_directory(os.path.join(self.store.root, "packs"))
+                self.store.backend.settle()
             if self.packs > self._listed:
                 self.store.write_pack_list()
                 self._listed = self.packs
@@ -103,11 +108,17 @@ class Writer:
 
     def _refresh_lease(self) -> None:
         if time.monotonic() - self._lease_time > lease.REFRESH_S:
-            os.utime(self._lease)
+            self.store.backend.touch(self._lease)
             self._lease_time = time.monotonic()
 
+    def _drop_lease(self) -> None:
+        try:
+            self.store.backend.remove(self._lease)
+        except (OSError, CafsError):
+            pass  # it dies of age
+
     def _open_pack(self) -> None:
-        self._fd, self._temporary = atomic.open_temporary(os.path.join(self.store.root, "tmp"), 0o444)
+        self._fd, self._temporary = atomic.open_temporary(self.store.backend.scratch(), 0o444)
         self._pending, self._pending_size = [pack.PACK_MAGIC], len(pack.PACK_MAGIC)
         self._offset = len(pack.PACK_MAGIC)
 
@@ -125,7 +136,7 @@ class Writer:
         self._fd = -1
         name = self.store.hash(footer).hex()
         # A pack of this name is there already: it may be damaged and this one is not, so this one takes its place.
-        atomic.publish(self._temporary, self.store.pack_path(name), replace=True)
+        self.store.backend.publish(self._temporary, f"packs/{name}")
         self._temporary = ""
         self.store.add_pack(name, records)
         self._rows, self._open_names = [], set()

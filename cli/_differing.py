@@ -16,23 +16,30 @@ if TYPE_CHECKING:
 
 def verify_content(image: str, root: str, program: str) -> int:
     """Read everything; a line on stderr for each file that is missing or damaged.  Returns the exit code."""
-    from cafs.content import pieces
-    from cafs.errors import CafsError
+    from cafs.bulk import read_objects
+    from cafs.errors import CafsError, quote
     from cafs.image import check_hash, load_index
+    from cafs.locator import contents
     from cafs.store import Store
+    from cafs.transfer import wanted
 
     index, _, found = load_index(image, root)
     opened = found or Store(root)
     check_hash(index, image, opened)
-    bad = 0
-    for number, kind in enumerate(index.type):
-        if kind in b"fF":
-            try:
-                for _ in pieces(index, number, opened).data():
-                    pass
-            except CafsError as error:
-                bad += 1
-                say(program, str(error))
+    try:
+        keys = wanted(opened, index)
+    except CafsError as error:
+        say(program, str(error))
+        return 5
+    bad = {key: problem for key, problem in read_objects(opened, keys) if isinstance(problem, CafsError)}
+    named = set(contents(index)) & bad.keys()
+    for number in range(len(index)):
+        kind = index.kind(number)
+        key = (index.object(number), int(kind == b"F"))
+        if kind in (b"f", b"F") and key in named:
+            say(program, f"{quote(index.path(number))}: {bad[key]}")
+    for key in sorted(bad.keys() - named):
+        say(program, f"a chunk: {bad[key]}")
     return 5 if bad else 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from cafs import __version__
@@ -26,12 +24,8 @@ def store_option() -> Decorator:
 def store_root(given: str | None) -> str:
     """The store's directory from the option, the environment, or the default."""
     from cafs import paths
-    from cafs.errors import UsageError
 
-    root = given or paths.store()
-    if "://" in root:
-        raise UsageError(f"cannot open store '{root}': this version reads directories only")
-    return os.path.abspath(root)
+    return paths.located(given or paths.store())
 
 
 def json_option() -> Decorator:

@@ -7,12 +7,13 @@ import sys
 
 import click
 
-from cli._app import is_terminal, json_path, run, say, write_json, write_lines
+from cli._app import json_path, run, say, write_json, write_lines
 from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+from cli._progress import progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from cafs.format import Entry
     from cafs.index import Index
@@ -90,7 +91,7 @@ def create(
         rehash=rehash,
         skip_unreadable=skip_unreadable,
     )
-    with _progress(quiet) as options.progress:
+    with progress("indexing", "entries", quiet) as options.progress:
         if output is not None:
             report = create_file(options, output, hash_name or "sha256")
         else:
@@ -311,26 +312,6 @@ def _chosen(index: Index, paths: tuple[str, ...], image: str) -> Iterator[Entry]
             if not index.path(number).startswith(below):
                 break
             yield index.entry(number)
-
-
-class _progress:
-    """A line that counts, on a terminal only."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.active = is_terminal() and not quiet
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        if not self.active:
-            return None
-        from rich.console import Console
-
-        self.status = Console(stderr=True).status("indexing")
-        self.status.start()
-        return lambda entries, size: self.status.update(f"indexing: {entries} entries, {size >> 20} MiB")
-
-    def __exit__(self, *failure: object) -> None:
-        if self.active:
-            self.status.stop()
 
 
 def entry() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from cafs.paths import located
 from cli._app import run, say, write_json
 from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+from cli._progress import progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,6 +136,68 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
         for ref in opened.refs():
             if _digest_of(opened, ref) == digest:
                 opened.remove_ref(ref)
+
+
+@main.command()
+@click.argument("image")
+@click.argument("url")
+@click.option("-t", "--tag", metavar="REF", help="Name it so there (default: as here).")
+@json_option()
+@store_option()
+@quiet_option()
+def push(image: str, url: str, tag: str | None, as_json: bool, store: str | None, quiet: bool) -> None:
+    """Copy IMAGE to the store at URL, which is made if need be.
+
+    Only what is missing there is sent.
+    """
+    from cafs.store import Store, open_or_init
+
+    source = Store(store_root(store))
+    target = open_or_init(located(url), source.hash_name, source.chunk_size)
+    _copy(image, source, target, tag, as_json, quiet)
+
+
+@main.command()
+@click.argument("image")
+@click.argument("url", required=False, metavar="[URL]")
+@click.option("-t", "--tag", metavar="REF", help="Name it so here (default: as there).")
+@json_option()
+@store_option()
+@quiet_option()
+def pull(image: str, url: str | None, tag: str | None, as_json: bool, store: str | None, quiet: bool) -> None:
+    """Copy IMAGE from the store at URL to ours; without URL to the cache.
+
+    Only what is missing is fetched.
+    """
+    from cafs.store import Store, open_or_init
+
+    if url is None:
+        from cafs.cache import fill
+
+        if tag:
+            raise click.UsageError("--tag goes with URL")
+        fill(image, store_root(store))
+        return
+    source = Store(located(url))
+    target = open_or_init(store_root(store), source.hash_name, source.chunk_size)
+    _copy(image, source, target, tag, as_json, quiet)
+
+
+def _copy(name: str, source: Store, target: Store, tag: str | None, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    from cafs.image import resolve
+    from cafs.store import is_ref, split_ref
+    from cafs.transfer import copy
+
+    found = resolve(source, name)
+    named = name.partition("@")[0]
+    if tag is None and is_ref(named) and source.get_ref(named) is not None:
+        tag = ":".join(split_ref(named))
+    with progress("copying", "objects", quiet) as report:
+        moved = copy(found, source, target, tag, report)
+    if as_json:
+        write_json(asdict(moved) | {"digest": found.digest.hex(), "ref": tag})
 
 
 @main.command()

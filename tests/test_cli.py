@@ -69,7 +69,13 @@ BAD = [
     (["cafs-store", "untag", "x:1"], 4, "no ref 'x:1'"),
     (["cafs-store", "info", "--store", "{}/rootfs"], 4, "not a store"),
     (["cafs-index", "create", "{}/rootfs", "--store", "{}/rootfs"], 4, "not a store"),
-    (["cafs-store", "info", "--store", "s3://bucket/x"], 2, "directories only"),
+    (["cafs-store", "info", "--store", "s3://UPPER/x"], 2, "is not s3://BUCKET"),
+    (["cafs-store", "info", "--store", "ftp://host/x"], 2, "unknown scheme 'ftp'"),
+    (
+        ["cafs-store", "info", "--store", "http://127.0.0.1:9/x"],
+        7,
+        "cannot read 'cafs-store.json' of store 'http://127.0.0.1:9/x'",
+    ),
     (["cafs-mount", "demo:1"], 2, "IMAGE and DIR"),
 ]
 

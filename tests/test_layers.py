@@ -17,8 +17,16 @@ MAY_IMPORT = {
     "pool": {"pool", "cafs"},
     "cli": {"cli", "cafs", "runner", "builder", "pool"},
 }
-HOMES = {"click": "cli/", "rich": "cli/", "pyfuse3": "cafs/fusefs.py", "trio": "cafs/fusefs.py"}
-HEAVY = ["rich", "pyfuse3", "trio", "boto3", "paramiko", "zstandard", "xxhash", "cafs.index", "dataclasses"]
+HOMES = {
+    "click": "cli/",
+    "rich": "cli/",
+    "pyfuse3": "cafs/fusefs.py",
+    "trio": "cafs/fusefs.py",
+    "boto3": "cafs/s3.py",
+    "botocore": "cafs/s3.py",
+    "urllib3": "cafs/web.py",
+}
+HEAVY = ["rich", "pyfuse3", "trio", "boto3", "urllib3", "paramiko", "zstandard", "xxhash", "cafs.index", "dataclasses"]
 
 
 def imports() -> list[tuple[str, str]]:

@@ -50,7 +50,7 @@ def test_a_pack_that_is_seen_late_is_waited_for_on_a_network_file_system_only(
     store.refresh()
     digest = store.hash(b"first content " * 100)
     [(name, _, _)] = store.locate(digest)
-    path, aside = Path(store.pack_path(name)), tmp_path / "aside"
+    path, aside = Path(store.backend.path(f"packs/{name}")), tmp_path / "aside"
     path.rename(aside)
     with pytest.raises(CafsError):
         store.read_object(digest)
@@ -93,7 +93,7 @@ def test_a_repair_may_be_killed_at_every_step_and_loses_nothing_that_was_good(ho
     store.refresh()
     bad, good = store.hash(b"first content " * 100), store.hash(b"second content " * 100)
     [(name, offset, _)] = store.locate(bad)
-    pack = Path(store.pack_path(name))
+    pack = Path(store.backend.path(f"packs/{name}"))
     pack.chmod(0o644)
     with open(pack, "r+b") as file:
         file.seek(offset + 30)

@@ -1,0 +1,128 @@
+"""A store in a directory, local or on a network file system."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from cafs import atomic, mountinfo
+from cafs.backend import Backend, Listed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
+_NFS_WAIT_S = 60
+_NETWORK = ("nfs", "cifs", "smb", "ceph", "9p", "lustre", "glusterfs", "fuse.")
+"""File systems on which a name that another machine made may be seen late."""
+
+
+class DirectoryBackend(Backend):
+    """root: the directory."""
+
+    is_local = True
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.root = root
+        self.identity = os.path.realpath(root)
+
+    def path(self, name: str) -> str:
+        """Path of a file."""
+        return os.path.join(self.root, name)
+
+    def read(self, name: str, limit: int) -> bytes:
+        return atomic.read_file(self.path(name), limit)
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        fd = self._open(name)
+        try:
+            return atomic.read_exactly(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def read_tail(self, name: str, size: int) -> tuple[bytes, int]:
+        fd = self._open(name)
+        try:
+            length = os.fstat(fd).st_size
+            return atomic.read_exactly(fd, min(size, length), max(length - size, 0)), length
+        finally:
+            os.close(fd)
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self.path(name))
+
+    def list(self, directory: str) -> list[Listed]:
+        found = []
+        top = self.path(directory)
+        if not os.path.isdir(top):
+            raise FileNotFoundError(2, "No such file or directory", top)
+        for where, _, names in os.walk(top):
+            for name in names:
+                try:
+                    status = os.lstat(os.path.join(where, name))
+                except FileNotFoundError:
+                    continue  # it went meanwhile
+                path = os.path.relpath(os.path.join(where, name), top)
+                found.append(Listed(path, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda one: one.name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        atomic.make_directory(os.path.dirname(self.path(name)))
+        return atomic.create_file(self.path(name), data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        atomic.make_directory(os.path.dirname(self.path(name)))
+        atomic.replace_file(self.path(name), data, 0o444 if name.startswith("meta/") else 0o644)
+
+    def swap(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """The last writer wins, as with any file: a ref is not counted, and packs/list is a hint."""
+        try:
+            before: bytes | None = self.read(name, 1 << 28)
+        except FileNotFoundError:
+            before = None
+        self.replace(name, change(before))
+
+    def remove(self, name: str) -> None:
+        os.unlink(self.path(name))
+        atomic.fsync_directory(os.path.dirname(self.path(name)))
+
+    def touch(self, name: str) -> None:
+        os.utime(self.path(name))
+
+    def scratch(self) -> str:
+        return self.path("tmp")
+
+    def publish(self, temporary: str, name: str) -> None:
+        atomic.publish(temporary, self.path(name), replace=True)
+
+    def settle(self) -> None:
+        atomic.fsync_directory(self.path("packs"))
+
+    def prepare(self) -> None:
+        for directory in DIRECTORIES:
+            atomic.make_directory(self.path(directory))
+
+    def is_free(self) -> bool:
+        try:
+            return all(name in DIRECTORIES or name.startswith("tmp.") for name in os.listdir(self.root))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    def _open(self, name: str) -> int:
+        """Open a pack; on NFS a name that another machine just made may not be seen yet, so look again for a while."""
+        deadline = 0.0
+        while True:
+            try:
+                return os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                deadline = deadline or time.monotonic() + (
+                    _NFS_WAIT_S if mountinfo.fstype(self.root).startswith(_NETWORK) else 0
+                )
+                if time.monotonic() >= deadline:
+                    raise
+                os.listdir(self.path("packs"))
+                time.sleep(0.5)

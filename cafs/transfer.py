@@ -1,0 +1,150 @@
+"""Copying an image from one store to another: only what is missing there moves, whole packs where all of one is.
+
+What arrives is checked before it is put.  An interrupted copy leaves whole packs behind, which the next one finds.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+
+from cafs import atomic, chunks, image, locator, pack
+from cafs.bulk import by_pack, read_frames
+from cafs.digest import CHUNK_LIST, PLAIN, object_name
+from cafs.errors import CorruptError, NotFound, UsageError, os_error, quote
+from cafs.index import load
+from cafs.writer import Writer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cafs.bulk import Frame, Key
+    from cafs.image import Image
+    from cafs.index import Index
+    from cafs.store import Store
+
+_WHOLE = 0.95
+"""A pack of which at least this share is missing is copied as it is."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a copy moved.  objects, bytes: stored forms of objects; packs: those copied whole."""
+
+    objects: int = 0
+    bytes: int = 0
+    packs: int = 0
+
+
+def copy(
+    found: Image, source: Store, target: Store, ref: str | None, progress: Callable[[int, int], None] | None = None
+) -> Moved:
+    """Bring an image to TARGET and let REF name it there; the ref is set last.  Raises CafsError."""
+    if (source.hash_name, source.chunk_size) != (target.hash_name, target.chunk_size):
+        raise UsageError(
+            f"store {quote(target.root)} is of {target.hash_name}, {quote(source.root)} of {source.hash_name}: nothing mixes"
+        )
+    moved = Moved()
+    try:
+        if not target.has_meta(found.digest, "image"):
+            with Writer(target) as writer:
+                _Copy(source, target, writer, moved, progress).run(found)
+                if ref:
+                    target.set_ref(ref, found.digest)
+        elif ref and target.get_ref(ref) != found.digest:
+            target.set_ref(ref, found.digest)
+    except OSError as error:
+        raise os_error(f"cannot write to store {quote(target.root)}", error) from error
+    return moved
+
+
+def wanted(store: Store, index: Index) -> list[Key]:
+    """Every object that an index needs, in index order, chunks after their list.  Raises CafsError."""
+    found: dict[Key, None] = {}
+    for key in locator.contents(index):
+        if key in found:
+            continue
+        found[key] = None
+        if key[1] == CHUNK_LIST:
+            listed = chunks.decode(store.read_object(*key), store.hash_name, store.chunk_size)
+            found.update(dict.fromkeys((chunk, PLAIN) for _, chunk in listed.runs if chunk))
+    return list(found)
+
+
+@dataclass(slots=True)
+class _Copy:
+    source: Store
+    target: Store
+    writer: Writer
+    moved: Moved
+    progress: Callable[[int, int], None] | None
+
+    def run(self, found: Image) -> None:
+        self.source.refresh()
+        layers = {layer: self.source.get_meta(layer, "index") for layer in found.layers}
+        indexes = {layer: load(io.BytesIO(data)) for layer, data in layers.items()}
+        keys = dict.fromkeys(key for index in indexes.values() for key in wanted(self.source, index))
+        packs, gone = by_pack(self.source, [key for key in keys if not self.writer.has(*key)])
+        if gone:
+            raise NotFound(f"store {quote(self.source.root)} has no object {object_name(*gone[0])}", hint="cafs-store fsck")
+        sizes = self.source.pack_sizes()
+        for name, frames in packs.items():
+            if sum(size for _, _, size in frames) >= _WHOLE * sizes.get(name, 1 << 62):
+                self._whole_pack(name)
+            else:
+                self._frames(name, frames)
+        self.writer.flush()
+        for layer, data in layers.items():
+            self.target.put_locator(layer, locator.encode(self.target, locator.contents(indexes[layer]), self.source))
+            self.target.put_meta(data, "index")
+        image.put_layers(self.target, found.layers, found.config)
+
+    def _frames(self, name: str, frames: list[Frame]) -> None:
+        """Some objects of a pack."""
+        places = [(offset, size) for _, offset, size in frames]
+        for (key, _, _), frame in zip(frames, read_frames(self.source, name, places), strict=True):
+            self._check(name, key, frame)
+            self.writer.put(*key, frame)
+            self._count(1, len(frame))
+
+    def _whole_pack(self, name: str) -> None:
+        """All objects of a pack, under the same name."""
+        records = self.source.read_footer(name)
+        rows = sorted(records.rows(), key=lambda row: row[2])
+        at = len(pack.PACK_MAGIC)
+        for _, _, offset, size, _ in rows:
+            if offset != at:
+                raise CorruptError(f"pack {name} has gaps", hint="cafs-store fsck")
+            at += size
+        fd, temporary = atomic.open_temporary(self.target.backend.scratch(), 0o444)
+        try:
+            try:
+                atomic.write_all(fd, pack.PACK_MAGIC)
+                for row, frame in zip(rows, read_frames(self.source, name, [row[2:4] for row in rows]), strict=True):
+                    self._check(name, row[:2], frame)
+                    atomic.write_all(fd, frame)
+                    self._count(1, len(frame))
+                atomic.write_all(fd, records.encode_footer())
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self.target.backend.publish(temporary, f"packs/{name}")
+        except BaseException:
+            atomic.unlink_quietly(temporary)
+            raise
+        self.writer.adopt(name, records)
+        self.moved.packs += 1
+
+    def _check(self, name: str, key: Key, frame: bytes) -> None:
+        try:
+            self.source.check_frame(frame, *key)
+        except CorruptError as error:
+            raise CorruptError(f"object {object_name(*key)} in pack {name}: {error}", hint="cafs-store fsck") from error
+
+    def _count(self, objects: int, size: int) -> None:
+        self.moved.objects += objects
+        self.moved.bytes += size
+        if self.progress and self.moved.objects % 500 == 0:
+            self.progress(self.moved.objects, self.moved.bytes)
