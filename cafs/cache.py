@@ -12,12 +12,11 @@ import errno
 import fcntl
 import logging
 import os
-import struct
 import threading
 import time
 from contextlib import contextmanager
 
-from cafs import atomic
+from cafs import atomic, linux
 from cafs.chunks import LIST_MAX
 from cafs.digest import CHUNK_LIST, object_name
 from cafs.errors import CafsError, os_error, quote
@@ -183,11 +182,10 @@ class Cache:
         except OSError:
             return -1
         start = int.from_bytes(digest[:7], "big")
-        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
         deadline = time.monotonic() + self.limit_s / 2
         while True:
             try:
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+                linux.lock_byte(fd, fcntl.F_WRLCK, start)
                 return fd
             except OSError:
                 if time.monotonic() > deadline:

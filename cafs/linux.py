@@ -50,6 +50,18 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     return _check(_libc.syscall(_SYS_OPENAT2, root_fd, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)), path)
 
 
+def lock_byte(fd: int, kind: int, at: int, *, wait: bool = False) -> None:
+    """Lock one byte of a file for the open file description (F_OFD_SETLK, fcntl(2)): it goes when all copies of FD are closed.
+
+    kind: fcntl.F_RDLCK, F_WRLCK or F_UNLCK.  Raises BlockingIOError if it is taken and not to be waited for.
+    """
+    import fcntl
+    import struct
+
+    request = struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+
+
 def raise_descriptor_limit() -> None:
     """Let this process open as many files as it may (RLIMIT_NOFILE, getrlimit(2))."""
     import resource

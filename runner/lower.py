@@ -1,7 +1,7 @@
 """The mounted image that a container stands on: one that the user has mounted, or one shared by all our containers.
 
-A shared mount is counted by shared flocks on a lock file, which die with their holders; the last one to let go, who gets the
-exclusive lock, unmounts.
+A shared mount is counted by read locks on byte 0 of a lock file, which die with their holders; who lets go and then gets a
+write lock there is the last, and unmounts.  Whoever mounts or unmounts holds byte 1.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import os
 import sys
 import time
 
-from cafs import mountinfo, paths
+from cafs import linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_USERS, _CHANGING = 0, 1
+"""Bytes of the lock file."""
 
 
 class Lower:
@@ -43,6 +46,7 @@ def release(digest: bytes, wait_s: float = 0) -> None:
     except FileNotFoundError:
         return
     try:
+        linux.lock_byte(lock, fcntl.F_WRLCK, _CHANGING, wait=True)
         _lock_within(lock, wait_s)
         if not _is_current(lock, point + ".lock"):
             return
@@ -63,7 +67,7 @@ def _lock_within(lock: int, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return linux.lock_byte(lock, fcntl.F_WRLCK, _USERS)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise
@@ -90,19 +94,19 @@ def find(digest: bytes, store_root: str) -> Lower:
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:
     while True:
         lock = os.open(point + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_current(lock, point + ".lock") and mountinfo.at(point) and mountinfo.answers(point):
-            return Lower(point, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            linux.lock_byte(lock, fcntl.F_RDLCK, _USERS, wait=True)
             if not _is_current(lock, point + ".lock"):
                 continue  # the last user has just removed it
-            os.makedirs(point, mode=0o700, exist_ok=True)
-            mount(point)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _is_current(lock, point + ".lock") and mountinfo.at(point):
-                kept, lock = lock, -1
-                return Lower(point, kept)
+            linux.lock_byte(lock, fcntl.F_WRLCK, _CHANGING, wait=True)
+            is_there = mountinfo.at(point) is not None
+            if not is_there:
+                os.makedirs(point, mode=0o700, exist_ok=True)
+            if not is_there or not mountinfo.answers(point):
+                mount(point)
+            linux.lock_byte(lock, fcntl.F_UNLCK, _CHANGING)
+            kept, lock = lock, -1
+            return Lower(point, kept)
         finally:
             if lock >= 0:
                 os.close(lock)

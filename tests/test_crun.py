@@ -365,6 +365,20 @@ def test_containers_share_one_mount_that_goes_with_the_last(home: Path, tmp_path
     assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
 
 
+def test_a_container_that_starts_beside_a_long_one_does_not_wait_for_it(home: Path, tmp_path: Path, cmd: Run) -> None:
+    """Two of one image start at once; one mounts it and stays.  The other must see that and go on."""
+    make_rootfs(tmp_path / "rootfs")
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
+    for _ in range(5):
+        with subprocess.Popen([BIN / "crun", "run", "-i", "b:1", "cat"], stdin=subprocess.PIPE) as long:
+            others = [subprocess.Popen([BIN / "crun", "run", "b:1", "true"]) for _ in range(3)]
+            assert [other.wait(30) for other in others] == [0] * 3
+            assert long.stdin
+            long.stdin.close()
+            assert long.wait(30) == 0
+        assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["dev", "proc", "sys"])
 def test_an_image_with_a_link_where_the_system_mounts_is_refused(home: Path, tmp_path: Path, cmd: Run, name: str) -> None:
     make_rootfs(tmp_path / "rootfs")
