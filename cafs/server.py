@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
-from cafs import atomic, linux, paths
+from cafs import atomic, lease, linux, paths
 from cafs.cache import FETCH_LIMIT_S, Cache
 from cafs.errors import CafsError, os_error, quote
 from cafs.store import Store
@@ -121,11 +122,39 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: _unmount_quietly(request.point))
+    let_go = _hold(store, digest)
     try:
         fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
     finally:
+        let_go()
         tree.close()
         atomic.unlink_quietly(record)
+
+
+def _hold(store: Store, digest: str) -> Callable[[], None]:
+    """Keep the image from being collected while it is mounted, where the store can be written to; returns how to stop."""
+    ended = threading.Event()
+    try:
+        name = lease.take(store.backend, "mount", digest)
+    except (CafsError, OSError):
+        return ended.set  # a read-only store: its owner's grace time has to do
+
+    def refresh() -> None:
+        while not ended.wait(lease.REFRESH_S):
+            try:
+                store.backend.touch(name)
+            except (CafsError, OSError):
+                continue
+
+    def let_go() -> None:
+        ended.set()
+        try:
+            store.backend.remove(name)
+        except (CafsError, OSError):
+            pass  # it dies of age, or with this process
+
+    threading.Thread(target=refresh, daemon=True).start()
+    return let_go
 
 
 def _log_to(path: str | None, otherwise: str) -> None:

@@ -17,7 +17,7 @@ from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageErr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from cafs.backend import Listed
     from cafs.locator import Locator
@@ -62,6 +62,9 @@ class Store:
         self._footers: dict[str, pack.Records] = {}
         self._filter = pack.Filter()
         self._set_aside: set[str] = set()
+        self._hidden: set[str] = set()
+        self.claim: Callable[[str], None] = lambda name: None
+        """Called before a meta file is made or relied upon; a writer puts its own here."""
 
     # --- packs ---------------------------------------------------------------------------------------------------
 
@@ -81,10 +84,11 @@ class Store:
 
     def refresh(self) -> None:
         """Look which packs there are, and read the footers of those that no locator has.  A damaged pack holds nothing."""
-        self._sizes = {name: size for name, size in self.pack_sizes().items() if name not in self._set_aside}
+        gone = self._set_aside | self._hidden
+        self._sizes = {name: size for name, size in self.pack_sizes().items() if name not in gone}
         known = merged.load(self.backend.identity, self.hash_name) if self._merged is None else self._merged
-        for gone in set(self._footers) - set(self._sizes):
-            del self._footers[gone]
+        for name in set(self._footers) - set(self._sizes):
+            del self._footers[name]
         wanted = [n for n, size in self._sizes.items() if known.packs.get(n) != size and n not in self._footers]
         for name, records in self._read_footers(wanted):
             self._footers[name] = records
@@ -113,6 +117,7 @@ class Store:
         self._footers[name] = records
         self._filter.add(records)
         self._set_aside.discard(name)
+        self._hidden.discard(name)
 
     def is_set_aside(self, name: str) -> bool:
         """Whether `set_aside` was called, and no good pack of the name made since."""
@@ -123,6 +128,17 @@ class Store:
         self._set_aside.add(name)
         self._sizes.pop(name, None)
         self._footers.pop(name, None)
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Find nothing in these packs until `show`; they can be read from all the same."""
+        self._hidden.update(names)
+        for name in self._hidden:
+            self._sizes.pop(name, None)
+            self._footers.pop(name, None)
+
+    def show(self) -> None:
+        """The end of `hide`, from the next `refresh` on."""
+        self._hidden.clear()
 
     def read_footer(self, name: str) -> pack.Records:
         """Records of one pack.  Raises CorruptError, or OSError or RemoteError if it cannot be read."""
@@ -201,6 +217,7 @@ class Store:
         """Store an index or a manifest durably and return its digest.  What is there already and good is left alone."""
         digest = self.hash(data)
         name = meta_name(digest, kind)
+        self.claim(name)
         frame = data
         if len(data) > RAW_META_MAX:
             import zstandard
@@ -258,6 +275,7 @@ class Store:
         """Keep the locator of an index; what was there is replaced."""
         import zstandard
 
+        self.claim(meta_name(index, "loc"))
         self.backend.replace(meta_name(index, "loc"), zstandard.ZstdCompressor(level=3).compress(data))
 
     def get_locator(self, index: bytes) -> Locator | None:

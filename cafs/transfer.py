@@ -9,11 +9,12 @@ import io
 import os
 from dataclasses import dataclass
 
-from cafs import atomic, chunks, image, locator, pack
+from cafs import atomic, candidates, chunks, image, locator, pack
 from cafs.bulk import by_pack, read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CorruptError, NotFound, UsageError, os_error, quote
 from cafs.index import load
+from cafs.store import meta_name
 from cafs.writer import Writer
 
 TYPE_CHECKING = False
@@ -48,7 +49,8 @@ def copy(
         )
     moved = Moved()
     try:
-        if not target.has_meta(found.digest, "image"):
+        name = meta_name(found.digest, "image")
+        if not target.backend.exists(name) or name in candidates.names(target.backend):
             with Writer(target) as writer:
                 _Copy(source, target, writer, moved, progress).run(found)
                 if ref:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from cafs import atomic, lease, pack
+from cafs import atomic, candidates, lease, pack
 from cafs.digest import PLAIN
 from cafs.errors import CafsError, os_error, quote
 
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 class Writer:
     """A context manager.  Leaving it normally flushes; leaving it with an error discards the open pack.
 
-    Counters: objects and raw bytes put, stored bytes written, packs made.
+    Counters: objects and raw bytes put, stored bytes written, packs made (their names in `made`).
+    for_collection: whether a collection itself writes, which minds its candidates.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, for_collection: bool = False) -> None:
         self.store = store
+        self.for_collection = for_collection
+        self.made: list[str] = []
         self.objects = self.raw_bytes = self.stored_bytes = self.packs = 0
         self._listed = 0
         self._rows: list[tuple[bytes, int, int, int, int]] = []
@@ -37,6 +40,7 @@ class Writer:
         self._temporary = ""
         self._pending: list[bytes] = []
         self._pending_size = 0
+        self._candidates: set[str] = set()
         self._lease = ""
         self._lease_time = 0.0
 
@@ -44,6 +48,9 @@ class Writer:
         try:
             self._lease, self._lease_time = lease.take(self.store.backend, "writer"), time.monotonic()
             self.store.refresh()
+            self._candidates = candidates.names(self.store.backend)
+            self.store.hide(name.removeprefix("packs/") for name in self._candidates)
+            self.store.claim = self.claim
         except OSError as error:
             raise os_error(f"cannot write to store {quote(self.store.root)}", error) from error
         return self
@@ -54,6 +61,8 @@ class Writer:
                 self.flush()
         finally:
             self._discard()
+            self.store.claim = lambda name: None
+            self.store.show()
             if self._lease:
                 self._drop_lease()
 
@@ -89,6 +98,12 @@ class Writer:
         """Count a pack that was published under this writer's lease without going through `put`."""
         self.store.add_pack(name, records)
         self.packs += 1
+
+    def claim(self, name: str) -> None:
+        """Before a file is made, or relied upon, that a collection may be about to delete: keep it from doing so."""
+        if name in self._candidates and not self.for_collection:
+            candidates.clear(self.store.backend)
+            self._candidates = set()
 
     def flush(self) -> None:
         """Make everything that was put durable and visible."""
@@ -136,11 +151,13 @@ class Writer:
         self._fd = -1
         name = self.store.hash(footer).hex()
         # A pack of this name is there already: it may be damaged and this one is not, so this one takes its place.
+        self.claim(f"packs/{name}")
         self.store.backend.publish(self._temporary, f"packs/{name}")
         self._temporary = ""
         self.store.add_pack(name, records)
         self._rows, self._open_names = [], set()
         self.packs += 1
+        self.made.append(name)
 
     def _discard(self) -> None:
         if self._fd >= 0:

@@ -98,12 +98,16 @@ def tag(image: str, ref: str, store: str | None) -> None:
     """Make REF name IMAGE."""
     from cafs.errors import os_error
     from cafs.image import resolve
-    from cafs.store import Store
+    from cafs.store import Store, meta_name, split_ref
+    from cafs.writer import Writer
 
     opened = Store(store_root(store))
     found = resolve(opened, image)
+    split_ref(ref)
     try:
-        opened.set_ref(ref, found.digest)
+        with Writer(opened) as writer:  # a lease: what the ref is to name must not be collected before it does
+            writer.claim(meta_name(found.digest, "image"))
+            opened.set_ref(ref, found.digest)
     except OSError as error:
         raise os_error(f"cannot tag '{ref}'", error) from error
 
@@ -136,6 +140,30 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
         for ref in opened.refs():
             if _digest_of(opened, ref) == digest:
                 opened.remove_ref(ref)
+
+
+@main.command()
+@click.option("-n", "--dry-run", is_flag=True, help="Delete nothing; say what would be.")
+@click.option("--grace", type=click.FloatRange(0), metavar="SECONDS", help="Wait so long before deleting (86400).")
+@json_option()
+@store_option()
+@quiet_option()
+def gc(dry_run: bool, grace: float | None, as_json: bool, store: str | None, quiet: bool) -> None:
+    """Delete what no ref and no mount needs.
+
+    What is found is deleted by the first run after the grace time.
+    """
+    from dataclasses import asdict
+
+    from cafs.collect import GRACE_S, collect
+    from cafs.store import Store
+
+    report = collect(Store(store_root(store)), grace_s=GRACE_S if grace is None else grace, dry_run=dry_run)
+    if as_json:
+        write_json(asdict(report))
+    elif not quiet:
+        for name, value in asdict(report).items():
+            click.echo(f"{name}\t{value}")
 
 
 @main.command()

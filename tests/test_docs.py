@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "cafs-index": ["create", "ls", "stat", "cat", "diff", "verify", "du", "merge", "export"],
     "cafs-mount": [],
-    "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "push", "pull"],
+    "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull"],
     "crun": ["run"],
 }
 COMMON = {"--help", "--version"}
