@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _AHEAD = 8
-_DOCUMENTS_MAX = 64 << 20
+_HELD_MAX = 64 << 20
+_EACH = 256
 _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 
@@ -128,13 +129,15 @@ class DirectoryBlobs:
 
     def layers(self, names: Sequence[str], reader: MemberReader) -> Iterator[Layer]:
         """The layers, in this order; as many as there are threads are read and decompressed at once."""
-        waiting = [LayerStream(self._open(name)) for name in names[: reader.threads]]
-        rest = iter(names[reader.threads :])
+        waiting: list[LayerStream] = []
+        rest = iter(names)
         try:
+            for name in rest:
+                waiting.append(LayerStream(self._open(name)))
+                if len(waiting) >= reader.threads:
+                    yield read_layer(reader, waiting.pop(0))
             while waiting:
                 yield read_layer(reader, waiting.pop(0))
-                if (name := next(rest, None)) is not None:
-                    waiting.append(LayerStream(self._open(name)))
         finally:
             for stream in waiting:
                 stream.close()
@@ -155,13 +158,17 @@ class ArchiveBlobs:
         self._documents: dict[str, bytes] = {}
         self._layers: dict[str, Layer | CafsError] = {}
         self._links: dict[str, str] = {}
+        self._held = 0
         archive = Reader(decompressed(stream))
         for member in archive:
             name = os.fsdecode(member.name).removeprefix("./")
+            self._hold(len(name) + len(member.link) + _EACH)
             if member.kind in b"lh":
                 near = os.path.dirname(name) if member.kind == b"l" else ""
                 self._links[name] = os.path.normpath(os.path.join(near, os.fsdecode(member.link)))
             elif member.kind == b"f":
+                if member.segments != ((0, member.size),):
+                    raise FormatError(f"the archive's {quote(name)} is sparse")
                 self._take(name, _Content(archive), member.size, reader)
 
     def _take(self, name: str, content: _Content, size: int, reader: MemberReader) -> None:
@@ -173,8 +180,12 @@ class ArchiveBlobs:
                 self._layers[name] = error  # it matters only if an image needs it
         elif size <= JSON_MAX:
             self._documents[name] = content.read()
-            if sum(map(len, self._documents.values())) > _DOCUMENTS_MAX:
-                raise FormatError("the archive has too many documents")
+            self._hold(size)
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        if self._held > _HELD_MAX:
+            raise FormatError("the archive has too many members, or too large documents")
 
     def _resolve(self, name: str) -> str:
         """The member that a name stands for: old archives have links between layers."""

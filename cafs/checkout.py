@@ -6,6 +6,7 @@ import os
 import stat
 
 from cafs import format as fmt
+from cafs import linux
 from cafs.atomic import write_all_at
 from cafs.content import pieces
 from cafs.errors import CafsError, os_error, quote
@@ -25,6 +26,7 @@ def checkout(index: Index, store: Store, target: str) -> None:
 
     What was written stays if it fails half-way.
     """
+    linux.raise_descriptor_limit()  # one a level
     try:
         os.makedirs(target, exist_ok=True)
         if os.listdir(target):

@@ -6,6 +6,7 @@ No clock is read: dates are the image's own, else SOURCE_DATE_EPOCH, else 1970. 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -92,7 +93,7 @@ def write_saved(found: Image, store: Store, out: BinaryIO, tag: str | None, thre
         path = os.path.join(scratch, f"layer-{number}")
         hashed = hashlib.sha256()
         with open(path, "wb") as file:
-            for piece in tarwrite.write(load(io.BytesIO(store.get_meta(digest, "index"))), store):
+            for piece in tarwrite.write(load(io.BytesIO(store.get_meta(digest, "index"))), store, is_layer=True):
                 hashed.update(piece)
                 file.write(piece)
         name = f"{hashed.hexdigest()}.tar"
@@ -143,7 +144,7 @@ def _blob(data: bytes, directory: str) -> Blob:
 def _layer_blob(layer: bytes, store: Store, directory: str, threads: int) -> Blob:
     """A layer as gzip, under its digest."""
     plain, packed, size = hashlib.sha256(), hashlib.sha256(), 0
-    pieces = tarwrite.write(load(io.BytesIO(store.get_meta(layer, "index"))), store)
+    pieces = tarwrite.write(load(io.BytesIO(store.get_meta(layer, "index"))), store, is_layer=True)
     fd, temporary = atomic.open_temporary(directory)
     try:
         try:
@@ -185,6 +186,15 @@ def _gzip(raw: bytes) -> tuple[bytes, bytes]:
 
 def _add_to_index(path: str, described: dict[str, Any]) -> None:
     """Let a layout's index name one image more; another of the same tag, or the same without one, goes."""
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)  # another export may be adding its own
+        _add_locked(path, described)
+    finally:
+        os.close(directory)
+
+
+def _add_locked(path: str, described: dict[str, Any]) -> None:
     try:
         document = oci.parse(atomic.read_file(path, oci.JSON_MAX), "index.json")
     except FileNotFoundError:

@@ -57,6 +57,7 @@ class ObjectMaker:
 
     def make_list(self, size: int, runs: list[tuple[int, bytes]], path: bytes) -> Made:
         """The chunk list of a file of SIZE bytes at PATH."""
+        assert sum(count for count, _ in runs) == -(-size // self.header.chunk_size)
         listed = chunks.ChunkList(self.header.hash_name, self.header.chunk_size, size, chunks.join_runs(runs)).encode()
         if len(listed) > chunks.LIST_MAX:
             raise CafsError(f"cannot index {quote(path)}: its chunk list is over {chunks.LIST_MAX} bytes")

@@ -95,7 +95,7 @@ def descriptor(found: Any, what: str) -> Descriptor:
     if type(size) is not int or size < 0:
         raise FormatError(f"{what} has a descriptor without a size")
     notes, platform = found.get("annotations") or {}, found.get("platform") or {}
-    if not isinstance(notes, dict) or not isinstance(platform, dict):
+    if not isinstance(notes, dict) or not isinstance(platform, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise FormatError(f"{what} has a damaged descriptor")
     return Descriptor(str(found.get("mediaType") or ""), digest.removeprefix("sha256:"), size, notes, platform)
 

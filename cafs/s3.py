@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 _TRIES = 4
 _SWAPS = 30
 _PART = 128 << 20
+_CONDITION = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NotImplemented", "501")
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,10 @@ class S3Backend(Backend):
     """One bucket and prefix."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise UsageError(f"{quote(url)} is not s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]") from None
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         endpoint, region = options.pop("endpoint", None), options.pop("region", None)
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc) or options or parts.fragment:
@@ -66,8 +70,11 @@ class S3Backend(Backend):
     def _key(self, name: str) -> str:
         return self._prefix + name
 
-    def _call(self, what: str, name: str, call: Callable[[], Result]) -> Result:
-        """Do it, again if an answer broke off.  Raises FileNotFoundError, RemoteError."""
+    def _call(self, what: str, name: str, call: Callable[[], Result], *, is_conditional: bool = False) -> Result:
+        """Do it, again if an answer broke off.  Raises FileNotFoundError, RemoteError.
+
+        is_conditional: let a ClientError out that says that a condition did not hold, or is not known.
+        """
         problem: Exception | None = None
         for again in range(_TRIES):
             try:
@@ -75,7 +82,7 @@ class S3Backend(Backend):
             except ClientError as error:
                 if _code(error) in ("NoSuchKey", "404"):
                     raise FileNotFoundError(2, "No such file or directory", name) from None
-                if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NotImplemented", "501"):
+                if is_conditional and _code(error) in _CONDITION:
                     raise
                 hint = "is there such a bucket?" if _code(error) == "NoSuchBucket" else None
                 raise RemoteError(f"cannot {what} {quote(name)} in {quote(self.url)}: {_said(error)}", hint=hint) from None
@@ -147,7 +154,10 @@ class S3Backend(Backend):
 
         def put(**options: str) -> None:
             self._call(
-                "write", name, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **options)
+                "write",
+                name,
+                lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **options),
+                is_conditional=bool(options),
             )
 
         try:

@@ -162,6 +162,7 @@ def _copied(reference: str, platform: oci.Platform | None) -> Iterator[str]:
             reference,
             f"oci:{directory}:image",
         ]
+        # On any exception `run` kills the child before the directory goes.
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode:
             raise RemoteError(f"cannot copy {quote(reference)}: {_reason(done.stderr)}")

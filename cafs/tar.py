@@ -173,6 +173,8 @@ class Reader:
                 continue
             else:
                 return self._build(block, [*defaults.items(), *records], long_name, long_link)
+        if (records or long_name or long_link) and not self.ended:
+            raise self._error("the archive is cut off after an extended header")
         return None
 
     def _records(self, data: bytes) -> Records:

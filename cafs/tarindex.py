@@ -58,6 +58,7 @@ class MemberReader:
     def read(self, stream: BinaryIO) -> Members:
         """All members of one plain archive, in order, read to the end.  Raises CorruptError."""
         found: Members = []
+        self._runs = []  # an archive before this one may have ended in the middle of a file
         batches = self._batches(self._pieces(stream, found))
         for batch in ordered_map(self._do_batch, batches, self.threads, window=4 * self.threads):
             for piece, made in batch:

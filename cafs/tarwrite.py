@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from cafs import format as fmt
 from cafs.content import pieces
+from cafs.errors import UnsupportedError, quote
 from cafs.format import Entry
 from cafs.vtree import OPAQUE, WHITEOUT
 
@@ -29,11 +30,18 @@ _FLAGS = {
 _OCTAL7, _OCTAL11 = 0o7777777, 0o77777777777
 
 
-def write(index: Index, store: Store) -> Iterator[bytes]:
-    """The archive in pieces of at most a chunk.  Sockets are left out: no tar can hold one.  Raises CafsError."""
+def write(index: Index, store: Store, *, is_layer: bool = False) -> Iterator[bytes]:
+    """The archive in pieces of at most a chunk.  Sockets are left out: no tar can hold one.  Raises CafsError.
+
+    is_layer: of an image, in which a name that begins with '.wh.' would be taken for a whiteout.
+    """
     for number in range(len(index)):
         entry = index.entry(number)
         path = entry.path.lstrip(b"/")
+        if is_layer and path.rpartition(b"/")[2].startswith(WHITEOUT):
+            raise UnsupportedError(f"{quote(entry.path)} cannot be in an image's layer: it would be a whiteout")
+        if index.kind(index.inode(number)) == fmt.SOCKET:
+            continue
         if entry.type in (fmt.FILE, fmt.CHUNKED):
             yield from _file(index, number, entry, path, store)
         elif entry.type == fmt.WHITEOUT:
@@ -43,7 +51,7 @@ def write(index: Index, store: Store) -> Iterator[bytes]:
             yield _header(entry, (path or b".") + b"/", 0)
             if entry.type == fmt.OPAQUE:
                 yield _header(Entry(fmt.FILE, b""), (path + b"/" if path else b"") + OPAQUE, 0)
-        elif entry.type != fmt.SOCKET:
+        else:
             yield _header(entry, path, 0)
     yield bytes(2 * BLOCK)
 
@@ -57,6 +65,8 @@ def _file(index: Index, number: int, entry: Entry, path: bytes, store: Store) ->
         yield bytes(-entry.size % BLOCK)
         return
     segments = [(offset, length) for offset, length, is_data in runs if is_data]
+    if not runs[-1][2]:
+        segments.append((entry.size, 0))  # GNU tar takes the length of the file from the last entry
     lines = b"".join(b"%d\n%d\n" % segment for segment in segments)
     table = b"%d\n" % len(segments) + lines
     table += bytes(-len(table) % BLOCK)

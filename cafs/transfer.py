@@ -9,7 +9,7 @@ import io
 import os
 from dataclasses import dataclass
 
-from cafs import atomic, candidates, chunks, image, locator, pack
+from cafs import atomic, candidates, chunks, locator, pack
 from cafs.bulk import by_pack, read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CorruptError, NotFound, UsageError, os_error, quote
@@ -101,7 +101,7 @@ class _Copy:
         for layer, data in layers.items():
             self.target.put_locator(layer, locator.encode(self.target, locator.contents(indexes[layer]), self.source))
             self.target.put_meta(data, "index")
-        image.put_layers(self.target, found.layers, found.config)
+        self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
 
     def _frames(self, name: str, frames: list[Frame]) -> None:
         """Some objects of a pack."""

@@ -35,6 +35,7 @@ _CONNECT_S, _READ_S = 10.0, 20.0
 _WAIT_S, _WAIT_MAX_S = 0.2, 10.0
 _STEP = 1 << 18
 _SLOWEST = 1 << 16  # bytes a second
+_LARGEST = 64 << 20
 _AGAIN = (429, 500, 502, 503, 504)
 
 
@@ -42,8 +43,12 @@ class WebBackend(Backend):
     """url: http(s)://[user:password@]host[:port]/path of a store; shown without the password."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if not parts.hostname or parts.query or parts.fragment:
+        try:
+            parts = urlsplit(url)
+            is_sound = bool(parts.hostname) and not parts.query and not parts.fragment and parts.port != 0
+        except ValueError:
+            is_sound = False
+        if not is_sound or parts.hostname is None:
             raise UsageError("a store's address is http(s)://HOST[:PORT]/PATH")
         self._base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         super().__init__(self._base)
@@ -53,11 +58,7 @@ class WebBackend(Backend):
             self._headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
         timeout = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
         proxy = None if proxy_bypass(parts.hostname) else getproxies().get(parts.scheme)
-        self._pool: urllib3.PoolManager
-        if proxy:
-            self._pool = urllib3.ProxyManager(proxy, timeout=timeout, maxsize=16)
-        else:
-            self._pool = urllib3.PoolManager(timeout=timeout, maxsize=16)
+        self._pool = _through(proxy, timeout) if proxy else urllib3.PoolManager(timeout=timeout, maxsize=16)
 
     def read(self, name: str, limit: int) -> bytes:
         if name.startswith("refs/"):
@@ -151,12 +152,32 @@ class WebBackend(Backend):
         raise RemoteError(f"cannot read {quote(name)} of store {quote(self.url)}: {problem}")
 
 
+def _through(proxy: str, timeout: urllib3.Timeout) -> urllib3.PoolManager:
+    """Connections through a proxy of the environment; its password is sent to it alone.  Raises UsageError."""
+    address = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError
+        place = f"{parts.scheme}://{parts.hostname}:{parts.port or 80}"
+    except ValueError:
+        raise UsageError("the proxy that http_proxy or https_proxy names is not http://HOST:PORT") from None
+    headers = {}
+    if parts.username is not None:
+        headers = urllib3.make_headers(proxy_basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
+    return urllib3.ProxyManager(place, timeout=timeout, maxsize=16, proxy_headers=headers)
+
+
 class _Again(Exception):
     """An answer that is no answer to what was asked; it may be right the next time."""
 
 
 def _whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
     """The body.  Raises OSError if it is over LIMIT bytes."""
+    length = response.headers.get("Content-Length", "")
+    if length.isascii() and length.isdigit() and int(length) > limit:
+        response.close()
+        raise OSError(27, f"larger than {limit} bytes")
     parts, size = [], 0
     while part := _read(response, _STEP):
         size += len(part)
@@ -204,7 +225,8 @@ def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int, int]:
 def _limit_s(response: urllib3.BaseHTTPResponse) -> float:
     """How long an answer may take: a third of the time for all tries, and what a slow but steady line needs."""
     length = response.headers.get("Content-Length", "")
-    return DEADLINE_S / 3 + (int(length) / _SLOWEST if re.fullmatch("[0-9]{1,10}", length) else 0)
+    size = int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
+    return DEADLINE_S / 3 + min(size, _LARGEST) / _SLOWEST
 
 
 def _retry_after(response: urllib3.BaseHTTPResponse) -> float:

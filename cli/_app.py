@@ -55,6 +55,9 @@ def _one_line(text: str) -> str:
 def guarded(program: str, main: Callable[[], int]) -> int:
     """Call MAIN and turn its exceptions into messages and exit codes.  Also used by `crun run`, which loads no click."""
     _open_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave as Ctrl-C does: what was made for a while is removed
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     from cafs.errors import CafsError
 
     try:
@@ -68,6 +71,8 @@ def guarded(program: str, main: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Ended as end:
+        return 128 + end.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
@@ -83,6 +88,18 @@ def guarded(program: str, main: Callable[[], int]) -> int:
         say(program, f"internal error: {type(error).__name__}: {error}")
         say(program, f"hint: {DEBUG}=1 shows where; please report it")
         return 1
+
+
+class Ended(BaseException):
+    """A signal told us to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, _frame: object) -> None:
+    raise Ended(number)
 
 
 def describe(error: OSError) -> str:

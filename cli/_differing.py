@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def verify_content(image: str, root: str, program: str) -> int:
     """Read everything; a line on stderr for each file that is missing or damaged.  Returns the exit code."""
     from cafs.bulk import read_objects
-    from cafs.errors import CafsError, quote
+    from cafs.errors import CORRUPT, CafsError, CorruptError, NotFound, quote
     from cafs.image import check_hash, load_index
     from cafs.locator import contents
     from cafs.store import Store
@@ -26,11 +26,7 @@ def verify_content(image: str, root: str, program: str) -> int:
     index, _, found = load_index(image, root)
     opened = found or Store(root)
     check_hash(index, image, opened)
-    try:
-        keys = wanted(opened, index)
-    except CafsError as error:
-        say(program, str(error))
-        return 5
+    keys = wanted(opened, index)
     bad = {key: problem for key, problem in read_objects(opened, keys) if isinstance(problem, CafsError)}
     named = set(contents(index)) & bad.keys()
     for number in range(len(index)):
@@ -40,7 +36,8 @@ def verify_content(image: str, root: str, program: str) -> int:
             say(program, f"{quote(index.path(number))}: {bad[key]}")
     for key in sorted(bad.keys() - named):
         say(program, f"a chunk: {bad[key]}")
-    return 5 if bad else 0
+    others = [problem.exit_code for problem in bad.values() if not isinstance(problem, (CorruptError, NotFound))]
+    return others[0] if others else CORRUPT if bad else 0
 
 
 def print_all(found: Iterator[Difference], names: tuple[str, str], name_only: bool, as_json: bool) -> int:

@@ -15,16 +15,21 @@ if TYPE_CHECKING:
     from cafs.image import Image
     from cafs.store import Store
 
+_KINDS = ("oci", "oci-archive", "docker-archive")
+
 
 def export(found: Image, store: Store, destination: str, threads: int) -> None:
     """Write the image to DEST of cafs-index(1).  Raises CafsError."""
     from cafs import export as writing
+    from cafs.errors import UsageError, quote
 
     kind, colon, place = destination.partition(":")
+    if colon and (kind in ("docker", "docker-daemon") or (kind in _KINDS and not place.partition(":")[0])):
+        raise UsageError(f"cannot export to {quote(destination)}", hint="cafs-index export --help")
     if destination == "-" or (destination.endswith(".tar") and not colon):
         with _output(destination) as out:
             writing.write_tar(found, store, out)
-    elif colon and kind in ("oci", "oci-archive", "docker-archive"):
+    elif colon and kind in _KINDS:
         path, _, tag = place.partition(":")
         if kind == "oci":
             return writing.write_layout(found, store, path, tag or None, threads)
@@ -46,8 +51,9 @@ def _to_directory(found: Image, store: Store, destination: str) -> None:
 
 @contextmanager
 def _scratch(path: str) -> Iterator[str]:
-    """A directory beside what is written, for it must have room for as much."""
-    beside = os.path.dirname(os.path.abspath(path)) if path != "-" else None
+    """A directory beside the file that is written, for it must have room for as much; $TMPDIR for a pipe or a device."""
+    is_file = path != "-" and (os.path.isfile(path) or not os.path.exists(path))
+    beside = os.path.dirname(os.path.abspath(path)) if is_file else None
     with tempfile.TemporaryDirectory(prefix=".cafs-export-", dir=beside) as scratch:
         yield scratch
 

@@ -327,3 +327,87 @@ def test_an_image_of_the_daemon_comes_through_docker_save(home: Path, tmp_path: 
     assert failed.returncode == 7 and b"No such image: app:2" in failed.stderr
     none = cmd("cafs-index", "create", "docker-daemon:app:1", env=os.environ | {"PATH": f"{BIN}:/nonexistent"})
     assert none.returncode == 8 and b"no docker" in none.stderr
+
+
+def test_a_sparse_file_that_ends_in_a_hole_has_its_size_when_others_extract_it(home: Path, tmp_path: Path, cmd: Run) -> None:
+    (tmp_path / "tree").mkdir()
+    for name, data in (("all-hole", b""), ("tail", b"data")):
+        with open(tmp_path / "tree" / name, "wb") as file:
+            file.write(data)
+            file.truncate(21 << 20)
+    create(cmd, f"{tmp_path}/tree", "-t", "s:1")
+    assert cmd("cafs-index", "export", "s:1", tmp_path / "t.tar").returncode == 0
+    for number, program in enumerate(("tar", "bsdtar")):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        subprocess.run([program, "xf", tmp_path / "t.tar", "-C", out], check=True)
+        differs = cmd("cafs-index", "verify", "--name-only", "s:1", out).stdout
+        assert differs in (b"", b"M\t/\n"), program  # bsdtar leaves the date of '.' alone
+
+
+def test_what_no_layer_can_hold_is_refused_and_links_to_sockets_are_left_out(home: Path, tmp_path: Path, cmd: Run) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / ".wh.foo").touch()
+    (tmp_path / "tree" / "foo").touch()
+    create(cmd, f"{tmp_path}/tree", "-t", "w:1")
+    done = cmd("cafs-index", "export", "w:1", f"oci:{tmp_path}/out:x")
+    assert done.returncode == 8 and b"'/.wh.foo' cannot be in an image's layer" in done.stderr
+    assert create(cmd, "-", "-o", "-", input=cmd("cafs-index", "export", "w:1", "-").stdout).count("\n") == 4
+    (tmp_path / "tree" / ".wh.foo").unlink()
+    os.mknod(tmp_path / "tree" / "s", 0o644 | 0o140000)
+    os.link(tmp_path / "tree" / "s", tmp_path / "tree" / "z")
+    create(cmd, f"{tmp_path}/tree", "-t", "w:2")
+    assert create(cmd, "-", "-o", "-", input=cmd("cafs-index", "export", "w:2", "-").stdout).count("\n") == 3
+
+
+def test_a_damaged_layer_that_no_image_needs_changes_nothing(home: Path, tmp_path: Path, cmd: Run) -> None:
+    good = archive(("f", REG, "x" * (9 << 20)))
+    cut = archive(("g", REG, "y" * (30 << 20)))[: 20 << 20]
+    save(tmp_path / "clean.tar", [good])
+    with tarfile.open(tmp_path / "clean.tar") as source, tarfile.open(tmp_path / "stray.tar", "w") as out:
+        info = tarfile.TarInfo("stray/layer.tar")
+        info.size = len(cut)
+        out.addfile(info, io.BytesIO(cut))
+        for member in source:
+            out.addfile(member, source.extractfile(member))
+    assert create(cmd, f"docker-archive:{tmp_path}/stray.tar") == create(cmd, f"docker-archive:{tmp_path}/clean.tar")
+
+
+def test_an_archive_with_a_sparse_or_endless_list_of_members_is_refused(home: Path, tmp_path: Path, cmd: Run) -> None:
+    sparse = subprocess.run(
+        ["sh", "-c", f"cd {tmp_path} && truncate -s 1T hole && tar --sparse -cf - hole"], capture_output=True, check=True
+    ).stdout
+    done = cmd("cafs-index", "create", "docker-archive:-", input=sparse)
+    assert done.returncode == 5 and b"is sparse" in done.stderr
+    many = b"".join(bytes(tarfile.TarInfo(f"{n:099}").tobuf()) for n in range(200_000)) + bytes(1024)
+    begin = time.monotonic()
+    done = cmd("cafs-index", "create", "docker-archive:-", input=many)
+    assert done.returncode == 5 and b"too many members" in done.stderr and time.monotonic() - begin < 30
+
+
+def test_destinations_that_are_none_are_refused(home: Path, layout: Path, tmp_path: Path, cmd: Run) -> None:
+    create(cmd, f"oci:{layout}/layout:v3", "-t", "v:3")
+    for destination in ("oci:", "oci-archive:", "docker-daemon:x", "docker://x/y"):
+        done = cmd("cafs-index", "export", "v:3", destination, cwd=tmp_path)
+        assert done.returncode == 2 and b"cannot export to" in done.stderr
+    script = f"{BIN}/cafs-index export v:3 docker-archive:/dev/stdout | cat > {tmp_path}/piped"
+    subprocess.run(["bash", "-c", script], check=True)
+    assert create(cmd, f"docker-archive:{tmp_path}/piped") == create(cmd, f"oci:{layout}/layout:v3")
+
+
+def test_a_copy_that_is_told_to_end_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    import signal
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "skopeo").write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 3939.5\n")
+    (tmp_path / "bin" / "skopeo").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    with subprocess.Popen([BIN / "cafs-index", "create", "docker://x/y"], env=environment) as child:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 143
+    assert not list((tmp_path / "cache").glob("copy-*"))
+    assert subprocess.run(["pgrep", "-f", "sleep 3939.5"], capture_output=True, check=False).returncode == 1

@@ -70,7 +70,7 @@ REG, DIR, SYM, LNK = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.
 
 REFUSED = [
     "pax-bad-hdr-file", "pax-bad-mtime-file", "pax-nul-path", "pax-nul-xattrs", "neg-size", "issue10968", "issue11169",
-    "issue12435", "writer-big", "writer-big-long",
+    "issue12435", "writer-big", "writer-big-long", "pax-path-hdr",
 ]  # fmt: skip
 SIZES = {
     "pax-nil-sparse-data": 1000, "pax-nil-sparse-hole": 1000, "pax-sparse-big": 60_000_000_000, "gnu-sparse-big": 60_000_000_000,
@@ -371,3 +371,19 @@ def test_compression_is_seen_also_when_a_pipe_gives_one_byte_first() -> None:
     plain = archive(("f", REG, "content"))
     for packed in (plain, gzip.compress(plain), bz2.compress(plain), lzma.compress(plain), zstandard.compress(plain)):
         assert index_bytes(Slowly(packed)) == index_bytes(io.BytesIO(plain))
+
+
+def test_an_archive_cut_off_after_an_extended_header_is_an_error() -> None:
+    whole = raw(b"first", b"0", b"x") + raw(b"p", b"x", pax((b"path", b"second"))) + raw(b"second", b"0", b"y")
+    assert len(index_of(whole)) == 3
+    with pytest.raises(FormatError, match="cut off after an extended header"):
+        index_of(whole[: -2 * 512])
+
+
+def test_an_xz_stream_that_wants_much_memory_is_refused() -> None:
+    plain = archive(("f", REG, "content"))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 30}]
+    with pytest.raises(CorruptError, match="emory"):
+        index_bytes(io.BytesIO(lzma.compress(plain, filters=filters)))
+    padded = lzma.compress(plain[:512]) + bytes(8) + lzma.compress(plain[512:], preset=9) + bytes(4 << 10)
+    assert index_bytes(io.BytesIO(padded)) == index_bytes(io.BytesIO(plain))

@@ -162,3 +162,39 @@ def test_pulling_without_a_url_fills_the_cache(served: Proxy, tmp_path: Path, cm
     shutil.rmtree(tmp_path / "cache")
     assert cmd("cafs-store", "pull", "w:1", f"{served.url}/origin", "--store", tmp_path / "mine").returncode == 0
     assert cmd("cafs-store", "ls", "-q", "--store", tmp_path / "mine").stdout == b"w:1\n"
+
+
+def test_an_answer_that_says_it_is_endless_is_refused_at_once(home: Path, tmp_path: Path, cmd: Run) -> None:
+    import threading
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999999\r\n\r\nx")
+
+    threading.Thread(target=serve, daemon=True).start()
+    begin = time.monotonic()
+    done = cmd("cafs-store", "ls", "--store", f"http://127.0.0.1:{listener.getsockname()[1]}/x")
+    assert done.returncode == 1 and b"larger than 65536 bytes" in done.stderr and time.monotonic() - begin < 10
+    listener.close()
+
+
+@pytest.mark.parametrize("proxy", ["http://u:s3cret@127.0.0.1:99999", "socks5://127.0.0.1:1", "http://[bad"])
+def test_a_proxy_that_is_none_is_said_without_its_password(home: Path, cmd: Run, proxy: str) -> None:
+    environment = os.environ | {"http_proxy": proxy, "no_proxy": ""}
+    done = cmd("cafs-store", "ls", "--store", "http://images.example/x", env=environment)
+    assert done.returncode == 2 and b"s3cret" not in done.stderr and b"internal" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://[bad/", "s3://[bad/", "http:///x", "http://h/x?y=1"])
+def test_an_address_that_is_none_is_a_usage_error(home: Path, cmd: Run, url: str) -> None:
+    done = cmd("cafs-store", "ls", "--store", url)
+    assert done.returncode == 2 and b"internal" not in done.stderr, done.stderr
+
+
+def test_verify_tells_a_network_that_fails_from_damage(served: Proxy, cmd: Run) -> None:
+    served.fault = lambda method, path: "403" if "/packs/" in path and "list" not in path else None
+    assert cmd("cafs-index", "verify", "w:1").returncode == 7
