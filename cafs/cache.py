@@ -20,6 +20,7 @@ from cafs import atomic, linux
 from cafs.chunks import LIST_MAX
 from cafs.digest import CHUNK_LIST, object_name
 from cafs.errors import CafsError, os_error, quote
+from cafs.quota import Stats
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Cache:
         self._verified: dict[Key, tuple[int, int, int, int]] = {}
         self._guard = threading.Lock()
         self._in_flight: dict[Key, threading.Lock] = {}
+        self.stats = Stats()
         try:
             os.makedirs(root, mode=0o700, exist_ok=True)
             os.makedirs(os.path.join(root, ".cafs-objects"), exist_ok=True)
@@ -65,10 +67,26 @@ class Cache:
         """A descriptor of the whole, verified object; the caller closes it.  hint: where in the store.  Raises CafsError."""
         fd = self._open_cached(digest, kind)
         if fd is not None:
+            self.count_hit(os.fstat(fd).st_size)
             return fd
         with self.single_flight((digest, kind)):
             fd = self._open_cached(digest, kind)
             return self._fetch(digest, kind, hint) if fd is None else fd
+
+    def count_hit(self, size: int) -> None:
+        """SIZE bytes were here."""
+        self.stats.hits += 1
+        self.stats.bytes_saved += size
+
+    def count_miss(self, size: int) -> None:
+        """SIZE bytes were fetched."""
+        self.stats.misses += 1
+        self.stats.bytes_fetched += size
+
+    def take_stats(self) -> Stats:
+        """What was counted since the last time."""
+        taken, self.stats = self.stats, Stats()
+        return taken
 
     def read_list(self, digest: bytes, hint: Place | None = None) -> bytes:
         """The verified bytes of a chunk list.  It is kept in lists/: the name of the object is for the whole file."""
@@ -124,6 +142,7 @@ class Cache:
 
     def _fetch(self, digest: bytes, kind: int, hint: Place | None) -> int:
         data = self.store.read_object(digest, kind, hint)
+        self.count_miss(len(data))
         try:
             return self._put(digest, kind, data)
         except OSError as error:

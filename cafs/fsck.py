@@ -6,9 +6,9 @@ import io
 import os
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from cafs import atomic, chunks, image, lease, locator, pack
+from cafs import atomic, chunks, image, lease, locator, pack, paths, quota
 from cafs import format as fmt
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
@@ -50,7 +50,9 @@ def totals(store: Store) -> dict[str, object]:
         "packs": len(packs),
         "objects": sum(len(store.read_footer(name)) for name in packs),
         "stored_bytes": sum(packs.values()),
-    }
+        "cache": paths.cache(),
+        "cache_bytes": quota.size(paths.cache()),
+    } | {f"cache_{name}": count for name, count in asdict(quota.read_stats(paths.cache())).items()}
 
 
 def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:

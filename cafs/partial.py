@@ -123,6 +123,7 @@ class ChunkedFile:
         data = atomic.read_exactly(self._fd, self.listed.length_at(number), number * self.listed.chunk_size)
         if self.cache.store.hash(data) == digest:
             self._verified.add(number)
+            self.cache.count_hit(len(data))
             return data
         _log.warning("chunk %d of cached object %s is damaged: fetched again", number, os.path.basename(self.path))
         return None
@@ -130,6 +131,7 @@ class ChunkedFile:
     def _fetch(self, number: int, digest: bytes) -> bytes:
         place = self.locator.chunk(digest) if self.locator is not None else None
         data = self.cache.store.read_object(digest, PLAIN, place)
+        self.cache.count_miss(len(data))
         if len(data) != self.listed.length_at(number):
             raise CorruptError(f"chunk {digest.hex()} is not of the size that its list says")
         if self._fd >= 0:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from cafs import atomic, lease, linux, paths
+from cafs import atomic, lease, linux, locator, paths, quota
 from cafs.cache import FETCH_LIMIT_S, Cache
 from cafs.errors import CafsError, os_error, quote
 from cafs.store import Store
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from cafs.index import Index
 
 _CLOSE_UP_TO = 4096
+_TRIM_AFTER = 256 << 20
+_KEEP_EVERY_S = 10
+_EXIT_WAIT_S = 2
 
 
 class Request:
@@ -114,7 +117,9 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
     _log_to(request.log, "" if request.foreground else record.removesuffix(".json") + ".log")
     linux.raise_descriptor_limit()
     store = Store(request.store)
-    tree = Tree(index, Cache(paths.cache(), store, limit_s=request.limit_s), store.get_locator(index.identity))
+    cache = Cache(paths.cache(), store, limit_s=request.limit_s)
+    limit = quota.quota(cache.root)
+    tree = Tree(index, cache, store.get_locator(index.identity))
 
     def mounted() -> None:
         _write_record(record, request, digest)
@@ -122,13 +127,52 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: _unmount_quietly(request.point))
+    quota.note_use(cache.root, index.identity, locator.contents(index))
     let_go = _hold(store, digest)
+    keeper = Keeper(cache, limit)
     try:
         fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
     finally:
         let_go()
         tree.close()
+        keeper.end()
         atomic.unlink_quietly(record)
+
+
+class Keeper:
+    """Looks after the cache from a thread of its own: counters, and the quota, at first and after so much was fetched."""
+
+    def __init__(self, cache: Cache, limit: int) -> None:
+        self._cache = cache
+        self._limit = limit
+        self._fetched = _TRIM_AFTER
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """The last time."""
+        self._ended.set()
+        self._thread.join(_EXIT_WAIT_S)
+        self._once()
+
+    def _run(self) -> None:
+        while True:
+            self._once()
+            if self._ended.wait(_KEEP_EVERY_S):
+                return
+
+    def _once(self) -> None:
+        counted = self._cache.take_stats()
+        if counted.hits or counted.misses:
+            quota.add_stats(self._cache.root, counted)
+        self._fetched += counted.bytes_fetched
+        if self._fetched >= min(_TRIM_AFTER, self._limit // 20):
+            self._fetched = 0
+            try:
+                quota.trim(self._cache.root, self._limit)
+            except OSError as error:
+                logging.getLogger(__name__).warning("cannot trim cache %s: %s", self._cache.root, error.strerror)
 
 
 def _hold(store: Store, digest: str) -> Callable[[], None]:

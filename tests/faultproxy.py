@@ -21,13 +21,17 @@ FAULTS = (
 
 
 class Proxy:
-    """log: (method, path, bytes sent by the client, bytes of the answer).  fault: of a request, a name of FAULTS or None."""
+    """log: (method, path, bytes sent by the client, bytes of the answer).  fault: of a request, a name of FAULTS or None.
+
+    knows_conditions: false to answer conditional writes as an old S3 server does.
+    """
 
     def __init__(self, upstream: tuple[str, int], delay_s: float = 0) -> None:
         self.upstream = upstream
         self.delay_s = delay_s
         self.log: list[tuple[str, str, int, int]] = []
         self.fault: Callable[[str, str], str | None] = lambda method, path: None
+        self.knows_conditions = True
         self.ended = threading.Event()
         outer = self
 
@@ -76,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         time.sleep(self.proxy.delay_s)
         fault = self.proxy.fault(self.command, self.path)
+        if not self.proxy.knows_conditions and self.command == "PUT" and {"If-Match", "If-None-Match"} & set(self.headers):
+            fault = "501"
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "transfer-encoding", "expect")}
         if fault == "no-ranges":
             headers = {k: v for k, v in headers.items() if k.lower() != "range"}

@@ -1,0 +1,142 @@
+"""The cache stays within its quota, gives up what was used longest ago, and says what it was good for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cafs import quota
+from cafs.cache import Cache
+from cafs.errors import UsageError
+from cafs.image import load_index
+from cafs.indexing import Options, create_image
+from cafs.locator import contents
+from cafs.store import Store
+from cafs.tree import Tree
+from tests.conftest import Run
+
+EACH = 64 << 10
+
+
+class Filled:
+    """Two images of ten files, of which five are common, all in a cache; 'old' was used long before 'new'."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        common = [os.urandom(EACH) for _ in range(5)]
+        self.root = str(tmp_path / "cache")
+        self.content: dict[str, list[bytes]] = {}
+        for name in ("old", "new"):
+            tree = tmp_path / name
+            tree.mkdir()
+            self.content[name] = [*common, *(os.urandom(EACH) for _ in range(5))]
+            for number, data in enumerate(self.content[name]):
+                (tree / f"{number}").write_bytes(data)
+            create_image(Options(str(tree)), str(tmp_path / "store"), f"{name}:1")
+        self.store = Store(str(tmp_path / "store"))
+        self.cache = Cache(self.root, self.store)
+        for name, when in (("old", 1_000_000_000), ("new", 2_000_000_000)):
+            index, _, _ = load_index(f"{name}:1", self.store.root)
+            quota.note_use(self.root, index.identity, contents(index))
+            os.utime(os.path.join(self.root, "used", index.identity.hex()), (when, when))
+            for digest, kind in contents(index):
+                os.close(self.cache.open(digest, kind))
+
+    def held(self, name: str) -> list[bool]:
+        return [os.path.exists(self.cache.path(self.store.hash(data), 0)) for data in self.content[name]]
+
+
+@pytest.fixture
+def filled(home: Path, tmp_path: Path) -> Filled:
+    return Filled(tmp_path)
+
+
+def test_what_only_the_oldest_image_lists_goes_first(filled: Filled) -> None:
+    done = quota.trim(filled.root, 14 * EACH)
+    assert done.files == 4 and done.bytes == 4 * EACH and done.left <= 0.8 * 14 * EACH
+    assert filled.held("new") == [True] * 10
+    assert filled.held("old")[:5] == [True] * 5 and sum(filled.held("old")[5:]) == 1
+    assert quota.trim(filled.root, 14 * EACH) == quota.Trimmed(0, 0, 11 * EACH), "under the quota nothing goes"
+
+
+def test_what_no_image_lists_goes_before_all_else(filled: Filled) -> None:
+    data = os.urandom(EACH)
+    path = Path(filled.cache.path(filled.store.hash(data), 0))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    quota.trim(filled.root, 15 * EACH)
+    assert not path.exists() and filled.held("new") == [True] * 10
+
+
+def test_what_is_open_stays_and_what_went_comes_back(filled: Filled) -> None:
+    digest = filled.store.hash(filled.content["old"][7])
+    fd = filled.cache.open(digest, 0)
+    quota.trim(filled.root, EACH)
+    assert os.path.exists(filled.cache.path(digest, 0)) and sum(filled.held("old") + filled.held("new")) == 1
+    os.close(fd)
+    quota.trim(filled.root, 0)
+    assert sum(filled.held("old") + filled.held("new")) == 0
+    fd = filled.cache.open(digest, 0)
+    assert os.pread(fd, EACH, 0) == filled.content["old"][7]
+    os.close(fd)
+
+
+def test_damaged_records_and_counters_do_no_harm(filled: Filled) -> None:
+    for name in ("junk", "0" * 64):
+        Path(filled.root, "used", name).write_bytes(b"CAFSUSE1\x20" + os.urandom(100))
+    Path(filled.root, "stats").write_text("[]")
+    assert quota.read_stats(filled.root) == quota.Stats()
+    assert quota.trim(filled.root, 14 * EACH).files == 4 and filled.held("new") == [True] * 10
+
+
+def test_large_files_count_by_what_is_there_of_them(home: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "large").write_bytes(os.urandom(12 << 20))
+    create_image(Options(str(tree)), str(tmp_path / "store"), "l:1")
+    index, _, store = load_index("l:1", str(tmp_path / "store"))
+    assert store
+    cache = Cache(str(tmp_path / "cache"), store)
+    mounted = Tree(index, cache)
+    mounted.read_chunked(2, 0, 100)
+    mounted.close()
+    assert 4 << 20 <= quota.size(cache.root) < 5 << 20
+    assert quota.trim(cache.root, 1 << 20).files == 1
+    assert list((tmp_path / "cache" / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("20K", 20480), ("3G", 3 << 30), ("x", None), ("-1", None), ("1GB", None)]
+)
+def test_the_quota_is_a_size(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, size: int | None) -> None:
+    monkeypatch.setenv("CAFS_CACHE_QUOTA", text)
+    if size is None:
+        with pytest.raises(UsageError, match="is no size"):
+            quota.quota(str(tmp_path))
+    else:
+        assert quota.quota(str(tmp_path)) == size
+
+
+@pytest.mark.needs("root", "fuse", "fusermount3")
+def test_a_mount_keeps_the_quota_and_counts(home: Path, tmp_path: Path, cmd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = Filled(tmp_path)
+    monkeypatch.setenv("CAFS_CACHE_QUOTA", str(14 * EACH))
+    point = tmp_path / "mnt"
+    point.mkdir()
+    assert cmd("cafs-mount", "old:1", point).returncode == 0
+    deadline = time.monotonic() + 20
+    while sum(filled.held("old") + filled.held("new")) == 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for number, data in enumerate(filled.content["old"]):
+        assert (point / f"{number}").read_bytes() == data
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    found = json.loads(cmd("cafs-store", "info", "--json").stdout)
+    assert found["cache_hits"] + found["cache_misses"] >= 10 and found["cache_bytes_saved"] >= 5 * EACH
+    assert 0 < found["cache_bytes"] <= 20 * EACH
+    monkeypatch.setenv("CAFS_CACHE_QUOTA", "much")
+    done = cmd("cafs-mount", "old:1", point)
+    assert done.returncode == 2 and b"CAFS_CACHE_QUOTA is 'much'" in done.stderr
