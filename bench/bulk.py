@@ -22,7 +22,7 @@ from cafs.index import load
 from cafs.indexing import Options, create_image
 from cafs.store import Store
 from cafs.transfer import wanted
-from tests.faultproxy import Proxy, free_port
+from tests import faultproxy
 
 DELAY_S = 0.015
 
@@ -65,12 +65,13 @@ if __name__ == "__main__":
     os.environ["CAFS_CACHE"] = f"{base}/cache"
     create_image(Options(sys.argv[1], jobs=2), f"{base}/store", "bench:1")
     names = list(Store(f"{base}/store").pack_sizes())
-    port = free_port()
+    port = faultproxy.free_port()
     server = subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", base])
     try:
-        with Proxy(("127.0.0.1", port), delay_s=DELAY_S) as proxy:
-            url, ratios, rows = f"{proxy.url}/store", [], []
-            time.sleep(0.5)
+        # In a process of its own, so that it does not wait for the interpreter that is measured.
+        command = [sys.executable, faultproxy.__file__, str(port), str(DELAY_S)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as proxy:
+            url, ratios, rows = f"http://127.0.0.1:{int(proxy.stdout.readline())}/store", [], []
             for _ in range(int(sys.argv[2]) if sys.argv[2:] else 3):
                 shutil.rmtree(f"{base}/cache", ignore_errors=True)
                 down, packs = timed(download, url, names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 from array import array
 from bisect import bisect_left
 
@@ -33,6 +34,7 @@ FOOTER = struct.Struct("<16s8sIHH16s8s")
 
 FOOTER_MAGIC = b"CAFSPKF1"
 _TAIL = struct.Struct("<BQII")
+_LOCAL = threading.local()
 
 
 def encode_frame(raw: bytes, kind: int, payload: bytes | None) -> bytes:
@@ -79,7 +81,9 @@ def _decompress(body: bytes, raw_size: int) -> bytes:
         declared = zstandard.frame_content_size(body)
         if declared != raw_size:
             raise CorruptError("zstd frame does not declare its size")
-        raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=raw_size, allow_extra_data=False)
+        if not hasattr(_LOCAL, "decompressor"):
+            _LOCAL.decompressor = zstandard.ZstdDecompressor()  # its context costs more than a small object
+        raw = bytes(_LOCAL.decompressor.decompress(body, max_output_size=raw_size, allow_extra_data=False))
     except (zstandard.ZstdError, ValueError) as error:
         raise CorruptError(f"zstd: {error}") from error
     if len(raw) != raw_size:

@@ -143,7 +143,7 @@ class Store:
     def read_footer(self, name: str) -> pack.Records:
         """Records of one pack.  Raises CorruptError, or OSError or RemoteError if it cannot be read."""
         path = f"packs/{name}"
-        tail, size = self.backend.read_tail(path, _FOOTER_GUESS)
+        tail, size = self._read_tail(path, 0 if self.backend.is_local else self._sizes.get(name, 0))
         length = pack.footer_size(tail[-pack.FOOTER.size :])
         if length > size:
             raise FormatError("pack is cut off")
@@ -154,6 +154,15 @@ class Store:
         if records.hash_name != self.hash_name:
             raise FormatError("pack of another hash")
         return records
+
+    def _read_tail(self, path: str, size: int) -> tuple[bytes, int]:
+        """The end of a pack and its size, which may be known, if not surely: not every web server can count from the end."""
+        if size:
+            start = max(size - _FOOTER_GUESS, 0)
+            tail = self.backend.read_range(path, start, size - start)
+            if len(tail) == size - start and tail.endswith(pack.FOOTER_MAGIC):
+                return tail, size
+        return self.backend.read_tail(path, _FOOTER_GUESS)
 
     def locate(self, digest: bytes, kind: int = PLAIN) -> Iterator[tuple[str, int, int]]:
         """(pack, offset, frame size) of every copy of an object that was there at the last `refresh`."""

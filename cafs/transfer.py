@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass
 
 from cafs import atomic, candidates, chunks, locator, pack
-from cafs.bulk import by_pack, read_frames
+from cafs.bulk import by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
-from cafs.errors import CorruptError, NotFound, UsageError, os_error, quote
+from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 from cafs.index import load
 from cafs.store import meta_name
 from cafs.writer import Writer
@@ -63,14 +63,16 @@ def copy(
 
 
 def wanted(store: Store, index: Index) -> list[Key]:
-    """Every object that an index needs, in index order, chunks after their list.  Raises CafsError."""
-    found: dict[Key, None] = {}
-    for key in locator.contents(index):
-        if key in found:
-            continue
-        found[key] = None
-        if key[1] == CHUNK_LIST:
-            listed = chunks.decode(store.read_object(*key), store.hash_name, store.chunk_size)
+    """Every object that an index needs, in index order, then the chunks of its large files.  Raises CafsError."""
+    found = dict.fromkeys(locator.contents(index))
+    lists = {}
+    for key, data in read_objects(store, [key for key in found if key[1] == CHUNK_LIST]):
+        if isinstance(data, CafsError):
+            raise data
+        lists[key] = data
+    for key in list(found):
+        if key in lists:
+            listed = chunks.decode(lists[key], store.hash_name, store.chunk_size)
             found.update(dict.fromkeys((chunk, PLAIN) for _, chunk in listed.runs if chunk))
     return list(found)
 

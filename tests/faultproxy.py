@@ -155,3 +155,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":  # usage: faultproxy.py UPSTREAM_PORT DELAY_S    prints its port, ends with its standard input
+    import sys
+
+    with Proxy(("127.0.0.1", int(sys.argv[1])), float(sys.argv[2])) as running:
+        print(running.port, flush=True)
+        sys.stdin.read()
