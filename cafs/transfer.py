@@ -134,11 +134,10 @@ class _Copy:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            self.target.backend.publish(temporary, f"packs/{name}")
+            self.writer.publish(temporary, name, records)
         except BaseException:
             atomic.unlink_quietly(temporary)
             raise
-        self.writer.adopt(name, records)
         self.moved.packs += 1
 
     def _check(self, name: str, key: Key, frame: bytes) -> None:

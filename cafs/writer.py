@@ -94,10 +94,16 @@ class Writer:
         self.stored_bytes += len(frame)
         return True
 
-    def adopt(self, name: str, records: pack.Records) -> None:
-        """Count a pack that was published under this writer's lease without going through `put`."""
+    def publish(self, temporary: str, name: str, records: pack.Records) -> None:
+        """Give a finished, fsynced pack its name.  Raises OSError, CafsError.
+
+        A pack of this name that is there already may be damaged, and this one is not: so this one takes its place.
+        """
+        self.claim(f"packs/{name}")
+        self.store.backend.publish(temporary, f"packs/{name}")
         self.store.add_pack(name, records)
         self.packs += 1
+        self.made.append(name)
 
     def claim(self, name: str) -> None:
         """Before a file is made, or relied upon, that a collection may be about to delete: keep it from doing so."""
@@ -149,15 +155,9 @@ class Writer:
         os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
-        name = self.store.hash(footer).hex()
-        # A pack of this name is there already: it may be damaged and this one is not, so this one takes its place.
-        self.claim(f"packs/{name}")
-        self.store.backend.publish(self._temporary, f"packs/{name}")
+        self.publish(self._temporary, self.store.hash(footer).hex(), records)
         self._temporary = ""
-        self.store.add_pack(name, records)
         self._rows, self._open_names = [], set()
-        self.packs += 1
-        self.made.append(name)
 
     def _discard(self) -> None:
         if self._fd >= 0:

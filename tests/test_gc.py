@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cafs import candidates, fsck, lease
+from cafs import candidates, fsck, image, lease, transfer
 from cafs.collect import Report, collect
 from cafs.errors import BusyError, CafsError, CorruptError
 from cafs.indexing import Options, create_image
-from cafs.store import Store
+from cafs.store import Store, init
 from cafs.writer import Writer
 from tests.conftest import BIN, Run
 from tests.faults import calls_of, run_with_fault
@@ -131,6 +131,18 @@ def test_a_copy_to_a_store_where_the_image_is_listed_copies_it_again(trees: dict
     assert cmd("cafs-store", "push", "a:1", tmp_path / "other").returncode == 0
     collect(Store(other.root), grace_s=0)
     assert is_whole(other, trees["a"]) and list(fsck.check(Store(other.root))) == []
+
+
+def test_a_whole_pack_that_is_copied_over_a_listed_one_stays(trees: dict[str, Path], tmp_path: Path) -> None:
+    """The pack's name alone is on the list: publishing it takes it off, as for a pack that is written."""
+    store = create(trees, tmp_path, "a")
+    other = init(str(tmp_path / "other"))
+    name = next(iter(store.pack_sizes()))
+    candidates.write(other.backend, {f"packs/{name}": candidates.Candidate(f"packs/{name}", 0, frozenset())})
+    found = image.resolve(store, "a:1")
+    assert transfer.copy(found, store, other, "a:1").packs == 1
+    assert candidates.names(other.backend) == set()
+    assert is_whole(other, trees["a"])
 
 
 def test_two_collections_do_not_run_at_once_and_a_dead_one_is_no_hindrance(trees: dict[str, Path], tmp_path: Path) -> None:
