@@ -77,10 +77,12 @@ class WebBackend(Backend):
         def tail(response: urllib3.BaseHTTPResponse) -> bytes:
             nonlocal total
             start, total = _content_range(response)
-            data = _whole(response, size if response.status == 206 else total)
-            if response.status == 206 and start + len(data) != total:
+            if response.status != 206:
+                return _last(response, size)
+            data = _whole(response, size)
+            if start + len(data) != total:
                 raise _Again("the server sent another range than it was asked for")
-            return data[-size:]
+            return data
 
         return self._get(name, {"Range": f"bytes=-{size}"}, tail), total
 
@@ -201,6 +203,14 @@ def _part(response: urllib3.BaseHTTPResponse, offset: int, size: int) -> bytes:
         at += len(data)
     response.close()  # the rest is not wanted
     return b"".join(parts)
+
+
+def _last(response: urllib3.BaseHTTPResponse, size: int) -> bytes:
+    """The last SIZE bytes of all that a server sends that knows no ranges; no more is kept."""
+    data = b""
+    while part := _read(response, _STEP):
+        data = (data + part)[-size:]
+    return data
 
 
 def _read(response: urllib3.BaseHTTPResponse, size: int) -> bytes:
