@@ -5,7 +5,6 @@ usage: bulk.py TREE [RUNS]    from the top of the project; works in $CAFS_BENCH 
 """
 
 import hashlib
-import io
 import os
 import shutil
 import statistics
@@ -18,7 +17,6 @@ import zstandard
 
 from cafs import image, pack
 from cafs.bulk import read_objects
-from cafs.index import load
 from cafs.indexing import Options, create_image
 from cafs.store import Store
 from cafs.transfer import wanted
@@ -47,7 +45,7 @@ def unpack(packs: list[bytes]) -> None:
 
 def ours(url: str) -> None:
     store = Store(url)
-    index = load(io.BytesIO(image.read_index(store, image.resolve(store, "bench:1"))))
+    index = image.load_tree(store, image.resolve(store, "bench:1"))
     kept = [data for _, data in read_objects(store, wanted(store, index))]
     assert all(isinstance(data, bytes) for data in kept)
 

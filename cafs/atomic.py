@@ -6,7 +6,10 @@ Every system call goes through ``os`` by name, so that tests can fail or kill at
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import contextmanager
+
+from cafs.errors import os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,6 +164,26 @@ def replacing(path: str, mode: int = 0o644) -> Iterator[BinaryIO]:
         unlink_quietly(temporary)
         raise
     fsync_directory(os.path.dirname(path))
+
+
+@contextmanager
+def output(path: str) -> Iterator[BinaryIO]:
+    """What a user named for output: a file that appears whole or not at all, with the umask's mode; '-' is stdout, and what is
+    no regular file is written in place.  Raises CafsError."""
+    if path == "-":
+        yield sys.stdout.buffer
+        return
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as out:
+                yield out
+            return
+        umask = os.umask(0)
+        os.umask(umask)
+        with replacing(os.path.abspath(path), 0o666 & ~umask) as out:
+            yield out
+    except OSError as error:
+        raise os_error(f"cannot write {quote(path)}", error) from error
 
 
 def read_file(path: str, limit: int) -> bytes:

@@ -78,21 +78,21 @@ def live_leases(backend: Backend) -> Iterator[tuple[str, dict[str, object]]]:
             yield one.name, record if isinstance(record, dict) else {}
 
 
-def is_collecting(backend: Backend) -> bool:
-    """Whether a collection runs."""
-    return any(record.get("kind") == "gc" for _, record in live_leases(backend))
+def holders(backend: Backend, kind: str) -> set[str]:
+    """Names of the leases of a kind whose holders may be alive."""
+    return {name for name, record in live_leases(backend) if record.get("kind") == kind}
 
 
 def clear(backend: Backend) -> None:
     """Forget all candidates; the caller holds a writer's lease.  Raises BusyError if a collection does not end."""
     deadline = time.monotonic() + _WAIT_S
     while True:
-        while is_collecting(backend):
+        while holders(backend, "gc"):
             if time.monotonic() > deadline:
                 raise BusyError(f"store {quote(backend.url)} is being collected all the time")
             time.sleep(_POLL_S)
         write(backend, {})
-        if not is_collecting(backend):  # one that began meanwhile may have read the list before
+        if not holders(backend, "gc"):  # one that began meanwhile may have read the list before
             return
 
 

@@ -6,7 +6,6 @@ listed; then manifests, indexes and locators are deleted, then packs.
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from cafs import candidates, image, lease, locator
 from cafs.bulk import read_frames
 from cafs.candidates import Candidate
 from cafs.errors import BusyError, CafsError, CorruptError, quote
-from cafs.index import load
-from cafs.store import PACK_LIST, meta_name
+from cafs.store import PACK_LIST, encode_pack_list, meta_name
 from cafs.transfer import wanted
 from cafs.writer import Writer
 
@@ -63,8 +61,8 @@ def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) ->
         return _Pass(store, grace_s, dry_run).run()
     name = lease.take(store.backend, "gc")
     try:
-        others = [one for one, record in candidates.live_leases(store.backend) if record.get("kind") == "gc"]
-        if min(others, default=name.removeprefix("leases/")) != name.removeprefix("leases/"):
+        mine = name.removeprefix("leases/")
+        if min(candidates.holders(store.backend, "gc") | {mine}) != mine:
             raise BusyError(f"store {quote(store.root)} is being collected already")
         return _Pass(store, grace_s, dry_run).run()
     finally:
@@ -91,7 +89,7 @@ class _Pass:
         if not self.dry_run:
             self._renew_locators(live, dead)
             self._list(listed)
-        alive = {name for name, record in candidates.live_leases(self.store.backend) if record.get("kind") == "writer"}
+        alive = candidates.holders(self.store.backend, "writer")
         ripe = self._still_dead([name for name, one in listed.items() if self._is_ripe(one, now, alive)], live)
         for name in ripe:
             self.report.deleted += 1
@@ -135,7 +133,7 @@ class _Pass:
     def _read(self, layer: bytes) -> tuple[Index, set[Key]]:
         """An index and what it needs, read once a pass."""
         if layer not in self._layers:
-            index = load(io.BytesIO(self.store.get_meta(layer, "index")))
+            index = image.load_layer(self.store, layer)
             self._layers[layer] = index, set(wanted(self.store, index))
         return self._layers[layer]
 
@@ -198,9 +196,7 @@ class _Pass:
         candidates.write(self.store.backend, listed)
         new = [one for one in listed.values() if one.waits_for is None]
         if new:
-            alive = frozenset(
-                name for name, record in candidates.live_leases(self.store.backend) if record.get("kind") == "writer"
-            )
+            alive = frozenset(candidates.holders(self.store.backend, "writer"))
             for one in new:
                 one.waits_for = alive
             candidates.write(self.store.backend, listed)
@@ -219,7 +215,7 @@ class _Pass:
             _remove(self.store, name)
         if packs:
             kept = {name: size for name, size in self.store.pack_sizes().items() if f"packs/{name}" not in set(packs)}
-            backend.replace(PACK_LIST, "".join(f"{name} {size}\n" for name, size in kept.items()).encode())
+            backend.replace(PACK_LIST, encode_pack_list(kept))
             for name in packs:
                 _remove(self.store, name)
         left = {name: one for name, one in candidates.read(backend).items() if name not in set(names)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 
 from cafs import atomic, image, oci, tarwrite
 from cafs.errors import CafsError, UsageError, os_error, quote
-from cafs.index import load
 from cafs.ordered import ordered_map
 
 TYPE_CHECKING = False
@@ -51,8 +49,7 @@ class Blob:
 
 def write_tar(found: Image, store: Store, out: BinaryIO) -> None:
     """The tree as one archive.  Raises CafsError."""
-    index = load(io.BytesIO(image.read_index(store, found)))
-    for piece in tarwrite.write(index, store):
+    for piece in tarwrite.write(image.load_tree(store, found), store):
         out.write(piece)
 
 
@@ -93,7 +90,7 @@ def write_saved(found: Image, store: Store, out: BinaryIO, tag: str | None, thre
         path = os.path.join(scratch, f"layer-{number}")
         hashed = hashlib.sha256()
         with open(path, "wb") as file:
-            for piece in tarwrite.write(load(io.BytesIO(store.get_meta(digest, "index"))), store, is_layer=True):
+            for piece in tarwrite.write(image.load_layer(store, digest), store, is_layer=True):
                 hashed.update(piece)
                 file.write(piece)
         name = f"{hashed.hexdigest()}.tar"
@@ -144,7 +141,7 @@ def _blob(data: bytes, directory: str) -> Blob:
 def _layer_blob(layer: bytes, store: Store, directory: str, threads: int) -> Blob:
     """A layer as gzip, under its digest."""
     plain, packed, size = hashlib.sha256(), hashlib.sha256(), 0
-    pieces = tarwrite.write(load(io.BytesIO(store.get_meta(layer, "index"))), store, is_layer=True)
+    pieces = tarwrite.write(image.load_layer(store, layer), store, is_layer=True)
     fd, temporary = atomic.open_temporary(directory)
     try:
         try:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import time
 from dataclasses import asdict, dataclass
 
 from cafs import atomic, chunks, image, lease, locator, pack, paths, quota
-from cafs import format as fmt
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
 from cafs.errors import CafsError, CorruptError, UnsupportedError, quote
-from cafs.index import load
 from cafs.store import PACK_LIST, meta_name, parse_pack_list
 
 TYPE_CHECKING = False
@@ -233,14 +230,11 @@ def _check_pack_list(store: Store, repair: bool) -> Iterator[Finding]:
 def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key], repair: bool) -> Iterator[Finding]:
     """The index of an image, and every object that it needs."""
     try:
-        index = load(io.BytesIO(store.get_meta(layer, "index")))
+        index = image.load_layer(store, layer)
     except CafsError as error:
         yield Finding("missing-meta", f"index {layer.hex()} of image {owner.hex()}: {error}")
         return
-    wanted: set[Key] = set()
-    for entry, kind in enumerate(index.type):
-        if kind in b"fF" and index.size[entry]:
-            wanted.add((index.object(entry), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN))
+    wanted = set(locator.contents(index))
     for digest, kind in sorted(wanted & good):
         if kind == CHUNK_LIST:
             try:

@@ -110,15 +110,21 @@ def _nearest(store: Store, name: str) -> str | None:
     return "the store has no images yet" if not refs else None
 
 
-def read_index(store: Store, image: Image) -> bytes:
-    """The bytes of the index of an image; of several layers, that of the tree they make."""
-    layers = [store.get_meta(layer, "index") for layer in image.layers]
-    if len(layers) == 1:
-        return layers[0]
+def load_layer(store: Store, digest: bytes) -> Index:
+    """One of a store's indexes.  Raises CafsError."""
+    from cafs.index import load
+
+    return load(io.BytesIO(store.get_meta(digest, "index")))
+
+
+def load_tree(store: Store, image: Image) -> Index:
+    """The index of an image; of several layers, that of the tree they make.  Raises CafsError."""
+    if len(image.layers) == 1:
+        return load_layer(store, image.layers[0])
     from cafs.index import load
     from cafs.layers import merge
 
-    return merge([load(io.BytesIO(layer)) for layer in layers])
+    return load(io.BytesIO(merge([load_layer(store, layer) for layer in image.layers])))
 
 
 def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
@@ -141,7 +147,7 @@ def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
         raise NotFound(f"cannot open index {quote(name)}: No such file or directory")
     store = Store(store_root)
     image = resolve(store, name)
-    index = load(io.BytesIO(read_index(store, image)))
+    index = load_tree(store, image)
     check_hash(index, name, store)
     return index, image.digest, store
 

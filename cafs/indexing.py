@@ -122,25 +122,9 @@ def create_file(options: Options, output: str, hash_name: str) -> Report:
     with _source(options) as source:
         indexer = _indexer(options, source, Header(hash_name), None, None)
         data = _run(indexer, options.source)
-    write_index(output, data)
+    with atomic.output(output) as out:
+        out.write(data)
     return _report(indexer, data)
-
-
-def write_index(output: str, data: bytes) -> None:
-    """Write an index file, whole or not at all; '-' is stdout, and what is no regular file is written in place."""
-    if output == "-":
-        sys.stdout.buffer.write(data)
-        return
-    try:
-        if os.path.exists(output) and not os.path.isfile(output):
-            with open(output, "wb") as stream:
-                stream.write(data)
-        else:
-            umask = os.umask(0)
-            os.umask(umask)
-            atomic.replace_file(os.path.abspath(output), data, 0o666 & ~umask)
-    except OSError as error:
-        raise os_error(f"cannot write {quote(output)}", error) from error
 
 
 def index_directory(path: str, header: Header, threads: int) -> Index:

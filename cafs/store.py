@@ -17,7 +17,7 @@ from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageErr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from cafs.backend import Listed
     from cafs.locator import Locator
@@ -309,15 +309,16 @@ class Store:
     def write_pack_list(self) -> None:
         """Write packs/list, again if a pack appeared meanwhile."""
         written: dict[str, int] = {}
+
+        def text(before: bytes | None) -> bytes:
+            nonlocal written
+            written = self.pack_sizes()
+            return encode_pack_list(written)
+
         for _ in range(3):
-            if (found := self.pack_sizes()) == written:
-                return
-            written = found
-
-            def text(before: bytes | None) -> bytes:
-                return "".join(f"{name} {size}\n" for name, size in self.pack_sizes().items()).encode()
-
             self.backend.swap(PACK_LIST, text)
+            if self.pack_sizes() == written:
+                return
 
     def meta_names(self) -> Iterator[tuple[bytes, str]]:
         """(digest, kind) of every index and manifest, by name.  Raises CannotList."""
@@ -379,6 +380,11 @@ def ref_name(ref: str) -> str:
     """Name of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME.  Raises UsageError."""
     name, tag = split_ref(ref)
     return f"refs/{name.replace('/', '+')}/{tag}"
+
+
+def encode_pack_list(sizes: Mapping[str, int]) -> bytes:
+    """What packs/list holds.  sizes: name -> bytes, by name."""
+    return "".join(f"{name} {size}\n" for name, size in sizes.items()).encode()
 
 
 def parse_pack_list(data: bytes) -> list[tuple[str, int]]:

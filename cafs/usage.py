@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 from cafs import chunks, image
 from cafs import format as fmt
 from cafs.digest import CHUNK_LIST
-from cafs.index import load
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ class Sharing:
 
 def sharing(store: Store, names: Sequence[str]) -> Sharing:
     """Compare images of one store.  Raises CafsError."""
-    counted = [_content(store, load(io.BytesIO(image.read_index(store, image.resolve(store, name))))) for name in names]
+    counted = [_content(store, image.load_tree(store, image.resolve(store, name))) for name in names]
     before: dict[bytes, int] = {}
     found = []
     for number, (name, (files, size, content)) in enumerate(zip(names, counted, strict=True)):

@@ -256,12 +256,14 @@ def merge(base: str, layers: tuple[str, ...], tag: str | None, output: str | Non
 
     BASE is an image or an index, LAYERs are indexes of differences.
     """
-    from cafs.indexing import merge_image, write_index
+    from cafs import atomic
+    from cafs.indexing import merge_image
     from cafs.layers import merge as fold
 
     data = fold([_load(one, store) for one in (base, *layers)])
     if output is not None:
-        write_index(output, data)
+        with atomic.output(output) as out:
+            out.write(data)
     else:
         click.echo(merge_image(store_root(store), data, base, tag))
 

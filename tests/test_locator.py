@@ -14,7 +14,7 @@ from cafs import locator, merged, pack
 from cafs.cache import Cache
 from cafs.digest import PLAIN, checksum
 from cafs.errors import CafsError, FormatError
-from cafs.image import get, read_index
+from cafs.image import get
 from cafs.index import load
 from cafs.indexing import Options, create_image
 from cafs.store import Store, init
@@ -67,7 +67,8 @@ def store(home: Path, tmp_path: Path) -> Store:
 def index_of(store: Store) -> bytes:
     digest = store.get_ref("t:1")
     assert digest
-    return read_index(store, get(store, digest))
+    [layer] = get(store, digest).layers
+    return store.get_meta(layer, "index")
 
 
 def test_a_mount_with_a_locator_reads_no_footer(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
