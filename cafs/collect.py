@@ -14,7 +14,7 @@ from cafs import candidates, image, lease, locator
 from cafs.bulk import read_frames
 from cafs.candidates import Candidate
 from cafs.errors import BusyError, CafsError, CorruptError, quote
-from cafs.store import PACK_LIST, encode_pack_list, meta_name
+from cafs.store import PACK_LIST, encode_pack_list
 from cafs.transfer import wanted
 from cafs.writer import Writer
 
@@ -122,9 +122,9 @@ class _Pass:
             except CafsError as error:
                 raise CorruptError(f"cannot collect: {error}", hint="cafs-store fsck; nothing was deleted") from error
             live.images += 1
-            live.names.add(meta_name(digest, "image"))
+            live.names.add(self.store.meta_name(digest, "image"))
             for layer in found.layers:
-                live.names |= {meta_name(layer, "index"), meta_name(layer, "loc")}
+                live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}
                 if layer not in live.indexes:
                     live.indexes[layer], objects = self._read(layer)
                     live.objects |= objects
@@ -134,7 +134,7 @@ class _Pass:
         """An index and what it needs, read once a pass."""
         if layer not in self._layers:
             index = image.load_layer(self.store, layer)
-            self._layers[layer] = index, set(wanted(self.store, index))
+            self._layers[layer] = index, {(self.store.name_of(digest), kind) for digest, kind in wanted(self.store, index)}
         return self._layers[layer]
 
     def _dead_packs(self, live: _Live) -> dict[str, int]:
@@ -177,8 +177,7 @@ class _Pass:
             for name, rows in mostly.items():
                 places = [row[2:4] for row in rows]
                 for row, frame in zip(rows, read_frames(self.store, name, places), strict=True):
-                    self.store.check_frame(frame, row[0], row[1])
-                    writer.put(row[0], row[1], frame)
+                    writer.put(self.store.check_record(frame, row[0], row[1]), row[1], frame)
             writer.flush()
         return writer.made
 

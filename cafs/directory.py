@@ -106,7 +106,7 @@ class DirectoryBackend(Backend):
 
     def is_free(self) -> bool:
         try:
-            return all(name in DIRECTORIES or name.startswith("tmp.") for name in os.listdir(self.root))
+            return all(name in (*DIRECTORIES, "scopes") or name.startswith("tmp.") for name in os.listdir(self.root))
         except FileNotFoundError:
             return True
         except OSError:

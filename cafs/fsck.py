@@ -12,7 +12,7 @@ from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
 from cafs.errors import CafsError, CorruptError, UnsupportedError, quote
-from cafs.store import PACK_LIST, meta_name, parse_pack_list
+from cafs.store import PACK_LIST, parse_pack_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,14 +66,18 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
         yield from _check_pack(store, name, good, repair)
     store.refresh()
     images = {}
+    unread = {f"meta/{one.name}" for one in store.backend.list("meta") if one.name.endswith((".index", ".image"))}
     for digest, kind in store.meta_names():
+        unread.discard(store.meta_name(digest, kind))
         try:
             data = store.get_meta(digest, kind)
             if kind == "image":
                 images[digest] = image.decode(data, digest)
         except CafsError:
             yield Finding("damaged-meta", f"{kind} {digest.hex()}")
-        yield from _permissions(store, meta_name(digest, kind), repair)
+        yield from _permissions(store, store.meta_name(digest, kind), repair)
+    for name in sorted(unread):
+        yield Finding("damaged-meta", name)
     yield from _check_pack_list(store, repair)
     yield from _check_refs(store, set(images))
     for digest, found in images.items():
@@ -103,7 +107,7 @@ def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
             alive = True
     if not alive and store.backend.is_local:
         for one in store.backend.list(""):
-            if os.path.basename(one.name).startswith("tmp."):
+            if os.path.basename(one.name).startswith("tmp.") and not one.name.startswith("scopes/"):
                 yield Finding("leftover", one.name, _remove(_path(store, one.name), repair))
 
 
@@ -140,13 +144,13 @@ def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterat
     rows = sorted(records.rows(), key=lambda row: row[2])
     try:
         for row, frame in zip(rows, read_frames(store, name, [row[2:4] for row in rows]), strict=True):
-            digest, kind, offset, stored, _ = row
+            name_of, kind, offset, stored, _ = row
             try:
-                store.check_frame(frame, digest, kind)
+                digest = store.check_record(frame, name_of, kind)
                 good.add((digest, kind))
                 whole.append((digest, kind, offset, stored))
             except CorruptError:
-                bad.append(object_name(digest, kind))
+                bad.append(object_name(name_of, kind))
     except OSError as error:
         yield Finding("unreadable-pack", f"{name}: {error.strerror}")
     mended = bool(bad) and repair and _set_aside(store, name, whole)

@@ -16,15 +16,19 @@ def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> 
     return os.path.join(base, name)
 
 
-def located(url: str) -> str:
-    """A store's URL as it is, a path made absolute."""
-    return url if "://" in url else os.path.abspath(url)
+def located(address: str, secret: str = "") -> str:
+    """A store's address with absolute paths, in the scope of a secret file.  Raises UsageError if it names another one."""
+    from cafs import scope
+
+    url, named = scope.split(scope.join(address, secret) if secret else address)
+    url = url if "://" in url else os.path.abspath(url)
+    return scope.join(url, os.path.abspath(named)) if named else url
 
 
 def store() -> str:
     """The default store: a path or a URL."""
-    if "://" in os.environ.get("CAFS_STORE", ""):
-        return os.environ["CAFS_STORE"]
+    if os.environ.get("CAFS_STORE"):
+        return located(os.environ["CAFS_STORE"])
     return _directory("CAFS_STORE", "/var/lib/cafs/store", "XDG_DATA_HOME", ".local/share", "cafs/store")
 
 

@@ -219,8 +219,10 @@ class S3Backend(Backend):
         """Nothing: an object needs no directory."""
 
     def is_free(self) -> bool:
-        found = self._call("list", "", lambda: self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1))
-        return not found.get("KeyCount")
+        query = {"Bucket": self.bucket, "Prefix": self._prefix, "Delimiter": "/", "MaxKeys": 2}
+        found = self._call("list", "", lambda: self._client.list_objects_v2(**query))
+        scopes = [one for one in found.get("CommonPrefixes", []) if one["Prefix"] == f"{self._prefix}scopes/"]
+        return bool(found.get("KeyCount", 0) == len(scopes))
 
 
 def _code(error: ClientError) -> str:

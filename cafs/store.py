@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-from cafs import atomic, merged, pack, paths
+from cafs import atomic, merged, pack, paths, scope
 from cafs.backend import Backend, CannotList, open_backend
 from cafs.digest import CHUNK_MAX, CHUNK_MIN, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cafs.backend import Listed
     from cafs.locator import Locator
+    from cafs.scope import Scope
 
 FORMAT_FILE = "cafs-store.json"
 PACK_LIST = "packs/list"
@@ -43,11 +44,11 @@ _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 class Store:
-    """An open store.  Attributes: root (path or URL), backend, hash_name, chunk_size."""
+    """An open store.  Attributes: root (path or URL), backend, hash_name, chunk_size, scope_id ('': none)."""
 
     def __init__(self, root: str) -> None:
-        self.backend: Backend = open_backend(root)
-        self.root = self.backend.url
+        self.backend, self.scope = _open_place(root)
+        self.root = root if self.scope else self.backend.url
         try:
             data = self.backend.read(FORMAT_FILE, 1 << 16)
         except FileNotFoundError:
@@ -55,7 +56,10 @@ class Store:
             raise NotFound(f"cannot open store {quote(self.root)}: not a store", hint=hint) from None
         except OSError as error:
             raise os_error(f"cannot open store {quote(self.root)}", error) from error
-        self.hash_name, self.chunk_size = _parse_format(data, self.root)
+        self.hash_name, self.chunk_size, scope_id = _parse_format(data, self.root)
+        self.scope_id = self.scope.id if self.scope else ""
+        if scope_id != self.scope_id:
+            raise UsageError(f"store {quote(self.root)} is a scope, or of another one", hint="--scope SECRETFILE")
         self.hash = hash_function(self.hash_name)
         self._merged: merged.Merged | None = None
         self._sizes: dict[str, int] = {}
@@ -65,6 +69,10 @@ class Store:
         self._hidden: set[str] = set()
         self.claim: Callable[[str], None] = lambda name: None
         """Called before a meta file is made or relied upon; a writer puts its own here."""
+
+    def name_of(self, digest: bytes) -> bytes:
+        """What stands for a digest in the names and records of this store: itself, if there is no scope."""
+        return self.scope.name(digest) if self.scope else digest
 
     # --- packs ---------------------------------------------------------------------------------------------------
 
@@ -166,6 +174,7 @@ class Store:
 
     def locate(self, digest: bytes, kind: int = PLAIN) -> Iterator[tuple[str, int, int]]:
         """(pack, offset, frame size) of every copy of an object that was there at the last `refresh`."""
+        digest = self.name_of(digest)
         if self._merged is not None:
             for found in self._merged.locate(digest, kind):
                 if self._sizes.get(found[0]) == self._merged.packs[found[0]]:
@@ -216,16 +225,29 @@ class Store:
             raise CorruptError("content is not what its name says")
         return raw
 
+    def check_record(self, frame: bytes, name: bytes, kind: int) -> bytes:
+        """The digest of the object in a frame.  Raises CorruptError unless it is the one that a pack's record names."""
+        raw, found_kind = pack.decode_frame(frame)
+        digest = self.hash(raw)
+        if found_kind != kind or self.name_of(digest) != name:
+            raise CorruptError("content is not what its name says")
+        return digest
+
     # --- meta ----------------------------------------------------------------------------------------------------
+
+    def meta_name(self, digest: bytes, kind: str) -> str:
+        """Name of a meta file.  kind: 'index', 'image' or 'loc'."""
+        text = self.name_of(digest).hex()
+        return f"meta/{text[:2]}/{text[2:]}.{kind}"
 
     def has_meta(self, digest: bytes, kind: str) -> bool:
         """Whether there is a meta file of this name; it may be damaged."""
-        return self.backend.exists(meta_name(digest, kind))
+        return self.backend.exists(self.meta_name(digest, kind))
 
     def put_meta(self, data: bytes, kind: str) -> bytes:
         """Store an index or a manifest durably and return its digest.  What is there already and good is left alone."""
         digest = self.hash(data)
-        name = meta_name(digest, kind)
+        name = self.meta_name(digest, kind)
         self.claim(name)
         frame = data
         if len(data) > RAW_META_MAX:
@@ -266,32 +288,34 @@ class Store:
         return data
 
     def _fetch_meta(self, digest: bytes, kind: str) -> bytes:
-        name = meta_name(digest, kind)
+        name = self.meta_name(digest, kind)
         limit = IMAGE_MAX if kind == "image" else META_MAX
         try:
-            data = self.backend.read(name, limit)
+            data = self._read_meta(name, limit)
         except FileNotFoundError:
             raise NotFound(f"store {quote(self.root)} has no {kind} {digest.hex()}", hint="cafs-store fsck") from None
         except OSError as error:
             raise os_error(f"cannot read {quote(name)} in store {quote(self.root)}", error) from error
-        if data.startswith(b"\x28\xb5\x2f\xfd"):
-            data = _decompress_meta(data, name, limit)
         if self.hash(data) != digest:
             raise CorruptError(f"{kind} {digest.hex()} is damaged", hint="cafs-store fsck")
         return data
+
+    def _read_meta(self, name: str, limit: int) -> bytes:
+        data = self.backend.read(name, limit)
+        return _decompress_meta(data, name, limit) if data.startswith(b"\x28\xb5\x2f\xfd") else data
 
     def put_locator(self, index: bytes, data: bytes) -> None:
         """Keep the locator of an index; what was there is replaced."""
         import zstandard
 
-        self.claim(meta_name(index, "loc"))
-        self.backend.replace(meta_name(index, "loc"), zstandard.ZstdCompressor(level=3).compress(data))
+        self.claim(self.meta_name(index, "loc"))
+        self.backend.replace(self.meta_name(index, "loc"), zstandard.ZstdCompressor(level=3).compress(data))
 
     def get_locator(self, index: bytes) -> Locator | None:
         """The locator of an index; None if there is none that is sound."""
         from cafs import locator
 
-        name = meta_name(index, "loc")
+        name = self.meta_name(index, "loc")
         try:
             return locator.decode(_decompress_meta(self.backend.read(name, META_MAX), name), self.hash_name)
         except (OSError, CafsError):
@@ -321,11 +345,25 @@ class Store:
                 return
 
     def meta_names(self) -> Iterator[tuple[bytes, str]]:
-        """(digest, kind) of every index and manifest, by name.  Raises CannotList."""
+        """(digest, kind) of every index and manifest, by name.  Raises CannotList.
+
+        In a scope the names tell nothing, so the files are read; those that are damaged are left out.
+        """
         for one in self._list("meta"):
             match = re.fullmatch(r"([0-9a-f]{2})/([0-9a-f]+)\.(index|image)", one.name)
             if match and len(match[1] + match[2]) == 2 * DIGEST_SIZES[self.hash_name]:
-                yield bytes.fromhex(match[1] + match[2]), match[3]
+                digest = bytes.fromhex(match[1] + match[2])
+                if self.scope is None:
+                    yield digest, match[3]
+                elif found := self._digest_of(f"meta/{one.name}", digest):
+                    yield found, match[3]
+
+    def _digest_of(self, name: str, keyed: bytes) -> bytes | None:
+        try:
+            digest = self.hash(self._read_meta(name, META_MAX))
+        except (CafsError, OSError):
+            return None
+        return digest if self.name_of(digest) == keyed else None
 
     # --- refs ----------------------------------------------------------------------------------------------------
 
@@ -370,12 +408,6 @@ class Store:
                 yield ref if ref and is_ref(ref) else "", f"refs/{one.name}"
 
 
-def meta_name(digest: bytes, kind: str) -> str:
-    """Name of a meta file.  kind: 'index', 'image' or 'loc'."""
-    text = digest.hex()
-    return f"meta/{text[:2]}/{text[2:]}.{kind}"
-
-
 def ref_name(ref: str) -> str:
     """Name of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME.  Raises UsageError."""
     name, tag = split_ref(ref)
@@ -417,11 +449,13 @@ def is_ref(text: str) -> bool:
 def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
     """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker."""
     hash_function(hash_name)
-    place = open_backend(root)
+    place, within = _open_place(root)
+    found: dict[str, object] = {"chunk_size": chunk_size, "format": 1, "hash": hash_name}
+    if within:
+        found["scope"] = within.id
     try:
         place.prepare()
-        text = json.dumps({"chunk_size": chunk_size, "format": 1, "hash": hash_name}, sort_keys=True) + "\n"
-        place.create(FORMAT_FILE, text.encode())
+        place.create(FORMAT_FILE, (json.dumps(found, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise os_error(f"cannot make store {quote(place.url)}", error) from error
     store = Store(root)
@@ -437,9 +471,16 @@ def open_or_init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_S
     try:
         return Store(root)
     except NotFound:
-        if not open_backend(root).is_free():
+        if not _open_place(root)[0].is_free():
             raise  # something else lives there
         return init(root, hash_name, chunk_size)
+
+
+def _open_place(root: str) -> tuple[Backend, Scope | None]:
+    """The place that an address means, and its scope if it names one."""
+    url, secret = scope.split(root)
+    within = scope.read(secret) if secret else None
+    return open_backend(within.address(url) if within else url), within
 
 
 def is_chunk_size(size: object) -> bool:
@@ -447,16 +488,18 @@ def is_chunk_size(size: object) -> bool:
     return type(size) is int and CHUNK_MIN <= size <= CHUNK_MAX and not size & (size - 1)
 
 
-def _parse_format(data: bytes, root: str) -> tuple[str, int]:
+def _parse_format(data: bytes, root: str) -> tuple[str, int, str]:
+    """Hash, chunk size, id of the scope or ''."""
     try:
         found = json.loads(data)
         version, hash_name, chunk_size = found.pop("format"), found.pop("hash"), found.pop("chunk_size")
+        scope_id = str(found.pop("scope", ""))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise FormatError(f"{quote(os.path.join(root, FORMAT_FILE))} is damaged") from None
     is_known = version == 1 and not found and isinstance(hash_name, str) and hash_name in DIGEST_SIZES
     if not is_known or not is_chunk_size(chunk_size):
         raise FormatError(f"store {quote(root)} has an unknown format", hint="a newer release of these tools may read it")
-    return hash_name, chunk_size
+    return hash_name, chunk_size, scope_id
 
 
 def _decompress_meta(data: bytes, path: str, limit: int = META_MAX) -> bytes:

@@ -14,7 +14,6 @@ from cafs.bulk import by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 from cafs.index import load
-from cafs.store import meta_name
 from cafs.writer import Writer
 
 TYPE_CHECKING = False
@@ -49,7 +48,7 @@ def copy(
         )
     moved = Moved()
     try:
-        name = meta_name(found.digest, "image")
+        name = target.meta_name(found.digest, "image")
         if not target.backend.exists(name) or name in candidates.names(target.backend):
             with Writer(target) as writer:
                 _Copy(source, target, writer, moved, progress).run(found)
@@ -94,8 +93,9 @@ class _Copy:
         if gone:
             raise NotFound(f"store {quote(self.source.root)} has no object {object_name(*gone[0])}", hint="cafs-store fsck")
         sizes = self.source.pack_sizes()
+        is_same = self.source.scope_id == self.target.scope_id  # else a pack's footer is none there
         for name, frames in packs.items():
-            if sum(size for _, _, size in frames) >= _WHOLE * sizes.get(name, 1 << 62):
+            if is_same and sum(size for _, _, size in frames) >= _WHOLE * sizes.get(name, 1 << 62):
                 self._whole_pack(name)
             else:
                 self._frames(name, frames)
@@ -109,7 +109,7 @@ class _Copy:
         """Some objects of a pack."""
         places = [(offset, size) for _, offset, size in frames]
         for (key, _, _), frame in zip(frames, read_frames(self.source, name, places), strict=True):
-            self._check(name, key, frame)
+            self._check(name, key, frame, self.source.check_frame)
             self.writer.put(*key, frame)
             self._count(1, len(frame))
 
@@ -127,7 +127,7 @@ class _Copy:
             try:
                 atomic.write_all(fd, pack.PACK_MAGIC)
                 for row, frame in zip(rows, read_frames(self.source, name, [row[2:4] for row in rows]), strict=True):
-                    self._check(name, row[:2], frame)
+                    self._check(name, row[:2], frame, self.source.check_record)
                     atomic.write_all(fd, frame)
                     self._count(1, len(frame))
                 atomic.write_all(fd, records.encode_footer())
@@ -140,9 +140,9 @@ class _Copy:
             raise
         self.moved.packs += 1
 
-    def _check(self, name: str, key: Key, frame: bytes) -> None:
+    def _check(self, name: str, key: Key, frame: bytes, check: Callable[[bytes, bytes, int], bytes]) -> None:
         try:
-            self.source.check_frame(frame, *key)
+            check(frame, *key)
         except CorruptError as error:
             raise CorruptError(f"object {object_name(*key)} in pack {name}: {error}", hint="cafs-store fsck") from error
 

@@ -78,7 +78,7 @@ class Writer:
             self._refresh_lease()
             if self._fd < 0:
                 self._open_pack()
-            self._rows.append((digest, kind, self._offset, len(frame), pack.frame_raw_size(frame)))
+            self._rows.append((self.store.name_of(digest), kind, self._offset, len(frame), pack.frame_raw_size(frame)))
             self._open_names.add((digest, kind))
             self._offset += len(frame)
             self._pending.append(frame)

@@ -16,16 +16,29 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
+_SCOPE = "cafs.scope"
+
+
 def store_option() -> Decorator:
-    """--store: where images are; the default is worked out when it is needed."""
-    return click.option("--store", "store", metavar="URL", help="Store to use (default: $CAFS_STORE, else the user's own).")
+    """--store: where images are; the default is worked out when it is needed.  --scope: which part of it."""
+
+    def keep(context: click.Context, _: click.Parameter, value: str | None) -> None:
+        context.meta[_SCOPE] = value or ""
+
+    def both(command: Any) -> Any:
+        text = "Only the part of the store that belongs to this secret."
+        command = click.option("--scope", metavar="SECRETFILE", expose_value=False, callback=keep, help=text)(command)
+        text = "Store to use (default: $CAFS_STORE, else the user's own)."
+        return click.option("--store", "store", metavar="URL", help=text)(command)
+
+    return both
 
 
 def store_root(given: str | None) -> str:
-    """The store's directory from the option, the environment, or the default."""
+    """The store's address from the options, the environment, or the default."""
     from cafs import paths
 
-    return paths.located(given or paths.store())
+    return paths.located(given or paths.store(), click.get_current_context().meta[_SCOPE])
 
 
 def json_option() -> Decorator:

@@ -98,7 +98,7 @@ def tag(image: str, ref: str, store: str | None) -> None:
     """Make REF name IMAGE."""
     from cafs.errors import os_error
     from cafs.image import resolve
-    from cafs.store import Store, meta_name, split_ref
+    from cafs.store import Store, split_ref
     from cafs.writer import Writer
 
     opened = Store(store_root(store))
@@ -106,7 +106,7 @@ def tag(image: str, ref: str, store: str | None) -> None:
     split_ref(ref)
     try:
         with Writer(opened) as writer:  # a lease: what the ref is to name must not be collected before it does
-            writer.claim(meta_name(found.digest, "image"))
+            writer.claim(opened.meta_name(found.digest, "image"))
             opened.set_ref(ref, found.digest)
     except OSError as error:
         raise os_error(f"cannot tag '{ref}'", error) from error

@@ -62,7 +62,7 @@ def run(options: Options) -> int:
     if options.value("network") not in (None, "none", "host"):
         raise UsageError(f"unknown network {quote(options.value('network') or '')}", hint="none or host")
     runc = find_runc()
-    root = paths.located(options.value("store") or paths.store())
+    root = paths.located(options.value("store") or paths.store(), options.value("scope") or "")
     store = Store(root)
     found = image.resolve(store, options.image)
     container = Container(runc, options, found.config)

@@ -25,6 +25,7 @@ FLAGS = {
     "interactive": (SWITCH, "i", "", "Pass standard input."),
     "tty": (SWITCH, "t", "", "Give the command a terminal."),
     "store": (VALUE, "", "URL", "Store to use."),
+    "scope": (VALUE, "", "SECRETFILE", "Only that part of the store."),
 }
 ALIASES = {"net": "network"}
 

@@ -14,7 +14,7 @@ from cafs import fsck, image
 from cafs.digest import PLAIN
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError
 from cafs.indexing import Options, create_image
-from cafs.store import Store, init, meta_name, open_or_init, split_ref
+from cafs.store import Store, init, open_or_init, split_ref
 from tests.conftest import Run
 from tests.faults import calls_of, run_with_fault
 
@@ -286,7 +286,7 @@ def test_a_manifest_that_is_a_bomb_is_refused(home: Path, tree: Path, tmp_path: 
     make(tree, tmp_path / "s")
     store = Store(str(tmp_path / "s"))
     bomb = b'{"cafs-image":1,"config":{"x":[' + b"[]," * (20 << 20) + b"[]]}}"
-    path = Path(store.backend.path(meta_name(store.hash(bomb), "image")))
+    path = Path(store.backend.path(store.meta_name(store.hash(bomb), "image")))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(zstandard.ZstdCompressor().compress(bomb))
     with pytest.raises(CorruptError):
