@@ -16,11 +16,9 @@ import urllib.request
 import zstandard
 
 from cafs import image, pack
-from cafs.bulk import read_objects
+from cafs.bulk import read_index
 from cafs.indexing import Options, create_image
 from cafs.store import Store
-from cafs.transfer import wanted
-from tests import faultproxy
 
 DELAY_S = 0.015
 
@@ -46,8 +44,8 @@ def unpack(packs: list[bytes]) -> None:
 def ours(url: str) -> None:
     store = Store(url)
     index = image.load_tree(store, image.resolve(store, "bench:1"))
-    kept = [data for _, data in read_objects(store, wanted(store, index))]
-    assert all(isinstance(data, bytes) for data in kept)
+    kept = [data for _, data in read_index(store, index)]
+    assert all(isinstance(data, memoryview) for data in kept)
 
 
 def timed(function, *arguments):
@@ -63,26 +61,18 @@ if __name__ == "__main__":
     os.environ["CAFS_CACHE"] = f"{base}/cache"
     create_image(Options(sys.argv[1], jobs=2), f"{base}/store", "bench:1")
     names = list(Store(f"{base}/store").pack_sizes())
-    port = faultproxy.free_port()
-    server = subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", base])
-    try:
-        # In a process of its own, so that it does not wait for the interpreter that is measured.
-        command = [sys.executable, faultproxy.__file__, str(port), str(DELAY_S)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as proxy:
-            url, ratios, rows = f"http://127.0.0.1:{int(proxy.stdout.readline())}/store", [], []
-            for _ in range(int(sys.argv[2]) if sys.argv[2:] else 3):
-                shutil.rmtree(f"{base}/cache", ignore_errors=True)
-                down, packs = timed(download, url, names)
-                work, _ = timed(unpack, packs)
-                del packs
-                mine, _ = timed(ours, url)
-                rows.append((down, work, mine))
-                ratios.append(max(down, work) / mine)
-            down, work, mine = (statistics.median(column) for column in zip(*rows, strict=True))
-            print(
-                f"download {down:.2f} s\tzstd + sha256 {work:.2f} s\tours {mine:.2f} s\tspeed {statistics.median(ratios):.2f}"
-            )
-    finally:
-        server.terminate()
-        server.wait()
-        shutil.rmtree(base, ignore_errors=True)
+    # In a process of its own, so that it does not wait for the interpreter that is measured.
+    command = [sys.executable, os.path.join(os.path.dirname(__file__), "serve.py"), base, str(DELAY_S)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        url, ratios, rows = f"http://127.0.0.1:{int(server.stdout.readline())}/store", [], []
+        for _ in range(int(sys.argv[2]) if sys.argv[2:] else 3):
+            shutil.rmtree(f"{base}/cache", ignore_errors=True)
+            down, packs = timed(download, url, names)
+            work, _ = timed(unpack, packs)
+            del packs
+            mine, _ = timed(ours, url)
+            rows.append((down, work, mine))
+            ratios.append(max(down, work) / mine)
+        down, work, mine = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"download {down:.2f} s\tzstd + sha256 {work:.2f} s\tours {mine:.2f} s\tspeed {statistics.median(ratios):.2f}")
+    shutil.rmtree(base, ignore_errors=True)

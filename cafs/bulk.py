@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from cafs.errors import CafsError, NotFound
+from cafs import chunks, pack
+from cafs.digest import CHUNK_LIST, PLAIN
+from cafs.errors import CafsError, CorruptError, NotFound
+from cafs.locator import contents, finder
 from cafs.ordered import ordered_map
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from cafs.index import Index
+    from cafs.locator import Place
     from cafs.store import Store
 
     Key = tuple[bytes, int]
     Frame = tuple[Key, int, int]  # object, offset, size of the frame
+    Find = Callable[[Key], Place | None]
 
 WINDOW = 8 << 20
 _GAP = 256 << 10
-_AT_ONCE = 4
+AT_ONCE = 4
+MANY_AT_ONCE = 16
+"""For objects that are few and far between."""
 
 
-def read_frames(store: Store, pack: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+def read_frames(store: Store, pack_name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The frames of a pack at these (offset, size), in order, unchecked; short where it ends.  Raises OSError, RemoteError."""
 
     def fetch(window: list[Frame]) -> list[bytes]:
-        return [frame for _, frame in _fetch(store, pack, window)]
+        return [bytes(frame) for _, frame in _fetch(store, pack_name, window)]
 
     frames: list[Frame] = [((b"", 0), offset, size) for offset, size in places]
-    for found in ordered_map(fetch, _windows(frames), _AT_ONCE, window=2 * _AT_ONCE):
+    for found in ordered_map(fetch, _windows(frames), AT_ONCE, window=2 * AT_ONCE):
         yield from found
 
 
-def by_pack(store: Store, keys: Iterable[Key]) -> tuple[dict[str, list[Frame]], list[Key]]:
-    """Where a store, as of its last `refresh`, has objects: pack -> frames by offset, and those that no pack lists."""
+def by_pack(store: Store, keys: Iterable[Key], find: Find | None = None) -> tuple[dict[str, list[Frame]], list[Key]]:
+    """Where a store, as of its last `refresh` or as FIND says, has objects: pack -> frames by offset, and what is nowhere."""
     found: dict[str, list[Frame]] = {}
     missing = []
     for key in keys:
-        place = next(store.locate(*key), None)
+        place = find(key) if find else next(store.locate(*key), None)
         if place is None:
             missing.append(key)
         else:
@@ -45,42 +53,72 @@ def by_pack(store: Store, keys: Iterable[Key]) -> tuple[dict[str, list[Frame]], 
     return found, missing
 
 
-def read_objects(store: Store, keys: Iterable[Key]) -> Iterator[tuple[Key, bytes | CafsError]]:
-    """The verified bytes of each object, or why there are none, in the order of the packs."""
-    store.refresh()
-    packs, missing = by_pack(store, keys)
+def read_objects(
+    store: Store, keys: Iterable[Key], find: Find | None = None, at_once: int = AT_ONCE
+) -> Iterator[tuple[Key, memoryview | CafsError]]:
+    """The verified bytes of each object, or why there are none, in the order of the packs.  Not copied: pack.decode_frames.
 
-    def fetch(task: tuple[str, list[Frame]]) -> list[tuple[Key, bytes | CafsError]]:
-        pack, window = task
-        found: list[tuple[Key, bytes | CafsError]] = []
+    find: where an object may be, as an index's locator says; then footers are read only for what is not there.
+    at_once: requests; each takes up to WINDOW bytes of memory, and what is in them.
+    """
+    if find is None:
+        store.refresh()
+    packs, missing = by_pack(store, keys, find)
+
+    def fetch(task: tuple[str, list[Frame]]) -> list[tuple[Key, memoryview | None]]:
+        pack_name, window = task
         try:
-            for key, frame in _fetch(store, pack, window):
-                try:
-                    found.append((key, store.check_frame(frame, *key)))
-                except CafsError:
-                    found.append((key, _one(store, key)))  # another copy, or another try, may be good
+            fetched = _fetch(store, pack_name, window)
         except (CafsError, OSError):
-            found += [(key, _one(store, key)) for key, _, _ in window[len(found) :]]
+            return [(key, None) for key, _, _ in window]
+        found: list[tuple[Key, memoryview | None]] = []
+        for (key, _), one in zip(fetched, pack.decode_frames(frame for _, frame in fetched), strict=True):
+            is_right = not isinstance(one, CorruptError) and one[1] == key[1] and store.hash(one[0]) == key[0]
+            found.append((key, one[0] if is_right and not isinstance(one, CorruptError) else None))
         return found
 
-    tasks = ((pack, window) for pack, frames in packs.items() for window in _windows(frames))
-    for found in ordered_map(fetch, tasks, _AT_ONCE, window=2 * _AT_ONCE):
-        yield from found
+    failed = []
+    tasks = ((pack_name, window) for pack_name, frames in packs.items() for window in _windows(frames))
+    for found in ordered_map(fetch, tasks, at_once, window=2 * at_once):
+        for key, data in found:
+            if data is None:
+                failed.append(key)
+            else:
+                yield key, data
+    if find:
+        if failed or missing:
+            yield from read_objects(store, missing + failed)
+        return
+    for key in failed:
+        yield key, _one(store, key)  # another copy, or another try, may be good
     for key in missing:
         yield key, NotFound(f"store has no object {key[0].hex()}", hint="cafs-store fsck")
 
 
-def _one(store: Store, key: Key) -> bytes | CafsError:
+def read_index(store: Store, index: Index) -> Iterator[tuple[Key, memoryview | CafsError]]:
+    """`read_objects` of every object that an index needs, by its locator; chunks come last.  Raises FormatError."""
+    find = finder(store, index)
+    whole = dict.fromkeys(contents(index))
+    found: dict[Key, None] = {}
+    for key, data in read_objects(store, whole, find):
+        yield key, data
+        if key[1] == CHUNK_LIST and not isinstance(data, CafsError):
+            listed = chunks.decode(bytes(data), store.hash_name, store.chunk_size)
+            found.update(dict.fromkeys((chunk, PLAIN) for _, chunk in listed.runs if chunk))
+    yield from read_objects(store, [key for key in found if key not in whole], find)
+
+
+def _one(store: Store, key: Key) -> memoryview | CafsError:
     try:
-        return store.read_object(*key)
+        return memoryview(store.read_object(*key))
     except CafsError as error:
         return error
 
 
-def _fetch(store: Store, pack: str, window: list[Frame]) -> list[tuple[Key, bytes]]:
+def _fetch(store: Store, pack_name: str, window: list[Frame]) -> list[tuple[Key, memoryview]]:
     start = window[0][1]
     end = max(offset + size for _, offset, size in window)
-    data = store.backend.read_range(f"packs/{pack}", start, end - start)
+    data = memoryview(store.backend.read_range(f"packs/{pack_name}", start, end - start))
     return [(key, data[offset - start : offset - start + size]) for key, offset, size in window]
 
 

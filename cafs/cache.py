@@ -18,13 +18,15 @@ from contextlib import contextmanager
 
 from cafs import atomic, linux
 from cafs.chunks import LIST_MAX
-from cafs.digest import CHUNK_LIST, object_name
+from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, os_error, quote
 from cafs.quota import Stats
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from typing_extensions import Buffer
 
     from cafs.locator import Place
     from cafs.store import Store
@@ -72,6 +74,21 @@ class Cache:
         with self.single_flight((digest, kind)):
             fd = self._open_cached(digest, kind)
             return self._fetch(digest, kind, hint) if fd is None else fd
+
+    def has(self, digest: bytes, kind: int) -> bool:
+        """Whether the whole object is here and verified."""
+        fd = self._open_cached(digest, kind)
+        if fd is not None:
+            os.close(fd)
+        return fd is not None
+
+    def keep(self, digest: bytes, kind: int, data: Buffer) -> None:
+        """Put an object that was verified.  Raises CafsError if that cannot be done."""
+        self.count_miss(memoryview(data).nbytes)
+        try:
+            os.close(self._put(digest, kind, data))
+        except OSError as error:
+            raise os_error(f"cannot write to cache {quote(self.root)}", error) from error
 
     def count_hit(self, size: int) -> None:
         """SIZE bytes were here."""
@@ -153,7 +170,7 @@ class Cache:
             atomic.write_all(fd, data)
             return fd
 
-    def _put(self, digest: bytes, kind: int, data: bytes) -> int:
+    def _put(self, digest: bytes, kind: int, data: Buffer) -> int:
         """Make verified bytes visible.  No fsync: after a crash of the machine each process verifies before use."""
         path = self.path(digest, kind)
         directory = os.path.dirname(path)
@@ -215,8 +232,9 @@ class Cache:
 def fill(name: str, store_root: str, threads: int = 8) -> None:
     """Bring all of an image into the cache, for use without its store.  Raises CafsError."""
     from cafs import paths
+    from cafs.bulk import read_objects
     from cafs.image import load_index
-    from cafs.locator import contents
+    from cafs.locator import contents, finder
     from cafs.ordered import ordered_map
     from cafs.partial import ChunkedFile
     from cafs.store import Store
@@ -224,19 +242,21 @@ def fill(name: str, store_root: str, threads: int = 8) -> None:
     index, _, found = load_index(name, store_root)
     store = found or Store(store_root)
     cache, where = Cache(paths.cache(), store), store.get_locator(index.identity)
+    keys = dict.fromkeys(contents(index))
+    small = [key for key in keys if key[1] == PLAIN and not cache.has(*key)]
+    for key, data in read_objects(store, small, finder(store, index)):
+        if isinstance(data, CafsError):
+            raise data
+        cache.keep(*key, data)
 
-    def one(task: tuple[int, Key]) -> None:
-        number, (digest, kind) = task
-        place = where.place(number) if where is not None else None
-        if kind == CHUNK_LIST:
-            file = ChunkedFile(cache, digest, place, where)
-            try:
-                for at in range(0, file.listed.size, file.listed.chunk_size):
-                    file.read(at, file.listed.chunk_size)
-            finally:
-                file.close()
-        else:
-            os.close(cache.open(digest, kind, place))
+    def grow(digest: bytes) -> None:
+        file = ChunkedFile(cache, digest, None, where)
+        try:
+            for at in range(0, file.listed.size, file.listed.chunk_size):
+                file.read(at, file.listed.chunk_size)
+        finally:
+            file.close()
 
-    for _ in ordered_map(one, enumerate(contents(index)), threads, window=4 * threads):
+    large = (digest for digest, kind in keys if kind == CHUNK_LIST)
+    for _ in ordered_map(grow, large, threads, window=2 * threads):
         pass

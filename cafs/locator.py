@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from itertools import count
 
 from cafs import chunks
 from cafs import format as fmt
@@ -16,7 +17,7 @@ from cafs.pack import FRAME, RAW_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from cafs.index import Index
     from cafs.store import Store
@@ -48,10 +49,13 @@ class Locator:
         """Where a chunk may be."""
         return self._decode(self._chunks.get(digest, b""))
 
+    def __iter__(self) -> Iterator[Place | None]:
+        return (self._place(*row) for row in _PLACE.iter_unpack(self._places))
+
     def _decode(self, record: bytes) -> Place | None:
-        if len(record) != _PLACE.size:
-            return None
-        pack, stored, offset = _PLACE.unpack(record)
+        return self._place(*_PLACE.unpack(record)) if len(record) == _PLACE.size else None
+
+    def _place(self, pack: int, stored: int, offset: int) -> Place | None:
         if pack >= len(self.packs) or not FRAME.size <= stored <= FRAME.size + RAW_MAX:
             return None
         return self.packs[pack], offset, stored
@@ -59,9 +63,10 @@ class Locator:
 
 def contents(index: Index) -> Iterator[tuple[bytes, int]]:
     """(digest, kind) of the content of every f and F entry that has any, in order."""
-    for entry, kind in enumerate(index.type):
-        if kind in b"fF" and index.size[entry]:
-            yield index.object(entry), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN
+    digests, width = index.digest, index.hash_size
+    for at, kind, size in zip(count(0, width), index.type, index.size, strict=False):
+        if kind in b"fF" and size:
+            yield bytes(digests[at : at + width]), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN
 
 
 def ranks(index: Index) -> array[int]:
@@ -71,6 +76,15 @@ def ranks(index: Index) -> array[int]:
         found.append(number)
         number += kind in b"fF" and size > 0
     return found
+
+
+def finder(store: Store, index: Index) -> Callable[[tuple[bytes, int]], Place | None] | None:
+    """Where the objects of an index may be, by its locator; None if there is none."""
+    found = store.get_locator(index.identity)
+    if found is None:
+        return None
+    places = dict(zip(contents(index), found, strict=False))
+    return lambda key: places[key] if key in places else found.chunk(key[0])
 
 
 def encode(store: Store, objects: Iterable[tuple[bytes, int]], lists: Store | None = None) -> bytes:

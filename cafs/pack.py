@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from typing_extensions import Buffer
+
 FRAME = struct.Struct("<4sBBHII8s")
 """magic, codec, kind, zero, stored size, raw size, first 8 bytes of the payload's XXH3-128."""
 
@@ -33,6 +35,7 @@ FOOTER = struct.Struct("<16s8sIHH16s8s")
 """hash name, zero, record count, record size, version, XXH3-128 of records and the 32 bytes before, magic."""
 
 FOOTER_MAGIC = b"CAFSPKF1"
+_BATCH = 32 << 20
 _TAIL = struct.Struct("<BQII")
 _LOCAL = threading.local()
 
@@ -57,8 +60,48 @@ def frame_size(head: bytes) -> int:
     return FRAME.size + stored if stored <= RAW_MAX else 0
 
 
-def decode_frame(frame: bytes) -> tuple[bytes, int]:
+def decode_frame(frame: Buffer) -> tuple[bytes, int]:
     """The object's bytes and its kind.  Raises CorruptError on anything that does not fit, before allocating for it."""
+    codec, kind, raw_size, body = _opened(memoryview(frame))
+    return bytes(body) if codec == RAW else _decompress(body, raw_size), kind
+
+
+def decode_frames(frames: Iterable[Buffer]) -> Iterator[tuple[memoryview, int] | CorruptError]:
+    """`decode_frame` of each, or why not.  Many are decompressed in one call: the interpreter is waited for once.
+
+    The objects are not copied: one that is kept keeps the memory of its neighbours, some 32 MiB.
+    """
+    batch: list[tuple[int, int, int, memoryview] | CorruptError] = []
+    size = 0
+    for frame in frames:
+        try:
+            batch.append(one := _opened(memoryview(frame)))
+            size += one[2]
+        except CorruptError as error:
+            batch.append(error)
+        if size > _BATCH:
+            yield from _decode_batch(batch)
+            batch, size = [], 0
+    yield from _decode_batch(batch)
+
+
+def _decode_batch(
+    batch: list[tuple[int, int, int, memoryview] | CorruptError],
+) -> Iterator[tuple[memoryview, int] | CorruptError]:
+    compressed = [one for one in batch if not isinstance(one, CorruptError) and one[0] == ZSTD]
+    unpacked = iter(_decompress_all([one[3] for one in compressed], [one[2] for one in compressed]))
+    for one in batch:
+        if isinstance(one, CorruptError):
+            yield one
+        elif one[0] == RAW:
+            yield one[3], one[1]
+        else:
+            raw = next(unpacked)
+            yield raw if isinstance(raw, CorruptError) else (raw, one[1])
+
+
+def _opened(frame: memoryview) -> tuple[int, int, int, memoryview]:
+    """(codec, kind, raw size, payload) of a frame, checked as far as that goes without decompressing."""
     if len(frame) < FRAME.size:
         raise CorruptError("frame is cut off")
     magic, codec, kind, zero, stored, raw_size, check = FRAME.unpack_from(frame)
@@ -67,14 +110,34 @@ def decode_frame(frame: bytes) -> tuple[bytes, int]:
         raise CorruptError("frame has a bad header")
     if len(body) != stored or checksum(body)[:8] != check:
         raise CorruptError("frame has a bad checksum")
-    if codec == RAW:
-        if stored != raw_size:
-            raise CorruptError("raw frame of two sizes")
-        return body, kind
-    return _decompress(body, raw_size), kind
+    if codec == RAW and stored != raw_size:
+        raise CorruptError("raw frame of two sizes")
+    return codec, kind, raw_size, body
 
 
-def _decompress(body: bytes, raw_size: int) -> bytes:
+def _decompress_all(bodies: list[memoryview], raw_sizes: list[int]) -> list[memoryview | CorruptError]:
+    import zstandard
+
+    if len(bodies) > 1 and hasattr(zstandard.ZstdDecompressor, "multi_decompress_to_buffer"):
+        views: list[bytes | bytearray | memoryview] = [*bodies]
+        sizes = array("Q", raw_sizes)
+        try:
+            if list(map(zstandard.frame_content_size, bodies)) == raw_sizes:
+                found = zstandard.ZstdDecompressor().multi_decompress_to_buffer(views, decompressed_sizes=sizes.tobytes())
+                return [memoryview(found[at]) for at in range(len(bodies))]  # type: ignore[arg-type]
+        except (zstandard.ZstdError, ValueError):
+            pass  # one by one shows which
+    return [_decompressed(body, raw_size) for body, raw_size in zip(bodies, raw_sizes, strict=True)]
+
+
+def _decompressed(body: memoryview, raw_size: int) -> memoryview | CorruptError:
+    try:
+        return memoryview(_decompress(body, raw_size))
+    except CorruptError as error:
+        return error
+
+
+def _decompress(body: memoryview, raw_size: int) -> bytes:
     import zstandard
 
     try:

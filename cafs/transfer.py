@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from cafs import atomic, candidates, chunks, locator, pack
-from cafs.bulk import by_pack, read_frames, read_objects
+from cafs.bulk import MANY_AT_ONCE, by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 from cafs.index import load
@@ -65,10 +65,11 @@ def wanted(store: Store, index: Index) -> list[Key]:
     """Every object that an index needs, in index order, then the chunks of its large files.  Raises CafsError."""
     found = dict.fromkeys(locator.contents(index))
     lists = {}
-    for key, data in read_objects(store, [key for key in found if key[1] == CHUNK_LIST]):
+    listed_in = [key for key in found if key[1] == CHUNK_LIST]
+    for key, data in read_objects(store, listed_in, at_once=MANY_AT_ONCE):
         if isinstance(data, CafsError):
             raise data
-        lists[key] = data
+        lists[key] = bytes(data)
     for key in list(found):
         if key in lists:
             listed = chunks.decode(lists[key], store.hash_name, store.chunk_size)

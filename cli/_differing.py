@@ -16,18 +16,16 @@ if TYPE_CHECKING:
 
 def verify_content(image: str, root: str, program: str) -> int:
     """Read everything; a line on stderr for each file that is missing or damaged.  Returns the exit code."""
-    from cafs.bulk import read_objects
+    from cafs.bulk import read_index
     from cafs.errors import CORRUPT, CafsError, CorruptError, NotFound, quote
     from cafs.image import check_hash, load_index
     from cafs.locator import contents
     from cafs.store import Store
-    from cafs.transfer import wanted
 
     index, _, found = load_index(image, root)
     opened = found or Store(root)
     check_hash(index, image, opened)
-    keys = wanted(opened, index)
-    bad = {key: problem for key, problem in read_objects(opened, keys) if isinstance(problem, CafsError)}
+    bad = {key: problem for key, problem in read_index(opened, index) if isinstance(problem, CafsError)}
     named = set(contents(index)) & bad.keys()
     for number in range(len(index)):
         kind = index.kind(number)

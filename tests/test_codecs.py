@@ -35,6 +35,29 @@ def test_a_frame_with_any_byte_changed_is_corrupt_or_the_same(raw: bytes, kind: 
         pass
 
 
+@given(st.lists(st.tuples(st.binary(max_size=300), KIND, st.sampled_from("rzbds")), max_size=12))
+def test_frames_decoded_together_are_as_decoded_one_by_one(cases: list[tuple[bytes, int, str]]) -> None:
+    frames = []
+    for raw, kind, how in cases:
+        payload = None if how == "r" else zstandard.ZstdCompressor().compress(raw)
+        frame = bytearray(pack.encode_frame(raw, kind, payload))
+        if how == "b":
+            frame[-1] ^= 1
+        if how == "d" and payload:  # sound but for what it declares
+            frame = bytearray(pack.encode_frame(raw + b"x", kind, payload))
+        if how == "s" and payload:  # sound but for what zstd says of it
+            frame = bytearray(pack.encode_frame(raw, kind, payload[:-1] + bytes([payload[-1] ^ 1])))
+        frames.append(bytes(frame))
+    alone = []
+    for frame in frames:
+        try:
+            alone.append(pack.decode_frame(frame))
+        except CorruptError as error:
+            alone.append(str(error))
+    together = [str(one) if isinstance(one, CorruptError) else (bytes(one[0]), one[1]) for one in pack.decode_frames(frames)]
+    assert together == alone
+
+
 def test_a_zstd_frame_that_would_grow_beyond_what_it_declares_is_refused() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(50 << 20))
     small = pack.FRAME.pack(pack.FRAME_MAGIC, pack.ZSTD, 0, 0, len(bomb), 10, checksum(bomb)[:8]) + bomb

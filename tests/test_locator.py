@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafs import locator, merged, pack
+from cafs.bulk import read_index
 from cafs.cache import Cache
 from cafs.digest import PLAIN, checksum
 from cafs.errors import CafsError, FormatError
@@ -18,6 +19,7 @@ from cafs.image import get
 from cafs.index import load
 from cafs.indexing import Options, create_image
 from cafs.store import Store, init
+from cafs.transfer import wanted
 from cafs.tree import Tree
 from tests.conftest import Run
 
@@ -84,6 +86,9 @@ def test_a_mount_with_a_locator_reads_no_footer(store: Store, tmp_path: Path, mo
         os.close(fd)
     large = index.find(b"large")
     assert large is not None
+    whole = dict(read_index(store, index))
+    assert whole.keys() == set(wanted(init(store.root), index))
+    assert all(not isinstance(data, CafsError) and store.hash(data) == key[0] for key, data in whole.items())
     assert tree.read_chunked(large + 1, 5 << 20, 100) == (tmp_path / "tree" / "large").read_bytes()[5 << 20 :][:100]
 
 
@@ -99,6 +104,8 @@ def test_a_wrong_locator_costs_time_only_and_fsck_mends_it(store: Store, tmp_pat
     fd = tree.open_object(2)
     assert os.pread(fd, 10, 0) == b"same"
     os.close(fd)
+    whole = dict(read_index(Store(store.root), index))
+    assert whole.keys() == set(wanted(store, index)) and not any(isinstance(data, CafsError) for data in whole.values())
     assert cmd("cafs-store", "fsck").stdout.startswith(b"stale-locator\tindex ")
     assert cmd("cafs-store", "fsck", "--repair").returncode == 0
     assert cmd("cafs-store", "fsck").stdout == b""
