@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Result = TypeVar("Result")
+READ_S = 30.0
+_SLOWEST = 1 << 16  # bytes a second
+_STEP = 1 << 20
 _TRIES = 4
 _SWAPS = 30
 _PART = 128 << 20
@@ -56,7 +59,7 @@ class S3Backend(Backend):
         self._warned = False
         config = Config(
             connect_timeout=10,
-            read_timeout=30,
+            read_timeout=READ_S,
             max_pool_connections=16,
             retries={"mode": "standard", "max_attempts": _TRIES},
             request_checksum_calculation="when_required",
@@ -103,7 +106,7 @@ class S3Backend(Backend):
             try:
                 if found["ContentLength"] > limit:
                     raise RemoteError(f"{quote(name)} in {quote(self.url)} is over {limit} bytes")
-                data = body.read()
+                data = _whole(body, found["ContentLength"])
             finally:
                 body.close()
             if len(data) != found["ContentLength"]:
@@ -223,6 +226,21 @@ class S3Backend(Backend):
         found = self._call("list", "", lambda: self._client.list_objects_v2(**query))
         scopes = [one for one in found.get("CommonPrefixes", []) if one["Prefix"] == f"{self._prefix}scopes/"]
         return bool(found.get("KeyCount", 0) == len(scopes))
+
+
+def _whole(body: Any, size: int) -> bytes:
+    """An answer's body.  Raises OSError if it takes longer than a slow but steady line would."""
+    deadline = time.monotonic() + READ_S + size / _SLOWEST
+    parts = []
+    stream = getattr(body, "_raw_stream", body)  # botocore's own read() returns only when all has come
+    try:
+        while part := stream.read1(_STEP) if hasattr(stream, "read1") else stream.read(_STEP):
+            parts.append(part)
+            if time.monotonic() > deadline:
+                raise OSError(5, "the answer comes too slowly")
+    except Exception as error:  # whatever the layers below botocore raise
+        raise error if isinstance(error, OSError) else OSError(5, "the answer broke off") from error
+    return b"".join(parts)
 
 
 def _code(error: ClientError) -> str:

@@ -215,6 +215,18 @@ class Store:
                 raise problem
         raise NotFound(f"store {quote(self.root)} has no object {name}", hint="cafs-store fsck")
 
+    def read_frame(self, digest: bytes, kind: int) -> bytes:
+        """The frame of a good copy of an object, as of the last `refresh`.  Raises CorruptError if there is none."""
+        for pack_name, offset, stored in self.locate(digest, kind):
+            try:
+                frame = self.backend.read_range(f"packs/{pack_name}", offset, stored)
+                self.check_frame(frame, digest, kind)
+                return frame
+            except (CorruptError, OSError):
+                continue
+        name = object_name(digest, kind)
+        raise CorruptError(f"store {quote(self.root)} has no good copy of object {name}", hint="cafs-store fsck")
+
     def _read_copy(self, pack_name: str, offset: int, stored: int, digest: bytes, kind: int) -> bytes:
         return self.check_frame(self.backend.read_range(f"packs/{pack_name}", offset, stored), digest, kind)
 

@@ -96,9 +96,8 @@ class _Copy:
         sizes = self.source.pack_sizes()
         is_same = self.source.scope_id == self.target.scope_id  # else a pack's footer is none there
         for name, frames in packs.items():
-            if is_same and sum(size for _, _, size in frames) >= _WHOLE * sizes.get(name, 1 << 62):
-                self._whole_pack(name)
-            else:
+            is_most = sum(size for _, _, size in frames) >= _WHOLE * sizes.get(name, 1 << 62)
+            if not (is_same and is_most and self._whole_pack(name)):
                 self._frames(name, frames)
         self.writer.flush()
         for layer, data in layers.items():
@@ -110,42 +109,46 @@ class _Copy:
         """Some objects of a pack."""
         places = [(offset, size) for _, offset, size in frames]
         for (key, _, _), frame in zip(frames, read_frames(self.source, name, places), strict=True):
-            self._check(name, key, frame, self.source.check_frame)
+            try:
+                self.source.check_frame(frame, *key)
+            except CorruptError:
+                frame = self.source.read_frame(*key)
             self.writer.put(*key, frame)
             self._count(1, len(frame))
 
-    def _whole_pack(self, name: str) -> None:
-        """All objects of a pack, under the same name."""
-        records = self.source.read_footer(name)
-        rows = sorted(records.rows(), key=lambda row: row[2])
-        at = len(pack.PACK_MAGIC)
-        for _, _, offset, size, _ in rows:
-            if offset != at:
-                raise CorruptError(f"pack {name} has gaps", hint="cafs-store fsck")
-            at += size
+    def _whole_pack(self, name: str) -> bool:
+        """All objects of a pack, under the same name; False, and nothing was done, if any of it is damaged."""
+        before = self.moved.objects, self.moved.bytes
         fd, temporary = atomic.open_temporary(self.target.backend.scratch(), 0o444)
         try:
             try:
-                atomic.write_all(fd, pack.PACK_MAGIC)
-                for row, frame in zip(rows, read_frames(self.source, name, [row[2:4] for row in rows]), strict=True):
-                    self._check(name, row[:2], frame, self.source.check_record)
-                    atomic.write_all(fd, frame)
-                    self._count(1, len(frame))
-                atomic.write_all(fd, records.encode_footer())
+                records = self._write_pack(name, fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)
             self.writer.publish(temporary, name, records)
-        except BaseException:
+        except CorruptError:
+            self.moved.objects, self.moved.bytes = before
+            return False
+        finally:
             atomic.unlink_quietly(temporary)
-            raise
         self.moved.packs += 1
+        return True
 
-    def _check(self, name: str, key: Key, frame: bytes, check: Callable[[bytes, bytes, int], bytes]) -> None:
-        try:
-            check(frame, *key)
-        except CorruptError as error:
-            raise CorruptError(f"object {object_name(*key)} in pack {name}: {error}", hint="cafs-store fsck") from error
+    def _write_pack(self, name: str, fd: int) -> pack.Records:
+        records = self.source.read_footer(name)
+        rows = sorted(records.rows(), key=lambda row: row[2])
+        at = len(pack.PACK_MAGIC)
+        atomic.write_all(fd, pack.PACK_MAGIC)
+        for row, frame in zip(rows, read_frames(self.source, name, [row[2:4] for row in rows]), strict=True):
+            if row[2] != at:
+                raise CorruptError(f"pack {name} has gaps")
+            self.source.check_record(frame, *row[:2])
+            atomic.write_all(fd, frame)
+            self._count(1, len(frame))
+            at += row[3]
+        atomic.write_all(fd, records.encode_footer())
+        return records
 
     def _count(self, objects: int, size: int) -> None:
         self.moved.objects += objects

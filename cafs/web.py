@@ -176,8 +176,7 @@ class _Again(Exception):
 
 def _whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
     """The body.  Raises OSError if it is over LIMIT bytes."""
-    length = response.headers.get("Content-Length", "")
-    if length.isascii() and length.isdigit() and int(length) > limit:
+    if (_length(response) or 0) > limit:
         response.close()
         raise OSError(27, f"larger than {limit} bytes")
     parts, size = [], 0
@@ -222,10 +221,10 @@ def _read(response: urllib3.BaseHTTPResponse, size: int) -> bytes:
 def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int, int]:
     """(first byte, size of the file) of an answer."""
     if response.status == 200:
-        length = response.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", length):
+        length = _length(response)
+        if length is None:
             raise _Again("the server does not say how long the file is")
-        return 0, int(length)
+        return 0, length
     match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", response.headers.get("Content-Range", ""))
     if not match:
         raise _Again("the server sent a range without saying which")
@@ -234,9 +233,12 @@ def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int, int]:
 
 def _limit_s(response: urllib3.BaseHTTPResponse) -> float:
     """How long an answer may take: a third of the time for all tries, and what a slow but steady line needs."""
-    length = response.headers.get("Content-Length", "")
-    size = int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
-    return DEADLINE_S / 3 + min(size, _LARGEST) / _SLOWEST
+    return DEADLINE_S / 3 + min(_length(response) or 0, _LARGEST) / _SLOWEST
+
+
+def _length(response: urllib3.BaseHTTPResponse) -> int | None:
+    text = response.headers.get("Content-Length", "")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _retry_after(response: urllib3.BaseHTTPResponse) -> float:

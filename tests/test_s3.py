@@ -12,7 +12,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from cafs import fsck
+from cafs import fsck, s3
 from cafs.errors import CafsError
 from cafs.indexing import Options, create_image
 from cafs.store import Store, open_or_init
@@ -125,8 +125,11 @@ def test_a_server_without_conditional_writes_is_written_to_with_a_warning(
     assert "knows no conditional writes" in caplog.text and SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["short", "reset", "503", "429"])
-def test_what_breaks_once_is_tried_again(bucket: Bucket, tree: Path, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["short", "reset", "503", "429", "stall", "trickle"])
+def test_what_breaks_once_is_tried_again(
+    bucket: Bucket, tree: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "READ_S", 1.0)
     create_image(Options(str(tree)), bucket.url, "a:1")
     store = Store(bucket.url)
     done: list[str] = []

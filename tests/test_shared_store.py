@@ -15,7 +15,7 @@ from cafs.errors import CafsError
 from cafs.fsck import check
 from cafs.indexing import Options, create_image
 from cafs.store import Store
-from tests.conftest import BIN
+from tests.conftest import BIN, Run
 from tests.faults import calls_of, run_with_fault
 
 
@@ -121,3 +121,31 @@ def test_a_repair_may_be_killed_at_every_step_and_loses_nothing_that_was_good(ho
         create_image(Options(str(tree), rehash=True), str(work), "t:1")
         assert list(check(Store(str(work)), repair=True)) == [], calls[at]
     print(f"{len(calls)} kills")
+
+
+def test_a_push_goes_round_a_damaged_copy_and_fails_only_without_a_good_one(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(3):
+        (tree / f"{number}").write_bytes(os.urandom(5000))
+    copy = tmp_path / "copy"
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    store = Store(str(tmp_path / "store"))
+    [name] = store.pack_sizes()
+    first = min(store.read_footer(name).rows(), key=lambda row: row[2])
+    path = Path(store.backend.path(f"packs/{name}"))  # type: ignore[attr-defined]
+    data = bytearray(path.read_bytes())
+    data[first[2] + 30] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    done = cmd("cafs-store", "push", "x:1", copy)
+    assert done.returncode == 5 and b"no good copy of object" in done.stderr and done.stderr.count(b"\n") == 2
+    (tree / "extra").write_bytes(b"makes another pack")
+    other = tmp_path / "other"
+    cmd("cafs-index", "create", tree, "-t", "y:1", "--store", other)
+    [second] = Store(str(other)).pack_sizes()
+    shutil.copy(other / "packs" / second, tmp_path / "store" / "packs")
+    done = cmd("cafs-store", "push", "x:1", copy)
+    assert done.returncode == 0, done.stderr
+    assert cmd("cafs-store", "fsck", "--store", copy).stdout == b""
+    assert cmd("cafs-index", "verify", "x:1", "--store", copy).returncode == 0

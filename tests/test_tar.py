@@ -27,6 +27,7 @@ from tests.conftest import Run
 from tests.test_mount import make_everything
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors" / "tar"
+OWN = Path(__file__).parent / "vectors" / "tar"
 STEP = 4 << 20
 
 
@@ -133,6 +134,12 @@ def test_a_tar_of_a_tree_has_the_index_of_the_tree(home: Path, tmp_path: Path, c
     want, have = expected.stdout.splitlines(), piped.stdout.splitlines()
     assert [line for line in want if line not in set(have)] == []
     assert want == have
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in OWN.glob("*.tar.gz")))
+def test_every_dialect_of_gnu_tar_bsdtar_and_busybox_gives_the_index_of_the_tree(name: str) -> None:
+    wanted = OWN / f"{name.partition('-')[0]}.index"
+    assert index_bytes(io.BytesIO((OWN / name).read_bytes())) == wanted.read_bytes()
 
 
 def test_busybox_and_python_archives_are_read(tmp_path: Path, home: Path, cmd: Run) -> None:
