@@ -12,6 +12,7 @@ from fnmatch import translate
 
 from cafs import atomic, image, linux, locator, sources
 from cafs.create import Indexer
+from cafs.difference import difference
 from cafs.digest import DIGEST_SIZES
 from cafs.errors import CorruptError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.format import Header
@@ -25,9 +26,10 @@ from cafs.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import BinaryIO
 
+    from cafs.image import Image
     from cafs.index import Index
     from cafs.store import Store
 
@@ -73,11 +75,15 @@ class Report:
         )
 
 
-def create_image(options: Options, store_root: str, tag: str | None) -> Report:
-    """Index into a store; the ref, if any, is set last.  Raises CafsError; then no ref has changed."""
+def create_image(options: Options, store_root: str, tag: str | None, base: str | None = None) -> Report:
+    """Index into a store; the ref, if any, is set last.  Raises CafsError; then no ref has changed.
+
+    base: an image whose layers stay, with what differs from it as one more.
+    """
     if tag is not None:
         split_ref(tag)
     store = open_or_init(store_root)
+    below = image.resolve(store, base) if base else None
     cache = StatCache(options.source, store.hash_name, DIGEST_SIZES[store.hash_name])
     if not options.rehash:
         cache.load()
@@ -86,8 +92,12 @@ def create_image(options: Options, store_root: str, tag: str | None) -> Report:
         data = _run(indexer, options.source)
         writer.flush()
         try:
-            _put_locator(store, indexer, data)
-            made = image.put(store, data, source.config if isinstance(source, ImageSource) else {})
+            config = source.config if isinstance(source, ImageSource) else below.config if below else {}
+            if below:
+                made = _put_over(store, below, load(io.BytesIO(data)), config)
+            else:
+                _put_locator(store, data, indexer.contents)
+                made = image.put(store, data, config)
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:
@@ -109,12 +119,24 @@ def _run(indexer: Indexer | TreeIndexer, source: str) -> bytes:
         raise
 
 
-def _put_locator(store: Store, indexer: Indexer | TreeIndexer, index: bytes) -> None:
+def _put_over(store: Store, below: Image, index: Index, config: dict[str, object]) -> Image:
+    """The image of a tree as one layer more than another image has; none if the trees are alike."""
+    for name in below.layers:
+        store.claim(store.meta_name(name, "index"))
+    data = difference(image.load_tree(store, below), index)
+    layer = load(io.BytesIO(data))
+    if not len(layer):
+        return image.put_layers(store, below.layers, config)
+    _put_locator(store, data, locator.contents(layer))
+    return image.put_layers(store, (*below.layers, store.put_meta(data, "index")), config)
+
+
+def _put_locator(store: Store, index: bytes, contents: Iterable[tuple[bytes, int]]) -> None:
     """Make the index's locator unless there is one whose packs are all there."""
     digest = store.hash(index)
     found = store.get_locator(digest)
     if found is None or not set(found.packs) <= set(store.pack_sizes()):
-        store.put_locator(digest, locator.encode(store, indexer.contents))
+        store.put_locator(digest, locator.encode(store, contents))
 
 
 def create_file(options: Options, output: str, hash_name: str) -> Report:

@@ -41,6 +41,7 @@ def main() -> None:
 @click.option("-t", "--tag", metavar="REF", help="Name the image NAME[:TAG] in the store.")
 @click.option("-o", "--output", metavar="FILE", help="Write the index to FILE ('-': stdout); needs no store.")
 @click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Hashing threads (default: processors).")
+@click.option("--base", metavar="IMAGE", help="Keep the layers of IMAGE; add one with what differs.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out paths like /var/cache/*; repeatable.")
 @click.option("-x", "--one-file-system", is_flag=True, help="Do not enter other mounts.")
 @click.option("--numeric", is_flag=True, hidden=True)
@@ -58,6 +59,7 @@ def create(
     output: str | None,
     jobs: int | None,
     exclude: tuple[str, ...],
+    base: str | None,
     one_file_system: bool,
     numeric: bool,
     platform: str | None,
@@ -80,6 +82,8 @@ def create(
 
     if as_json and output == "-":
         raise click.UsageError("--json and '-o -' both want stdout")
+    if base and output is not None:
+        raise click.UsageError("--base makes an image: it does not go with -o")
     if hash_name and output is None:
         raise click.UsageError("--hash goes with -o; a store has its own (cafs-store init --hash)")
     options = Options(
@@ -95,7 +99,7 @@ def create(
         if output is not None:
             report = create_file(options, output, hash_name or "sha256")
         else:
-            report = create_image(options, store_root(store), tag)
+            report = create_image(options, store_root(store), tag, base)
     if as_json:
         write_json(report.as_json())
     elif report.digest:

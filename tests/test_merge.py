@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cafs import format as fmt
 from cafs import image, locator
+from cafs.difference import difference
 from cafs.errors import FormatError, UsageError
 from cafs.format import Entry, Header
 from cafs.index import Index, load
@@ -173,3 +174,83 @@ def json_config(cmd: Run, ref: str) -> bytes:
         assert len(manifest[0]["Layers"]) == 2
         config = json.load(archive.extractfile(manifest[0]["Config"]))  # type: ignore[arg-type]
     return str(config["config"]["User"]).encode()
+
+
+TREE = st.dictionaries(PATHS, st.tuples(st.sampled_from("dflh"), st.integers(0, 1)), max_size=9)
+
+
+def tree_of(wanted: dict[bytes, tuple[str, int]]) -> Index:
+    """A whole tree: directories above are made, 'h' is another name of the last file, or a file if there is none."""
+    entries = {b"/": Entry(fmt.DIRECTORY, b"/", 0o755)}
+    files: list[bytes] = []
+    for path, (kind, mark) in sorted(wanted.items(), key=lambda item: fmt.order_key(item[0])):
+        above = [path[:at] for at, byte in enumerate(path) if at and byte == ord("/")]
+        if any(one in entries and entries[one].type != fmt.DIRECTORY for one in above):
+            continue
+        entries |= {one: Entry(fmt.DIRECTORY, one, 0o755) for one in above if one not in entries}
+        if kind == "h" and files:
+            entries[path] = Entry(fmt.HARDLINK, path, target=files[-1])
+        elif kind in "hf":
+            entries[path] = Entry(fmt.FILE, path, 0o644, mtime_ns=mark)
+            files.append(path)
+        else:
+            is_link = kind == "l"
+            entries[path] = Entry(
+                fmt.SYMLINK if is_link else fmt.DIRECTORY,
+                path,
+                0o777 if is_link else 0o755,
+                target=b"t" * (mark + is_link) * is_link,
+            )
+    return index_of(list(entries.values()), is_layer=False)
+
+
+@given(TREE, TREE)
+def test_the_difference_of_two_trees_laid_over_one_is_the_other(
+    one: dict[bytes, tuple[str, int]], two: dict[bytes, tuple[str, int]]
+) -> None:
+    lower, upper = tree_of(one), tree_of(two)
+    layer = load(io.BytesIO(difference(lower, upper)))
+    assert merge([lower, layer]) == upper.encode()
+    for number in range(
+        len(upper)
+    ):  # what is seen without merging: the topmost entry, with the links that its own layer counts
+        found = layer.find(upper.path(number))
+        index, entry = (layer, found) if found is not None else (lower, lower.find(upper.path(number)))
+        assert entry is not None
+        if index.kind(index.inode(entry)) != fmt.DIRECTORY:
+            seen = index.links.get(index.inode(entry), 1)
+            assert seen == upper.links.get(upper.inode(number), 1)
+    assert len(load(io.BytesIO(difference(upper, upper)))) == 0
+
+
+def test_an_image_over_another_has_one_layer_more_and_is_the_tree(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("kept", "gone", "linked"):
+        (tree / name).write_bytes(name.encode())
+    os.link(tree / "linked", tree / "other")
+    base = cmd("cafs-index", "create", tree, "-t", "base:1").stdout
+    assert cmd("cafs-index", "create", tree, "--base", "base:1").stdout == base, "nothing differs: no layer"
+    (tree / "gone").unlink()
+    (tree / "other").unlink()
+    (tree / "new").write_bytes(b"new")
+    assert cmd("cafs-index", "create", tree, "--base", "base:1", "-t", "top:1").returncode == 0
+    assert cmd("cafs-index", "create", tree, "-t", "flat:1").returncode == 0
+    assert cmd("cafs-index", "diff", "top:1", "flat:1").stdout == b""
+    assert cmd("cafs-index", "verify", "top:1", tree).returncode == 0
+    store = Store(str(home / "store"))
+    below, above = image.resolve(store, "base:1"), image.resolve(store, "top:1")
+    assert above.layers[:-1] == below.layers
+    lines = store.get_meta(above.layers[-1], "index").decode().splitlines()[1:-1]
+    assert [(line[0], line.split()[-1]) for line in lines] == [
+        ("d", "/"),
+        ("w", "/gone"),
+        ("f", "/linked"),
+        ("f", "/new"),
+        ("w", "/other"),
+    ]
+    assert cmd("cafs-store", "untag", "base:1").returncode == 0
+    assert cmd("cafs-store", "gc", "--grace", "0").returncode == 0
+    assert cmd("cafs-store", "fsck").stdout == b"" and cmd("cafs-index", "verify", "top:1", tree).returncode == 0
+    done = cmd("cafs-index", "create", tree, "--base", "top:1", "-o", "-")
+    assert done.returncode == 2 and b"-o" in done.stderr
