@@ -123,6 +123,7 @@ class _Pass:
                 raise CorruptError(f"cannot collect: {error}", hint="cafs-store fsck; nothing was deleted") from error
             live.images += 1
             live.names.add(self.store.meta_name(digest, "image"))
+            live.names |= {self.store.meta_name(one, image.METADATA) for one in found.metadata if one}
             for layer in found.layers:
                 live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}
                 if layer not in live.indexes:
@@ -231,4 +232,4 @@ def _remove(store: Store, name: str) -> None:
 
 
 def _is_meta(name: str) -> bool:
-    return name.endswith((".index", ".image", ".loc")) and not name.rpartition("/")[2].startswith("tmp.")
+    return name.endswith((".index", ".image", ".loc", f".{image.METADATA}")) and not name.rpartition("/")[2].startswith("tmp.")

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def difference(lower: Index, upper: Index) -> bytes:
     """The index of the layer that, laid over LOWER, gives UPPER: both whole trees of one hash and chunk size."""
     lines = [Header(upper.header.hash_name, upper.header.chunk_size, is_layer=True).encode()]
-    lines += (entry.encode() for entry in _entries(lower, upper))
+    changed = {fmt.order_key(entry.path): entry for entry in _entries(lower, upper)}
+    for key in list(changed):  # every parent is listed, changed or not: then the layer can be laid over others as it is
+        for above in [b"\0", *(key[:at] for at, byte in enumerate(key) if at and not byte)]:
+            if above not in changed and (number := upper.find(above.replace(b"\0", b"/"))) is not None:
+                changed[above] = upper.entry(number)
+    lines += (entry.encode() for _, entry in sorted(changed.items()))
     lines.append(fmt.encode_trailer(len(lines) - 1))
     return b"".join(lines)
 

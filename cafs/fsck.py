@@ -7,7 +7,7 @@ import stat
 import time
 from dataclasses import asdict, dataclass
 
-from cafs import atomic, chunks, image, lease, locator, pack, paths, quota
+from cafs import atomic, chunks, erofs, image, lease, locator, pack, paths, quota
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 Key = tuple[bytes, int]
+_META = (".index", ".image", f".{image.METADATA}")
 Whole = list[tuple[bytes, int, int, int]]
 """(digest, kind, offset, frame size) of the sound objects of a pack."""
 
@@ -66,7 +67,7 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
         yield from _check_pack(store, name, good, repair)
     store.refresh()
     images = {}
-    unread = {f"meta/{one.name}" for one in store.backend.list("meta") if one.name.endswith((".index", ".image"))}
+    unread = {f"meta/{one.name}" for one in store.backend.list("meta") if one.name.endswith(_META)}
     for digest, kind in store.meta_names():
         unread.discard(store.meta_name(digest, kind))
         try:
@@ -81,8 +82,8 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
     yield from _check_pack_list(store, repair)
     yield from _check_refs(store, set(images))
     for digest, found in images.items():
-        for layer in found.layers:
-            yield from _check_index(store, layer, digest, good, repair)
+        for layer, metadata in zip(found.layers, found.metadata, strict=True):
+            yield from _check_index(store, layer, metadata, digest, good, repair)
 
 
 def _path(store: Store, name: str) -> str:
@@ -231,13 +232,14 @@ def _check_pack_list(store: Store, repair: bool) -> Iterator[Finding]:
         yield Finding("stale-pack-list", PACK_LIST, repair)
 
 
-def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key], repair: bool) -> Iterator[Finding]:
+def _check_index(store: Store, layer: bytes, metadata: bytes, owner: bytes, good: set[Key], repair: bool) -> Iterator[Finding]:
     """The index of an image, and every object that it needs."""
     try:
         index = image.load_layer(store, layer)
     except CafsError as error:
         yield Finding("missing-meta", f"index {layer.hex()} of image {owner.hex()}: {error}")
         return
+    yield from _check_metadata(store, index, metadata, repair)
     wanted = set(locator.contents(index))
     for digest, kind in sorted(wanted & good):
         if kind == CHUNK_LIST:
@@ -250,6 +252,25 @@ def _check_index(store: Store, layer: bytes, owner: bytes, good: set[Key], repai
         yield Finding("missing-object", f"{object_name(digest, kind)} of image {owner.hex()}")
     if wanted <= good:
         yield from _check_locator(store, index, layer, repair)
+
+
+def _check_metadata(store: Store, index: Index, metadata: bytes, repair: bool) -> Iterator[Finding]:
+    """That a metadata image is there, and the one that the index gives."""
+    if not metadata:
+        return
+    try:
+        data = erofs.encode(index)
+    except UnsupportedError:
+        data = b""
+    if store.hash(data) != metadata:
+        yield Finding("wrong-metadata", f"{metadata.hex()} of index {index.identity.hex()}")
+        return
+    try:
+        store.get_meta(metadata, image.METADATA)
+    except CafsError:
+        if repair:
+            store.put_meta(data, image.METADATA)
+        yield Finding("missing-meta", f"metadata image {metadata.hex()} of index {index.identity.hex()}", repair)
 
 
 def _check_locator(store: Store, index: Index, layer: bytes, repair: bool) -> Iterator[Finding]:

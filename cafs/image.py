@@ -8,7 +8,7 @@ import os
 import re
 
 from cafs.digest import DIGEST_SIZES
-from cafs.errors import CafsError, FormatError, NotFound, UsageError, os_error, quote
+from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, UsageError, os_error, quote
 from cafs.store import IMAGE_MAX, Store, split_ref
 
 TYPE_CHECKING = False
@@ -17,22 +17,35 @@ if TYPE_CHECKING:
 
     from cafs.index import Index
 
+METADATA = "erofs1"
+"""The metadata image of an index, as a kind of meta file, named after its layout: erofs.py."""
+
 _LAYERS_MAX = 1024
 
 
 class Image:
-    """A manifest.  digest: its identity.  layers: index digests, base first.  config: OCI image config ('config' part)."""
+    """A manifest.  digest: its identity.  layers: index digests, base first.  config: OCI image config ('config' part).
 
-    __slots__ = ("config", "digest", "layers")
+    metadata: digest of the metadata image of each layer; empty where there is none.
+    """
 
-    def __init__(self, layers: tuple[bytes, ...], config: dict[str, Any], digest: bytes = b"") -> None:
+    __slots__ = ("config", "digest", "layers", "metadata")
+
+    def __init__(
+        self, layers: tuple[bytes, ...], config: dict[str, Any], digest: bytes = b"", metadata: tuple[bytes, ...] = ()
+    ) -> None:
         self.layers = layers
         self.config = config
         self.digest = digest
+        self.metadata = metadata or (b"",) * len(layers)
 
     def encode(self) -> bytes:
         """The manifest's bytes: canonical JSON, so equal images have equal digests."""
-        found = {"cafs-image": 1, "config": self.config, "layers": [{"index": layer.hex()} for layer in self.layers]}
+        layers = [
+            {"index": layer.hex()} | ({METADATA: metadata.hex()} if metadata else {})
+            for layer, metadata in zip(self.layers, self.metadata, strict=True)
+        ]
+        found = {"cafs-image": 1, "config": self.config, "layers": layers}
         return json.dumps(found, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
@@ -42,21 +55,33 @@ def decode(data: bytes, digest: bytes) -> Image:
         found = json.loads(data)
         version, config, layers = found.pop("cafs-image"), found.pop("config"), found.pop("layers")
         indexes = tuple(bytes.fromhex(layer.pop("index")) for layer in layers)
+        metadata = tuple(bytes.fromhex(layer.pop(METADATA, "")) for layer in layers)
         if version != 1 or found or any(layers) or not isinstance(config, dict) or not 1 <= len(indexes) <= _LAYERS_MAX:
             raise ValueError("unknown field")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FormatError(f"image {digest.hex()} is not a manifest of this version: {error}") from None
-    return Image(indexes, config, digest)
+    return Image(indexes, config, digest, metadata)
 
 
-def put(store: Store, index: bytes, config: dict[str, Any]) -> Image:
-    """Store an index and the manifest of an image of one layer.  Objects must be there already."""
-    return put_layers(store, (store.put_meta(index, "index"),), config)
+def put(store: Store, index: bytes, config: dict[str, Any], below: Image | None = None) -> Image:
+    """Store an index, its metadata image, and the manifest of an image of one layer, or one more than BELOW has.
+
+    Objects must be there already.
+    """
+    from cafs import erofs
+    from cafs.index import load
+
+    layers, metadata = (below.layers, below.metadata) if below else ((), ())
+    try:
+        made = store.put_meta(erofs.encode(load(io.BytesIO(index))), METADATA)
+    except UnsupportedError:
+        made = b""  # only the fuse engine can mount it
+    return put_layers(store, (*layers, store.put_meta(index, "index")), config, (*metadata, made))
 
 
-def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any]) -> Image:
-    """Store the manifest of an image whose layers' indexes are there.  Raises CafsError if it is too large."""
-    image = Image(layers, config)
+def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any], metadata: tuple[bytes, ...] = ()) -> Image:
+    """Store the manifest of an image whose layers are there.  Raises CafsError if it is too large."""
+    image = Image(layers, config, metadata=metadata)
     data = image.encode()
     if len(data) > IMAGE_MAX:
         raise CafsError(f"the image's config is too large: {len(data)} bytes")

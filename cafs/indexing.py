@@ -121,14 +121,15 @@ def _run(indexer: Indexer | TreeIndexer, source: str) -> bytes:
 
 def _put_over(store: Store, below: Image, index: Index, config: dict[str, object]) -> Image:
     """The image of a tree as one layer more than another image has; none if the trees are alike."""
-    for name in below.layers:
+    for name, metadata in zip(below.layers, below.metadata, strict=True):
         store.claim(store.meta_name(name, "index"))
+        store.claim(store.meta_name(metadata, image.METADATA))
     data = difference(image.load_tree(store, below), index)
     layer = load(io.BytesIO(data))
     if not len(layer):
-        return image.put_layers(store, below.layers, config)
+        return image.put_layers(store, below.layers, config, below.metadata)
     _put_locator(store, data, locator.contents(layer))
-    return image.put_layers(store, (*below.layers, store.put_meta(data, "index")), config)
+    return image.put(store, data, config, below)
 
 
 def _put_locator(store: Store, index: bytes, contents: Iterable[tuple[bytes, int]]) -> None:

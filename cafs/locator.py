@@ -45,6 +45,10 @@ class Locator:
         """Where the content of the NUMBERth file with content may be."""
         return self._decode(self._places[number * _PLACE.size : (number + 1) * _PLACE.size])
 
+    def chunks(self) -> Iterable[bytes]:
+        """The digests of all chunks."""
+        return self._chunks
+
     def chunk(self, digest: bytes) -> Place | None:
         """Where a chunk may be."""
         return self._decode(self._chunks.get(digest, b""))

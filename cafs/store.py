@@ -248,7 +248,7 @@ class Store:
     # --- meta ----------------------------------------------------------------------------------------------------
 
     def meta_name(self, digest: bytes, kind: str) -> str:
-        """Name of a meta file.  kind: 'index', 'image' or 'loc'."""
+        """Name of a meta file.  kind: 'index', 'image', 'erofs1' or 'loc'."""
         text = self.name_of(digest).hex()
         return f"meta/{text[:2]}/{text[2:]}.{kind}"
 
@@ -257,7 +257,7 @@ class Store:
         return self.backend.exists(self.meta_name(digest, kind))
 
     def put_meta(self, data: bytes, kind: str) -> bytes:
-        """Store an index or a manifest durably and return its digest.  What is there already and good is left alone."""
+        """Store a meta file durably and return its digest.  What is there already and good is left alone."""
         digest = self.hash(data)
         name = self.meta_name(digest, kind)
         self.claim(name)
@@ -278,7 +278,7 @@ class Store:
         return True
 
     def get_meta(self, digest: bytes, kind: str) -> bytes:
-        """The verified bytes of an index or a manifest.  Raises NotFound, CorruptError.
+        """The verified bytes of an index, a metadata image or a manifest.  Raises NotFound, CorruptError.
 
         What is far away is kept in the cache: it never changes.
         """
@@ -357,12 +357,12 @@ class Store:
                 return
 
     def meta_names(self) -> Iterator[tuple[bytes, str]]:
-        """(digest, kind) of every index and manifest, by name.  Raises CannotList.
+        """(digest, kind) of every index, metadata image and manifest, by name.  Raises CannotList.
 
         In a scope the names tell nothing, so the files are read; those that are damaged are left out.
         """
         for one in self._list("meta"):
-            match = re.fullmatch(r"([0-9a-f]{2})/([0-9a-f]+)\.(index|image)", one.name)
+            match = re.fullmatch(r"([0-9a-f]{2})/([0-9a-f]+)\.(index|image|erofs1)", one.name)
             if match and len(match[1] + match[2]) == 2 * DIGEST_SIZES[self.hash_name]:
                 digest = bytes.fromhex(match[1] + match[2])
                 if self.scope is None:

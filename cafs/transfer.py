@@ -13,6 +13,7 @@ from cafs import atomic, candidates, chunks, locator, pack
 from cafs.bulk import MANY_AT_ONCE, by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
+from cafs.image import METADATA
 from cafs.index import load
 from cafs.writer import Writer
 
@@ -103,6 +104,8 @@ class _Copy:
         for layer, data in layers.items():
             self.target.put_locator(layer, locator.encode(self.target, locator.contents(indexes[layer]), self.source))
             self.target.put_meta(data, "index")
+        for one in filter(None, found.metadata):
+            self.target.put_meta(self.source.get_meta(one, METADATA), METADATA)
         self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
 
     def _frames(self, name: str, frames: list[Frame]) -> None:

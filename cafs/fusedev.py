@@ -1,0 +1,233 @@
+"""The protocol of /dev/fuse, as far as a read-only file system needs it, for servers that may be killed at any time.
+
+Nothing about an open file is ever remembered: OPEN and OPENDIR are answered with ENOSYS, after which the kernel sends no OPEN,
+RELEASE or FLUSH.  So a new server takes the descriptor of a dead one, has the requests that the dead one had taken sent again
+(FUSE_NOTIFY_RESEND, Linux 6.9), and goes on.  Sources: include/uapi/linux/fuse.h; Documentation/filesystems/fuse/.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from typing_extensions import Buffer
+
+    class FileSystem(Protocol):
+        """What a server asks.  Numbers of nodes in; errors are OSError with the errno that the kernel is to see."""
+
+        def lookup(self, node: int, name: bytes) -> bytes: ...
+        def getattr(self, node: int) -> bytes: ...
+        def read_ready(self, node: int, offset: int, size: int) -> Buffer | None: ...
+        def read(self, node: int, offset: int, size: int) -> Buffer: ...
+        def statfs(self) -> bytes: ...
+
+
+LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
+FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, DESTROY, BATCH_FORGET = 25, 26, 27, 28, 29, 34, 36, 38, 42
+ROOT = 1
+FOREVER_S = 1 << 30
+_NOTIFY_RESEND = 7
+_ASYNC_READ, _PARALLEL_DIROPS, _MAX_PAGES, _INIT_EXT = 1 << 0, 1 << 18, 1 << 22, 1 << 30
+_HAS_RESEND = 1 << (39 - 32)
+_IN = struct.Struct("<IIQQIIIHH")
+_OUT = struct.Struct("<IiQ")
+_ATTR = struct.Struct("<6Q10I")
+_INIT_IN = struct.Struct("<IIIII")
+_INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
+_MAX_WRITE = 1 << 16
+_READAHEAD = 1 << 20
+_PAGES = 256
+_READERS = 2
+_THREADS = 32
+_TICK_S = 0.25
+_log = logging.getLogger(__name__)
+
+
+def attr(node: int, mode: int, size: int, links: int = 1, mtime_ns: int = 0) -> bytes:
+    """struct fuse_attr of a file of root's."""
+    seconds, ns = divmod(mtime_ns, 10**9)
+    blocks = (size + 511) // 512
+    return _ATTR.pack(node, size, blocks, *(seconds & 0xFFFF_FFFF_FFFF_FFFF,) * 3, ns, ns, ns, mode, links, 0, 0, 0, 4096, 0)
+
+
+def entry_out(node: int, attributes: bytes) -> bytes:
+    """struct fuse_entry_out that holds for ever."""
+    return struct.pack("<QQQQII", node, 0, FOREVER_S, FOREVER_S, 0, 0) + attributes
+
+
+def attr_out(attributes: bytes) -> bytes:
+    """struct fuse_attr_out that holds for ever."""
+    return struct.pack("<QII", FOREVER_S, 0, 0) + attributes
+
+
+def statfs_out(blocks: int = 0, files: int = 0) -> bytes:
+    """struct fuse_statfs_out; overlayfs refuses a layer that does not answer STATFS."""
+    return struct.pack("<5Q4I24x", blocks, 0, 0, files, 0, 4096, 255, 4096, 0)
+
+
+class Server:
+    """Answers requests until the file system is unmounted or `stop` is called.
+
+    fd: of /dev/fuse.  limit_s: after so long a READ that waits for a store ends in EIO.  What is ready is answered at once, by
+    the thread that took the request; what may wait, by one of many others.
+    """
+
+    def __init__(self, fd: int, files: FileSystem, limit_s: float) -> None:
+        self.fd = fd
+        self.files = files
+        self.limit_s = limit_s
+        self._pending: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stopping = False
+
+    def take_over(self) -> None:
+        """Have the requests sent again that another server of this descriptor had taken and not answered."""
+        try:
+            os.write(self.fd, _OUT.pack(_OUT.size, _NOTIFY_RESEND, 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _log.warning("this kernel (before 6.9) sends no request again: what the old server had taken is not answered")
+
+    def serve(self) -> None:
+        """Returns once the file system is unmounted, or all that was taken is answered after `stop`."""
+        readers = [threading.Thread(target=self._read_requests, daemon=True) for _ in range(_READERS)]
+        for reader in readers:
+            reader.start()
+        while any(reader.is_alive() for reader in readers):
+            self._expire()
+            readers[0].join(_TICK_S)
+        deadline = time.monotonic() + self.limit_s
+        while self._stopping and self._pending and time.monotonic() < deadline:
+            self._expire()
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Take no more requests.  May be called by a signal handler."""
+        self._stopping = True
+        os.write(self._waker, b"x")
+
+    def _expire(self) -> None:
+        """EIO for those that have waited too long: a server that hangs hangs its users."""
+        now = time.monotonic()
+        for unique in [unique for unique, deadline in list(self._pending.items()) if deadline < now]:
+            _log.error("no answer from the store within %g s", self.limit_s)
+            self._finish(unique, -errno.EIO)
+
+    def _read_requests(self) -> None:
+        buffer = bytearray(_MAX_WRITE + 4096)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while not self._stopping:
+            poll.poll()
+            if self._stopping:
+                return
+            try:
+                size = os.readv(self.fd, [buffer])
+            except OSError as error:
+                if error.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
+                    continue
+                if error.errno != errno.ENODEV:
+                    _log.error("cannot read from /dev/fuse: %s", error.strerror)
+                self.stop()
+                return
+            self._handle(bytes(buffer[:size]))
+
+    def _handle(self, request: bytes) -> None:
+        _, operation, unique, node, *_ = _IN.unpack_from(request)
+        body = request[_IN.size :]
+        if operation in (FORGET, BATCH_FORGET):
+            return
+        if operation == INTERRUPT:
+            self._finish(int.from_bytes(body[:8], "little"), -errno.EINTR)
+            return
+        answer: Buffer | int | None
+        try:
+            answer = self._read(unique, node, body) if operation == READ else self._answer(operation, node, body)
+        except OSError as error:
+            answer = -(error.errno or errno.EIO)
+        except Exception:
+            _log.exception("request %d of node %d failed", operation, node)
+            answer = -errno.EIO
+        if answer is not None:
+            self._reply(unique, answer)
+
+    def _answer(self, operation: int, node: int, body: bytes) -> Buffer | int:
+        if operation == LOOKUP:
+            return self.files.lookup(node, body.rstrip(b"\0"))
+        if operation == GETATTR:
+            return attr_out(self.files.getattr(node))
+        if operation == STATFS:
+            return self.files.statfs()
+        if operation == INIT:
+            return _init(body)
+        if operation in (RELEASE, RELEASEDIR, FLUSH, READDIR, DESTROY):
+            return b""
+        return -errno.ENOSYS  # OPEN, OPENDIR, ACCESS: the kernel will not ask again
+
+    def _read(self, unique: int, node: int, body: bytes) -> Buffer | None:
+        offset, size = struct.unpack_from("<8xQI", body)
+        data = self.files.read_ready(node, offset, size)
+        if data is None:
+            with self._lock:
+                self._pending[unique] = time.monotonic() + self.limit_s
+            self._pool.submit(self._read_later, unique, node, offset, size)
+        return data
+
+    def _read_later(self, unique: int, node: int, offset: int, size: int) -> None:
+        if unique not in self._pending:
+            return  # it was interrupted, or has waited too long
+        answer: Buffer | int
+        try:
+            answer = self.files.read(node, offset, size)
+        except OSError as error:
+            answer = -(error.errno or errno.EIO)
+        except Exception as error:
+            _log.error("reading node %d: %s", node, error)
+            answer = -errno.EIO
+        self._finish(unique, answer)
+
+    def _finish(self, unique: int, answer: Buffer | int) -> None:
+        """Answer a request that waits; only the first answer counts."""
+        with self._lock:
+            is_first = self._pending.pop(unique, None) is not None
+        if is_first:
+            self._reply(unique, answer)
+
+    def _reply(self, unique: int, answer: Buffer | int) -> None:
+        try:
+            if isinstance(answer, int):
+                os.write(self.fd, _OUT.pack(_OUT.size, answer, unique))
+            else:
+                size = _OUT.size + memoryview(answer).nbytes
+                os.writev(self.fd, [_OUT.pack(size, 0, unique), answer])
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):  # it is not waited for any more
+                _log.error("cannot answer a request: %s", error.strerror)
+
+
+def _init(body: bytes) -> bytes:
+    _, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
+    wanted = flags & (_ASYNC_READ | _PARALLEL_DIROPS | _MAX_PAGES | _INIT_EXT)
+    wanted2 = flags2 & _HAS_RESEND if flags & _INIT_EXT else 0
+    return _INIT_OUT.pack(
+        7, min(minor, 40), min(readahead, _READAHEAD), wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0
+    )
+
+
+def mount_options(fd: int) -> str:
+    """Options of mount(2) for a file system that is served through FD."""
+    return f"fd={fd},rootmode=40755,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
