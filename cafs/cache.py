@@ -20,6 +20,7 @@ from cafs import atomic, linux
 from cafs.chunks import LIST_MAX
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, os_error, quote
+from cafs.ledger import Ledger, set_aside
 from cafs.quota import Stats
 
 TYPE_CHECKING = False
@@ -50,6 +51,7 @@ class Cache:
         self._guard = threading.Lock()
         self._in_flight: dict[Key, threading.Lock] = {}
         self.stats = Stats()
+        self.ledger = Ledger(root, store.hash_name, store.chunk_size)
         try:
             os.makedirs(root, mode=0o700, exist_ok=True)
             os.makedirs(os.path.join(root, ".cafs-objects"), exist_ok=True)
@@ -148,14 +150,8 @@ class Cache:
         return None
 
     def _quarantine(self, path: str) -> None:
-        """Set a damaged object aside, for a person to look at; the name is free for a good copy."""
         _log.warning("cached object %s is damaged: set aside and fetched again", path)
-        aside = os.path.join(self.root, "quarantine")
-        try:
-            os.makedirs(aside, mode=0o700, exist_ok=True)
-            os.rename(path, os.path.join(aside, f"{os.path.basename(path)}.{os.urandom(4).hex()}"))
-        except OSError:
-            atomic.unlink_quietly(path)
+        set_aside(self.root, path)
 
     def _fetch(self, digest: bytes, kind: int, hint: Place | None) -> int:
         data = self.store.read_object(digest, kind, hint)
@@ -190,6 +186,7 @@ class Cache:
             raise
         finally:
             atomic.unlink_quietly(temporary)
+        self.ledger.note((digest, kind), path)
         return fd
 
     @contextmanager

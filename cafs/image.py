@@ -159,7 +159,7 @@ def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
     """
     from cafs.index import load
 
-    if name == "-" or (_is_stream(name) and ("/" in name or not _is_ref(store_root, name))):
+    if is_bare(name, store_root):
         try:
             with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream:
                 index = load(stream)
@@ -175,6 +175,11 @@ def load_index(name: str, store_root: str) -> tuple[Index, bytes, Store | None]:
     index = load_tree(store, image)
     check_hash(index, name, store)
     return index, image.digest, store
+
+
+def is_bare(name: str, store_root: str) -> bool:
+    """Whether IMAGE is an index by itself: stdin, or a file (it has a slash, or is no ref that exists)."""
+    return name == "-" or (_is_stream(name) and ("/" in name or not _is_ref(store_root, name)))
 
 
 def check_hash(index: Index, name: str, store: Store) -> None:

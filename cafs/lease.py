@@ -16,12 +16,15 @@ DEAD_AFTER_S = 6 * REFRESH_S
 """A lease that another machine, or another pid namespace, has not touched for so long is dead."""
 
 
-def take(backend: Backend, kind: str, image: str = "") -> str:
+def take(backend: Backend, kind: str, image: str = "", pid: int = 0) -> str:
     """Make a lease; returns its name, for the holder to touch every REFRESH_S and to remove.  Raises OSError, CafsError.
 
     kind: 'writer', 'mount' or 'gc'.  image: hex digest of an image that is needed while the lease lives.
+    pid: of the process with which it dies, this one if 0.
     """
-    record = _here() | {"kind": kind, "pid": os.getpid(), "start": int(time.time())} | ({"image": image} if image else {})
+    record = (
+        _here() | {"kind": kind, "pid": pid or os.getpid(), "start": int(time.time())} | ({"image": image} if image else {})
+    )
     name = f"leases/{os.getpid()}-{os.urandom(8).hex()}"
     backend.replace(name, json.dumps(record, sort_keys=True).encode() + b"\n")
     return name

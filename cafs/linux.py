@@ -7,12 +7,15 @@ import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-MS_REC, MS_SLAVE = 1 << 14, 1 << 19
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE, MS_SLAVE = 1, 2, 4, 1 << 14, 1 << 18, 1 << 19
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS = 0x20000
 _PR_SET_CHILD_SUBREAPER = 36
 _SYS_OPENAT2 = 437
+_SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 429, 430, 431, 432
+_FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
 
 
@@ -32,6 +35,45 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 def umount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], attributes: int = 0) -> None:
+    """Mount overlayfs by fsopen(2), fsconfig(2), fsmount(2) and move_mount(2).
+
+    settings: (key, value) in order; a value is taken as it stands, so no character in a path means anything, and there is no
+    limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError with the kernel's own words where it has some.
+    """
+    fs = _check(_libc.syscall(_SYS_FSOPEN, b"overlay", 1), "fsopen")
+    mount_fd = -1
+    try:
+        for key, value in [("source", source), *settings]:
+            _configure(fs, _FSCONFIG_SET_STRING, key, value)
+        _configure(fs, _FSCONFIG_CMD_CREATE, None, None)
+        mount_fd = _check(_libc.syscall(_SYS_FSMOUNT, fs, 1, attributes), "fsmount")
+        empty_path = 0x4  # MOVE_MOUNT_F_EMPTY_PATH
+        _check(_libc.syscall(_SYS_MOVE_MOUNT, mount_fd, b"", -100, os.fsencode(target), empty_path), target)
+    finally:
+        os.close(fs)
+        if mount_fd >= 0:
+            os.close(mount_fd)
+
+
+def _configure(fs: int, command: int, key: str | None, value: str | None) -> None:
+    arguments = (None if one is None else os.fsencode(one) for one in (key, value))
+    if _libc.syscall(_SYS_FSCONFIG, fs, command, *arguments, 0) < 0:
+        number = ctypes.get_errno()
+        said = []
+        while True:
+            try:
+                said.append(os.read(fs, 4096).decode(errors="replace").strip()[2:])
+            except OSError:
+                break
+        raise OSError(number, "; ".join(said) or os.strerror(number), key)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2)."""
+    _check(_libc.syncfs(fd), "syncfs")
 
 
 def unshare(flags: int) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 from cafs import image, linux, mountinfo, server
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
 from cafs.server import Request
 from cafs.store import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _EXIT_WAIT_MS = 5000
 
@@ -20,6 +26,12 @@ def mount(request: Request) -> str | None:
 
     Returns a note if the same image was mounted there already.  Raises NotFound, BusyError, UnsupportedError, CafsError.
     """
+    if request.engine != "fuse":
+        done, note = _with_kernel(request)
+        if done:
+            return note
+    if request.upper:
+        raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel")
     index, identity, store = image.load_index(request.name, request.store)
     if store is None:
         image.check_hash(index, request.name, Store(request.store))
@@ -39,9 +51,31 @@ def mount(request: Request) -> str | None:
     return None
 
 
+def _with_kernel(request: Request) -> tuple[bool, str | None]:
+    """Try the kernel engine: whether it is mounted now, and a note.  Raises CafsError; if 'auto', not for what is missing."""
+    from cafs import overlay
+
+    try:
+        if image.is_bare(request.name, request.store):
+            raise UnsupportedError("the kernel engine mounts images of a store, not a bare index")
+        if request.foreground:
+            raise UnsupportedError("the kernel engine has nothing to stay for in the foreground")
+        store = Store(request.store)
+        found = image.resolve(store, request.name)
+        note = _check_point(request.point, found.digest.hex())
+        if note is None:
+            overlay.mount(request, found, store)
+        return True, note
+    except UnsupportedError as error:
+        if request.engine == "kernel":
+            raise
+        request.why = f"{error}: using the fuse engine"
+        return False, None
+
+
 def _check_point(point: str, digest: str) -> str | None:
     here = mountinfo.at(point)
-    if here and here.fstype == mountinfo.FSTYPE:
+    if here and (here.fstype == mountinfo.FSTYPE or mountinfo.is_kernel(here)):
         if not mountinfo.answers(point):
             server.unmount_stale(point)
             here = None
@@ -84,7 +118,7 @@ def listing() -> list[dict[str, object]]:
         row: dict[str, object] = {
             "mountpoint": point,
             "digest": one.digest,
-            "engine": "fuse",
+            "engine": "kernel" if mountinfo.is_kernel(one) else "fuse",
             "image": "",
             "pid": 0,
             "start": 0,
@@ -98,8 +132,11 @@ def unmount(point: str) -> None:
     """Unmount, and wait until the server has ended.  Raises NotFound, BusyError."""
     point = os.path.realpath(point)
     here = mountinfo.at(point)
-    if not here or here.fstype != mountinfo.FSTYPE:
+    if not here or not (here.fstype == mountinfo.FSTYPE or mountinfo.is_kernel(here)):
         raise NotFound(f"nothing of ours is mounted on {quote(point)}", hint="cafs-mount --list")
+    if mountinfo.is_kernel(here):
+        _unmount_kernel(point)
+        return
     pid = server.read_record(point, here.digest).get("pid", 0)
     pidfd = -1
     if isinstance(pid, int) and pid > 1:
@@ -118,14 +155,27 @@ def unmount(point: str) -> None:
             os.close(pidfd)
 
 
+def _unmount_kernel(point: str) -> None:
+    from cafs import overlay
+
+    with _unmounting(point):
+        overlay.unmount(point)
+
+
+@contextmanager
+def _unmounting(point: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(f"cannot unmount {quote(point)}: it is in use", hint=f"fuser -vm {point}") from error
+        raise os_error(f"cannot unmount {quote(point)}", error) from error
+
+
 def _unmount(point: str) -> None:
     if os.geteuid() == 0:
-        try:
+        with _unmounting(point):
             linux.umount(point, linux.UMOUNT_NOFOLLOW)
-        except OSError as error:
-            if error.errno == 16:
-                raise BusyError(f"cannot unmount {quote(point)}: it is in use", hint=f"fuser -vm {point}") from error
-            raise os_error(f"cannot unmount {quote(point)}", error) from error
         return
     done = subprocess.run(["fusermount3", "-u", "--", point], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -44,14 +44,19 @@ def mounts() -> list[Mount]:
     return found
 
 
+def is_kernel(mount: Mount) -> bool:
+    """Whether a mount is of the kernel engine; only root can mount an overlay, outside of a user namespace."""
+    return mount.fstype == b"overlay" and mount.source.startswith(b"cafs:")
+
+
 def ours() -> list[Mount]:
     """The mounts of cafs-mount."""
-    return [mount for mount in mounts() if mount.fstype == FSTYPE]
+    return [mount for mount in mounts() if mount.fstype == FSTYPE or is_kernel(mount)]
 
 
 def is_mine(mount: Mount) -> bool:
     """Whether a mount is of cafs-mount and served by this user: anybody may mount anything and call it the same."""
-    return mount.fstype == FSTYPE and mount.owner == os.geteuid()
+    return (mount.fstype == FSTYPE and mount.owner == os.geteuid()) or (is_kernel(mount) and not os.geteuid())
 
 
 def at(path: str) -> Mount | None:

@@ -16,7 +16,7 @@ from cafs.pack import FRAME, RAW_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from cafs.index import Index
     from cafs.locator import Locator, Place
@@ -48,7 +48,7 @@ class ObjectTable:
         self._start = _HEAD.size + packs * width
         if not width or self._start + count * self._row != len(data) or checksum(memoryview(data)[24:]) != check:
             raise FormatError("table of objects is damaged")
-        self.image = image[:width]
+        self.image: bytes = image[:width]
         self.packs = [data[at : at + width].hex() for at in range(_HEAD.size, self._start, width)]
         self._data = data
         self._count = int(count)
@@ -77,6 +77,13 @@ class ObjectTable:
         is_place = pack < len(self.packs) and FRAME.size <= stored <= FRAME.size + RAW_MAX
         place = (self.packs[pack], offset, stored) if is_place else None
         return self._data[at : at + self._key - 1], self._data[at + self._key - 1], size, place
+
+    def objects(self) -> Iterator[tuple[bytes, int]]:
+        """(digest, kind) of every file's object."""
+        for number in range(self._count):
+            digest, kind, _, _ = self.record(number)
+            if kind != CHUNK:
+                yield digest, kind
 
     def chunk(self, digest: bytes) -> Place | None:
         """Where a chunk may be."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cafs.cache import Cache
     from cafs.chunks import ChunkList
     from cafs.locator import Locator, Place
+    from cafs.objecttable import ObjectTable
 
 MAP_MAGIC = b"CAFSMAP1"
 _MAP_HEAD = struct.Struct("<QQ")
@@ -38,12 +39,13 @@ _log = logging.getLogger(__name__)
 class ChunkedFile:
     """One large file of a mounted index.  Thread-safe.  Close it to save what is known of it."""
 
-    def __init__(self, cache: Cache, digest: bytes, place: Place | None, locator: Locator | None) -> None:
+    def __init__(self, cache: Cache, digest: bytes, place: Place | None, locator: Locator | ObjectTable | None) -> None:
         """place: of the chunk list; locator: of the chunks.  Raises CafsError."""
         self.cache = cache
         self.locator = locator
         data = cache.read_list(digest, place)
         self.listed: ChunkList = chunks.decode(data, cache.store.hash_name, cache.store.chunk_size)
+        self.listed_digest = digest
         self.whole_path = cache.path(digest, CHUNK_LIST)
         self.path = os.path.join(cache.root, "partial", object_name(digest, CHUNK_LIST))
         self._lock = threading.Lock()
@@ -192,6 +194,7 @@ class ChunkedFile:
                     pass
                 atomic.unlink_quietly(self.path)
                 atomic.unlink_quietly(self.path + ".map")
+                self.cache.ledger.note((self.listed_digest, CHUNK_LIST), self.whole_path)
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
 

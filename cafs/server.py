@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 
-from cafs import atomic, lease, linux, locator, paths, quota
+from cafs import atomic, ledger, linux, locator, paths, quota
 from cafs.cache import FETCH_LIMIT_S, Cache
 from cafs.errors import CafsError, os_error, quote
+from cafs.holder import Holder
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 _CLOSE_UP_TO = 4096
 _TRIM_AFTER = 256 << 20
 _KEEP_EVERY_S = 10
+_SYNC_EVERY_S = 30
 _EXIT_WAIT_S = 2
 
 
 class Request:
-    """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process."""
+    """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process.
+
+    engine: auto, kernel or fuse.  upper: a directory for what is written to a kernel mount.  why: the engine is another.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,8 @@ class Request:
         extra: set[str] | None = None,
         limit_s: float = FETCH_LIMIT_S,
         foreground: bool = False,
+        engine: str = "fuse",
+        upper: str | None = None,
     ) -> None:
         self.name = name
         self.point = os.path.realpath(point)
@@ -50,6 +57,10 @@ class Request:
         self.extra = extra or {"nosuid", "nodev"}
         self.limit_s = limit_s
         self.foreground = foreground
+        self.engine = engine
+        self.upper = upper and os.path.abspath(upper)
+        self.why = ""
+        self.warnings: list[str] = []
 
 
 def start(request: Request, index: Index, digest: str) -> None:
@@ -113,8 +124,8 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
     from cafs import fusefs
     from cafs.tree import Tree
 
-    record = _record_path(request.point)
-    _log_to(request.log, "" if request.foreground else record.removesuffix(".json") + ".log")
+    record = record_path(request.point)
+    log_to(request.log, "" if request.foreground else record.removesuffix(".json") + ".log")
     linux.raise_descriptor_limit()
     store = Store(request.store)
     cache = Cache(paths.cache(), store, limit_s=request.limit_s)
@@ -122,30 +133,36 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
     tree = Tree(index, cache, store.get_locator(index.identity))
 
     def mounted() -> None:
-        _write_record(record, request, digest)
+        write_record(request, digest, "fuse", os.getpid())
         ready()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: _unmount_quietly(request.point))
     quota.note_use(cache.root, index.identity, locator.contents(index))
-    let_go = _hold(store, digest)
+    holder = Holder(store, lambda: {(digest, os.getpid())})
+    holder.start()
     keeper = Keeper(cache, limit)
     try:
         fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
     finally:
-        let_go()
+        holder.let_go()
         tree.close()
         keeper.end()
         atomic.unlink_quietly(record)
 
 
 class Keeper:
-    """Looks after the cache from a thread of its own: counters, and the quota, at first and after so much was fetched."""
+    """Looks after the cache from a thread of its own: counters, and the quota, at first and after so much was fetched.
 
-    def __init__(self, cache: Cache, limit: int) -> None:
+    is_synced: also write what was fetched to disk every half a minute, for mounts that read it without verifying it.
+    """
+
+    def __init__(self, cache: Cache, limit: int, *, is_synced: bool = False) -> None:
         self._cache = cache
         self._limit = limit
         self._fetched = _TRIM_AFTER
+        self._is_synced = is_synced
+        self._unsynced, self._synced = 1, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -167,41 +184,22 @@ class Keeper:
         if counted.hits or counted.misses:
             quota.add_stats(self._cache.root, counted)
         self._fetched += counted.bytes_fetched
+        self._unsynced += counted.bytes_fetched
+        if self._is_synced and self._unsynced and time.monotonic() - self._synced > _SYNC_EVERY_S:
+            self._unsynced, self._synced = 0, time.monotonic()
+            self._try(lambda: ledger.sync(self._cache.root))
         if self._fetched >= min(_TRIM_AFTER, self._limit // 20):
             self._fetched = 0
-            try:
-                quota.trim(self._cache.root, self._limit)
-            except OSError as error:
-                logging.getLogger(__name__).warning("cannot trim cache %s: %s", self._cache.root, error.strerror)
+            self._try(lambda: quota.trim(self._cache.root, self._limit))
 
-
-def _hold(store: Store, digest: str) -> Callable[[], None]:
-    """Keep the image from being collected while it is mounted, where the store can be written to; returns how to stop."""
-    ended = threading.Event()
-    try:
-        name = lease.take(store.backend, "mount", digest)
-    except (CafsError, OSError):
-        return ended.set  # a read-only store: its owner's grace time has to do
-
-    def refresh() -> None:
-        while not ended.wait(lease.REFRESH_S):
-            try:
-                store.backend.touch(name)
-            except (CafsError, OSError):
-                continue
-
-    def let_go() -> None:
-        ended.set()
+    def _try(self, call: Callable[[], object]) -> None:
         try:
-            store.backend.remove(name)
-        except (CafsError, OSError):
-            pass  # it dies of age, or with this process
-
-    threading.Thread(target=refresh, daemon=True).start()
-    return let_go
+            call()
+        except OSError as error:
+            logging.getLogger(__name__).warning("cannot look after cache %s: %s", self._cache.root, error.strerror)
 
 
-def _log_to(path: str | None, otherwise: str) -> None:
+def log_to(path: str | None, otherwise: str) -> None:
     """Log to PATH; without one to syslog, and where there is none to the file OTHERWISE; with neither to standard error."""
     import logging.handlers
 
@@ -222,14 +220,15 @@ def _log_to(path: str | None, otherwise: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
-def _record_path(point: str) -> str:
+def record_path(point: str) -> str:
     name = hashlib.sha256(os.fsencode(point)).hexdigest()[:32]
     return os.path.join(paths.run(), "mounts", f"{name}.json")
 
 
-def _write_record(path: str, request: Request, digest: str) -> None:
+def write_record(request: Request, digest: str, engine: str, pid: int = 0, **more: object) -> None:
     """Note for --list; mountinfo stays the truth about what is mounted."""
-    record = {"digest": digest, "engine": "fuse", "image": request.name, "pid": os.getpid(), "start": int(time.time())}
+    record = {"digest": digest, "engine": engine, "image": request.name, "pid": pid, "start": int(time.time())} | more
+    path = record_path(request.point)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         atomic.replace_file(path, json.dumps(record, sort_keys=True).encode(), 0o600)
@@ -239,7 +238,7 @@ def _write_record(path: str, request: Request, digest: str) -> None:
 
 def read_record(point: str, digest: str) -> dict[str, object]:
     try:
-        record = json.loads(atomic.read_file(_record_path(point), 65536))
+        record = json.loads(atomic.read_file(record_path(point), 65536))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("digest") == digest else {}

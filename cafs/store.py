@@ -46,20 +46,12 @@ _REF_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 class Store:
     """An open store.  Attributes: root (path or URL), backend, hash_name, chunk_size, scope_id ('': none)."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, known: tuple[str, int] | None = None) -> None:
+        """known: hash and chunk size, if the store is not to be asked now."""
         self.backend, self.scope = _open_place(root)
         self.root = root if self.scope else self.backend.url
-        try:
-            data = self.backend.read(FORMAT_FILE, 1 << 16)
-        except FileNotFoundError:
-            hint = f"cafs-store init --store {self.root}" if self.backend.is_local else None
-            raise NotFound(f"cannot open store {quote(self.root)}: not a store", hint=hint) from None
-        except OSError as error:
-            raise os_error(f"cannot open store {quote(self.root)}", error) from error
-        self.hash_name, self.chunk_size, scope_id = _parse_format(data, self.root)
+        self.hash_name, self.chunk_size = known or self._read_format()
         self.scope_id = self.scope.id if self.scope else ""
-        if scope_id != self.scope_id:
-            raise UsageError(f"store {quote(self.root)} is a scope, or of another one", hint="--scope SECRETFILE")
         self.hash = hash_function(self.hash_name)
         self._merged: merged.Merged | None = None
         self._sizes: dict[str, int] = {}
@@ -69,6 +61,19 @@ class Store:
         self._hidden: set[str] = set()
         self.claim: Callable[[str], None] = lambda name: None
         """Called before a meta file is made or relied upon; a writer puts its own here."""
+
+    def _read_format(self) -> tuple[str, int]:
+        try:
+            data = self.backend.read(FORMAT_FILE, 1 << 16)
+        except FileNotFoundError:
+            hint = f"cafs-store init --store {self.root}" if self.backend.is_local else None
+            raise NotFound(f"cannot open store {quote(self.root)}: not a store", hint=hint) from None
+        except OSError as error:
+            raise os_error(f"cannot open store {quote(self.root)}", error) from error
+        hash_name, chunk_size, scope_id = _parse_format(data, self.root)
+        if scope_id != (self.scope.id if self.scope else ""):
+            raise UsageError(f"store {quote(self.root)} is a scope, or of another one", hint="--scope SECRETFILE")
+        return hash_name, chunk_size
 
     def name_of(self, digest: bytes) -> bytes:
         """What stands for a digest in the names and records of this store: itself, if there is no scope."""

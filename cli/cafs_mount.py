@@ -14,13 +14,15 @@ PROGRAM = "cafs-mount"
 @version_option(PROGRAM)
 @click.argument("image", required=False)
 @click.argument("directory", required=False, metavar="DIR")
-@click.option("--engine", type=click.Choice(["auto", "fuse"]), default="auto", help="How to mount (default: auto).")
+@click.option("--engine", type=click.Choice(["auto", "kernel", "fuse"]), default="auto", help="How to mount (default: auto).")
+@click.option("--rw", "upper", metavar="UPPERDIR", help="Let it be written to; changes go to UPPERDIR/upper.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to stderr.")
 @click.option("--log", metavar="FILE", help="Log to FILE instead of syslog.")
 @click.option("--timeout", type=click.FloatRange(0.1, 3600), default=60.0, help="Seconds for a fetch, then EIO (60).")
 @click.option("--suid", is_flag=True, help="As root: honour set-user-id bits and devices.")
 @click.option("--unmount", "-u", "unmount", metavar="DIR", help="Unmount DIR.")
 @click.option("--list", "-l", "listing", is_flag=True, help="List what is mounted.")
+@click.option("-v", "--verbose", is_flag=True, help="Say which engine is used, and why.")
 @json_option()
 @store_option()
 @quiet_option()
@@ -28,12 +30,14 @@ def main(
     image: str | None,
     directory: str | None,
     engine: str,
+    upper: str | None,
     foreground: bool,
     log: str | None,
     timeout: float,
     suid: bool,
     unmount: str | None,
     listing: bool,
+    verbose: bool,
     as_json: bool,
     store: str | None,
     quiet: bool,
@@ -62,8 +66,22 @@ def main(
     if image is None or directory is None:
         raise click.UsageError("IMAGE and DIR are needed")
     extra = {"suid", "dev"} if suid else {"nosuid", "nodev"}
-    request = Request(image, directory, store=store_root(store), log=log, extra=extra, limit_s=timeout, foreground=foreground)
+    request = Request(
+        image,
+        directory,
+        store=store_root(store),
+        log=log,
+        extra=extra,
+        limit_s=timeout,
+        foreground=foreground,
+        engine=engine,
+        upper=upper,
+    )
     note = mounting.mount(request)
+    for warning in request.warnings:
+        say(PROGRAM, f"warning: {warning}")
+    if request.why and verbose:
+        say(PROGRAM, request.why)
     if note and not quiet and is_terminal():
         say(PROGRAM, note)
 

@@ -84,7 +84,7 @@ def find(digest: bytes, store_root: str) -> Lower:
     shared = os.path.join(paths.run(), "images")
     for mount in mountinfo.ours():
         point = os.fsdecode(mount.point)
-        is_right = mount.digest == name and mountinfo.is_mine(mount)
+        is_right = mount.digest == name and mount.fstype == mountinfo.FSTYPE and mountinfo.is_mine(mount)
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)

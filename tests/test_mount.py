@@ -96,7 +96,7 @@ def test_a_mounted_index_is_the_source_tree(home: Path, tmp_path: Path, cmd: Run
     point.mkdir()
     made = cmd("cafs-index", "create", tree, "-t", "all:1")
     assert made.returncode == 0, made.stderr
-    mounted = cmd("cafs-mount", "all:1", point, "--log", tmp_path / "log")
+    mounted = cmd("cafs-mount", "--engine", "fuse", "all:1", point, "--log", tmp_path / "log")
     assert mounted.returncode == 0, mounted.stderr
     source, seen = describe(tree), describe(point)
     assert source.keys() == seen.keys()
@@ -154,7 +154,7 @@ def test_a_relative_store_and_log_are_the_callers(small: Path, tmp_path: Path, c
 
 
 def test_what_goes_wrong_in_the_server_has_its_own_exit_code(small: Path, tmp_path: Path, cmd: Run) -> None:
-    done = cmd("cafs-mount", "s:1", small, "--log", "/proc/nothing/x")
+    done = cmd("cafs-mount", "--engine", "fuse", "s:1", small, "--log", "/proc/nothing/x")
     assert done.returncode == 4 and b"cannot log to '/proc/nothing/x'" in done.stderr
 
 
@@ -168,7 +168,7 @@ def test_another_file_system_on_the_mount_point_is_busy(small: Path, cmd: Run) -
 
 
 def test_a_server_told_to_stop_twice_serves_its_last_user(small: Path, cmd: Run) -> None:
-    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "s:1", small).returncode == 0
     pid = server_pid(cmd, small)
     with open(small / "a", "rb") as file:
         os.kill(pid, signal.SIGTERM)
@@ -233,7 +233,7 @@ def test_a_mount_of_many_large_files_needs_few_descriptors(home: Path, tmp_path:
             file.write(b"%d" % number)
             file.truncate(5 << 20)
     assert cmd("cafs-index", "create", tree, "-t", "many:1").returncode == 0
-    assert cmd("cafs-mount", "many:1", point).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "many:1", point).returncode == 0
     for number in range(150):
         with open(point / f"{number}", "rb") as file:
             assert file.read(3).rstrip(b"\0") == b"%d" % number
@@ -265,7 +265,7 @@ def server_pid(cmd: Run, point: Path) -> int:
 
 
 def test_a_mount_whose_server_was_killed_is_replaced(small: Path, cmd: Run) -> None:
-    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "s:1", small).returncode == 0
     pid = server_pid(cmd, small)
     fd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
@@ -275,12 +275,12 @@ def test_a_mount_whose_server_was_killed_is_replaced(small: Path, cmd: Run) -> N
     os.close(fd)
     with pytest.raises(OSError):
         (small / "a").read_bytes()
-    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "s:1", small).returncode == 0
     assert (small / "a").read_bytes() == b"a" * 5000
 
 
 def test_a_server_told_to_stop_unmounts(small: Path, cmd: Run) -> None:
-    assert cmd("cafs-mount", "s:1", small).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "s:1", small).returncode == 0
     pid = server_pid(cmd, small)
     fd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGTERM)
@@ -298,7 +298,7 @@ def test_damage_is_eio_with_a_line_in_the_log_and_the_rest_can_be_read(small: Pa
     data[20] ^= 1  # in the first frame, which is that of /a
     pack.unlink()
     pack.write_bytes(data)
-    assert cmd("cafs-mount", "s:1", small, "--log", tmp_path / "log").returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "s:1", small, "--log", tmp_path / "log").returncode == 0
     with pytest.raises(OSError) as caught:
         (small / "a").read_bytes()
     assert caught.value.errno == errno.EIO
@@ -328,7 +328,7 @@ def test_a_full_cache_disk_costs_speed_only(small: Path, tmp_path: Path, cmd: Ru
         with open(cache / "fill", "wb") as file, pytest.raises(OSError):
             while True:
                 os.write(file.fileno(), bytes(4096))
-        assert cmd("cafs-mount", "s:1", small, "--log", tmp_path / "log").returncode == 0
+        assert cmd("cafs-mount", "--engine", "fuse", "s:1", small, "--log", tmp_path / "log").returncode == 0
         assert (small / "a").read_bytes() == b"a" * 5000
         assert "No space left" in (tmp_path / "log").read_text()
         (cache / "fill").unlink()
@@ -368,7 +368,7 @@ def test_a_store_that_hangs_ends_in_eio_within_the_limit(small: Path, tmp_path: 
     with open(cache / "fetch.lock", "w") as file:
         request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
-        assert cmd("cafs-mount", "s:1", small, "--timeout", "2").returncode == 0
+        assert cmd("cafs-mount", "--engine", "fuse", "s:1", small, "--timeout", "2").returncode == 0
         begin = time.monotonic()
         assert (small / "a").read_bytes() == b"a" * 5000
         assert 0.5 < time.monotonic() - begin < 10

@@ -1,0 +1,217 @@
+"""LAZY: the flat file system of objects under a kernel mount, which fetches what the cache does not have.
+
+/.cafs-objects/ab/cdef…, read-only, for overlayfs' data-only layers.  Which objects there are, and how large they are, say the
+tables of the images that are mounted: state/images/N, numbered from 1, never changed.  A node is a table's number and a
+record's number in it, so nothing has to be remembered from one server to the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections import OrderedDict
+
+from cafs import fusedev, objecttable
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN
+from cafs.errors import CafsError, CorruptError, FormatError, NotFound
+from cafs.objecttable import ObjectTable
+from cafs.partial import ChunkedFile
+from cafs.store import FORMAT_FILE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+    from cafs.cache import Cache
+
+OBJECTS = b".cafs-objects"
+_OBJECTS_NODE = 2
+_SHARD_NODE = 256
+_TABLE_BITS = 32
+_OPEN_MAX = 256
+_PAUSE_S = 0.5
+_DIRECTORY = stat.S_IFDIR | 0o755
+_log = logging.getLogger(__name__)
+
+
+class Lazy:
+    """The answers.  state: directory of the tables.  noticed: called when there are new ones.  Thread-safe."""
+
+    def __init__(self, state: str, cache: Cache, noticed: Callable[[], None] = lambda: None) -> None:
+        self.state = state
+        self.cache = cache
+        self.noticed = noticed
+        self.tables: dict[int, ObjectTable] = {}
+        self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self.look()
+
+    def images(self) -> set[str]:
+        """Digests of the images whose tables there are."""
+        return {table.image.hex() for table in list(self.tables.values())}
+
+    def look(self) -> bool:
+        """Open the tables that are new; whether there are any."""
+        found = False
+        directory = os.path.join(self.state, "images")
+        for name in sorted(os.listdir(directory)):
+            number = int(name) if re.fullmatch("[1-9][0-9]{0,8}", name) else 0
+            if not number or number in self.tables:
+                continue
+            try:
+                table = objecttable.load(os.path.join(directory, name))
+            except (OSError, FormatError) as error:
+                _log.error("cannot use table %s: %s", name, error)
+                continue
+            if table.hash_name == self.cache.store.hash_name:
+                self.tables[number] = table
+                found = True
+        if found:
+            self.noticed()
+        return found
+
+    # --- what the protocol asks ----------------------------------------------------------------------------------
+
+    def lookup(self, node: int, name: bytes) -> bytes:
+        """Directories are there whether there is anything in them or not; names of files that are not there are not kept."""
+        if node == fusedev.ROOT and name == OBJECTS:
+            return fusedev.entry_out(_OBJECTS_NODE, self.getattr(_OBJECTS_NODE))
+        if node == _OBJECTS_NODE and re.fullmatch(rb"[0-9a-f]{2}", name):
+            shard = _SHARD_NODE + int(name, 16)
+            return fusedev.entry_out(shard, self.getattr(shard))
+        if _SHARD_NODE <= node < 2 * _SHARD_NODE:
+            found = self._find(b"%02x%s" % (node - _SHARD_NODE, name))
+            if found is not None:
+                return fusedev.entry_out(found, self.getattr(found))
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    def getattr(self, node: int) -> bytes:
+        if node < 2 * _SHARD_NODE:
+            return fusedev.attr(node, _DIRECTORY, 0, 2)
+        _, _, size, _ = self._table(node).record(node & 0xFFFF_FFFF)
+        return fusedev.attr(node, stat.S_IFREG | 0o444, size)
+
+    def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
+        """What is at hand: of a file that is open here."""
+        with self._lock:
+            found = self._open.get(node)
+            if found is None:
+                return None
+            self._open.move_to_end(node)
+            self._users[node] = self._users.get(node, 0) + 1
+        try:
+            return os.pread(found, size, offset) if isinstance(found, int) else found.read_ready(offset, size)
+        finally:
+            self._let_go(node)
+
+    def read(self, node: int, offset: int, size: int) -> Buffer:
+        """May wait for the store."""
+        try:
+            found = self._opened(node)
+            try:
+                return os.pread(found, size, offset) if isinstance(found, int) else found.read(offset, size)
+            finally:
+                self._let_go(node)
+        except CafsError as error:
+            _log.error("reading object %s: %s", self._table(node).record(node & 0xFFFF_FFFF)[0].hex(), error)
+            raise OSError(errno.EIO, str(error)) from error
+
+    def statfs(self) -> bytes:
+        return fusedev.statfs_out()
+
+    def close(self) -> None:
+        """Save what is known of large files."""
+        with self._lock:
+            for found in self._open.values():
+                if isinstance(found, ChunkedFile):
+                    found.close()
+
+    # --- objects -------------------------------------------------------------------------------------------------
+
+    def _find(self, name: bytes) -> int | None:
+        """The node of an object, in the first table that has it; looks for new tables if none has."""
+        text = name.decode("latin-1")
+        kind = CHUNK_LIST if text.endswith(CHUNK_LIST_SUFFIX) else PLAIN
+        text = text.removesuffix(CHUNK_LIST_SUFFIX)
+        if not re.fullmatch("[0-9a-f]{%d}" % (2 * DIGEST_SIZES[self.cache.store.hash_name]), text):
+            return None
+        for again in (False, True):
+            if again and not self.look():
+                break
+            for number, table in list(self.tables.items()):
+                record = table.find(bytes.fromhex(text), kind)
+                if record is not None:
+                    return number << _TABLE_BITS | record
+        return None
+
+    def _table(self, node: int) -> ObjectTable:
+        number = node >> _TABLE_BITS
+        if number not in self.tables:
+            self.look()
+        if number not in self.tables or node & 0xFFFF_FFFF >= len(self.tables[number]):
+            raise OSError(errno.ESTALE, "no such node")
+        return self.tables[number]
+
+    def _opened(self, node: int) -> int | ChunkedFile:
+        """The open file of a node, which the caller lets go."""
+        with self._lock:
+            if node in self._open:
+                self._users[node] = self._users.get(node, 0) + 1
+                return self._open[node]
+        made = self._patiently(node)  # without the lock: it may wait for the store
+        with self._lock:
+            found = self._open.setdefault(node, made)
+            self._users[node] = self._users.get(node, 0) + 1
+            idle = [one for one in self._open if not self._users.get(one)]
+            closing = [self._open.pop(one) for one in idle[: max(len(self._open) - _OPEN_MAX, 0)]]
+        for one in [*closing, *([made] if made is not found else [])]:
+            os.close(one) if isinstance(one, int) else one.close()
+        return found
+
+    def _let_go(self, node: int) -> None:
+        with self._lock:
+            self._users[node] -= 1
+            if not self._users[node]:
+                del self._users[node]
+
+    def _patiently(self, node: int) -> int | ChunkedFile:
+        """A store that is away may come back: try until the limit.  What is damaged, or not in a store that is there, fails."""
+        deadline = time.monotonic() + self.cache.limit_s
+        while True:
+            try:
+                return self._make(node)
+            except CorruptError:
+                raise
+            except CafsError as error:
+                if time.monotonic() > deadline or (isinstance(error, NotFound) and self._is_there()):
+                    raise
+            time.sleep(_PAUSE_S)
+
+    def _is_there(self) -> bool:
+        try:
+            return self.cache.store.backend.exists(FORMAT_FILE)
+        except (CafsError, OSError):
+            return False
+
+    def _make(self, node: int) -> int | ChunkedFile:
+        table = self._table(node)
+        digest, kind, size, place = table.record(node & 0xFFFF_FFFF)
+        if kind == CHUNK_LIST:
+            file = ChunkedFile(self.cache, digest, place, table)
+            if file.listed.size != size:
+                file.close()
+                raise CafsError("chunk list is not of the size that the index says")
+            return file
+        fd = self.cache.open(digest, PLAIN, place)
+        if os.fstat(fd).st_size != size:
+            os.close(fd)
+            raise CafsError("object is not of the size that the index says")
+        return fd

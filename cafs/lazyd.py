@@ -1,0 +1,206 @@
+"""The two processes of LAZY: a supervisor and a worker, which watch each other; only both dying at once ends the mount.
+
+Each holds the descriptor of /dev/fuse, and a pidfd of the other (pidfd_open(2)).  When the worker dies the supervisor starts
+another, which has the requests of the dead one sent again.  When the supervisor dies the worker starts another.  SIGHUP to the
+supervisor: start both programs anew, with whatever version is installed now.
+
+usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from cafs import atomic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from cafs.holder import Holder
+    from cafs.lazy import Lazy
+
+CONFIG = "config.json"
+PID_FILE, WORKER_FILE = "supervisor", "worker"
+LEASES, IMAGES, MOUNT_POINT = "leases", "images", "mnt"
+_SOON_S = 1.0
+_WAIT_MAX_S = 2.0
+
+
+def start(role: str, state: str, fd: int, peer: int) -> subprocess.Popen[bytes]:
+    """Start one of the two, with the descriptor and a pidfd of the other (-1: none yet)."""
+    keep = [fd] if peer < 0 else [fd, peer]
+    null = subprocess.DEVNULL
+    command = _command(role, state, fd, peer)
+    return subprocess.Popen(command, pass_fds=keep, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
+
+
+def _command(role: str, state: str, fd: int, peer: int) -> list[str]:
+    return [sys.executable, "-P", "-m", "cafs.lazyd", role, state, str(fd), str(peer)]
+
+
+def is_unmounted(fd: int) -> bool:
+    """Whether nothing uses the file system any more: the connection is gone."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+
+
+def supervise(state: str, fd: int, peer: int) -> None:
+    """Keep a worker alive until the file system is unmounted, then remove STATE."""
+    atomic.replace_file(os.path.join(state, PID_FILE), b"%d\n" % os.getpid(), 0o600)
+    mine = os.pidfd_open(os.getpid())
+    again = _on_hangup()
+    wait_s = 0.0
+    while not is_unmounted(fd):
+        started = time.monotonic()
+        if peer < 0:
+            peer = os.pidfd_open(start("worker", state, fd, mine).pid)
+        if _ends(peer, again):
+            for one in (fd, peer):
+                os.set_inheritable(one, True)
+            os.execv(sys.executable, _command("supervisor", state, fd, peer))
+        os.close(peer)
+        peer = -1
+        _reap()
+        wait_s = min(wait_s * 2 + 0.05, _WAIT_MAX_S) if time.monotonic() - started < _SOON_S else 0.0
+        time.sleep(wait_s)  # one that dies at once is not started over and over
+    remove_state(state)
+
+
+def is_alive(state: str) -> bool:
+    """Whether one of the two lives."""
+    for name in (PID_FILE, WORKER_FILE):
+        try:
+            pid = int(atomic.read_file(os.path.join(state, name), 32))
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if state.encode() in file.read():
+                    return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def remove_state(state: str) -> None:
+    """Remove the directory of a LAZY that has ended; nothing is mounted in it any more."""
+    for directory in (IMAGES, ""):
+        top = os.path.join(state, directory)
+        for name in os.listdir(top):
+            if not os.path.isdir(os.path.join(top, name)):
+                atomic.unlink_quietly(os.path.join(top, name))
+    for directory in (IMAGES, MOUNT_POINT, ""):
+        try:
+            os.rmdir(os.path.join(state, directory))
+        except OSError:
+            pass
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _on_hangup() -> int:
+    """A descriptor that can be read from once SIGHUP has come."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the mount does
+    return reader
+
+
+def _ends(pidfd: int, again: int) -> bool:
+    """Wait until a process ends (False) or SIGHUP has come and it was told to end (True)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(again, select.POLLIN)
+    ready = dict(poll.poll())
+    if pidfd in ready:
+        return False
+    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    return True
+
+
+def work(state: str, fd: int, peer: int) -> None:
+    """Serve; returns once the file system is unmounted, or after SIGTERM."""
+    with open(os.path.join(state, CONFIG), "rb") as file:
+        config: dict[str, Any] = json.load(file)
+    from cafs import fusedev, linux, quota, server
+    from cafs.cache import Cache
+    from cafs.holder import Holder
+    from cafs.lazy import Lazy
+    from cafs.store import Store
+
+    server.log_to(config["log"], os.path.join(state, "log"))
+    linux.raise_descriptor_limit()
+    store = Store(config["store"], (config["hash"], config["chunk_size"]))
+    cache = Cache(config["cache"], store, limit_s=config["limit_s"])
+    files = Lazy(state, cache)
+    serving = fusedev.Server(fd, files, config["limit_s"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: serving.stop())
+    atomic.replace_file(os.path.join(state, WORKER_FILE), b"%d\n" % os.getpid(), 0o600)
+    holder = Holder(
+        store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, "leases")
+    )
+    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True)
+    watch(peer, lambda: _revive(state, fd))
+    serving.take_over()
+    threading.Thread(target=_hold, args=(files, holder), daemon=True).start()
+    serving.serve()
+    keeper.end()
+    files.close()
+    holder.let_go()
+
+
+def _hold(files: Lazy, holder: Holder) -> None:
+    """On a thread: the store may take its time, or be away, and what is cached is to be read all the same."""
+    holder.start()
+    files.noticed = holder.poke
+
+
+def _pids(state: str) -> set[int]:
+    """Of this process and the supervisor, so that the leases live on when one of them is killed."""
+    try:
+        return {os.getpid(), int(atomic.read_file(os.path.join(state, PID_FILE), 32))}
+    except (OSError, ValueError):
+        return {os.getpid()}
+
+
+def _revive(state: str, fd: int) -> subprocess.Popen[bytes]:
+    mine = os.pidfd_open(os.getpid())
+    try:
+        return start("supervisor", state, fd, mine)
+    finally:
+        os.close(mine)
+
+
+def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
+    """Start another supervisor whenever one dies, from a thread."""
+
+    def run() -> None:
+        pidfd = peer
+        while True:
+            select.select([pidfd], [], [])
+            os.close(pidfd)
+            child = revive()
+            pidfd = os.pidfd_open(child.pid)
+            time.sleep(0.05)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+if __name__ == "__main__":
+    {"supervisor": supervise, "worker": work}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,107 @@
+"""Starting, finding and ending LAZY: one for each store, scope, cache and user, shared by all kernel mounts of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+
+from cafs import fusedev, lazyd, linux, mountinfo, objecttable
+from cafs.errors import CafsError, UnsupportedError, quote
+from cafs.holder import held
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.store import Store
+
+FSTYPE = b"fuse.cafs-lazy"
+_HELD_WAIT_S = 1.0
+
+
+class LazyMount:
+    """A LAZY that is mounted.  state: its directory; point: where it is mounted."""
+
+    __slots__ = ("point", "state")
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+        self.point = os.path.join(state, lazyd.MOUNT_POINT)
+
+    def add(self, image: bytes, table: bytes) -> None:
+        """Make the objects of an image known, and wait until the image is held, as far as the store can be written to."""
+        directory = os.path.join(self.state, lazyd.IMAGES)
+        numbers = [int(name) for name in os.listdir(directory) if re.fullmatch("[1-9][0-9]*", name)]
+        if not any(_is_of(os.path.join(directory, str(number)), image) for number in numbers):
+            objecttable.save(os.path.join(directory, str(max(numbers, default=0) + 1)), table)
+        try:
+            os.lstat(os.path.join(self.point, ".cafs-objects", "00", image.hex()[2:]))  # an unknown name makes it look
+        except FileNotFoundError:
+            pass
+        deadline = time.monotonic() + _HELD_WAIT_S
+        while image.hex() not in held(os.path.join(self.state, lazyd.LEASES)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+def _is_of(path: str, image: bytes) -> bool:
+    try:
+        return objecttable.load(path).image == image
+    except (OSError, CafsError):
+        return False
+
+
+def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None) -> LazyMount:
+    """The LAZY of a store and a cache, started if there is none.  run: directory of them all.  Raises CafsError."""
+    text = "\0".join((store.backend.identity, store.scope_id, os.path.realpath(cache), str(os.geteuid())))
+    name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    for mount in mountinfo.mounts():
+        state = os.path.dirname(os.fsdecode(mount.point))
+        if mount.fstype == FSTYPE and os.path.dirname(state) == run and os.path.basename(state).startswith(name):
+            if mountinfo.answers(os.fsdecode(mount.point)):
+                return LazyMount(state)
+            linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    state = os.path.join(run, f"{name}.{os.urandom(4).hex()}")
+    os.makedirs(os.path.join(state, lazyd.MOUNT_POINT), mode=0o700)
+    os.makedirs(os.path.join(state, lazyd.IMAGES), mode=0o700)
+    config = {
+        "cache": os.path.realpath(cache),
+        "chunk_size": store.chunk_size,
+        "hash": store.hash_name,
+        "limit_s": limit_s,
+        "log": log,
+        "store": store.root,
+    }
+    with open(os.path.join(state, lazyd.CONFIG), "x", encoding="utf-8") as file:
+        json.dump(config, file, sort_keys=True)
+    return _start(state)
+
+
+def _start(state: str) -> LazyMount:
+    made = LazyMount(state)
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnsupportedError(f"cannot open '/dev/fuse': {error.strerror}", hint="modprobe fuse") from error
+    try:
+        flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+        linux.mount("cafs-lazy", made.point, FSTYPE.decode(), flags, fusedev.mount_options(fd))
+        lazyd.start("supervisor", state, fd, -1)
+    except OSError as error:
+        raise UnsupportedError(f"cannot mount on {quote(made.point)}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    if not mountinfo.answers(made.point):
+        raise CafsError(f"what serves {quote(made.point)} does not answer", hint=f"see {state}/log")
+    return made
+
+
+def end(state: str) -> None:
+    """Unmount a LAZY that no mount here needs; it goes on as long as one in another mount namespace does."""
+    linux.umount(os.path.join(state, lazyd.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
+def states(run: str) -> list[str]:
+    """The directories of all LAZYs that are mounted here."""
+    found = [os.path.dirname(os.fsdecode(mount.point)) for mount in mountinfo.mounts() if mount.fstype == FSTYPE]
+    return [state for state in found if os.path.dirname(state) == run]

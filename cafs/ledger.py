@@ -1,0 +1,169 @@
+"""What the cache held when it was last verified: the kernel reads cached objects without asking, so a mount asks before it.
+
+cafs-store(5), CACHE.  One record an object: size, mtime and ctime as they were when its content was verified.  What differs, is
+not listed, or may have been lost with the machine is hashed again, and set aside if it is bad.  Rot beneath an unchanged ctime
+is for `cafs-store fsck --cache`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+
+from cafs import atomic, chunks
+from cafs.digest import CHUNK_LIST, hash_function, object_name
+from cafs.errors import CafsError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    Key = tuple[bytes, int]
+    Stamp = tuple[int, int, int]
+
+NAME = "ledger"
+SYNCED = "synced"
+_RECORD = struct.Struct("<32sB7xqqq")
+_LEDGER_MAX = 1 << 32
+_WASTE = 4
+_STEP = 1 << 20
+
+
+class Ledger:
+    """The ledger of a cache directory."""
+
+    def __init__(self, root: str, hash_name: str, chunk_size: int) -> None:
+        self.root = root
+        self.hash_name = hash_name
+        self.chunk_size = chunk_size
+        self._hash = hash_function(hash_name)
+
+    def note(self, key: Key, path: str) -> None:
+        """An object was verified and has its name now.  A record that cannot be written costs a hash at the next mount."""
+        try:
+            status = os.lstat(path)
+            fd = os.open(os.path.join(self.root, NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, _RECORD.pack(key[0], key[1], *_stamp(status)))
+            finally:
+                os.close(fd)
+        except OSError:
+            pass
+
+    def check(self, wanted: Iterable[Key]) -> list[str]:
+        """Make sure of the cached objects among WANTED; returns the names of those that were set aside."""
+        known = self._load()
+        since_ns = self._unsure_since_ns()
+        bad = []
+        for key, path in self._present(wanted):
+            try:
+                stamp = _stamp(os.lstat(path))
+            except OSError:
+                continue  # it went meanwhile
+            if known.get(key) == stamp and stamp[2] <= since_ns:
+                continue
+            if self.verify(key, path):
+                self.note(key, path)
+            else:
+                set_aside(self.root, path)
+                bad.append(object_name(*key))
+        return bad
+
+    def verify(self, key: Key, path: str) -> bool:
+        """Whether a cached object is what its name says."""
+        try:
+            if key[1] == CHUNK_LIST:
+                return self._verify_chunks(key[0], path)
+            return self._hash(atomic.read_file(path, 1 << 26)) == key[0]
+        except (OSError, CafsError):
+            return False
+
+    def _verify_chunks(self, digest: bytes, path: str) -> bool:
+        data = atomic.read_file(os.path.join(self.root, "lists", digest.hex()), chunks.LIST_MAX)
+        listed = chunks.decode(data, self.hash_name, self.chunk_size)
+        with open(path, "rb", buffering=0) as file:
+            if self._hash(data) != digest or os.fstat(file.fileno()).st_size != listed.size:
+                return False
+            at = 0
+            for count, chunk in listed.runs:
+                for number in range(at, at + count if chunk else at):
+                    piece = atomic.read_exactly(file.fileno(), listed.length_at(number), number * self.chunk_size)
+                    if self._hash(piece) != chunk:
+                        return False
+                at += count
+        return True
+
+    def _present(self, wanted: Iterable[Key]) -> Iterator[tuple[Key, str]]:
+        """Those that the cache has, with their paths."""
+        shards: dict[bytes, set[str]] = {}
+        for key in wanted:
+            shard = key[0][:1]
+            directory = os.path.join(self.root, ".cafs-objects", shard.hex())
+            if shard not in shards:
+                try:
+                    shards[shard] = set(os.listdir(directory))
+                except OSError:
+                    shards[shard] = set()
+            if shards[shard] and (name := object_name(*key)[2:]) in shards[shard]:
+                yield key, os.path.join(directory, name)
+
+    def _load(self) -> dict[Key, Stamp]:
+        """The latest record of each object; a ledger that is mostly out of date is written anew."""
+        path = os.path.join(self.root, NAME)
+        try:
+            data = atomic.read_file(path, _LEDGER_MAX)
+        except OSError:
+            return {}
+        width = len(self._hash(b""))
+        rows = _RECORD.iter_unpack(data[: len(data) - len(data) % _RECORD.size])
+        found = {(digest[:width], kind): (size, mtime, ctime) for digest, kind, size, mtime, ctime in rows}
+        if len(data) > _RECORD.size * _WASTE * max(len(found), 1024):
+            body = b"".join(_RECORD.pack(*key, *stamp) for key, stamp in found.items())
+            try:
+                atomic.replace_file(path, body, 0o600)
+            except OSError:
+                pass
+        return found
+
+    def _unsure_since_ns(self) -> int:
+        """What changed later may not have reached the disk before the machine went down; nothing if it has not since."""
+        try:
+            found = json.loads(atomic.read_file(os.path.join(self.root, SYNCED), 4096))
+            return 1 << 63 if found["boot_id"] == boot_id() else int(found["time_ns"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+
+def sync(root: str) -> None:
+    """Write the cache's file system to disk and note the time: what is older is safe from a crash of the machine."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        now = time.time_ns()
+        from cafs import linux
+
+        linux.syncfs(fd)
+    finally:
+        os.close(fd)
+    atomic.replace_file(os.path.join(root, SYNCED), json.dumps({"boot_id": boot_id(), "time_ns": now}).encode(), 0o600)
+
+
+def set_aside(root: str, path: str) -> None:
+    """Move a damaged object into quarantine/, for a person to look at; the name is free for a good copy."""
+    aside = os.path.join(root, "quarantine")
+    try:
+        os.makedirs(aside, mode=0o700, exist_ok=True)
+        os.rename(path, os.path.join(aside, f"{os.path.basename(path)}.{os.urandom(4).hex()}"))
+    except OSError:
+        atomic.unlink_quietly(path)
+
+
+def boot_id() -> str:
+    """Of this boot of the machine."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,207 @@
+"""The kernel engine: overlayfs over one EROFS a layer, the cache, and LAZY.  The kernel answers all but what is not cached.
+
+lowerdir=EROFSn:…:EROFS1::CACHE::LAZY, see cafs-mount(1), ENGINES.  EROFS mounts are shared by all images that have the layer,
+LAZY by all of a store and a cache.  Source: Documentation/filesystems/overlayfs.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+from contextlib import contextmanager
+
+from cafs import atomic, erofs, lazyd, lazymount, linux, mountinfo, objecttable, paths, quota, server
+from cafs.cache import Cache
+from cafs.errors import CafsError, FormatError, UnsupportedError, os_error, quote
+from cafs.image import METADATA, load_layer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cafs.image import Image
+    from cafs.server import Request
+    from cafs.store import Store
+
+ENGINE = "kernel"
+_METADATA_MAX = 1 << 32
+
+
+def mount(request: Request, found: Image, store: Store) -> None:
+    """Mount an image.  Raises UnsupportedError where this engine cannot."""
+    if os.geteuid():
+        raise UnsupportedError("the kernel engine needs root")
+    cache = paths.cache()
+    ledger = Cache(cache, store).ledger
+    with _lock():
+        try:
+            layers = [_layer(store, cache, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
+            table = _table(store, cache, found)
+        except OSError as error:
+            raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
+        for name in ledger.check(objecttable.ObjectTable(table).objects()):
+            request.warnings.append(f"cached object {name} was damaged: set aside")
+        quota.note_use(cache, found.digest, objecttable.ObjectTable(table).objects())
+        try:
+            lazy = lazymount.ensure(_run("lazy"), store, cache, request.limit_s, request.log)
+            lazy.add(found.digest, table)
+            _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], cache, lazy.point)
+            names = [os.path.basename(path) for path in layers]
+            server.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
+        except BaseException:
+            tidy()
+            raise
+
+
+def unmount(point: str) -> None:
+    """Unmount, and whatever was mounted for it alone.  Raises OSError."""
+    with _lock():
+        linux.umount(point, linux.UMOUNT_NOFOLLOW)
+        atomic.unlink_quietly(server.record_path(point))
+        tidy()
+
+
+def tidy() -> None:
+    """Unmount what no mount uses, as a crash at any step may leave it."""
+    used = _used()
+    for mount in mountinfo.mounts():
+        point = os.fsdecode(mount.point)
+        if os.path.dirname(point) == _run("erofs") and point not in used:
+            _quietly(point)
+    for state in lazymount.states(_run("lazy")):
+        if state not in used:
+            lazymount.end(state)
+    for name in _listed(_run("erofs")):
+        if mountinfo.at(os.path.join(_run("erofs"), name)) is None:
+            os.rmdir(os.path.join(_run("erofs"), name))
+    for name in _listed(_run("lazy")):
+        state = os.path.join(_run("lazy"), name)
+        if mountinfo.at(os.path.join(state, lazyd.MOUNT_POINT)) is None and not lazyd.is_alive(state):
+            lazyd.remove_state(state)
+
+
+def _used() -> set[str]:
+    """Directories of the EROFS and LAZY mounts that live mounts need; records of mounts that are gone go."""
+    found = set()
+    live = {(mount.point, mount.digest) for mount in mountinfo.mounts() if mount.fstype == b"overlay"}
+    for name in _listed(_run("mounts")):
+        try:
+            record = json.loads(atomic.read_file(os.path.join(_run("mounts"), name), 1 << 20))
+            if record["engine"] != ENGINE:
+                continue
+            is_live = (os.fsencode(record["point"]), record["digest"]) in live
+            needs = {os.path.join(_run("erofs"), layer) for layer in record["layers"]} | {record["lazy"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if is_live:
+            found |= needs
+        else:
+            atomic.unlink_quietly(os.path.join(_run("mounts"), name))
+    return found
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _quietly(point: str) -> None:
+    try:
+        linux.umount(point, linux.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+
+
+def _run(name: str) -> str:
+    return os.path.join(paths.run(), name)
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """One process at a time changes what is mounted here."""
+    os.makedirs(_run("erofs"), mode=0o700, exist_ok=True)
+    fd = os.open(_run("kernel.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _layer(store: Store, cache: str, index: bytes, metadata: bytes) -> str:
+    """Path of a layer's metadata image, verified; it is made if the image names none."""
+    data = b""
+    if not metadata:
+        data = erofs.encode(load_layer(store, index))
+        metadata = store.hash(data)
+    path = os.path.join(cache, "metadata", metadata.hex())
+    try:
+        if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
+            return path
+    except OSError:
+        pass
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    atomic.replace_file(path, data or store.get_meta(metadata, METADATA), 0o400)
+    return path
+
+
+def _table(store: Store, cache: str, found: Image) -> bytes:
+    """The table of an image's objects, kept in the cache."""
+    path = os.path.join(cache, "tables", found.digest.hex())
+    try:
+        data = atomic.read_file(path, _METADATA_MAX)
+        if objecttable.ObjectTable(data).image == found.digest:
+            return data
+    except (OSError, FormatError):
+        pass
+    data = objecttable.encode(store, found.digest, (load_layer(store, layer) for layer in found.layers))
+    objecttable.save(path, data)
+    return data
+
+
+def _mount_erofs(path: str) -> str:
+    """Mount a metadata image, or find it mounted: from the file itself (Linux 6.12), else through a loop device."""
+    point = os.path.join(_run("erofs"), os.path.basename(path))
+    if mountinfo.at(point) is not None:
+        return point
+    os.makedirs(point, mode=0o700, exist_ok=True)
+    try:
+        linux.mount(path, point, "erofs", linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
+    except OSError as error:
+        if error.errno != errno.ENOTBLK:
+            raise UnsupportedError(f"cannot mount a metadata image: {error.strerror}", hint="modprobe erofs") from error
+        command = ["mount", "-t", "erofs", "-o", "loop,ro,nosuid,nodev", path, point]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnsupportedError(f"cannot mount a metadata image: {done.stderr.strip()}", hint="modprobe loop") from None
+    return point
+
+
+def _mount_overlay(request: Request, digest: bytes, layers: list[str], cache: str, lazy: str) -> None:
+    """layers: base first."""
+    settings = [("lowerdir+", layer) for layer in reversed(layers)] + [("datadir+", cache), ("datadir+", lazy)]
+    settings += [("metacopy", "on"), ("xino", "auto")]
+    attributes = linux.MOUNT_ATTR_RDONLY
+    if request.upper:
+        attributes = 0
+        upper, work = (os.path.join(request.upper, name) for name in ("upper", "work"))
+        try:
+            os.makedirs(upper, exist_ok=True)
+            os.makedirs(work, exist_ok=True)
+        except OSError as error:
+            raise os_error(f"cannot write to {quote(request.upper)}", error) from error
+        settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
+    attributes |= 0 if "suid" in request.extra else linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+    try:
+        linux.mount_overlay(f"cafs:{digest.hex()}", request.point, settings, attributes)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise CafsError(f"cannot mount on {quote(request.point)}: {error.strerror}") from error
+        raise UnsupportedError(f"cannot mount an overlay: {error.strerror}", hint="--engine fuse") from error
+    linux.mount("", request.point, "", linux.MS_PRIVATE)

@@ -1,0 +1,234 @@
+"""The kernel engine: the same tree as the source and the fuse engine, shared lower mounts, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cafs import format as fmt
+from cafs import linux
+from cafs.collect import collect
+from cafs.store import Store
+from tests.conftest import Run
+from tests.test_mount import describe, make_everything
+
+pytestmark = pytest.mark.needs("root", "fuse", "setcap", "setfacl")
+
+
+def mounts_below(path: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split(" ")[4] for line in lines if line.split(" ")[4].startswith(f"{path}/")]
+
+
+def lazy_pids(home: Path) -> list[int]:
+    """Of all supervisors and workers that this test has made."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if f"{home}/run/lazy/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(is_so: object, limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_so():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def kernel(home: Path, cmd: Run) -> Iterator[Run]:
+    """Mount with the kernel engine; at the end nothing may be left mounted or running."""
+
+    def run(image: str, point: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
+        point.mkdir(exist_ok=True)
+        return cmd("cafs-mount", "--engine", "kernel", image, point, *options)
+
+    yield run
+    for mount in json.loads(b"[" + b",".join(cmd("cafs-mount", "--list", "--json").stdout.splitlines()) + b"]"):
+        if mount["mountpoint"].startswith(str(home)):
+            done = cmd("cafs-mount", "--unmount", mount["mountpoint"])
+            assert done.returncode == 0, done.stderr
+    assert mounts_below(home / "run") == []
+    wait_until(lambda: lazy_pids(home) == [])
+    assert list((home / "run" / "lazy").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    (root / "sub").mkdir(parents=True)
+    for name in ("a", "b", "sub/c"):
+        (root / name).write_bytes(name.encode() * 3000)
+    (root / "large").write_bytes(os.urandom((9 << 20) + 5))
+    return root
+
+
+def test_everything_is_as_in_the_source_and_through_the_fuse_engine(home: Path, tmp_path: Path, cmd: Run, kernel: Run) -> None:
+    make_everything(tmp_path / "tree")
+    cmd("cafs-index", "create", tmp_path / "tree", "-t", "all:1")
+    mounted = kernel("all:1", tmp_path / "k", "--suid")
+    assert mounted.returncode == 0, mounted.stderr
+    (tmp_path / "f").mkdir()
+    assert cmd("cafs-mount", "--engine", "fuse", "all:1", tmp_path / "f", "--suid").returncode == 0
+    source, seen, other = (describe(tmp_path / name) for name in ("tree", "k", "f"))
+    assert source.keys() == seen.keys() == other.keys()
+    for path, what in source.items():
+        assert seen[path] == what == other[path], path
+    assert (tmp_path / "k" / "plain").stat().st_ino == (tmp_path / "k" / "sub" / "zz-link").stat().st_ino
+    again = cmd("cafs-index", "create", tmp_path / "k", "-o", "-")
+    assert again.stdout == cmd("cafs-index", "create", tmp_path / "tree", "-o", "-").stdout
+    with pytest.raises(OSError, match="Read-only"):
+        (tmp_path / "k" / "new").touch()
+
+
+def test_an_image_of_several_layers_is_mounted_without_merging(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    os.link(tree / "a", tree / "a2")
+    os.link(tree / "a", tree / "a3")
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tree / "a2").unlink()
+    (tree / "b").write_bytes(b"changed")
+    (tree / "sub" / "c").unlink()
+    (tree / "sub").rmdir()
+    (tree / "sub").write_bytes(b"a file now")
+    cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2")
+    (tree / "sub").unlink()
+    (tree / "sub").mkdir(0o711)
+    (tree / "sub" / "d").write_bytes(b"d" * 100)
+    made = cmd("cafs-index", "create", tree, "--base", "x:2", "-t", "x:3")
+    assert made.returncode == 0, made.stderr
+    assert kernel("x:3", tmp_path / "k").returncode == 0
+    assert describe(tmp_path / "k") == describe(tree)
+    options = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {tmp_path}/k " in line)
+    assert options.count("lowerdir+=") == 3
+
+
+def test_mounts_share_what_is_below_and_the_last_one_takes_it_away(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tree / "new").write_bytes(b"new")
+    cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2")
+    for number, image in enumerate(("x:1", "x:1", "x:2")):
+        assert kernel(image, tmp_path / f"k{number}").returncode == 0
+    below = mounts_below(home / "run")
+    assert len(below) == 3 and len(lazy_pids(home)) == 2  # two layers, one LAZY
+    again = kernel("x:2", tmp_path / "k2")
+    assert again.returncode == 0 and kernel("x:1", tmp_path / "k2").returncode == 6
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k2").returncode == 0
+    assert len(mounts_below(home / "run")) == 2
+    with open(tmp_path / "k0" / "a", "rb"):
+        assert cmd("cafs-mount", "--unmount", tmp_path / "k0").returncode == 6
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k0").returncode == 0
+    assert (tmp_path / "k1" / "large").read_bytes() == (tree / "large").read_bytes()
+    rows = [line.split("\t") for line in cmd("cafs-mount", "--list").stdout.decode().splitlines()]
+    assert [(row[0], row[1], row[3]) for row in rows if row[0].startswith(str(home))] == [(f"{tmp_path}/k1", "x:1", "kernel")]
+
+
+def test_what_a_crash_left_is_tidied_by_the_next_command(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    linux.umount(str(tmp_path / "k"))  # as if the command had died before it came to the rest
+    assert len(mounts_below(home / "run")) == 2
+    (tree / "other").write_bytes(b"1")
+    cmd("cafs-index", "create", tree, "-t", "y:1")
+    assert kernel("y:1", tmp_path / "k").returncode == 0
+    for pid in lazy_pids(home):  # both at once: the mount is lost
+        os.kill(pid, signal.SIGSTOP)
+    for pid in lazy_pids(home):
+        os.kill(pid, signal.SIGKILL)
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    assert (tmp_path / "k" / "b").read_bytes() == b"b" * 3000
+
+
+def test_any_character_may_be_in_a_path(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    for name in ("CACHE", "STATE"):
+        monkeypatch.setenv(f"CAFS_{name}", str(tmp_path / f"odd , : \\ {name} lowerdir=x"))
+    point = tmp_path / "k , : \\ y"
+    assert kernel("x:1", point).returncode == 0
+    assert (point / "a").read_bytes() == b"a" * 3000
+    assert (point / "large").read_bytes() == (tree / "large").read_bytes()
+
+
+def test_a_writable_mount_keeps_what_was_written(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    for turn in range(2):
+        assert kernel("x:1", tmp_path / "k", "--rw", tmp_path / "up").returncode == 0
+        assert (tmp_path / "k" / "a").read_bytes() == b"a" * 3000 + b"more" * turn
+        with open(tmp_path / "k" / "a", "ab") as file:
+            file.write(b"more")
+        (tmp_path / "k" / f"new{turn}").touch()
+        os.rename(tmp_path / "k" / f"new{turn}", tmp_path / "k" / "sub" / f"moved{turn}")
+        assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    assert (tmp_path / "up" / "upper" / "a").read_bytes() == b"a" * 3000 + b"more" * 2
+    assert sorted(os.listdir(tmp_path / "up" / "upper" / "sub")) == ["moved0", "moved1"]
+    done = cmd("cafs-mount", "--engine", "fuse", "x:1", tmp_path / "k", "--rw", tmp_path / "up")
+    assert done.returncode == 8 and b"kernel" in done.stderr
+
+
+def test_what_the_engine_cannot_mount_goes_to_the_other_which_says_why(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run
+) -> None:
+    (tree / ".cafs-objects").mkdir()
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    point = tmp_path / "k"
+    point.mkdir()
+    done = cmd("cafs-mount", "--engine", "kernel", "x:1", point)
+    assert done.returncode == 8 and b".cafs-objects" in done.stderr, done.stderr
+    done = cmd("cafs-mount", "-v", "x:1", point)
+    assert done.returncode == 0 and b"using the fuse engine" in done.stderr
+    assert (point / "a").read_bytes() == b"a" * 3000
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+
+
+def test_a_file_planted_at_the_path_of_an_object_changes_nothing(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    import hashlib
+
+    name = hashlib.sha256((tree / "a").read_bytes()).hexdigest()
+    for top in (tree / name[:2], tree / "cafs-objects" / name[:2]):
+        top.mkdir(parents=True)
+        (top / name[2:]).write_bytes(b"planted")
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    assert (tmp_path / "k" / "a").read_bytes() == b"a" * 3000
+    assert (tmp_path / "k" / name[:2] / name[2:]).read_bytes() == b"planted"
+    (tree / "zero").touch()
+    os.unlink(tree / "zero")
+    os.mknod(tree / "zero", 0o20600, 0)
+    cmd("cafs-index", "create", tree, "-t", "y:1")
+    done = kernel("y:1", tmp_path / "k2")
+    assert done.returncode == 8 and b"whiteout" in done.stderr and fmt.WHITEOUT == b"w"
+
+
+def test_a_mounted_image_is_not_collected_also_when_the_server_was_killed(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    cmd("cafs-store", "untag", "x:1")
+    (state,) = (home / "run" / "lazy").iterdir()
+    for name in ("worker", "supervisor", "worker"):
+        pid = int((state / name).read_text())
+        os.kill(pid, signal.SIGKILL)
+        assert collect(Store(str(home / "store")), grace_s=0).deleted == 0
+        wait_until(lambda pid=pid, name=name: int((state / name).read_text()) != pid)
+    assert (tmp_path / "k" / "sub" / "c").read_bytes() == b"sub/c" * 3000
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    wait_until(lambda: lazy_pids(home) == [])
+    assert collect(Store(str(home / "store")), grace_s=0).deleted > 0
