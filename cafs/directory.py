@@ -69,12 +69,18 @@ class DirectoryBackend(Backend):
         return sorted(found, key=lambda one: one.name)
 
     def create(self, name: str, data: bytes) -> bool:
-        atomic.make_directory(os.path.dirname(self.path(name)))
+        self._make_parents(name)
         return atomic.create_file(self.path(name), data)
 
     def replace(self, name: str, data: bytes) -> None:
-        atomic.make_directory(os.path.dirname(self.path(name)))
+        self._make_parents(name)
         atomic.replace_file(self.path(name), data, 0o444 if name.startswith("meta/") else 0o644)
+
+    def _make_parents(self, name: str) -> None:
+        """Never the store itself: what is away, like a disk that is not mounted, is not begun anew by a lease."""
+        if not os.path.isdir(self.root):
+            raise FileNotFoundError(2, "No such file or directory", self.root)
+        atomic.make_directory(os.path.dirname(self.path(name)))
 
     def swap(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
         """The last writer wins, as with any file: a ref is not counted, and packs/list is a hint."""

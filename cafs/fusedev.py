@@ -91,6 +91,7 @@ class Server:
         self._pool = ThreadPoolExecutor(_THREADS)
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
+        os.set_blocking(fd, False)  # of two readers that are woken by one request, one finds none
 
     def take_over(self) -> None:
         """Have the requests sent again that another server of this descriptor had taken and not answered."""

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import time
 
-from cafs import fusedev, lazyd, linux, mountinfo, objecttable
+from cafs import atomic, fusedev, lazyd, linux, mountinfo, objecttable
 from cafs.errors import CafsError, UnsupportedError, quote
 from cafs.holder import held
 
@@ -105,3 +106,11 @@ def states(run: str) -> list[str]:
     """The directories of all LAZYs that are mounted here."""
     found = [os.path.dirname(os.fsdecode(mount.point)) for mount in mountinfo.mounts() if mount.fstype == FSTYPE]
     return [state for state in found if os.path.dirname(state) == run]
+
+
+def reload(state: str) -> None:
+    """Start both programs of a LAZY anew.  Raises CafsError if its supervisor does not live."""
+    try:
+        os.kill(int(atomic.read_file(os.path.join(state, lazyd.PID_FILE), 32)), signal.SIGHUP)
+    except (OSError, ValueError) as error:
+        raise CafsError(f"what serves {quote(state)} cannot be reached: {error}") from error

@@ -128,6 +128,14 @@ def listing() -> list[dict[str, object]]:
     return found
 
 
+def reload() -> None:
+    """Have the servers of all kernel mounts start the program anew that is installed now; no read fails meanwhile."""
+    from cafs import lazymount, overlay
+
+    for state in lazymount.states(overlay.run_directory("lazy")):
+        lazymount.reload(state)
+
+
 def unmount(point: str) -> None:
     """Unmount, and wait until the server has ended.  Raises NotFound, BusyError."""
     point = os.path.realpath(point)

@@ -46,7 +46,7 @@ def mount(request: Request, found: Image, store: Store) -> None:
             request.warnings.append(f"cached object {name} was damaged: set aside")
         quota.note_use(cache, found.digest, objecttable.ObjectTable(table).objects())
         try:
-            lazy = lazymount.ensure(_run("lazy"), store, cache, request.limit_s, request.log)
+            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log)
             lazy.add(found.digest, table)
             _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], cache, lazy.point)
             names = [os.path.basename(path) for path in layers]
@@ -69,16 +69,16 @@ def tidy() -> None:
     used = _used()
     for mount in mountinfo.mounts():
         point = os.fsdecode(mount.point)
-        if os.path.dirname(point) == _run("erofs") and point not in used:
+        if os.path.dirname(point) == run_directory("erofs") and point not in used:
             _quietly(point)
-    for state in lazymount.states(_run("lazy")):
+    for state in lazymount.states(run_directory("lazy")):
         if state not in used:
             lazymount.end(state)
-    for name in _listed(_run("erofs")):
-        if mountinfo.at(os.path.join(_run("erofs"), name)) is None:
-            os.rmdir(os.path.join(_run("erofs"), name))
-    for name in _listed(_run("lazy")):
-        state = os.path.join(_run("lazy"), name)
+    for name in _listed(run_directory("erofs")):
+        if mountinfo.at(os.path.join(run_directory("erofs"), name)) is None:
+            os.rmdir(os.path.join(run_directory("erofs"), name))
+    for name in _listed(run_directory("lazy")):
+        state = os.path.join(run_directory("lazy"), name)
         if mountinfo.at(os.path.join(state, lazyd.MOUNT_POINT)) is None and not lazyd.is_alive(state):
             lazyd.remove_state(state)
 
@@ -87,19 +87,19 @@ def _used() -> set[str]:
     """Directories of the EROFS and LAZY mounts that live mounts need; records of mounts that are gone go."""
     found = set()
     live = {(mount.point, mount.digest) for mount in mountinfo.mounts() if mount.fstype == b"overlay"}
-    for name in _listed(_run("mounts")):
+    for name in _listed(run_directory("mounts")):
         try:
-            record = json.loads(atomic.read_file(os.path.join(_run("mounts"), name), 1 << 20))
+            record = json.loads(atomic.read_file(os.path.join(run_directory("mounts"), name), 1 << 20))
             if record["engine"] != ENGINE:
                 continue
             is_live = (os.fsencode(record["point"]), record["digest"]) in live
-            needs = {os.path.join(_run("erofs"), layer) for layer in record["layers"]} | {record["lazy"]}
+            needs = {os.path.join(run_directory("erofs"), layer) for layer in record["layers"]} | {record["lazy"]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if is_live:
             found |= needs
         else:
-            atomic.unlink_quietly(os.path.join(_run("mounts"), name))
+            atomic.unlink_quietly(os.path.join(run_directory("mounts"), name))
     return found
 
 
@@ -118,15 +118,16 @@ def _quietly(point: str) -> None:
             raise
 
 
-def _run(name: str) -> str:
+def run_directory(name: str) -> str:
+    """Where live state of a kind is."""
     return os.path.join(paths.run(), name)
 
 
 @contextmanager
 def _lock() -> Iterator[None]:
     """One process at a time changes what is mounted here."""
-    os.makedirs(_run("erofs"), mode=0o700, exist_ok=True)
-    fd = os.open(_run("kernel.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.makedirs(run_directory("erofs"), mode=0o700, exist_ok=True)
+    fd = os.open(run_directory("kernel.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -167,7 +168,7 @@ def _table(store: Store, cache: str, found: Image) -> bytes:
 
 def _mount_erofs(path: str) -> str:
     """Mount a metadata image, or find it mounted: from the file itself (Linux 6.12), else through a loop device."""
-    point = os.path.join(_run("erofs"), os.path.basename(path))
+    point = os.path.join(run_directory("erofs"), os.path.basename(path))
     if mountinfo.at(point) is not None:
         return point
     os.makedirs(point, mode=0o700, exist_ok=True)

@@ -22,6 +22,7 @@ PROGRAM = "cafs-mount"
 @click.option("--suid", is_flag=True, help="As root: honour set-user-id bits and devices.")
 @click.option("--unmount", "-u", "unmount", metavar="DIR", help="Unmount DIR.")
 @click.option("--list", "-l", "listing", is_flag=True, help="List what is mounted.")
+@click.option("--reload", is_flag=True, help="Let the program that is installed now take over all kernel mounts.")
 @click.option("-v", "--verbose", is_flag=True, help="Say which engine is used, and why.")
 @json_option()
 @store_option()
@@ -37,6 +38,7 @@ def main(
     suid: bool,
     unmount: str | None,
     listing: bool,
+    reload: bool,
     verbose: bool,
     as_json: bool,
     store: str | None,
@@ -55,11 +57,13 @@ def main(
     from cafs import mount as mounting
     from cafs.server import Request
 
-    if listing or unmount is not None:
-        if image is not None or (listing and unmount is not None):
-            raise click.UsageError("--list and --unmount go alone")
+    if listing or reload or unmount is not None:
+        if image is not None or listing + reload + (unmount is not None) > 1:
+            raise click.UsageError("--list, --reload and --unmount go alone")
         if unmount is not None:
             mounting.unmount(unmount)
+        elif reload:
+            mounting.reload()
         else:
             _list(as_json)
         return

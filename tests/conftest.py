@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +40,50 @@ def cmd(home: Path) -> Run:
         return subprocess.run([BIN / program, *map(str, arguments)], check=False, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
+
+
+def mounts_below(path: Path) -> list[str]:
+    """Mount points in a directory."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split(" ")[4] for line in lines if line.split(" ")[4].startswith(f"{path}/")]
+
+
+def lazy_pids(home: Path) -> list[int]:
+    """Of all supervisors and workers that this test has made."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if f"{home}/run/lazy/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
+    """Look again and again."""
+    deadline = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def kernel(home: Path, cmd: Run) -> Iterator[Run]:
+    """Mount with the kernel engine; at the end nothing may be left mounted or running."""
+
+    def run(image: str, point: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
+        point.mkdir(exist_ok=True)
+        return cmd("cafs-mount", "--engine", "kernel", image, point, *options)
+
+    yield run
+    for mount in json.loads(b"[" + b",".join(cmd("cafs-mount", "--list", "--json").stdout.splitlines()) + b"]"):
+        if mount["mountpoint"].startswith(str(home)):
+            done = cmd("cafs-mount", "--unmount", mount["mountpoint"])
+            assert done.returncode == 0, done.stderr
+    assert mounts_below(home / "run") == []
+    wait_until(lambda: lazy_pids(home) == [])
+    assert list((home / "run" / "lazy").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
 
 
 def lacking(*needs: str) -> str | None:

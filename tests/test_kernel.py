@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,52 +12,10 @@ from cafs import format as fmt
 from cafs import linux
 from cafs.collect import collect
 from cafs.store import Store
-from tests.conftest import Run
+from tests.conftest import Run, lazy_pids, mounts_below, wait_until
 from tests.test_mount import describe, make_everything
 
 pytestmark = pytest.mark.needs("root", "fuse", "setcap", "setfacl")
-
-
-def mounts_below(path: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line.split(" ")[4] for line in lines if line.split(" ")[4].startswith(f"{path}/")]
-
-
-def lazy_pids(home: Path) -> list[int]:
-    """Of all supervisors and workers that this test has made."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if f"{home}/run/lazy/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until(is_so: object, limit_s: float = 10) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_so():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def kernel(home: Path, cmd: Run) -> Iterator[Run]:
-    """Mount with the kernel engine; at the end nothing may be left mounted or running."""
-
-    def run(image: str, point: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
-        point.mkdir(exist_ok=True)
-        return cmd("cafs-mount", "--engine", "kernel", image, point, *options)
-
-    yield run
-    for mount in json.loads(b"[" + b",".join(cmd("cafs-mount", "--list", "--json").stdout.splitlines()) + b"]"):
-        if mount["mountpoint"].startswith(str(home)):
-            done = cmd("cafs-mount", "--unmount", mount["mountpoint"])
-            assert done.returncode == 0, done.stderr
-    assert mounts_below(home / "run") == []
-    wait_until(lambda: lazy_pids(home) == [])
-    assert list((home / "run" / "lazy").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
 
 
 @pytest.fixture

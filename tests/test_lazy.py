@@ -1,0 +1,231 @@
+"""LAZY under fire: killed, without a store, without room, with damage: no wrong byte, and no read that hangs."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, lazy_pids, wait_until
+
+pytestmark = pytest.mark.needs("root", "fuse")
+
+READER = """
+import errno, hashlib, json, os, random, sys, time
+top, seed, names = sys.argv[1], int(sys.argv[2]), json.load(open(sys.argv[4]))
+rng, reads, wrong, failed, slowest = random.Random(seed), 0, 0, [], 0.0
+while not os.path.exists(sys.argv[3]):
+    name = rng.choice(sorted(names))
+    began = time.monotonic()
+    try:
+        fd = os.open(f"{top}/{name}", os.O_RDONLY)
+        try:
+            data = b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # so that the next read asks again
+        finally:
+            os.close(fd)
+        reads, wrong = reads + 1, wrong + (hashlib.sha256(data).hexdigest() != names[name])
+    except OSError as error:
+        failed.append(str(error))
+    slowest = max(slowest, time.monotonic() - began)
+print(json.dumps([reads, wrong, failed, slowest]))
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    root.mkdir()
+    rng = random.Random(1)
+    for number in range(300):
+        (root / f"{number}").write_bytes(rng.randbytes(rng.randint(1, 100_000)))
+    (root / "large").write_bytes(rng.randbytes((9 << 20) + 5))
+    return root
+
+
+def digests(tree: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tree.iterdir()}
+
+
+def pid_of(home: Path, name: str) -> int:
+    (state,) = (home / "run" / "lazy").iterdir()
+    return int((state / name).read_text())
+
+
+def test_a_hundred_kills_fail_no_read(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    """Slow (some 25 s) because it is what the engine is for: worker, supervisor, and both in turn, under two readers."""
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    (state,) = (home / "run" / "lazy").iterdir()
+    names, done = digests(tree), tmp_path / "done"
+    objects = {}
+    for line in cmd("cafs-index", "ls", "x:1", "--json").stdout.splitlines():
+        entry = json.loads(line)
+        if entry.get("digest"):
+            name = entry["digest"] + (".c" if entry["type"] == "F" else "")
+            objects[f".cafs-objects/{name[:2]}/{name[2:]}"] = names[entry["path"][1:]]
+    readers = []
+    for seed, (top, files) in enumerate([(tmp_path / "k", names), (state / "mnt", objects)]):
+        (tmp_path / f"names{seed}").write_text(json.dumps(files))
+        command = [sys.executable, "-c", READER, top, str(seed), done, tmp_path / f"names{seed}"]
+        readers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+    kills, rng = 0, random.Random(7)
+    while kills < 100:
+        for name in rng.choice([("worker",), ("worker",), ("supervisor",), ("worker", "supervisor"), ("supervisor", "worker")]):
+            pid = pid_of(home, name)
+            time.sleep(rng.uniform(0, 0.1))
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            kills += 1
+            wait_until(lambda name=name, pid=pid: pid_of(home, name) != pid)
+    done.touch()
+    total = 0
+    for reader in readers:
+        reads, wrong, failed, slowest = json.loads(reader.communicate(timeout=60)[0])
+        print(f"{kills} kills: {reads} reads, {wrong} wrong, {len(failed)} failed, slowest {slowest:.2f} s")
+        assert (wrong, failed) == (0, []) and slowest < 5
+        total += reads
+    assert total > 500
+
+
+def test_a_new_program_takes_over_a_live_mount(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    supervisor, worker = pid_of(home, "supervisor"), pid_of(home, "worker")
+    with open(tmp_path / "k" / "large", "rb", buffering=0) as file:
+        head = file.read(1 << 20)
+        assert cmd("cafs-mount", "--reload").returncode == 0
+        wait_until(lambda: pid_of(home, "worker") != worker)
+        assert pid_of(home, "supervisor") == supervisor
+        rest = b"".join(iter(lambda: file.read(1 << 20), b""))
+    assert head + rest == (tree / "large").read_bytes()
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k", "--timeout", "30").returncode == 0
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    os.rename(home / "store", home / "away")
+    command = [sys.executable, "-c", "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read())"]
+    reader = subprocess.Popen([*command, tmp_path / "k" / "2"], stdout=subprocess.PIPE)
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    os.kill(pid_of(home, "worker"), signal.SIGKILL)  # also a new server waits, and serves what is cached
+    with pytest.raises(subprocess.TimeoutExpired):
+        reader.wait(2)
+    os.rename(home / "away", home / "store")
+    assert reader.communicate(timeout=20)[0] == (tree / "2").read_bytes()
+
+
+def test_a_store_that_is_away_for_good_is_eio_within_the_limit(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k", "--timeout", "2").returncode == 0
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    os.rename(home / "store", home / "away")
+    for name in ("2", "large"):
+        began = time.monotonic()
+        with pytest.raises(OSError) as caught:
+            (tmp_path / "k" / name).read_bytes()
+        assert caught.value.errno == errno.EIO and time.monotonic() - began < 10
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    os.rename(home / "away", home / "store")
+    assert (tmp_path / "k" / "2").read_bytes() == (tree / "2").read_bytes()
+
+
+def test_damage_in_the_store_is_eio_for_that_object_alone(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (pack,) = (home / "store" / "packs").glob("?" * 64)
+    data = bytearray(pack.read_bytes())
+    data[40] ^= 1  # in the first frame, which is that of /0
+    pack.unlink()
+    pack.write_bytes(data)
+    assert kernel("x:1", tmp_path / "k", "--log", tmp_path / "log").returncode == 0
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "k" / "0").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    assert hashlib.sha256((tree / "0").read_bytes()).hexdigest() in (tmp_path / "log").read_text()
+
+
+def test_without_room_in_the_cache_it_serves_from_memory(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    shutil.rmtree(home / "cache")
+    (home / "cache").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", home / "cache"], check=True)
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    with open(home / "cache" / "fill", "wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    for name in ("1", "2", "large"):
+        assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    wait_until(lambda: lazy_pids(home) == [])
+    subprocess.run(["umount", home / "cache"], check=True)
+
+
+def test_a_cached_object_that_was_changed_is_healed_at_the_next_mount(
+    home: Path,
+    tmp_path: Path,
+    tree: Path,
+    cmd: Run,
+    kernel: Run,
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    for name in ("1", "large"):
+        assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    cached = sorted((home / "cache" / ".cafs-objects").glob("*/*"), key=lambda path: path.stat().st_size)
+    assert len(cached) == 2
+    for path in cached:
+        data = path.read_bytes()
+        path.chmod(0o644)
+        with open(path, "r+b") as file:
+            file.seek(len(data) // 2)
+            file.write(bytes([data[len(data) // 2] ^ 1]))
+    done = kernel("x:1", tmp_path / "k")
+    assert done.returncode == 0 and done.stderr.count(b"was damaged") == 2
+    for name in ("1", "large"):
+        assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
+
+
+def test_what_a_crash_of_the_machine_may_have_lost_is_verified_again(
+    home: Path,
+    tmp_path: Path,
+    tree: Path,
+    cmd: Run,
+    kernel: Run,
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    (path,) = (home / "cache" / ".cafs-objects").glob("*/*")
+    status = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(bytes(status.st_size))  # as after a crash: the right size, zeros
+    ledger = (home / "cache" / "ledger").read_bytes()
+    now = path.stat()
+    stamp = b"".join(value.to_bytes(8, "little") for value in (now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+    (home / "cache" / "ledger").write_bytes(ledger[:40] + stamp)
+    assert b"damaged" not in kernel("x:1", tmp_path / "k").stderr  # nothing tells it by the ledger alone
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    wait_until(lambda: lazy_pids(home) == [])
+    (home / "cache" / "synced").write_text(json.dumps({"boot_id": "another", "time_ns": 1}))
+    assert b"was damaged" in kernel("x:1", tmp_path / "k").stderr
+    assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
