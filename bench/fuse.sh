@@ -8,7 +8,7 @@ base=${CAFS_BENCH:-/var/tmp/cafs-bench}
 export CAFS_STORE="$base/bench-store" CAFS_CACHE="$base/bench-cache" CAFS_RUN="$base/bench-run"
 mkdir -p "$base/mnt"
 cafs-index create "$tree" -t bench:1 -q >/dev/null
-cafs-mount bench:1 "$base/mnt"
+cafs-mount --engine fuse bench:1 "$base/mnt"
 trap 'cafs-mount --unmount "$base/mnt"; rm -rf "$CAFS_STORE" "$CAFS_CACHE"' EXIT
 now() { date +%s%N; }
 start() { chroot "$1" /usr/bin/python3 -B -c 'import sklearn'; }

@@ -77,6 +77,10 @@ class Cache:
             fd = self._open_cached(digest, kind)
             return self._fetch(digest, kind, hint) if fd is None else fd
 
+    def is_there(self, digest: bytes, kind: int) -> bool:
+        """Whether there is an object of this name; it may be damaged."""
+        return os.path.lexists(self.path(digest, kind))
+
     def has(self, digest: bytes, kind: int) -> bool:
         """Whether the whole object is here and verified."""
         fd = self._open_cached(digest, kind)

@@ -22,6 +22,7 @@ from cafs.errors import CafsError, CorruptError, FormatError, NotFound
 from cafs.objecttable import ObjectTable
 from cafs.partial import ChunkedFile
 from cafs.store import FORMAT_FILE
+from cafs.window import Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Lazy:
         self.state = state
         self.cache = cache
         self.noticed = noticed
+        self.windows = Windows(cache)
         self.tables: dict[int, ObjectTable] = {}
         self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
         self._users: dict[int, int] = {}
@@ -210,6 +212,8 @@ class Lazy:
                 file.close()
                 raise CafsError("chunk list is not of the size that the index says")
             return file
+        if place and not self.cache.is_there(digest, PLAIN):
+            self.windows.bring(table, digest, place)
         fd = self.cache.open(digest, PLAIN, place)
         if os.fstat(fd).st_size != size:
             os.close(fd)

@@ -11,15 +11,27 @@ _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 
 
 class Mount:
-    """One line: mount point (raw bytes), file system type, source, and for FUSE the uid of who serves it (else -1)."""
+    """One line: mount point (raw bytes), file system type, source, options of the file system as they are spelled."""
 
-    __slots__ = ("fstype", "owner", "point", "source")
+    __slots__ = ("fstype", "options", "point", "source")
 
-    def __init__(self, point: bytes, fstype: bytes, source: bytes, owner: int = -1) -> None:
+    def __init__(self, point: bytes, fstype: bytes, source: bytes, options: bytes = b"") -> None:
         self.point = point
         self.fstype = fstype
         self.source = source
-        self.owner = owner
+        self.options = options
+
+    @property
+    def owner(self) -> int:
+        """For FUSE the uid of who serves it, else -1."""
+        found = _OWNER.search(self.options)
+        return int(found[1]) if found else -1
+
+    @property
+    def layers(self) -> list[tuple[str, str]]:
+        """The lower layers of an overlay that was mounted by fsconfig(2), topmost first: (key, path)."""
+        pairs = [one.partition(b"=") for one in self.options.split(b",")]
+        return [(key.decode(), os.fsdecode(_unescape(path))) for key, _, path in pairs if key in (b"lowerdir+", b"datadir+")]
 
     @property
     def digest(self) -> str:
@@ -39,8 +51,7 @@ def mounts() -> list[Mount]:
     for line in lines:
         left, _, right = line.partition(b" - ")
         fstype, source, options = right.split(b" ", 2)
-        owner = _OWNER.search(options)
-        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source), int(owner[1]) if owner else -1))
+        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source), options))
     return found
 
 

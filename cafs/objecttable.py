@@ -8,9 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
+from array import array
 
 from cafs import atomic
-from cafs.digest import DIGEST_SIZES, checksum
+from cafs.digest import DIGEST_SIZES, PLAIN, checksum
 from cafs.errors import FormatError
 from cafs.pack import FRAME, RAW_MAX
 
@@ -30,6 +32,7 @@ _HEAD = struct.Struct("<8s16s16s64sII")
 """magic, checksum of the rest, hash name, image digest, number of packs, number of records."""
 
 _TAIL = struct.Struct("<QIIQ")
+_NUMBER = struct.Struct("<I")
 _NOWHERE = 0xFFFF_FFFF
 
 
@@ -46,7 +49,8 @@ class ObjectTable:
         self._key = width + 1
         self._row = self._key + _TAIL.size
         self._start = _HEAD.size + packs * width
-        if not width or self._start + count * self._row != len(data) or checksum(memoryview(data)[24:]) != check:
+        self._order = self._start + count * self._row
+        if not width or self._order + 4 * count != len(data) or checksum(memoryview(data)[24:]) != check:
             raise FormatError("table of objects is damaged")
         self.image: bytes = image[:width]
         self.packs = [data[at : at + width].hex() for at in range(_HEAD.size, self._start, width)]
@@ -85,6 +89,34 @@ class ObjectTable:
             if kind != CHUNK:
                 yield digest, kind
 
+    def block(self, pack: str, start: int, size: int) -> list[tuple[bytes, int, int]]:
+        """(digest, offset, size of the frame) of the plain objects that begin in a part of a pack, by offset."""
+        number = self.packs.index(pack)
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            if self._at(middle)[0] < (number, start):
+                low = middle + 1
+            else:
+                high = middle
+        found = []
+        while low < self._count:
+            (where, offset), stored, record = self._at(low)
+            if where != number or offset >= start + size:
+                break
+            at = self._start + record * self._row
+            if self._data[at + self._key - 1] == PLAIN:
+                found.append((bytes(self._data[at : at + self._key - 1]), offset, stored))
+            low += 1
+        return found
+
+    def _at(self, rank: int) -> tuple[tuple[int, int], int, int]:
+        """((pack, offset), size of the frame, record) of the object with so many before it in the order of the packs."""
+        (record,) = _NUMBER.unpack_from(self._data, self._order + 4 * rank)
+        at = self._start + min(record, self._count - 1) * self._row + self._key
+        _, pack, stored, offset = _TAIL.unpack_from(self._data, at)
+        return (pack, offset), stored, record
+
     def chunk(self, digest: bytes) -> Place | None:
         """Where a chunk may be."""
         number = self.find(digest, CHUNK)
@@ -110,7 +142,11 @@ def encode(store: Store, image: bytes, layers: Iterable[Index]) -> bytes:
         for digest in found.chunks() if found else ():
             add(digest, CHUNK, 0, found.chunk(digest) if found else None)
     width = DIGEST_SIZES[store.hash_name]
-    body = b"".join(map(bytes.fromhex, packs)) + b"".join(key + row for key, row in sorted(rows.items()))
+    places = [_TAIL.unpack(row)[1::2] for _, row in sorted(rows.items())]
+    order = array("I", sorted(range(len(places)), key=places.__getitem__))
+    if sys.byteorder == "big":
+        order.byteswap()
+    body = b"".join(map(bytes.fromhex, packs)) + b"".join(key + row for key, row in sorted(rows.items())) + order.tobytes()
     rest = _HEAD.pack(MAGIC, b"", store.hash_name.encode(), image.ljust(width, b"\0"), len(packs), len(rows))[24:] + body
     return MAGIC + checksum(rest) + rest
 

@@ -36,6 +36,18 @@ class Refused(CafsError):
         self.exit_code = code
 
 
+def _overlay_on(low: str, up: str, work: str, target: str) -> None:
+    """Over one mounted directory, by descriptor: ':', ',' and '\\' in a path would be read as option syntax."""
+    fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (low, up, work)]
+    try:
+        names = ("lowerdir", "upperdir", "workdir")
+        options = ",".join(f"{name}=/proc/self/fd/{fd}" for name, fd in zip(names, fds, strict=True))
+        linux.mount("overlay", target, "overlay", 0, options)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def _copy_attributes(source: str, target: str) -> None:
     """The container's root is the upper directory: give it what the image's root has."""
     status = os.stat(source)
@@ -179,18 +191,14 @@ class Container:
         linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
         assert self.lower
         _copy_attributes(self.lower.path, os.path.join(self.directory, "upper"))
-        parts = (self.lower.path, os.path.join(self.directory, "upper"), os.path.join(self.directory, "work"))
-        fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in parts]
-        # By descriptor: ':', ',' and '\\' in a path would be read as option syntax.
-        low, up, work = (f"/proc/self/fd/{fd}" for fd in fds)
-        target = os.path.join(self.directory, "rootfs")
+        target, up, work = (os.path.join(self.directory, name) for name in ("rootfs", "upper", "work"))
         try:
-            linux.mount("overlay", target, "overlay", 0, f"lowerdir={low},upperdir={up},workdir={work}")
+            if settings := self.lower.settings():
+                linux.mount_overlay("overlay", target, [*settings, ("upperdir", up), ("workdir", work)])
+            else:
+                _overlay_on(self.lower.path, up, work, target)
         except OSError as error:
             raise UnsupportedError(f"cannot mount the writable layer: {error.strerror}", hint="modprobe overlay") from error
-        finally:
-            for fd in fds:
-                os.close(fd)
         # The overlay has its own hold on the lower mount; our copy of it would keep the server alive until we end.
         linux.umount(self.lower.path, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 

@@ -31,6 +31,13 @@ class Lower:
         self.path = path
         self.lock = lock
 
+    def settings(self) -> list[tuple[str, str]]:
+        """What an overlay over the image has below, for linux.mount_overlay: no overlay can be laid over another."""
+        here = mountinfo.at(self.path)
+        if here and mountinfo.is_kernel(here):
+            return [*here.layers, ("metacopy", "on"), ("redirect_dir", "on"), ("xino", "auto")]
+        return []
+
     def let_go(self) -> None:
         """Do not keep a shared mount any longer."""
         if self.lock >= 0:
@@ -84,7 +91,7 @@ def find(digest: bytes, store_root: str) -> Lower:
     shared = os.path.join(paths.run(), "images")
     for mount in mountinfo.ours():
         point = os.fsdecode(mount.point)
-        is_right = mount.digest == name and mount.fstype == mountinfo.FSTYPE and mountinfo.is_mine(mount)
+        is_right = mount.digest == name and mountinfo.is_mine(mount)
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)
@@ -143,7 +150,7 @@ def _mount_child(name: str, point: str, store_root: str, report: int) -> int:
     from cafs.server import Request
 
     try:
-        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}))
+        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto"))
     except CafsError as error:
         os.write(report, f"{error}\n{error.hint or ''}".encode())
         return error.exit_code

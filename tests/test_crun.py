@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import signal
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, Run
+from tests.conftest import BIN, Run, lazy_pids, mounts_below, wait_until
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
 TOOLS = (
@@ -84,7 +85,7 @@ def leftovers(base: Path) -> list[str]:
     found += [
         line
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if f"{base}/" in line and f"{base}/mnt" not in line
+        if f"{base}/" in line and not re.search(f" {base}/(mnt|run/lazy|run/erofs)", line)  # those are below mnt
     ]
     found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir()]
     return found
@@ -462,3 +463,19 @@ def test_without_root_is_exit_8_with_a_hint(image: Path) -> None:
     if "Permission denied" in done.stderr and "cafs" not in done.stderr:
         pytest.skip("this interpreter cannot be read by another user")
     assert done.returncode == 8 and "root" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("engine", ["kernel", "fuse"])
+def test_a_container_runs_on_either_engine_and_leaves_nothing(home: Path, tmp_path: Path, cmd: Run, engine: str) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    (tmp_path / "rootfs" / "big").write_bytes(b"big" * 3_000_000)
+    if engine == "fuse":
+        (tmp_path / "rootfs" / ".cafs-objects").mkdir()  # what the kernel engine does not mount
+    cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "x:1")
+    script = "echo more >> /etc/group; mv /home /house; grep -c . /etc/group; stat -c %s /big; grep overlay /proc/mounts"
+    done = cmd("crun", "run", "x:1", "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    count, size, line = done.stdout.split(b"\n", 2)
+    assert (count, size) == (b"4", b"9000000") and (b"datadir+" in line) == (engine == "kernel")
+    assert mounts_below(home) == []
+    wait_until(lambda: lazy_pids(home) == [])

@@ -9,14 +9,17 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run, lazy_pids, wait_until
+from tests.faultproxy import Proxy, free_port
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -55,6 +58,12 @@ def tree(tmp_path: Path) -> Path:
 
 def digests(tree: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tree.iterdir()}
+
+
+def cached(home: Path, path: Path) -> Path:
+    """Where the content of a small file is in the cache."""
+    name = hashlib.sha256(path.read_bytes()).hexdigest()
+    return home / "cache" / ".cafs-objects" / name[:2] / name[2:]
 
 
 def pid_of(home: Path, name: str) -> int:
@@ -190,9 +199,8 @@ def test_a_cached_object_that_was_changed_is_healed_at_the_next_mount(
     for name in ("1", "large"):
         assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
-    cached = sorted((home / "cache" / ".cafs-objects").glob("*/*"), key=lambda path: path.stat().st_size)
-    assert len(cached) == 2
-    for path in cached:
+    (large,) = (home / "cache" / ".cafs-objects").glob("*/*.c")
+    for path in (cached(home, tree / "1"), large):
         data = path.read_bytes()
         path.chmod(0o644)
         with open(path, "r+b") as file:
@@ -215,17 +223,43 @@ def test_what_a_crash_of_the_machine_may_have_lost_is_verified_again(
     assert kernel("x:1", tmp_path / "k").returncode == 0
     assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
-    (path,) = (home / "cache" / ".cafs-objects").glob("*/*")
+    path = cached(home, tree / "1")
     status = path.stat()
     path.chmod(0o644)
     path.write_bytes(bytes(status.st_size))  # as after a crash: the right size, zeros
-    ledger = (home / "cache" / "ledger").read_bytes()
+    digest = bytes.fromhex(path.parent.name + path.name)
     now = path.stat()
     stamp = b"".join(value.to_bytes(8, "little") for value in (now.st_size, now.st_mtime_ns, now.st_ctime_ns))
-    (home / "cache" / "ledger").write_bytes(ledger[:40] + stamp)
+    with open(home / "cache" / "ledger", "ab") as file:
+        file.write(digest + bytes(8) + stamp)
     assert b"damaged" not in kernel("x:1", tmp_path / "k").stderr  # nothing tells it by the ledger alone
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
     wait_until(lambda: lazy_pids(home) == [])
     (home / "cache" / "synced").write_text(json.dumps({"boot_id": "another", "time_ns": 1}))
     assert b"was damaged" in kernel("x:1", tmp_path / "k").stderr
     assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
+
+
+def test_a_miss_brings_its_neighbours_and_asks_once(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    port = free_port()
+    with subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", tmp_path]) as server:
+        try:
+            cmd("cafs-index", "create", tree, "-t", "x:1")
+            wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+            with Proxy(("127.0.0.1", port), 0.05) as proxy:
+                assert kernel("x:1", tmp_path / "k", "--store", f"{proxy.url}/store").returncode == 0
+                before = len(proxy.log)
+                threads = [threading.Thread(target=(tmp_path / "k" / name).read_bytes) for name in ("1", "10", "100")]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                wait_until(lambda: cached(home, tree / "101").exists())
+                for name in ("1", "10", "100", "101"):
+                    assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
+                assert len(proxy.log) - before == 1
+                for path in sorted(tree.iterdir()):
+                    assert (tmp_path / "k" / path.name).read_bytes() == path.read_bytes()
+                assert len(proxy.log) - before < 40, "some 25 MB of small files by blocks of 1 MiB, and 3 chunks"
+        finally:
+            server.terminate()

@@ -1,0 +1,97 @@
+"""Fetching neighbours: a miss brings what lies near it in its pack, for what is read together lies together.
+
+One ranged read for each block of a pack, however many ask; what was asked for is put into the cache first, the rest behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cafs import pack
+from cafs.digest import PLAIN
+from cafs.errors import CafsError, CorruptError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.cache import Cache
+    from cafs.objecttable import ObjectTable
+
+    Block = tuple[str, int]
+    Frame = tuple[bytes, int, int]  # digest, offset, size of the frame
+
+SIZE = 1 << 20
+"""Length of a block: in packs of a Debian tree with scikit-learn, its start took 756 reads without and 117 with this."""
+
+_GAP = 128 << 10
+_log = logging.getLogger(__name__)
+
+
+class Windows:
+    """The blocks that are being fetched.  Thread-safe."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._flying: dict[Block, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._behind = ThreadPoolExecutor(2)
+
+    def bring(self, table: ObjectTable, digest: bytes, place: tuple[str, int, int]) -> None:
+        """Fetch an object's block.  Afterwards the object is in the cache, or has to be fetched by itself."""
+        block = place[0], place[1] // SIZE
+        with self._lock:
+            future = self._flying.get(block)
+            is_mine = future is None
+            if future is None:
+                future = self._flying[block] = Future()
+        if not is_mine:
+            try:
+                future.result(self._cache.limit_s)
+            except TimeoutError:
+                pass
+            return
+        try:
+            frames, data = self._fetch(table, place)
+            self._put([frame for frame in frames if frame[0] == digest], data, frames[0][1])
+            rest = [frame for frame in frames if frame[0] != digest]
+            self._behind.submit(self._finish, block, future, rest, data, frames[0][1])
+        except (CafsError, OSError):
+            self._finish(block, future, [], b"", 0)
+        except BaseException:
+            self._finish(block, future, [], b"", 0)
+            raise
+
+    def _finish(self, block: Block, future: Future[None], rest: list[Frame], data: bytes, start: int) -> None:
+        try:
+            self._put(rest, data, start)
+        except (CafsError, OSError) as error:
+            _log.warning("cannot keep what was fetched: %s", error)
+        finally:
+            with self._lock:
+                del self._flying[block]
+            future.set_result(None)
+
+    def _fetch(self, table: ObjectTable, place: tuple[str, int, int]) -> tuple[list[Frame], bytes]:
+        """The frames of a block that are near one another, around the one at PLACE, and the bytes of them all."""
+        frames = [frame for frame in table.block(place[0], place[1] // SIZE * SIZE, SIZE) if not self._is_here(frame, place)]
+        at = next(number for number, frame in enumerate(frames) if frame[1] == place[1])
+        first = last = at
+        while first and frames[first][1] - (frames[first - 1][1] + frames[first - 1][2]) <= _GAP:
+            first -= 1
+        while last + 1 < len(frames) and frames[last + 1][1] - (frames[last][1] + frames[last][2]) <= _GAP:
+            last += 1
+        frames = frames[first : last + 1]
+        start, end = frames[0][1], frames[-1][1] + frames[-1][2]
+        return frames, self._cache.store.backend.read_range(f"packs/{place[0]}", start, end - start)
+
+    def _is_here(self, frame: Frame, place: tuple[str, int, int]) -> bool:
+        return frame[1] != place[1] and self._cache.is_there(frame[0], PLAIN)
+
+    def _put(self, frames: list[Frame], data: bytes, start: int) -> None:
+        """Into the cache, each after it was verified; what is damaged is left out: whoever needs it will ask again."""
+        view = memoryview(data)
+        pieces = (view[offset - start : offset - start + size] for _, offset, size in frames)
+        for (digest, _, _), one in zip(frames, pack.decode_frames(pieces), strict=True):
+            if not isinstance(one, CorruptError) and one[1] == PLAIN and self._cache.store.hash(one[0]) == digest:
+                self._cache.keep(digest, PLAIN, one[0])
