@@ -9,6 +9,7 @@ usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from cafs.lazy import Lazy
 
 CONFIG = "config.json"
-PID_FILE, WORKER_FILE = "supervisor", "worker"
+PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, MOUNT_POINT = "leases", "images", "mnt"
 _SOON_S = 1.0
 _WAIT_MAX_S = 2.0
@@ -41,6 +42,47 @@ def start(role: str, state: str, fd: int, peer: int) -> subprocess.Popen[bytes]:
     null = subprocess.DEVNULL
     command = _command(role, state, fd, peer)
     return subprocess.Popen(command, pass_fds=keep, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
+
+
+def begin(state: str, fd: int) -> None:
+    """Start both for a file system that was just mounted: by fork, for the caller has loaded what the worker needs.
+
+    The supervisor then runs the program anew, to be small.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        if os.fork():
+            os._exit(0)  # nobody has to wait for the supervisor
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        mine = os.pidfd_open(os.getpid())
+        _close_all_but(fd, mine)
+        _note(state, PID_FILE)
+        worker = os.fork()
+        if not worker:
+            os.setsid()
+            work(state, fd, mine)
+            os._exit(0)
+        peer = os.pidfd_open(worker)
+        for one in (fd, peer):
+            os.set_inheritable(one, True)
+        os.execv(sys.executable, _command("supervisor", state, fd, peer))
+    finally:
+        os._exit(1)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Whoever waits for the end of a pipe or a lock of the caller's must not wait for us."""
+    first = 3
+    for one in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
+        os.closerange(first, one)
+        first = one + 1
 
 
 def _command(role: str, state: str, fd: int, peer: int) -> list[str]:
@@ -56,7 +98,7 @@ def is_unmounted(fd: int) -> bool:
 
 def supervise(state: str, fd: int, peer: int) -> None:
     """Keep a worker alive until the file system is unmounted, then remove STATE."""
-    atomic.replace_file(os.path.join(state, PID_FILE), b"%d\n" % os.getpid(), 0o600)
+    _note(state, PID_FILE)
     mine = os.pidfd_open(os.getpid())
     again = _on_hangup()
     wait_s = 0.0
@@ -76,16 +118,24 @@ def supervise(state: str, fd: int, peer: int) -> None:
     remove_state(state)
 
 
+def _note(state: str, name: str) -> None:
+    """Write our pid, and hold a lock for as long as we live."""
+    atomic.replace_file(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
+    fcntl.flock(os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), fcntl.LOCK_SH)
+
+
 def is_alive(state: str) -> bool:
     """Whether one of the two lives."""
-    for name in (PID_FILE, WORKER_FILE):
-        try:
-            pid = int(atomic.read_file(os.path.join(state, name), 32))
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if state.encode() in file.read():
-                    return True
-        except (OSError, ValueError):
-            continue
+    try:
+        fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
     return False
 
 
@@ -151,7 +201,7 @@ def work(state: str, fd: int, peer: int) -> None:
     serving = fusedev.Server(fd, files, config["limit_s"])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: serving.stop())
-    atomic.replace_file(os.path.join(state, WORKER_FILE), b"%d\n" % os.getpid(), 0o600)
+    _note(state, WORKER_FILE)
     holder = Holder(
         store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, "leases")
     )

@@ -49,15 +49,16 @@ def mounts_below(path: Path) -> list[str]:
 
 
 def lazy_pids(home: Path) -> list[int]:
-    """Of all supervisors and workers that this test has made."""
-    found = []
+    """Of all supervisors and workers that this test has made, also of those whose directory is gone."""
+    found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if f"{home}/run/lazy/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
+            held = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
         except OSError:
             continue
-    return found
+        if any(path.startswith(f"{home}/run/lazy/") and "/alive" in path for path in held):
+            found.add(int(pid))
+    return sorted(found)
 
 
 def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
