@@ -39,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while start < end:
                 start += os.sendfile(self.connection.fileno(), fd, start, end - start)
+        except ConnectionError:
+            self.close_connection = True  # a client that ends
         finally:
             os.close(fd)
 

@@ -39,12 +39,12 @@ def cold() -> None:
 class Mounted:
     """A mount of the image; seconds: how long mounting took."""
 
-    def __init__(self, base: str, engine: str, store: str, cache: str) -> None:
+    def __init__(self, base: str, engine: str, store: str, cache: str, *more: str) -> None:
         self.point = os.path.join(base, "mnt")
         os.makedirs(self.point, exist_ok=True)
         os.environ.update(CAFS_CACHE=cache, CAFS_RUN=os.path.join(base, "run"))
         began = time.perf_counter()
-        subprocess.run([MOUNT, "--engine", engine, "--store", store, "bench:1", self.point], check=True)
+        subprocess.run([MOUNT, "--engine", engine, "--store", store, *more, "bench:1", self.point], check=True)
         self.seconds = time.perf_counter() - began
 
     def __enter__(self) -> "Mounted":
@@ -60,13 +60,14 @@ def one_round(tree: str, base: str, url: str) -> dict[str, float]:
     found["native cold"] = start(tree)
     found["native warm"] = start(tree)
     found["find native"] = find(tree)
-    shutil.rmtree(cache, ignore_errors=True)
+    for name, profile in (("no profile", "none"), ("profile", "default")):
+        shutil.rmtree(cache, ignore_errors=True)
+        cold()
+        with Mounted(base, "kernel", url, cache, "--prefetch", profile) as mounted:
+            found[f"nothing here, {name}, mount alone"] = mounted.seconds
+            found[f"nothing here, {name}"] = start(mounted.point) + mounted.seconds
     cold()
-    with Mounted(base, "kernel", url, cache) as mounted:
-        found["kernel, nothing here (mount)"] = mounted.seconds
-        found["kernel, nothing here"] = start(mounted.point) + mounted.seconds
-    cold()
-    with Mounted(base, "kernel", url, cache) as mounted:
+    with Mounted(base, "kernel", url, cache, "--prefetch", "none") as mounted:
         found["kernel cold"] = start(mounted.point)
         found["kernel warm"] = start(mounted.point)
         find(mounted.point)
@@ -86,12 +87,19 @@ def main() -> None:
     os.makedirs(base, exist_ok=True)
     os.environ["CAFS_CACHE"] = f"{base}/cache"
     create_image(Options(tree, jobs=2), f"{base}/store", "bench:1")
+    record = f"{base}/record"
+    with Mounted(base, "kernel", f"{base}/store", f"{base}/cache", "--record", record) as mounted:
+        start(mounted.point)
+    index = os.path.join(os.path.dirname(sys.executable), "cafs-index")
+    subprocess.run([index, "profile", "bench:1", "--from", record, "--store", f"{base}/store"], check=True)
+    os.unlink(record)
     command = [sys.executable, os.path.join(HERE, "serve.py"), base, str(DELAY_S)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/store"
         rounds = [one_round(tree, base, url) for _ in range(int(sys.argv[2]) if sys.argv[2:] else 5)]
     middle = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    against = {"kernel warm": "native warm", "kernel cold": "native cold", "kernel, nothing here": "native cold"}
+    against = {"kernel warm": "native warm", "kernel cold": "native cold"}
+    against |= {f"nothing here, {name}": "native cold" for name in ("no profile", "profile")}
     against |= {"fuse warm": "native warm", "find kernel": "find native"}
     for name, seconds in middle.items():
         ratio = f"\t{seconds / middle[against[name]]:.2f} x {against[name]}" if name in against else ""

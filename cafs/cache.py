@@ -122,12 +122,17 @@ class Cache:
             pass
         with self.single_flight((digest, CHUNK_LIST)):
             data = self.store.read_object(digest, CHUNK_LIST, hint)
+        self.keep_list(digest, data)
+        return data
+
+    def keep_list(self, digest: bytes, data: bytes) -> None:
+        """Put a chunk list that was verified, if that can be done."""
+        path = os.path.join(self.root, "lists", digest.hex())
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             atomic.replace_file(path, data, 0o444)
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.root, error.strerror)
-        return data
 
     def _open_cached(self, digest: bytes, kind: int) -> int | None:
         """Open what is cached; verify it unless this process did.  What is damaged is set aside."""

@@ -40,6 +40,14 @@ class ChunkList:
         """Number of chunks, the last one may be short."""
         return -(-self.size // self.chunk_size)
 
+    def digest_at(self, chunk: int) -> bytes:
+        """Digest of chunk number CHUNK, empty for zeros."""
+        for count, digest in self.runs:
+            if chunk < count:
+                return digest
+            chunk -= count
+        return b""
+
     def length_at(self, chunk: int) -> int:
         """Bytes in chunk number CHUNK."""
         return min(self.chunk_size, self.size - chunk * self.chunk_size)

@@ -46,11 +46,12 @@ class Report:
 
 @dataclass(slots=True)
 class _Live:
-    """What is needed: names of meta files, objects, and the indexes that need them."""
+    """What is needed: names of meta files, objects, the indexes that need them, names of images that may have profiles."""
 
     names: set[str] = field(default_factory=set)
     objects: set[Key] = field(default_factory=set)
     indexes: dict[bytes, Index] = field(default_factory=dict)
+    profiled: set[str] = field(default_factory=set)
     images: int = 0
 
 
@@ -83,6 +84,7 @@ class _Pass:
         self.report.images, self.report.objects = live.images, len(live.objects)
         sizes = {one.name: one.size for one in self.store.backend.list("meta")}
         dead = {f"meta/{name}": size for name, size in sizes.items() if _is_meta(name) and f"meta/{name}" not in live.names}
+        dead |= self._dead_profiles(live)
         dead |= self._dead_packs(live)
         now = time.time()
         listed = {name: self.known.get(name) or Candidate(name, now, None) for name in dead}
@@ -106,7 +108,8 @@ class _Pass:
             return []
         live = self._mark()
         is_same = live.objects <= before.objects
-        return [name for name in ripe if name not in live.names and (is_same or not name.startswith("packs/"))]
+        kept = live.names | {name for name in ripe if name.startswith("profiles/") and name.split("/")[1] in live.profiled}
+        return [name for name in ripe if name not in kept and (is_same or not name.startswith("packs/"))]
 
     def _mark(self) -> _Live:
         """From refs, and from the leases of mounts."""
@@ -123,6 +126,7 @@ class _Pass:
                 raise CorruptError(f"cannot collect: {error}", hint="cafs-store fsck; nothing was deleted") from error
             live.images += 1
             live.names.add(self.store.meta_name(digest, "image"))
+            live.profiled.add(self.store.name_of(digest).hex())
             live.names |= {self.store.meta_name(one, image.METADATA) for one in found.metadata if one}
             for layer in found.layers:
                 live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}
@@ -137,6 +141,14 @@ class _Pass:
             index = image.load_layer(self.store, layer)
             self._layers[layer] = index, {(self.store.name_of(digest), kind) for digest, kind in wanted(self.store, index)}
         return self._layers[layer]
+
+    def _dead_profiles(self, live: _Live) -> dict[str, int]:
+        """Names and sizes of profiles whose images are dead."""
+        try:
+            listed = self.store.backend.list("profiles")
+        except FileNotFoundError:
+            return {}
+        return {f"profiles/{one.name}": one.size for one in listed if one.name.partition("/")[0] not in live.profiled}
 
     def _dead_packs(self, live: _Live) -> dict[str, int]:
         """Names and sizes of packs that nothing needs, once those that are mostly dead have been copied."""
@@ -209,7 +221,7 @@ class _Pass:
     def _delete(self, names: list[str]) -> None:
         """Manifests, then what they name, then packs, which leave packs/list first."""
         backend = self.store.backend
-        metas = sorted((name for name in names if name.startswith("meta/")), key=lambda name: not name.endswith(".image"))
+        metas = sorted((name for name in names if not name.startswith("packs/")), key=lambda name: not name.endswith(".image"))
         packs = [name for name in names if name.startswith("packs/")]
         for name in metas:
             _remove(self.store, name)

@@ -101,6 +101,7 @@ class DirectoryBackend(Backend):
         return self.path("tmp")
 
     def publish(self, temporary: str, name: str) -> None:
+        self._make_parents(name)
         atomic.publish(temporary, self.path(name), replace=True)
 
     def settle(self) -> None:

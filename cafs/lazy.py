@@ -16,12 +16,13 @@ import threading
 import time
 from collections import OrderedDict
 
-from cafs import fusedev, objecttable
-from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN
+from cafs import atomic, fusedev, objecttable
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound
 from cafs.objecttable import ObjectTable
 from cafs.partial import ChunkedFile
 from cafs.store import FORMAT_FILE
+from cafs.stream import Stream
 from cafs.window import Windows
 
 TYPE_CHECKING = False
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from cafs.cache import Cache
+    from cafs.record import Recorder
 
 OBJECTS = b".cafs-objects"
 _OBJECTS_NODE = 2
@@ -43,12 +45,19 @@ _log = logging.getLogger(__name__)
 
 
 class Lazy:
-    """The answers.  state: directory of the tables.  noticed: called when there are new ones.  Thread-safe."""
+    """The answers.  state: directory of the tables.  noticed: called when there are new ones.  Thread-safe.
 
-    def __init__(self, state: str, cache: Cache, noticed: Callable[[], None] = lambda: None) -> None:
+    recorder: is told of every read.
+    """
+
+    def __init__(
+        self, state: str, cache: Cache, recorder: Recorder | None = None, noticed: Callable[[], None] = lambda: None
+    ) -> None:
         self.state = state
         self.cache = cache
+        self.recorder = recorder
         self.noticed = noticed
+        self.streams: dict[str, Stream] = {}
         self.windows = Windows(cache)
         self.tables: dict[int, ObjectTable] = {}
         self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
@@ -78,7 +87,29 @@ class Lazy:
                 found = True
         if found:
             self.noticed()
+        self._look_for_streams()
         return found
+
+    def _look_for_streams(self) -> None:
+        """Begin to bring the profiles that are asked for: state/prefetch/N holds the name of a file of the store."""
+        directory = os.path.join(self.state, "prefetch")
+        for name in sorted(os.listdir(directory)):
+            if name in self.streams or name.startswith("tmp."):
+                continue
+            file = atomic.read_file(os.path.join(directory, name), 4096).decode()
+            stream = self.streams[name] = Stream(self.cache, file, self._large)
+            threading.Thread(target=stream.run, daemon=True).start()
+
+    def _large(self, digest: bytes, is_wanted: bool) -> ChunkedFile | None:
+        """The open large file of a chunk list, for a stream; or the end of that."""
+        node = self._find(object_name(digest, CHUNK_LIST).encode())
+        if node is None:
+            return None
+        if not is_wanted:
+            self._let_go(node)
+            return None
+        found = self._opened(node)
+        return found if not isinstance(found, int) else None
 
     # --- what the protocol asks ----------------------------------------------------------------------------------
 
@@ -103,6 +134,9 @@ class Lazy:
 
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         """What is at hand: of a file that is open here."""
+        if self.recorder:
+            digest, kind, _, _ = self._table(node).record(node & 0xFFFF_FFFF)
+            self.recorder.saw(digest, kind, offset, size)
         with self._lock:
             found = self._open.get(node)
             if found is None:
@@ -119,7 +153,11 @@ class Lazy:
         try:
             found = self._opened(node)
             try:
-                return os.pread(found, size, offset) if isinstance(found, int) else found.read(offset, size)
+                if isinstance(found, int):
+                    return os.pread(found, size, offset)
+                for chunk in found.chunks_at(offset, size):
+                    self._await(chunk)
+                return found.read(offset, size)
             finally:
                 self._let_go(node)
         except CafsError as error:
@@ -197,6 +235,11 @@ class Lazy:
                     raise
             time.sleep(_PAUSE_S)
 
+    def _await(self, digest: bytes) -> None:
+        """Wait for what a stream is about to bring."""
+        for stream in list(self.streams.values()):
+            stream.wait(digest)
+
     def _is_there(self) -> bool:
         try:
             return self.cache.store.backend.exists(FORMAT_FILE)
@@ -206,6 +249,7 @@ class Lazy:
     def _make(self, node: int) -> int | ChunkedFile:
         table = self._table(node)
         digest, kind, size, place = table.record(node & 0xFFFF_FFFF)
+        self._await(digest)
         if kind == CHUNK_LIST:
             file = ChunkedFile(self.cache, digest, place, table)
             if file.listed.size != size:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
-LEASES, IMAGES, MOUNT_POINT = "leases", "images", "mnt"
+LEASES, IMAGES, PREFETCH, MOUNT_POINT = "leases", "images", "prefetch", "mnt"
 _SOON_S = 1.0
 _WAIT_MAX_S = 2.0
 
@@ -141,12 +141,12 @@ def is_alive(state: str) -> bool:
 
 def remove_state(state: str) -> None:
     """Remove the directory of a LAZY that has ended; nothing is mounted in it any more."""
-    for directory in (IMAGES, ""):
+    for directory in (IMAGES, PREFETCH, ""):
         top = os.path.join(state, directory)
         for name in os.listdir(top):
             if not os.path.isdir(os.path.join(top, name)):
                 atomic.unlink_quietly(os.path.join(top, name))
-    for directory in (IMAGES, MOUNT_POINT, ""):
+    for directory in (IMAGES, PREFETCH, MOUNT_POINT, ""):
         try:
             os.rmdir(os.path.join(state, directory))
         except OSError:
@@ -191,13 +191,15 @@ def work(state: str, fd: int, peer: int) -> None:
     from cafs.cache import Cache
     from cafs.holder import Holder
     from cafs.lazy import Lazy
+    from cafs.record import Recorder
     from cafs.store import Store
 
     server.log_to(config["log"], os.path.join(state, "log"))
     linux.raise_descriptor_limit()
     store = Store(config["store"], (config["hash"], config["chunk_size"]))
     cache = Cache(config["cache"], store, limit_s=config["limit_s"])
-    files = Lazy(state, cache)
+    recorder = Recorder(config["record"], store.hash_name, store.chunk_size) if config["record"] else None
+    files = Lazy(state, cache, recorder)
     serving = fusedev.Server(fd, files, config["limit_s"])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: serving.stop())

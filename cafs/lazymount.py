@@ -30,8 +30,14 @@ class LazyMount:
         self.state = state
         self.point = os.path.join(state, lazyd.MOUNT_POINT)
 
-    def add(self, image: bytes, table: bytes) -> None:
-        """Make the objects of an image known, and wait until the image is held, as far as the store can be written to."""
+    def add(self, image: bytes, table: bytes, profile: str = "") -> None:
+        """Make the objects of an image known, and wait until the image is held, as far as the store can be written to.
+
+        profile: the name in the store of a hot pack to bring into the cache.
+        """
+        if profile:
+            name = hashlib.sha256(profile.encode()).hexdigest()[:16]
+            atomic.replace_file(os.path.join(self.state, lazyd.PREFETCH, name), profile.encode(), 0o600)
         directory = os.path.join(self.state, lazyd.IMAGES)
         numbers = [int(name) for name in os.listdir(directory) if re.fullmatch("[1-9][0-9]*", name)]
         if not any(_is_of(os.path.join(directory, str(number)), image) for number in numbers):
@@ -52,25 +58,29 @@ def _is_of(path: str, image: bytes) -> bool:
         return False
 
 
-def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None) -> LazyMount:
-    """The LAZY of a store and a cache, started if there is none.  run: directory of them all.  Raises CafsError."""
+def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None, record: str | None = None) -> LazyMount:
+    """The LAZY of a store and a cache, started if there is none.  run: directory of them all.  Raises CafsError.
+
+    record: a file to record reads to; such a LAZY is for one mount alone.
+    """
     text = "\0".join((store.backend.identity, store.scope_id, os.path.realpath(cache), str(os.geteuid())))
     name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    for mount in mountinfo.mounts():
+    for mount in mountinfo.mounts() if not record else []:
         state = os.path.dirname(os.fsdecode(mount.point))
         if mount.fstype == FSTYPE and os.path.dirname(state) == run and os.path.basename(state).startswith(name):
             if mountinfo.answers(os.fsdecode(mount.point)):
                 return LazyMount(state)
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-    state = os.path.join(run, f"{name}.{os.urandom(4).hex()}")
-    os.makedirs(os.path.join(state, lazyd.MOUNT_POINT), mode=0o700)
-    os.makedirs(os.path.join(state, lazyd.IMAGES), mode=0o700)
+    state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
+    for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.PREFETCH):
+        os.makedirs(os.path.join(state, directory), mode=0o700)
     config = {
         "cache": os.path.realpath(cache),
         "chunk_size": store.chunk_size,
         "hash": store.hash_name,
         "limit_s": limit_s,
         "log": log,
+        "record": record,
         "store": store.root,
     }
     with open(os.path.join(state, lazyd.CONFIG), "x", encoding="utf-8") as file:

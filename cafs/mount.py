@@ -30,8 +30,8 @@ def mount(request: Request) -> str | None:
         done, note = _with_kernel(request)
         if done:
             return note
-    if request.upper:
-        raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel")
+    if request.upper or request.record:
+        raise UnsupportedError("only the kernel engine can be written to, or recorded", hint="--engine kernel shows why not")
     index, identity, store = image.load_index(request.name, request.store)
     if store is None:
         image.check_hash(index, request.name, Store(request.store))

@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 import subprocess
+import time
 from contextlib import contextmanager
 
-from cafs import atomic, erofs, lazyd, lazymount, linux, mountinfo, objecttable, paths, quota, server
+from cafs import atomic, erofs, lazyd, lazymount, linux, mountinfo, objecttable, paths, profile, quota, server
 from cafs.cache import Cache
-from cafs.errors import CafsError, FormatError, UnsupportedError, os_error, quote
+from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, os_error, quote
 from cafs.image import METADATA, load_layer
 
 TYPE_CHECKING = False
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ENGINE = "kernel"
 _METADATA_MAX = 1 << 32
+_RECORD_WAIT_S = 5.0
 
 
 def mount(request: Request, found: Image, store: Store) -> None:
@@ -46,9 +48,11 @@ def mount(request: Request, found: Image, store: Store) -> None:
             request.warnings.append(f"cached object {name} was damaged: set aside")
         quota.note_use(cache, found.digest, objecttable.ObjectTable(table).objects())
         try:
-            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log)
-            lazy.add(found.digest, table)
-            _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], cache, lazy.point)
+            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log, request.record)
+            lazy.add(found.digest, table, _profile(request, store, found.digest))
+            # Without the cache LAZY sees every first read.
+            data = [lazy.point] if request.record else [cache, lazy.point]
+            _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], data)
             names = [os.path.basename(path) for path in layers]
             server.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
         except BaseException:
@@ -59,9 +63,14 @@ def mount(request: Request, found: Image, store: Store) -> None:
 def unmount(point: str) -> None:
     """Unmount, and whatever was mounted for it alone.  Raises OSError."""
     with _lock():
+        here = mountinfo.at(point)
+        state = os.path.dirname(here.layers[-1][1]) if here and here.layers else ""
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
         atomic.unlink_quietly(server.record_path(point))
         tidy()
+    deadline = time.monotonic() + _RECORD_WAIT_S
+    while os.path.basename(state).startswith("record.") and os.path.exists(state) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the record is whole when its server has ended
 
 
 def tidy() -> None:
@@ -184,9 +193,19 @@ def _mount_erofs(path: str) -> str:
     return point
 
 
-def _mount_overlay(request: Request, digest: bytes, layers: list[str], cache: str, lazy: str) -> None:
-    """layers: base first."""
-    settings = [("lowerdir+", layer) for layer in reversed(layers)] + [("datadir+", cache), ("datadir+", lazy)]
+def _profile(request: Request, store: Store, image: bytes) -> str:
+    """File of the profile to bring, '' if none.  Raises NotFound if one is asked for that is not there."""
+    wanted = request.prefetch
+    if wanted == "none" or request.record:
+        return ""
+    if wanted and not profile.exists(store, image, wanted):
+        raise NotFound(f"image {image.hex()} has no profile {quote(wanted)}", hint="cafs-index profile")
+    return profile.file_name(store, image, wanted or profile.DEFAULT)
+
+
+def _mount_overlay(request: Request, digest: bytes, layers: list[str], data: list[str]) -> None:
+    """layers: base first.  data: where the objects are."""
+    settings = [("lowerdir+", layer) for layer in reversed(layers)] + [("datadir+", path) for path in data]
     settings += [("metacopy", "on"), ("xino", "auto")]
     attributes = linux.MOUNT_ATTR_RDONLY
     if request.upper:

@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from typing_extensions import Buffer
+
     from cafs.cache import Cache
     from cafs.chunks import ChunkList
     from cafs.locator import Locator, Place
@@ -95,6 +97,22 @@ class ChunkedFile:
         parts = [self._ready(*part) for part in self._parts(offset, size)]
         return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
 
+    def keep(self, number: int, data: Buffer) -> None:
+        """Put a chunk that was verified, if it is not there."""
+        if self._fd < 0 or number in self._verified or memoryview(data).nbytes != self.listed.length_at(number):
+            return
+        try:
+            self._write(number, data)
+        except OSError as error:
+            _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
+            return
+        self.cache.count_miss(memoryview(data).nbytes)
+        self._mark(number)
+
+    def chunks_at(self, offset: int, size: int) -> list[bytes]:
+        """The digests of the chunks of a range that would have to be fetched."""
+        return [self._digest(number) for number, _, _ in self._parts(offset, size) if number not in self._verified]
+
     def _parts(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
         """(chunk, offset in it, length) of what makes up a range."""
         size = max(min(size, self.listed.size - offset), 0)
@@ -145,7 +163,7 @@ class ChunkedFile:
             self._mark(number)
         return data
 
-    def _write(self, number: int, data: bytes) -> None:
+    def _write(self, number: int, data: Buffer) -> None:
         """Put a chunk in its place; also into a whole file in which it was damaged."""
         offset = number * self.listed.chunk_size
         if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE:

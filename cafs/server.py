@@ -35,6 +35,7 @@ class Request:
     """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process.
 
     engine: auto, kernel or fuse.  upper: a directory for what is written to a kernel mount.  why: the engine is another.
+    record: a file to record reads to.  prefetch: a profile, '' for the default one if there is one, or 'none'.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Request:
         foreground: bool = False,
         engine: str = "fuse",
         upper: str | None = None,
+        record: str | None = None,
+        prefetch: str = "",
     ) -> None:
         self.name = name
         self.point = os.path.realpath(point)
@@ -59,6 +62,8 @@ class Request:
         self.foreground = foreground
         self.engine = engine
         self.upper = upper and os.path.abspath(upper)
+        self.record = record and os.path.abspath(record)
+        self.prefetch = prefetch
         self.why = ""
         self.warnings: list[str] = []
 

@@ -320,6 +320,36 @@ def _chosen(index: Index, paths: tuple[str, ...], image: str) -> Iterator[Entry]
             yield index.entry(number)
 
 
+@main.command()
+@click.argument("image")
+@click.option("--from", "records", multiple=True, metavar="FILE", required=True, help="A record of cafs-mount; repeatable.")
+@click.option("--name", default="default", help="Name of the profile (default).")
+@click.option("--show", is_flag=True, help="Store nothing; show what was read when.")
+@json_option()
+@store_option()
+@quiet_option(used=False)
+def profile(image: str, records: tuple[str, ...], name: str, show: bool, as_json: bool, store: str | None) -> None:
+    """Make a profile of IMAGE from records, for mounts to bring.
+
+    Records are written by cafs-mount.
+    """
+    from cafs import image as images
+    from cafs.profile import make
+    from cafs.record import parse
+    from cafs.store import Store
+    from cli._timeline import show_reads
+
+    opened = Store(store_root(store))
+    found = images.resolve(opened, image)
+    reads = [read for file in records for read in parse(file, opened.hash_name)]
+    if show:
+        show_reads(reads, as_json)
+        return
+    count = make(opened, found.digest, reads, name)
+    if as_json:
+        write_json({"image": found.digest.hex(), "name": name, "objects": count})
+
+
 def entry() -> None:
     """The console script."""
     run(main, PROGRAM)

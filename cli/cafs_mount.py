@@ -16,6 +16,8 @@ PROGRAM = "cafs-mount"
 @click.argument("directory", required=False, metavar="DIR")
 @click.option("--engine", type=click.Choice(["auto", "kernel", "fuse"]), default="auto", help="How to mount (default: auto).")
 @click.option("--rw", "upper", metavar="UPPERDIR", help="Let it be written to; changes go to UPPERDIR/upper.")
+@click.option("--record", metavar="FILE", help="Write what is read to FILE, for cafs-index profile.")
+@click.option("--prefetch", metavar="PROFILE|none", default="", help="Bring this profile (default: 'default').")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to stderr.")
 @click.option("--log", metavar="FILE", help="Log to FILE instead of syslog.")
 @click.option("--timeout", type=click.FloatRange(0.1, 3600), default=60.0, help="Seconds for a fetch, then EIO (60).")
@@ -32,6 +34,8 @@ def main(
     directory: str | None,
     engine: str,
     upper: str | None,
+    record: str | None,
+    prefetch: str,
     foreground: bool,
     log: str | None,
     timeout: float,
@@ -80,6 +84,8 @@ def main(
         foreground=foreground,
         engine=engine,
         upper=upper,
+        record=record,
+        prefetch=prefetch,
     )
     note = mounting.mount(request)
     for warning in request.warnings:

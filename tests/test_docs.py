@@ -14,7 +14,7 @@ from tests.conftest import BIN
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
-    "cafs-index": ["create", "ls", "stat", "cat", "diff", "verify", "du", "merge", "export"],
+    "cafs-index": ["create", "ls", "stat", "cat", "diff", "verify", "du", "merge", "export", "profile"],
     "cafs-mount": [],
     "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull"],
     "crun": ["run"],

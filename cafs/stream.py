@@ -1,0 +1,143 @@
+"""Bringing a hot pack into the cache: one sequential read, ahead of the workload that it was recorded from.
+
+A miss that the stream is about to bring waits for it, unless it is far ahead: then it is fetched at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from cafs import pack
+from cafs.digest import CHUNK_LIST, PLAIN
+from cafs.errors import CafsError, CorruptError, FormatError
+from cafs.ordered import ordered_map
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cafs.cache import Cache
+    from cafs.partial import ChunkedFile
+
+    Key = tuple[bytes, int]
+    Frame = tuple[bytes, int, int, int]  # name of the object, kind, offset, size of the frame
+
+WINDOW = 1 << 20
+_AT_ONCE = 4
+_AHEAD = 2 * WINDOW
+_FOOTER_MAX = 1 << 28
+_log = logging.getLogger(__name__)
+
+
+class Stream:
+    """One hot pack on its way into a cache.  file: its name in the store.
+
+    large: gives the open file of a chunk list, which stays open until the stream calls it again with False.
+    """
+
+    def __init__(self, cache: Cache, file: str, large: Callable[[bytes, bool], ChunkedFile | None]) -> None:
+        self._cache = cache
+        self._large = large
+        self._file = file
+        self._waiting: dict[bytes, int] = {}  # name of an object -> offset
+        self._position = 0
+        self._is_known = False
+        self._thread = 0
+        self._arrived = threading.Condition()
+        self._files: dict[bytes, tuple[ChunkedFile, int]] = {}  # chunk -> where it belongs
+        self._open: list[bytes] = []
+
+    def run(self) -> None:
+        """Bring all of it; what goes wrong is a line in the log, and whoever waits goes on by himself."""
+        self._thread = threading.get_ident()
+        try:
+            frames = self._frames()
+            with self._arrived:
+                self._waiting, self._is_known = {name: offset for name, _, offset, _ in frames}, True
+                self._arrived.notify_all()
+            for window, data in ordered_map(self._fetch, _windows(frames), _AT_ONCE, window=2 * _AT_ONCE):
+                self._take(window, data)
+        except FileNotFoundError:
+            pass  # most images have none
+        except (CafsError, OSError) as error:
+            _log.warning("cannot bring profile %s: %s", self._file, error)
+        finally:
+            with self._arrived:
+                self._waiting, self._is_known = {}, True
+                self._arrived.notify_all()
+            for digest in self._open:
+                self._large(digest, False)
+
+    def wait(self, digest: bytes) -> None:
+        """Wait for an object, or a chunk, that is about to come, and at first for the list of what will."""
+        if threading.get_ident() == self._thread:
+            return  # it opens a large file to put chunks into it
+        name = self._cache.store.name_of(digest)
+
+        def is_over() -> bool:
+            return self._is_known and self._waiting.get(name, 1 << 62) - self._position > _AHEAD
+
+        with self._arrived:
+            self._arrived.wait_for(is_over, self._cache.limit_s)
+
+    def _frames(self) -> list[Frame]:
+        """What is in the pack, in its order."""
+        backend = self._cache.store.backend
+        tail, size = backend.read_tail(self._file, 1 << 18)
+        length = pack.footer_size(tail[-pack.FOOTER.size :])
+        if length > min(size, _FOOTER_MAX):
+            raise FormatError("profile is cut off")
+        footer = tail[-length:] if length <= len(tail) else backend.read_range(self._file, size - length, length)
+        records = pack.decode_footer(footer, size)
+        if records.hash_name != self._cache.store.hash_name:
+            raise FormatError("profile of another hash")
+        return sorted((row[:4] for row in records.rows()), key=lambda row: row[2])
+
+    def _fetch(self, window: list[Frame]) -> tuple[list[Frame], bytes]:
+        start, end = window[0][2], window[-1][2] + window[-1][3]
+        return window, self._cache.store.backend.read_range(self._file, start, end - start)
+
+    def _take(self, window: list[Frame], data: bytes) -> None:
+        """Put a window into the cache, each object after it was verified."""
+        store, view, start = self._cache.store, memoryview(data), window[0][2]
+        pieces = (view[offset - start : offset - start + size] for _, _, offset, size in window)
+        for (name, kind, offset, _), one in zip(window, pack.decode_frames(pieces), strict=True):
+            if not isinstance(one, CorruptError) and one[1] == kind:
+                digest = store.hash(one[0])
+                if store.name_of(digest) == name:
+                    self._keep(digest, kind, one[0])
+            with self._arrived:
+                self._waiting.pop(name, None)
+                self._position = offset
+                self._arrived.notify_all()
+
+    def _keep(self, digest: bytes, kind: int, data: memoryview) -> None:
+        if kind == CHUNK_LIST:
+            self._cache.keep_list(digest, bytes(data))
+            file = self._large(digest, True)
+            if file is None:
+                return
+            self._open.append(digest)
+            at = 0
+            for count, chunk in file.listed.runs:
+                if chunk:
+                    self._files.setdefault(chunk, (file, at))
+                at += count
+        elif digest in self._files:
+            file, number = self._files[digest]
+            file.keep(number, data)
+        elif not self._cache.is_there(digest, PLAIN):
+            self._cache.keep(digest, PLAIN, data)
+
+
+def _windows(frames: list[Frame]) -> Iterator[list[Frame]]:
+    """Groups of frames of about WINDOW bytes."""
+    window: list[Frame] = []
+    for frame in frames:
+        if window and frame[2] + frame[3] - window[0][2] > WINDOW:
+            yield window
+            window = []
+        window.append(frame)
+    if window:
+        yield window

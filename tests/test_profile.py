@@ -1,0 +1,145 @@
+"""Profiles: what a run read is recorded, and the next cold run gets it in one sequential read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cafs.collect import collect
+from cafs.store import Store
+from tests.conftest import Run, lazy_pids, wait_until
+from tests.faultproxy import Proxy, free_port
+
+pytestmark = pytest.mark.needs("root", "fuse", "busybox")
+ORDER = ["90", "5", "33", "71", "2"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    root.mkdir()
+    rng = random.Random(1)
+    for number in range(100):
+        (root / f"{number}").write_bytes(rng.randbytes(60_000))
+    (root / "large").write_bytes(rng.randbytes(30 << 20))
+    return root
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    """The test's directory by HTTP, 30 ms a request."""
+    port = free_port()
+    with subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", tmp_path]) as server:
+        try:
+            wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+            with Proxy(("127.0.0.1", port), 0.03) as proxy:
+                yield proxy
+        finally:
+            server.terminate()
+
+
+def run(point: Path, tree: Path) -> None:
+    """The workload: some files, and 100 bytes in the middle of the large one."""
+    for name in ORDER:
+        assert (point / name).read_bytes() == (tree / name).read_bytes()
+    with open(point / "large", "rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 100, 17 << 20) == (tree / "large").read_bytes()[17 << 20 :][:100]
+
+
+def record(cmd: Run, kernel: Run, tmp_path: Path, tree: Path) -> list[list[str]]:
+    assert kernel("x:1", tmp_path / "k", "--record", tmp_path / "record").returncode == 0
+    run(tmp_path / "k", tree)
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    header, *lines = (tmp_path / "record").read_text().splitlines()
+    assert header == "cafs-record 1 sha256"
+    return [line.split() for line in lines]
+
+
+def test_a_recording_mount_writes_first_reads_in_order_also_of_what_is_cached(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert cmd("cafs-store", "pull", "x:1").returncode == 0
+    lines = record(cmd, kernel, tmp_path, tree)
+    names = [hashlib.sha256((tree / name).read_bytes()).hexdigest() for name in ORDER]
+    assert [line[1] for line in lines[:5]] == names
+    large = [line for line in lines[5:] if line[1].endswith(".c")]
+    assert len(large) == len(lines) - 5 and str(16 << 20) in {line[2] for line in large}
+    shown = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record", "--show", "--json").stdout.splitlines()
+    assert [json.loads(line)["object"] for line in shown[:5]] == names
+    bars = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record", "--show").stdout.decode()
+    assert len(bars.splitlines()) == 20 and "#" in bars
+
+
+def test_the_next_cold_run_is_served_by_the_hot_pack(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, proxy: Proxy
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    record(cmd, kernel, tmp_path, tree)
+    done = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record", "--json")
+    assert done.returncode == 0, done.stderr
+    count = json.loads(done.stdout)["objects"]
+    assert 7 <= count <= 9  # five files, the list, and one chunk, or what the kernel read ahead of it
+    shutil.rmtree(home / "cache")
+    before = len(proxy.log)
+    assert kernel("x:1", tmp_path / "k", "--store", f"{proxy.url}/store").returncode == 0
+    run(tmp_path / "k", tree)
+    paths = [path for _, path, _, _ in proxy.log[before:]]
+    assert not [path for path in paths if "/packs/" in path], "all came from the profile"
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    shutil.rmtree(home / "cache")
+    before = len(proxy.log)
+    assert kernel("x:1", tmp_path / "k", "--store", f"{proxy.url}/store", "--prefetch", "none").returncode == 0
+    run(tmp_path / "k", tree)
+    assert not [path for _, path, _, _ in proxy.log[before:] if "/profiles/" in path]
+    done = kernel("x:1", tmp_path / "other", "--store", f"{proxy.url}/store", "--prefetch", "unknown")
+    assert done.returncode == 4 and b"no profile" in done.stderr
+
+
+def test_a_damaged_profile_costs_time_only(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    record(cmd, kernel, tmp_path, tree)
+    assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record").returncode == 0
+    (path,) = (home / "store" / "profiles").glob("*/default")
+    whole = path.read_bytes()
+    for damage in (whole[:200] + bytes(1000) + whole[1200:], whole[:5000], b"", whole[:-1] + b"x"):
+        path.unlink()
+        path.write_bytes(damage)
+        shutil.rmtree(home / "cache")
+        assert kernel("x:1", tmp_path / "k").returncode == 0
+        run(tmp_path / "k", tree)
+        assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+        wait_until(lambda: lazy_pids(home) == [])
+
+
+def test_a_profile_goes_with_its_image(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    record(cmd, kernel, tmp_path, tree)
+    cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record", "--name", "a")
+    wait_until(lambda: lazy_pids(home) == [])
+    assert collect(Store(str(home / "store")), grace_s=0).deleted == 0
+    assert cmd("cafs-store", "fsck").stdout == b""
+    cmd("cafs-store", "untag", "x:1")
+    assert collect(Store(str(home / "store")), grace_s=0).deleted > 0
+    assert not list((home / "store" / "profiles").glob("*/*"))
+
+
+def test_what_is_no_record_or_name_is_refused(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    for text, code in (("", 5), ("cafs-record 1 sha256\nx\n", 5), ("cafs-record 1 xxh128\n", 5)):
+        (tmp_path / "bad").write_text(text)
+        done = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "bad")
+        assert done.returncode == code and b"record" in done.stderr and done.stderr.count(b"\n") == 1
+    (tmp_path / "good").write_text("cafs-record 1 sha256\n")
+    done = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "good", "--name", "../x")
+    assert done.returncode == 2
+    assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "none").returncode == 4
