@@ -200,7 +200,7 @@ class _Pass:
         for layer, index in live.indexes.items():
             found = self.store.get_locator(layer)
             if found is None or any(f"packs/{name}" in dead for name in found.packs):
-                self.store.put_locator(layer, locator.encode(self.store, locator.contents(index)))
+                self.store.put_locator(layer, locator.encode(self.store, index))
         self.store.show()
 
     def _list(self, listed: dict[str, Candidate]) -> None:

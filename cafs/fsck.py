@@ -277,9 +277,9 @@ def _check_locator(store: Store, index: Index, layer: bytes, repair: bool) -> It
     """That the index's locator is what the packs say; any copy of an object will do."""
     found = store.get_locator(layer)
     is_right = found is not None and all(
-        found.place(number) in list(store.locate(digest, kind)) for number, (digest, kind) in enumerate(locator.contents(index))
+        found.place(digest, kind) in list(store.locate(digest, kind)) for digest, kind in locator.contents(index)
     )
     if not is_right:
         if repair:
-            store.put_locator(layer, locator.encode(store, locator.contents(index)))
+            store.put_locator(layer, locator.encode(store, index))
         yield Finding("stale-locator", f"index {layer.hex()}", repair)

@@ -63,20 +63,19 @@ def decode(data: bytes, digest: bytes) -> Image:
     return Image(indexes, config, digest, metadata)
 
 
-def put(store: Store, index: bytes, config: dict[str, Any], below: Image | None = None) -> Image:
-    """Store an index, its metadata image, and the manifest of an image of one layer, or one more than BELOW has.
+def put(store: Store, data: bytes, index: Index, config: dict[str, Any], below: Image | None = None) -> Image:
+    """Store an index (DATA), its metadata image, and the manifest of an image of one layer, or one more than BELOW has.
 
     Objects must be there already.
     """
     from cafs import erofs
-    from cafs.index import load
 
     layers, metadata = (below.layers, below.metadata) if below else ((), ())
     try:
-        made = store.put_meta(erofs.encode(load(io.BytesIO(index))), METADATA)
+        made = store.put_meta(erofs.encode(index), METADATA)
     except UnsupportedError:
         made = b""  # only the fuse engine can mount it
-    return put_layers(store, (*layers, store.put_meta(index, "index")), config, (*metadata, made))
+    return put_layers(store, (*layers, store.put_meta(data, "index")), config, (*metadata, made))
 
 
 def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any], metadata: tuple[bytes, ...] = ()) -> Image:

@@ -26,7 +26,7 @@ from cafs.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from cafs.image import Image
@@ -93,11 +93,8 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
         writer.flush()
         try:
             config = source.config if isinstance(source, ImageSource) else below.config if below else {}
-            if below:
-                made = _put_over(store, below, load(io.BytesIO(data)), config)
-            else:
-                _put_locator(store, data, indexer.contents)
-                made = image.put(store, data, config)
+            index = load(io.BytesIO(data))
+            made = _put_over(store, below, index, config) if below else _put(store, data, index, config)
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:
@@ -128,16 +125,15 @@ def _put_over(store: Store, below: Image, index: Index, config: dict[str, object
     layer = load(io.BytesIO(data))
     if not len(layer):
         return image.put_layers(store, below.layers, config, below.metadata)
-    _put_locator(store, data, locator.contents(layer))
-    return image.put(store, data, config, below)
+    return _put(store, data, layer, config, below)
 
 
-def _put_locator(store: Store, index: bytes, contents: Iterable[tuple[bytes, int]]) -> None:
-    """Make the index's locator unless there is one whose packs are all there."""
-    digest = store.hash(index)
-    found = store.get_locator(digest)
+def _put(store: Store, data: bytes, index: Index, config: dict[str, object], below: Image | None = None) -> Image:
+    """An image, with the index's locator made unless there is one whose packs are all there."""
+    found = store.get_locator(index.identity)
     if found is None or not set(found.packs) <= set(store.pack_sizes()):
-        store.put_locator(digest, locator.encode(store, contents))
+        store.put_locator(index.identity, locator.encode(store, index))
+    return image.put(store, data, index, config, below)
 
 
 def create_file(options: Options, output: str, hash_name: str) -> Report:
@@ -167,8 +163,7 @@ def merge_image(store_root: str, data: bytes, base: str, tag: str | None) -> str
         config = {}  # a bare index
     with Writer(store) as writer:
         writer.flush()
-        store.put_locator(index.identity, locator.encode(store, locator.contents(index)))
-        made = image.put(store, data, config)
+        made = _put(store, data, index, config)
         if tag is not None:
             store.set_ref(tag, made.digest)
     return made.digest.hex()

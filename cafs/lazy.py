@@ -1,7 +1,7 @@
 """LAZY: the flat file system of objects under a kernel mount, which fetches what the cache does not have.
 
 /.cafs-objects/ab/cdef…, read-only, for overlayfs' data-only layers.  Which objects there are, and how large they are, say the
-tables of the images that are mounted: state/images/N, numbered from 1, never changed.  A node is a table's number and a
+locators of the layers that are mounted: state/locators/N, numbered from 1, never changed.  A node is a locator's number and a
 record's number in it, so nothing has to be remembered from one server to the next.
 """
 
@@ -16,10 +16,10 @@ import threading
 import time
 from collections import OrderedDict
 
-from cafs import atomic, fusedev, objecttable
+from cafs import atomic, fusedev, locator
 from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound
-from cafs.objecttable import ObjectTable
+from cafs.locator import Locator
 from cafs.partial import ChunkedFile
 from cafs.store import FORMAT_FILE
 from cafs.stream import Stream
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 OBJECTS = b".cafs-objects"
 _OBJECTS_NODE = 2
 _SHARD_NODE = 256
-_TABLE_BITS = 32
+_LOCATOR_BITS = 32
 _OPEN_MAX = 256
 _PAUSE_S = 0.5
 _DIRECTORY = stat.S_IFDIR | 0o755
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lazy:
-    """The answers.  state: directory of the tables.  noticed: called when there are new ones.  Thread-safe.
+    """The answers.  state: directory of the locators.  noticed: called when there are new ones.  Thread-safe.
 
     recorder: is told of every read.
     """
@@ -59,34 +59,33 @@ class Lazy:
         self.noticed = noticed
         self.streams: dict[str, Stream] = {}
         self.windows = Windows(cache)
-        self.tables: dict[int, ObjectTable] = {}
+        self.locators: dict[int, Locator] = {}
         self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
         self._users: dict[int, int] = {}
         self._lock = threading.Lock()
         self.look()
 
     def images(self) -> set[str]:
-        """Digests of the images whose tables there are."""
-        return {table.image.hex() for table in list(self.tables.values())}
+        """Digests of the images that are mounted."""
+        return set(os.listdir(os.path.join(self.state, "images")))
 
     def look(self) -> bool:
-        """Open the tables that are new; whether there are any."""
+        """Open the locators that are new; whether there are any."""
         found = False
-        directory = os.path.join(self.state, "images")
+        directory = os.path.join(self.state, "locators")
         for name in sorted(os.listdir(directory)):
             number = int(name) if re.fullmatch("[1-9][0-9]{0,8}", name) else 0
-            if not number or number in self.tables:
+            if not number or number in self.locators:
                 continue
             try:
-                table = objecttable.load(os.path.join(directory, name))
+                found_locator = locator.load(os.path.join(directory, name))
             except (OSError, FormatError) as error:
-                _log.error("cannot use table %s: %s", name, error)
+                _log.error("cannot use locator %s: %s", name, error)
                 continue
-            if table.hash_name == self.cache.store.hash_name:
-                self.tables[number] = table
+            if found_locator.hash_name == self.cache.store.hash_name:
+                self.locators[number] = found_locator
                 found = True
-        if found:
-            self.noticed()
+        self.noticed()
         self._look_for_streams()
         return found
 
@@ -129,13 +128,13 @@ class Lazy:
     def getattr(self, node: int) -> bytes:
         if node < 2 * _SHARD_NODE:
             return fusedev.attr(node, _DIRECTORY, 0, 2)
-        _, _, size, _ = self._table(node).record(node & 0xFFFF_FFFF)
+        _, _, size, _ = self._locator(node).record(node & 0xFFFF_FFFF)
         return fusedev.attr(node, stat.S_IFREG | 0o444, size)
 
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         """What is at hand: of a file that is open here."""
         if self.recorder:
-            digest, kind, _, _ = self._table(node).record(node & 0xFFFF_FFFF)
+            digest, kind, _, _ = self._locator(node).record(node & 0xFFFF_FFFF)
             self.recorder.saw(digest, kind, offset, size)
         with self._lock:
             found = self._open.get(node)
@@ -161,7 +160,7 @@ class Lazy:
             finally:
                 self._let_go(node)
         except CafsError as error:
-            _log.error("reading object %s: %s", self._table(node).record(node & 0xFFFF_FFFF)[0].hex(), error)
+            _log.error("reading object %s: %s", self._locator(node).record(node & 0xFFFF_FFFF)[0].hex(), error)
             raise OSError(errno.EIO, str(error)) from error
 
     def statfs(self) -> bytes:
@@ -177,7 +176,7 @@ class Lazy:
     # --- objects -------------------------------------------------------------------------------------------------
 
     def _find(self, name: bytes) -> int | None:
-        """The node of an object, in the first table that has it; looks for new tables if none has."""
+        """The node of an object, in the first locator that has it; looks for new ones if none has."""
         text = name.decode("latin-1")
         kind = CHUNK_LIST if text.endswith(CHUNK_LIST_SUFFIX) else PLAIN
         text = text.removesuffix(CHUNK_LIST_SUFFIX)
@@ -186,19 +185,19 @@ class Lazy:
         for again in (False, True):
             if again and not self.look():
                 break
-            for number, table in list(self.tables.items()):
-                record = table.find(bytes.fromhex(text), kind)
+            for number, one in list(self.locators.items()):
+                record = one.find(bytes.fromhex(text), kind)
                 if record is not None:
-                    return number << _TABLE_BITS | record
+                    return number << _LOCATOR_BITS | record
         return None
 
-    def _table(self, node: int) -> ObjectTable:
-        number = node >> _TABLE_BITS
-        if number not in self.tables:
+    def _locator(self, node: int) -> Locator:
+        number = node >> _LOCATOR_BITS
+        if number not in self.locators:
             self.look()
-        if number not in self.tables or node & 0xFFFF_FFFF >= len(self.tables[number]):
+        if number not in self.locators or node & 0xFFFF_FFFF >= len(self.locators[number]):
             raise OSError(errno.ESTALE, "no such node")
-        return self.tables[number]
+        return self.locators[number]
 
     def _opened(self, node: int) -> int | ChunkedFile:
         """The open file of a node, which the caller lets go."""
@@ -247,17 +246,17 @@ class Lazy:
             return False
 
     def _make(self, node: int) -> int | ChunkedFile:
-        table = self._table(node)
-        digest, kind, size, place = table.record(node & 0xFFFF_FFFF)
+        where = self._locator(node)
+        digest, kind, size, place = where.record(node & 0xFFFF_FFFF)
         self._await(digest)
         if kind == CHUNK_LIST:
-            file = ChunkedFile(self.cache, digest, place, table)
+            file = ChunkedFile(self.cache, digest, place, where)
             if file.listed.size != size:
                 file.close()
                 raise CafsError("chunk list is not of the size that the index says")
             return file
         if place and not self.cache.is_there(digest, PLAIN):
-            self.windows.bring(table, digest, place)
+            self.windows.bring(where, digest, place)
         fd = self.cache.open(digest, PLAIN, place)
         if os.fstat(fd).st_size != size:
             os.close(fd)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
-LEASES, IMAGES, PREFETCH, MOUNT_POINT = "leases", "images", "prefetch", "mnt"
+LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
 _SOON_S = 1.0
 _WAIT_MAX_S = 2.0
 
@@ -141,12 +141,12 @@ def is_alive(state: str) -> bool:
 
 def remove_state(state: str) -> None:
     """Remove the directory of a LAZY that has ended; nothing is mounted in it any more."""
-    for directory in (IMAGES, PREFETCH, ""):
+    for directory in (IMAGES, LOCATORS, PREFETCH, ""):
         top = os.path.join(state, directory)
         for name in os.listdir(top):
             if not os.path.isdir(os.path.join(top, name)):
                 atomic.unlink_quietly(os.path.join(top, name))
-    for directory in (IMAGES, PREFETCH, MOUNT_POINT, ""):
+    for directory in (IMAGES, LOCATORS, PREFETCH, MOUNT_POINT, ""):
         try:
             os.rmdir(os.path.join(state, directory))
         except OSError:

@@ -9,12 +9,13 @@ import re
 import signal
 import time
 
-from cafs import atomic, fusedev, lazyd, linux, mountinfo, objecttable
+from cafs import atomic, fusedev, lazyd, linux, locator, mountinfo
 from cafs.errors import CafsError, UnsupportedError, quote
 from cafs.holder import held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cafs.locator import Locator
     from cafs.store import Store
 
 FSTYPE = b"fuse.cafs-lazy"
@@ -30,18 +31,20 @@ class LazyMount:
         self.state = state
         self.point = os.path.join(state, lazyd.MOUNT_POINT)
 
-    def add(self, image: bytes, table: bytes, profile: str = "") -> None:
+    def add(self, image: bytes, locators: list[Locator], profile: str = "") -> None:
         """Make the objects of an image known, and wait until the image is held, as far as the store can be written to.
 
-        profile: the name in the store of a hot pack to bring into the cache.
+        locators: of its layers.  profile: the name in the store of a hot pack to bring into the cache.
         """
         if profile:
             name = hashlib.sha256(profile.encode()).hexdigest()[:16]
             atomic.replace_file(os.path.join(self.state, lazyd.PREFETCH, name), profile.encode(), 0o600)
-        directory = os.path.join(self.state, lazyd.IMAGES)
+        directory = os.path.join(self.state, lazyd.LOCATORS)
         numbers = [int(name) for name in os.listdir(directory) if re.fullmatch("[1-9][0-9]*", name)]
-        if not any(_is_of(os.path.join(directory, str(number)), image) for number in numbers):
-            objecttable.save(os.path.join(directory, str(max(numbers, default=0) + 1)), table)
+        known = {_index_of(os.path.join(directory, str(number))) for number in numbers}
+        for number, one in enumerate([one for one in locators if one.index not in known], max(numbers, default=0) + 1):
+            locator.save(os.path.join(directory, str(number)), one.data)
+        atomic.replace_file(os.path.join(self.state, lazyd.IMAGES, image.hex()), b"", 0o600)
         try:
             os.lstat(os.path.join(self.point, ".cafs-objects", "00", image.hex()[2:]))  # an unknown name makes it look
         except FileNotFoundError:
@@ -51,11 +54,11 @@ class LazyMount:
             time.sleep(0.005)
 
 
-def _is_of(path: str, image: bytes) -> bool:
+def _index_of(path: str) -> bytes:
     try:
-        return objecttable.load(path).image == image
+        return locator.load(path).index
     except (OSError, CafsError):
-        return False
+        return b""
 
 
 def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None, record: str | None = None) -> LazyMount:
@@ -72,7 +75,7 @@ def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None, 
                 return LazyMount(state)
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
-    for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.PREFETCH):
+    for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.LOCATORS, lazyd.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
     config = {
         "cache": os.path.realpath(cache),

@@ -1,15 +1,19 @@
-"""The locator of an index: where each of its objects is, in index order, so that a mount reads no footer.
+"""The locator of an index: the objects that it needs, sorted by digest, with their sizes and where they are.
 
-cafs-store(5), LOCATORS.  Derived and only a hint: what is read by it is checked against its digest all the same.
+cafs-store(5), LOCATORS.  By it a mount finds an object without reading a footer, or the index.  Derived and only a hint: what
+is read by it is checked against its digest all the same.  It is mapped, so that many processes share its memory.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import sys
 from array import array
-from itertools import count
+from itertools import count as counting
 
-from cafs import chunks
+from cafs import atomic, chunks
 from cafs import format as fmt
 from cafs.digest import CHUNK_LIST, DIGEST_SIZES, PLAIN, checksum
 from cafs.errors import FormatError
@@ -17,117 +21,183 @@ from cafs.pack import FRAME, RAW_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import Buffer
 
     from cafs.index import Index
     from cafs.store import Store
 
-MAGIC = b"CAFSLOC1"
-_HEAD = struct.Struct("<8sIIII")
-_PLACE = struct.Struct("<IIQ")
+    Key = tuple[bytes, int]
 
 Place = tuple[str, int, int]
 """Pack name, offset, size of the frame."""
 
+MAGIC = b"CAFSLOC1"
+CHUNK = 2
+"""Beside PLAIN and CHUNK_LIST: a record that says only where a chunk is."""
+
+_HEAD = struct.Struct("<8s16s16s64sII")
+"""magic, checksum of the rest, hash name, digest of the index, number of packs, number of records."""
+
+_TAIL = struct.Struct("<QIIQ")
+_NUMBER = struct.Struct("<I")
+_NOWHERE = 0xFFFF_FFFF
+
 
 class Locator:
-    """A decoded locator.  Nothing in it is to be believed."""
+    """An open locator.  index: digest of the index that it is of.  data: its bytes.  Nothing in it is to be believed."""
 
-    def __init__(self, packs: list[str], places: bytes, chunk_places: dict[bytes, bytes]) -> None:
-        self.packs = packs
-        self._places = places
-        self._chunks = chunk_places
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        """Raises FormatError."""
+        if len(data) < _HEAD.size or data[: len(MAGIC)] != MAGIC:
+            raise FormatError("not a locator")
+        _, check, name, index, packs, count = _HEAD.unpack_from(data)
+        self.hash_name = name.rstrip(b"\0").decode("latin-1")
+        width = DIGEST_SIZES.get(self.hash_name, 0)
+        self._key = width + 1
+        self._row = self._key + _TAIL.size
+        self._start = _HEAD.size + packs * width
+        self._order = self._start + count * self._row
+        if not width or self._order + 4 * count != len(data) or checksum(memoryview(data)[24:]) != check:
+            raise FormatError("locator has a bad checksum, or its sizes do not add up")
+        self.index: bytes = index[:width]
+        self.packs = [data[at : at + width].hex() for at in range(_HEAD.size, self._start, width)]
+        self.data = data
+        self._count = int(count)
 
     def __len__(self) -> int:
-        return len(self._places) // _PLACE.size
+        return self._count
 
-    def place(self, number: int) -> Place | None:
-        """Where the content of the NUMBERth file with content may be."""
-        return self._decode(self._places[number * _PLACE.size : (number + 1) * _PLACE.size])
+    def find(self, digest: bytes, kind: int) -> int | None:
+        """Number of an object's record."""
+        key = digest + bytes([kind])
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            at = self._start + middle * self._row
+            if self.data[at : at + self._key] < key:
+                low = middle + 1
+            else:
+                high = middle
+        at = self._start + low * self._row
+        return low if low < self._count and self.data[at : at + self._key] == key else None
 
-    def chunks(self) -> Iterable[bytes]:
-        """The digests of all chunks."""
-        return self._chunks
+    def record(self, number: int) -> tuple[bytes, int, int, Place | None]:
+        """(digest, kind, size of the file, where the object may be)."""
+        at = self._start + number * self._row
+        size, pack, stored, offset = _TAIL.unpack_from(self.data, at + self._key)
+        is_place = pack < len(self.packs) and FRAME.size <= stored <= FRAME.size + RAW_MAX
+        place = (self.packs[pack], offset, stored) if is_place else None
+        return self.data[at : at + self._key - 1], self.data[at + self._key - 1], size, place
+
+    def objects(self) -> Iterator[tuple[bytes, int]]:
+        """(digest, kind) of every file's object."""
+        for number in range(self._count):
+            digest, kind, _, _ = self.record(number)
+            if kind != CHUNK:
+                yield digest, kind
+
+    def block(self, pack: str, start: int, size: int) -> list[tuple[bytes, int, int]]:
+        """(digest, offset, size of the frame) of the plain objects that begin in a part of a pack, by offset."""
+        number = self.packs.index(pack)
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            if self._at(middle)[0] < (number, start):
+                low = middle + 1
+            else:
+                high = middle
+        found = []
+        while low < self._count:
+            (where, offset), stored, record = self._at(low)
+            if where != number or offset >= start + size:
+                break
+            at = self._start + record * self._row
+            if self.data[at + self._key - 1] == PLAIN:
+                found.append((bytes(self.data[at : at + self._key - 1]), offset, stored))
+            low += 1
+        return found
+
+    def _at(self, rank: int) -> tuple[tuple[int, int], int, int]:
+        """((pack, offset), size of the frame, record) of the object with so many before it in the order of the packs."""
+        (record,) = _NUMBER.unpack_from(self.data, self._order + 4 * rank)
+        at = self._start + min(record, self._count - 1) * self._row + self._key
+        _, pack, stored, offset = _TAIL.unpack_from(self.data, at)
+        return (pack, offset), stored, record
+
+    def rows(self) -> Iterator[tuple[Key, Place | None]]:
+        """Every record's object, a chunk as what it is, a plain one, and where it may be."""
+        for number in range(self._count):
+            digest, kind, _, place = self.record(number)
+            yield (digest, kind if kind != CHUNK else PLAIN), place
+
+    def place(self, digest: bytes, kind: int) -> Place | None:
+        """Where an object may be."""
+        number = self.find(digest, kind)
+        return None if number is None else self.record(number)[3]
 
     def chunk(self, digest: bytes) -> Place | None:
         """Where a chunk may be."""
-        return self._decode(self._chunks.get(digest, b""))
+        return self.place(digest, CHUNK)
 
-    def __iter__(self) -> Iterator[Place | None]:
-        return (self._place(*row) for row in _PLACE.iter_unpack(self._places))
 
-    def _decode(self, record: bytes) -> Place | None:
-        return self._place(*_PLACE.unpack(record)) if len(record) == _PLACE.size else None
+def encode(store: Store, index: Index, lists: Store | None = None) -> bytes:
+    """The locator of an index, as of the store's last `refresh`.  lists: a store that is nearer, to read chunk lists from.
 
-    def _place(self, pack: int, stored: int, offset: int) -> Place | None:
-        if pack >= len(self.packs) or not FRAME.size <= stored <= FRAME.size + RAW_MAX:
-            return None
-        return self.packs[pack], offset, stored
+    Raises NotFound if a chunk list is not there.
+    """
+    packs: dict[str, int] = {}
+    rows: dict[bytes, bytes] = {}
+
+    def add(digest: bytes, kind: int, size: int) -> None:
+        found = next(store.locate(digest, kind if kind != CHUNK else PLAIN), None)
+        place = (packs.setdefault(found[0], len(packs)), found[2], found[1]) if found else (_NOWHERE, 0, 0)
+        rows[digest + bytes([kind])] = _TAIL.pack(size, *place)
+
+    sizes = (size for kind, size in zip(index.type, index.size, strict=True) if kind in b"fF" and size)
+    for (digest, kind), size in zip(contents(index), sizes, strict=True):
+        add(digest, kind, size)
+        if kind == CHUNK_LIST:
+            listed = chunks.decode((lists or store).read_object(digest, kind), store.hash_name, store.chunk_size)
+            for chunk in {chunk for _, chunk in listed.runs if chunk}:
+                add(chunk, CHUNK, 0)
+    keys = sorted(rows)
+    places = [_TAIL.unpack(rows[key])[1::2] for key in keys]
+    order = array("I", sorted(range(len(places)), key=places.__getitem__))
+    if sys.byteorder == "big":
+        order.byteswap()
+    body = b"".join(map(bytes.fromhex, packs)) + b"".join(key + rows[key] for key in keys) + order.tobytes()
+    rest = _HEAD.pack(MAGIC, b"", store.hash_name.encode(), index.identity, len(packs), len(rows))[24:] + body
+    return MAGIC + checksum(rest) + rest
+
+
+def load(path: str) -> Locator:
+    """Map a locator.  Raises OSError, FormatError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return Locator(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+    except ValueError as error:
+        raise FormatError("locator is empty") from error
+    finally:
+        os.close(fd)
+
+
+def save(path: str, data: Buffer) -> None:
+    """Keep a locator; a reader sees all of it or none."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    atomic.replace_file(path, data, 0o600)
 
 
 def contents(index: Index) -> Iterator[tuple[bytes, int]]:
     """(digest, kind) of the content of every f and F entry that has any, in order."""
     digests, width = index.digest, index.hash_size
-    for at, kind, size in zip(count(0, width), index.type, index.size, strict=False):
+    for at, kind, size in zip(counting(0, width), index.type, index.size, strict=False):
         if kind in b"fF" and size:
             yield bytes(digests[at : at + width]), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN
 
 
-def ranks(index: Index) -> array[int]:
-    """Entry -> its number in the locator, for entries that have content."""
-    found, number = array("I"), 0
-    for kind, size in zip(index.type, index.size, strict=True):
-        found.append(number)
-        number += kind in b"fF" and size > 0
-    return found
-
-
-def finder(store: Store, index: Index) -> Callable[[tuple[bytes, int]], Place | None] | None:
+def finder(store: Store, index: Index) -> Callable[[Key], Place | None] | None:
     """Where the objects of an index may be, by its locator; None if there is none."""
     found = store.get_locator(index.identity)
-    if found is None:
-        return None
-    places = dict(zip(contents(index), found, strict=False))
-    return lambda key: places[key] if key in places else found.chunk(key[0])
-
-
-def encode(store: Store, objects: Iterable[tuple[bytes, int]], lists: Store | None = None) -> bytes:
-    """The locator of the index that has these contents.  lists: a store that is nearer, to read chunk lists from.
-
-    Raises NotFound if a chunk list is not there.
-    """
-    numbers: dict[str, int] = {}
-
-    def place(digest: bytes, kind: int) -> bytes:
-        found = next(store.locate(digest, kind), None)
-        if found is None:
-            return _PLACE.pack(0xFFFF_FFFF, 0, 0)
-        return _PLACE.pack(numbers.setdefault(found[0], len(numbers)), found[2], found[1])
-
-    places = bytearray()
-    chunk_digests: set[bytes] = set()
-    for digest, kind in objects:
-        places += place(digest, kind)
-        if kind == CHUNK_LIST:
-            listed = chunks.decode((lists or store).read_object(digest, kind), store.hash_name, store.chunk_size)
-            chunk_digests.update(chunk for _, chunk in listed.runs if chunk)
-    chunk_rows = b"".join(digest + place(digest, PLAIN) for digest in sorted(chunk_digests))
-    head = _HEAD.pack(MAGIC, len(numbers), len(places) // _PLACE.size, len(chunk_digests), 0)
-    data = head + b"".join(map(bytes.fromhex, numbers)) + places + chunk_rows
-    return data + checksum(data)
-
-
-def decode(data: bytes, hash_name: str) -> Locator:
-    """Read a locator.  Raises FormatError."""
-    width = DIGEST_SIZES[hash_name]
-    if len(data) < _HEAD.size + 16 or checksum(data[:-16]) != data[-16:]:
-        raise FormatError("locator has a bad checksum")
-    magic, packs, count, chunk_count, zero = _HEAD.unpack_from(data)
-    places = _HEAD.size + packs * width
-    rows = places + count * _PLACE.size
-    row = width + _PLACE.size
-    if magic != MAGIC or zero or rows + chunk_count * row + 16 != len(data):
-        raise FormatError("locator of an unknown version, or its sizes do not add up")
-    names = [data[at : at + width].hex() for at in range(_HEAD.size, places, width)]
-    chunk_places = {data[at : at + width]: data[at + width : at + row] for at in range(rows, len(data) - 16, row)}
-    return Locator(names, data[places:rows], chunk_places)
+    return dict(found.rows()).get if found is not None else None

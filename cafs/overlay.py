@@ -12,9 +12,10 @@ import json
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from cafs import atomic, erofs, lazyd, lazymount, linux, mountinfo, objecttable, paths, profile, quota, server
+from cafs import atomic, erofs, lazyd, lazymount, linux, locator, mountinfo, paths, profile, quota, server
 from cafs.cache import Cache
 from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, os_error, quote
 from cafs.image import METADATA, load_layer
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cafs.image import Image
+    from cafs.locator import Locator
     from cafs.server import Request
     from cafs.store import Store
 
 ENGINE = "kernel"
 _METADATA_MAX = 1 << 32
 _RECORD_WAIT_S = 5.0
+_AT_ONCE = 8
 
 
 def mount(request: Request, found: Image, store: Store) -> None:
@@ -40,16 +43,16 @@ def mount(request: Request, found: Image, store: Store) -> None:
     ledger = Cache(cache, store).ledger
     with _lock():
         try:
-            layers = [_layer(store, cache, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
-            table = _table(store, cache, found)
+            layers, locators = _fetch(store, cache, found)
         except OSError as error:
             raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
-        for name in ledger.check(objecttable.ObjectTable(table).objects()):
+        objects = {key for one in locators for key in one.objects()}
+        for name in ledger.check(objects):
             request.warnings.append(f"cached object {name} was damaged: set aside")
-        quota.note_use(cache, found.digest, objecttable.ObjectTable(table).objects())
+        quota.note_use(cache, found.digest, objects)
         try:
             lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log, request.record)
-            lazy.add(found.digest, table, _profile(request, store, found.digest))
+            lazy.add(found.digest, locators, _profile(request, store, found.digest))
             # Without the cache LAZY sees every first read.
             data = [lazy.point] if request.record else [cache, lazy.point]
             _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], data)
@@ -144,6 +147,14 @@ def _lock() -> Iterator[None]:
         os.close(fd)
 
 
+def _fetch(store: Store, cache: str, found: Image) -> tuple[list[str], list[Locator]]:
+    """Paths of the layers' metadata images, and their locators: all at once, if they are far away."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        layers = [pool.submit(_layer, store, cache, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
+        locators = [pool.submit(_locator, store, cache, layer) for layer in found.layers]
+        return [one.result() for one in layers], [one.result() for one in locators]
+
+
 def _layer(store: Store, cache: str, index: bytes, metadata: bytes) -> str:
     """Path of a layer's metadata image, verified; it is made if the image names none."""
     data = b""
@@ -161,18 +172,21 @@ def _layer(store: Store, cache: str, index: bytes, metadata: bytes) -> str:
     return path
 
 
-def _table(store: Store, cache: str, found: Image) -> bytes:
-    """The table of an image's objects, kept in the cache."""
-    path = os.path.join(cache, "tables", found.digest.hex())
+def _locator(store: Store, cache: str, layer: bytes) -> Locator:
+    """The locator of a layer, kept in the cache; it is made if the store has none."""
+    path = os.path.join(cache, "locators", layer.hex())
     try:
-        data = atomic.read_file(path, _METADATA_MAX)
-        if objecttable.ObjectTable(data).image == found.digest:
-            return data
+        found = locator.load(path)
+        if found.index == layer:
+            return found
     except (OSError, FormatError):
         pass
-    data = objecttable.encode(store, found.digest, (load_layer(store, layer) for layer in found.layers))
-    objecttable.save(path, data)
-    return data
+    there = store.get_locator(layer)
+    if there is None:
+        store.refresh()
+        there = locator.Locator(locator.encode(store, load_layer(store, layer)))
+    locator.save(path, there.data)
+    return there
 
 
 def _mount_erofs(path: str) -> str:

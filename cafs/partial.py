@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cafs.cache import Cache
     from cafs.chunks import ChunkList
     from cafs.locator import Locator, Place
-    from cafs.objecttable import ObjectTable
 
 MAP_MAGIC = b"CAFSMAP1"
 _MAP_HEAD = struct.Struct("<QQ")
@@ -41,7 +40,7 @@ _log = logging.getLogger(__name__)
 class ChunkedFile:
     """One large file of a mounted index.  Thread-safe.  Close it to save what is known of it."""
 
-    def __init__(self, cache: Cache, digest: bytes, place: Place | None, locator: Locator | ObjectTable | None) -> None:
+    def __init__(self, cache: Cache, digest: bytes, place: Place | None, locator: Locator | None) -> None:
         """place: of the chunk list; locator: of the chunks.  Raises CafsError."""
         self.cache = cache
         self.locator = locator

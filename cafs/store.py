@@ -330,13 +330,14 @@ class Store:
 
     def get_locator(self, index: bytes) -> Locator | None:
         """The locator of an index; None if there is none that is sound."""
-        from cafs import locator
+        from cafs.locator import Locator
 
         name = self.meta_name(index, "loc")
         try:
-            return locator.decode(_decompress_meta(self.backend.read(name, META_MAX), name), self.hash_name)
+            found = Locator(_decompress_meta(self.backend.read(name, META_MAX), name))
         except (OSError, CafsError):
             return None
+        return found if (found.index, found.hash_name) == (index, self.hash_name) else None
 
     def read_pack_list(self) -> bytes:
         """What packs/list holds, empty if it is not there.  Raises CafsError."""

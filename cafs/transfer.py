@@ -102,7 +102,7 @@ class _Copy:
                 self._frames(name, frames)
         self.writer.flush()
         for layer, data in layers.items():
-            self.target.put_locator(layer, locator.encode(self.target, locator.contents(indexes[layer]), self.source))
+            self.target.put_locator(layer, locator.encode(self.target, indexes[layer], self.source))
             self.target.put_meta(data, "index")
         for one in filter(None, found.metadata):
             self.target.put_meta(self.source.get_meta(one, METADATA), METADATA)

@@ -10,10 +10,9 @@ from collections import Counter, OrderedDict
 from contextlib import contextmanager
 
 from cafs import format as fmt
-from cafs.digest import PLAIN
+from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import UnsupportedError
 from cafs.index import xattrs_of
-from cafs.locator import ranks
 from cafs.partial import ChunkedFile
 
 TYPE_CHECKING = False
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from cafs.cache import Cache
     from cafs.index import Index
-    from cafs.locator import Locator, Place
+    from cafs.locator import Locator
 
 BLOCK_SIZE = 4096
 _FILES_MAX = 64
@@ -50,7 +49,6 @@ class Tree:
         self.index = index
         self.cache = cache
         self._locator = locator
-        self._ranks = ranks(index) if locator is not None else None
         self._files: OrderedDict[int, ChunkedFile] = OrderedDict()
         self._users: Counter[int] = Counter()
         self._lock = threading.Lock()
@@ -103,7 +101,8 @@ class Tree:
         """Descriptor of a small file's content, verified.  May wait for the store.  Raises CafsError."""
         if not self.index.size[inode - 1]:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        fd = self.cache.open(self.index.object(inode - 1), PLAIN, self._place(inode))
+        digest = self.index.object(inode - 1)
+        fd = self.cache.open(digest, PLAIN, self._locator.place(digest, PLAIN) if self._locator else None)
         if os.fstat(fd).st_size != self.index.size[inode - 1]:
             os.close(fd)
             raise OSError(errno.EIO, "object is not of the size that the index says")
@@ -125,10 +124,6 @@ class Tree:
         """Save what is known of chunked files."""
         for file in self._files.values():
             file.close()
-
-    def _place(self, inode: int) -> Place | None:
-        """Where the locator says that the content is."""
-        return self._locator.place(self._ranks[inode - 1]) if self._locator is not None and self._ranks is not None else None
 
     @contextmanager
     def _chunked(self, inode: int) -> Iterator[ChunkedFile]:
@@ -157,7 +152,9 @@ class Tree:
             del self._users[inode]
 
     def _open_chunked(self, inode: int) -> ChunkedFile:
-        file = ChunkedFile(self.cache, self.index.object(inode - 1), self._place(inode), self._locator)
+        digest = self.index.object(inode - 1)
+        place = self._locator.place(digest, CHUNK_LIST) if self._locator else None
+        file = ChunkedFile(self.cache, digest, place, self._locator)
         if file.listed.size != self.index.size[inode - 1]:
             file.close()
             raise OSError(errno.EIO, "chunk list is not of the size that the index says")

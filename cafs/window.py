@@ -16,7 +16,7 @@ from cafs.errors import CafsError, CorruptError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.cache import Cache
-    from cafs.objecttable import ObjectTable
+    from cafs.locator import Locator
 
     Block = tuple[str, int]
     Frame = tuple[bytes, int, int]  # digest, offset, size of the frame
@@ -37,7 +37,7 @@ class Windows:
         self._lock = threading.Lock()
         self._behind = ThreadPoolExecutor(2)
 
-    def bring(self, table: ObjectTable, digest: bytes, place: tuple[str, int, int]) -> None:
+    def bring(self, locator: Locator, digest: bytes, place: tuple[str, int, int]) -> None:
         """Fetch an object's block.  Afterwards the object is in the cache, or has to be fetched by itself."""
         block = place[0], place[1] // SIZE
         with self._lock:
@@ -52,7 +52,7 @@ class Windows:
                 pass
             return
         try:
-            frames, data = self._fetch(table, place)
+            frames, data = self._fetch(locator, place)
             self._put([frame for frame in frames if frame[0] == digest], data, frames[0][1])
             rest = [frame for frame in frames if frame[0] != digest]
             self._behind.submit(self._finish, block, future, rest, data, frames[0][1])
@@ -72,9 +72,9 @@ class Windows:
                 del self._flying[block]
             future.set_result(None)
 
-    def _fetch(self, table: ObjectTable, place: tuple[str, int, int]) -> tuple[list[Frame], bytes]:
+    def _fetch(self, locator: Locator, place: tuple[str, int, int]) -> tuple[list[Frame], bytes]:
         """The frames of a block that are near one another, around the one at PLACE, and the bytes of them all."""
-        frames = [frame for frame in table.block(place[0], place[1] // SIZE * SIZE, SIZE) if not self._is_here(frame, place)]
+        frames = [frame for frame in locator.block(place[0], place[1] // SIZE * SIZE, SIZE) if not self._is_here(frame, place)]
         at = next(number for number, frame in enumerate(frames) if frame[1] == place[1])
         first = last = at
         while first and frames[first][1] - (frames[first - 1][1] + frames[first - 1][2]) <= _GAP:

@@ -247,7 +247,7 @@ def test_a_miss_brings_its_neighbours_and_asks_once(home: Path, tmp_path: Path, 
             cmd("cafs-index", "create", tree, "-t", "x:1")
             wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
             with Proxy(("127.0.0.1", port), 0.05) as proxy:
-                assert kernel("x:1", tmp_path / "k", "--store", f"{proxy.url}/store").returncode == 0
+                assert kernel("x:1", tmp_path / "k", "--store", f"{proxy.url}/store", "--prefetch", "none").returncode == 0
                 before = len(proxy.log)
                 threads = [threading.Thread(target=(tmp_path / "k" / name).read_bytes) for name in ("1", "10", "100")]
                 for thread in threads:

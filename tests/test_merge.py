@@ -142,7 +142,7 @@ def test_an_image_of_several_layers_is_one_tree_for_every_command(home: Path, tm
         [Entry(fmt.WHITEOUT, b"/d/gone"), Entry(fmt.FILE, b"/d/new", 0o644, size=len(text), digest=digest)], is_layer=True
     )
     data = layer.encode()
-    store.put_locator(store.hash(data), locator.encode(store, locator.contents(layer)))
+    store.put_locator(store.hash(data), locator.encode(store, layer))
     made = image.put_layers(store, (base.layers[0], store.put_meta(data, "index")), {"config": {"User": "5"}})
     store.set_ref("two:1", made.digest)
     assert cmd("cafs-index", "ls", "two:1").stdout.split() == [b"/", b"/d", b"/d/kept", b"/d/new"]
