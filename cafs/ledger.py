@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import time
 
 from cafs import atomic, chunks
-from cafs.digest import CHUNK_LIST, hash_function, object_name
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, PLAIN, hash_function, object_name
 from cafs.errors import CafsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     Key = tuple[bytes, int]
     Stamp = tuple[int, int, int]
@@ -28,7 +29,7 @@ SYNCED = "synced"
 _RECORD = struct.Struct("<32sB7xqqq")
 _LEDGER_MAX = 1 << 32
 _WASTE = 4
-_STEP = 1 << 20
+_HEX = re.compile("[0-9a-f]+")
 
 
 class Ledger:
@@ -52,12 +53,14 @@ class Ledger:
         except OSError:
             pass
 
-    def check(self, wanted: Iterable[Key]) -> list[str]:
-        """Make sure of the cached objects among WANTED; returns the names of those that were set aside."""
+    def check(self, is_wanted: Callable[[Key], bool]) -> list[str]:
+        """Make sure of the cached objects that are wanted; returns the names of those that were set aside."""
         known = self._load()
         since_ns = self._unsure_since_ns()
         bad = []
-        for key, path in self._present(wanted):
+        for key, path in self._present():
+            if not is_wanted(key):
+                continue
             try:
                 stamp = _stamp(os.lstat(path))
             except OSError:
@@ -95,19 +98,15 @@ class Ledger:
                 at += count
         return True
 
-    def _present(self, wanted: Iterable[Key]) -> Iterator[tuple[Key, str]]:
-        """Those that the cache has, with their paths."""
-        shards: dict[bytes, set[str]] = {}
-        for key in wanted:
-            shard = key[0][:1]
-            directory = os.path.join(self.root, ".cafs-objects", shard.hex())
-            if shard not in shards:
-                try:
-                    shards[shard] = set(os.listdir(directory))
-                except OSError:
-                    shards[shard] = set()
-            if shards[shard] and (name := object_name(*key)[2:]) in shards[shard]:
-                yield key, os.path.join(directory, name)
+    def _present(self) -> Iterator[tuple[Key, str]]:
+        """What the cache has, with paths."""
+        width, top = 2 * len(self._hash(b"")), os.path.join(self.root, ".cafs-objects")
+        for shard in os.listdir(top):
+            for name in os.listdir(os.path.join(top, shard)):
+                text = shard + name.removesuffix(CHUNK_LIST_SUFFIX)
+                if len(text) == width and _HEX.fullmatch(text):
+                    kind = CHUNK_LIST if name.endswith(CHUNK_LIST_SUFFIX) else PLAIN
+                    yield (bytes.fromhex(text), kind), os.path.join(top, shard, name)
 
     def _load(self) -> dict[Key, Stamp]:
         """The latest record of each object; a ledger that is mostly out of date is written anew."""

@@ -46,10 +46,9 @@ def mount(request: Request, found: Image, store: Store) -> None:
             layers, locators = _fetch(store, cache, found)
         except OSError as error:
             raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
-        objects = {key for one in locators for key in one.objects()}
-        for name in ledger.check(objects):
+        for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
             request.warnings.append(f"cached object {name} was damaged: set aside")
-        quota.note_use(cache, found.digest, objects)
+        quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
         try:
             lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log, request.record)
             lazy.add(found.digest, locators, _profile(request, store, found.digest))
