@@ -178,24 +178,23 @@ class Cache:
     def _put(self, digest: bytes, kind: int, data: Buffer) -> int:
         """Make verified bytes visible.  No fsync: after a crash of the machine each process verifies before use."""
         path = self.path(digest, kind)
-        directory = os.path.dirname(path)
-        os.makedirs(directory, exist_ok=True)
-        temporary = atomic.temporary_name(directory)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        temporary = atomic.temporary_name(os.path.dirname(path))
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(temporary, flags, 0o444)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(temporary, flags, 0o444)
         try:
             atomic.write_all(fd, data)
+            os.rename(temporary, path)  # over what is there, which is the same or damaged; whoever reads it keeps it
             status = os.fstat(fd)
-            self._verified[digest, kind] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                pass
         except BaseException:
             os.close(fd)
-            raise
-        finally:
             atomic.unlink_quietly(temporary)
-        self.ledger.note((digest, kind), path)
+            raise
+        self._verified[digest, kind] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        self.ledger.note((digest, kind), status)
         return fd
 
     @contextmanager

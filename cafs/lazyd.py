@@ -33,6 +33,7 @@ CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
 _SOON_S = 1.0
+_SWITCH_S = 0.0002
 _WAIT_MAX_S = 2.0
 
 
@@ -196,6 +197,7 @@ def work(state: str, fd: int, peer: int) -> None:
 
     server.log_to(config["log"], os.path.join(state, "log"))
     linux.raise_descriptor_limit()
+    sys.setswitchinterval(_SWITCH_S)  # a read that waits goes before what is put into the cache behind it
     store = Store(config["store"], (config["hash"], config["chunk_size"]))
     cache = Cache(config["cache"], store, limit_s=config["limit_s"])
     recorder = Recorder(config["record"], store.hash_name, store.chunk_size) if config["record"] else None

@@ -40,16 +40,18 @@ class Ledger:
         self.hash_name = hash_name
         self.chunk_size = chunk_size
         self._hash = hash_function(hash_name)
+        self._fd = -1
 
-    def note(self, key: Key, path: str) -> None:
+    def note(self, key: Key, status: os.stat_result) -> None:
         """An object was verified and has its name now.  A record that cannot be written costs a hash at the next mount."""
         try:
-            status = os.lstat(path)
-            fd = os.open(os.path.join(self.root, NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, _RECORD.pack(key[0], key[1], *_stamp(status)))
-            finally:
-                os.close(fd)
+            if self._fd < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._fd = os.open(os.path.join(self.root, NAME), flags, 0o600)
+            os.write(self._fd, _RECORD.pack(key[0], key[1], *_stamp(status)))
+            if not os.fstat(self._fd).st_nlink:
+                os.close(self._fd)  # it was written anew, or deleted with the rest of the cache
+                self._fd = -1
         except OSError:
             pass
 
@@ -62,13 +64,14 @@ class Ledger:
             if not is_wanted(key):
                 continue
             try:
-                stamp = _stamp(os.lstat(path))
+                status = os.lstat(path)
             except OSError:
                 continue  # it went meanwhile
+            stamp = _stamp(status)
             if known.get(key) == stamp and stamp[2] <= since_ns:
                 continue
             if self.verify(key, path):
-                self.note(key, path)
+                self.note(key, status)
             else:
                 set_aside(self.root, path)
                 bad.append(object_name(*key))

@@ -211,7 +211,7 @@ class ChunkedFile:
                     pass
                 atomic.unlink_quietly(self.path)
                 atomic.unlink_quietly(self.path + ".map")
-                self.cache.ledger.note((self.listed_digest, CHUNK_LIST), self.whole_path)
+                self.cache.ledger.note((self.listed_digest, CHUNK_LIST), os.fstat(self._fd))
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
 
