@@ -57,6 +57,8 @@ class Lazy:
         self.cache = cache
         self.recorder = recorder
         self.noticed = noticed
+        self.brought: Callable[[], None] = lambda: None
+        """Called when a profile has come."""
         self.streams: dict[str, Stream] = {}
         self.windows = Windows(cache)
         self.locators: dict[int, Locator] = {}
@@ -97,7 +99,11 @@ class Lazy:
                 continue
             file = atomic.read_file(os.path.join(directory, name), 4096).decode()
             stream = self.streams[name] = Stream(self.cache, file, self._large)
-            threading.Thread(target=stream.run, daemon=True).start()
+            threading.Thread(target=self._bring, args=(stream,), daemon=True).start()
+
+    def _bring(self, stream: Stream) -> None:
+        if stream.run():
+            self.brought()
 
     def _large(self, digest: bytes, is_wanted: bool) -> ChunkedFile | None:
         """The open large file of a chunk list, for a stream; or the end of that."""

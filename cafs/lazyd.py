@@ -209,7 +209,8 @@ def work(state: str, fd: int, peer: int) -> None:
     holder = Holder(
         store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, "leases")
     )
-    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True)
+    files.brought = lambda: _reconfigure(cache.root)
+    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True, trimmed=lambda: _reconfigure(cache.root))
     watch(peer, lambda: _revive(state, fd))
     serving.take_over()
     threading.Thread(target=_hold, args=(files, holder), daemon=True).start()
@@ -217,6 +218,21 @@ def work(state: str, fd: int, peer: int) -> None:
     keeper.end()
     files.close()
     holder.let_go()
+
+
+def _reconfigure(cache: str) -> None:
+    """Have the mounts over a cache look anew what it has.
+
+    Overlayfs remembers, for the life of an inode, in which layer it found a file: what LAZY served is not asked of the cache
+    that has it now, and what went from the cache takes its space until then.
+    """
+    from cafs import linux, mountinfo
+
+    for mount in mountinfo.over(cache):
+        try:
+            linux.reconfigure(os.fsdecode(mount.point), is_read_only=not mount.is_writable)
+        except OSError:
+            continue  # it went meanwhile; it costs space or speed until its last user has gone
 
 
 def _hold(files: Lazy, holder: Holder) -> None:

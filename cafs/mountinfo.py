@@ -28,6 +28,11 @@ class Mount:
         return int(found[1]) if found else -1
 
     @property
+    def is_writable(self) -> bool:
+        """Whether an overlay has a layer for what is written."""
+        return b"upperdir=" in self.options
+
+    @property
     def layers(self) -> list[tuple[str, str]]:
         """The lower layers of an overlay that was mounted by fsconfig(2), topmost first: (key, path)."""
         pairs = [one.partition(b"=") for one in self.options.split(b",")]
@@ -58,6 +63,11 @@ def mounts() -> list[Mount]:
 def is_kernel(mount: Mount) -> bool:
     """Whether a mount is of the kernel engine; only root can mount an overlay, outside of a user namespace."""
     return mount.fstype == b"overlay" and mount.source.startswith(b"cafs:")
+
+
+def over(cache: str) -> list[Mount]:
+    """The mounts of the kernel engine over a cache directory."""
+    return [mount for mount in mounts() if is_kernel(mount) and ("datadir+", cache) in mount.layers]
 
 
 def ours() -> list[Mount]:

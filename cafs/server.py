@@ -159,14 +159,18 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
 class Keeper:
     """Looks after the cache from a thread of its own: counters, and the quota, at first and after so much was fetched.
 
+    trimmed: called when something went from the cache.
     is_synced: also write what was fetched to disk every half a minute, for mounts that read it without verifying it.
     """
 
-    def __init__(self, cache: Cache, limit: int, *, is_synced: bool = False) -> None:
+    def __init__(
+        self, cache: Cache, limit: int, *, is_synced: bool = False, trimmed: Callable[[], None] = lambda: None
+    ) -> None:
         self._cache = cache
         self._limit = limit
         self._fetched = _TRIM_AFTER
         self._is_synced = is_synced
+        self._trimmed = trimmed
         self._unsynced, self._synced = 1, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -195,7 +199,11 @@ class Keeper:
             self._try(lambda: ledger.sync(self._cache.root))
         if self._fetched >= min(_TRIM_AFTER, self._limit // 20):
             self._fetched = 0
-            self._try(lambda: quota.trim(self._cache.root, self._limit))
+            self._try(self._trim)
+
+    def _trim(self) -> None:
+        if quota.trim(self._cache.root, self._limit).files:
+            self._trimmed()
 
     def _try(self, call: Callable[[], object]) -> None:
         try:

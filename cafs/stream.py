@@ -48,8 +48,8 @@ class Stream:
         self._files: dict[bytes, tuple[ChunkedFile, int]] = {}  # chunk -> where it belongs
         self._open: list[bytes] = []
 
-    def run(self) -> None:
-        """Bring all of it; what goes wrong is a line in the log, and whoever waits goes on by himself."""
+    def run(self) -> bool:
+        """Bring all of it; whether there was any.  What goes wrong is a line in the log; whoever waits goes on by himself."""
         self._thread = threading.get_ident()
         try:
             frames = self._frames()
@@ -68,6 +68,7 @@ class Stream:
                 self._arrived.notify_all()
             for digest in self._open:
                 self._large(digest, False)
+        return self._position > 0
 
     def wait(self, digest: bytes) -> None:
         """Wait for an object, or a chunk, that is about to come, and at first for the list of what will."""

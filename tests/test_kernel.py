@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cafs import format as fmt
-from cafs import linux
+from cafs import linux, mountinfo, quota
 from cafs.collect import collect
 from cafs.store import Store
 from tests.conftest import Run, lazy_pids, mounts_below, wait_until
@@ -186,3 +187,36 @@ def test_a_mounted_image_is_not_collected_also_when_the_server_was_killed(
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
     wait_until(lambda: lazy_pids(home) == [])
     assert collect(Store(str(home / "store")), grace_s=0).deleted > 0
+
+
+def test_what_is_evicted_under_a_live_mount_frees_its_space(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    """Overlayfs keeps a file of the cache open for as long as it remembers it; a remount makes it forget."""
+    for number in range(6):
+        (tree / f"big{number}").write_bytes(os.urandom(3 << 20))
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    subprocess.run(["rm", "-rf", home / "cache"], check=True)
+    (home / "cache").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", home / "cache"], check=True)
+    for turn in range(2):  # the second time the kernel reads from the cache
+        assert kernel("x:1", tmp_path / "k").returncode == 0
+        for number in range(6):
+            assert (tmp_path / "k" / f"big{number}").read_bytes() == (tree / f"big{number}").read_bytes()
+        if not turn:
+            assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+            wait_until(lambda: lazy_pids(home) == [])
+    used = os.statvfs(home / "cache")
+    full = used.f_blocks - used.f_bfree
+    (home / "cache" / "used").rename(home / "cache" / "never")  # else what is mounted counts as used
+    quota.trim(str(home / "cache"), 4 << 20)
+    after = os.statvfs(home / "cache")
+    assert after.f_blocks - after.f_bfree > full * 0.8, "the live mount holds what went"
+    for mount in mountinfo.over(str(home / "cache")):
+        linux.reconfigure(os.fsdecode(mount.point), is_read_only=True)
+    after = os.statvfs(home / "cache")
+    assert after.f_blocks - after.f_bfree < full * 0.5
+    assert (tmp_path / "k" / "big3").read_bytes() == (tree / "big3").read_bytes()
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    wait_until(lambda: lazy_pids(home) == [])
+    subprocess.run(["umount", home / "cache"], check=True)
