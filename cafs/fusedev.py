@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         def read_ready(self, node: int, offset: int, size: int) -> Buffer | None: ...
         def read(self, node: int, offset: int, size: int) -> Buffer: ...
         def statfs(self) -> bytes: ...
+        def describe(self, node: int) -> str: ...
 
 
 LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
@@ -86,7 +87,7 @@ class Server:
         self.fd = fd
         self.files = files
         self.limit_s = limit_s
-        self._pending: dict[int, float] = {}
+        self._pending: dict[int, tuple[float, int]] = {}  # request -> deadline, node
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_THREADS)
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -123,9 +124,10 @@ class Server:
     def _expire(self) -> None:
         """EIO for those that have waited too long: a server that hangs hangs its users."""
         now = time.monotonic()
-        for unique in [unique for unique, deadline in list(self._pending.items()) if deadline < now]:
-            _log.error("no answer from the store within %g s", self.limit_s)
-            self._finish(unique, -errno.EIO)
+        for unique, (deadline, node) in list(self._pending.items()):
+            if deadline < now:
+                _log.error("reading %s: no answer within %g s", self.files.describe(node), self.limit_s)
+                self._finish(unique, -errno.EIO)
 
     def _read_requests(self) -> None:
         buffer = bytearray(_MAX_WRITE + 4096)
@@ -184,7 +186,7 @@ class Server:
         data = self.files.read_ready(node, offset, size)
         if data is None:
             with self._lock:
-                self._pending[unique] = time.monotonic() + self.limit_s
+                self._pending[unique] = time.monotonic() + self.limit_s, node
             self._pool.submit(self._read_later, unique, node, offset, size)
         return data
 
@@ -197,7 +199,7 @@ class Server:
         except OSError as error:
             answer = -(error.errno or errno.EIO)
         except Exception as error:
-            _log.error("reading node %d: %s", node, error)
+            _log.error("reading %s: %s", self.files.describe(node), error)
             answer = -errno.EIO
         self._finish(unique, answer)
 

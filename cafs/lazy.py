@@ -166,8 +166,16 @@ class Lazy:
             finally:
                 self._let_go(node)
         except CafsError as error:
-            _log.error("reading object %s: %s", self._locator(node).record(node & 0xFFFF_FFFF)[0].hex(), error)
+            _log.error("reading %s: %s", self.describe(node), error)
             raise OSError(errno.EIO, str(error)) from error
+
+    def describe(self, node: int) -> str:
+        """An object's name, for the log."""
+        try:
+            digest, kind, _, _ = self._locator(node).record(node & 0xFFFF_FFFF)
+        except OSError:
+            return f"node {node}"
+        return f"object {object_name(digest, kind)} of store {self.cache.store.root}"
 
     def statfs(self) -> bytes:
         return fusedev.statfs_out()

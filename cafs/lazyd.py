@@ -46,13 +46,21 @@ def start(role: str, state: str, fd: int, peer: int) -> subprocess.Popen[bytes]:
 
 
 def begin(state: str, fd: int) -> None:
-    """Start both for a file system that was just mounted: by fork, for the caller has loaded what the worker needs.
+    """Start both for a file system that was just mounted, and wait for the worker.  Raises CafsError if it cannot begin.
 
-    The supervisor then runs the program anew, to be small.
+    By fork, for the caller has loaded what the worker needs; the supervisor then runs the program anew, to be small.
     """
+    from cafs import server
+
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
+        os.close(writer)
         os.waitpid(child, 0)
+        with open(reader, "rb") as pipe:
+            answer = pipe.read(65536)
+        if answer != b"ok":
+            raise server.failure(answer)
         return
     try:
         if os.fork():
@@ -63,19 +71,33 @@ def begin(state: str, fd: int) -> None:
         for number in (0, 1, 2):
             os.dup2(null, number)
         mine = os.pidfd_open(os.getpid())
-        _close_all_but(fd, mine)
+        _close_all_but(fd, mine, writer)
         _note(state, PID_FILE)
         worker = os.fork()
         if not worker:
-            os.setsid()
-            work(state, fd, mine)
-            os._exit(0)
+            _first_work(state, fd, mine, writer)
         peer = os.pidfd_open(worker)
         for one in (fd, peer):
             os.set_inheritable(one, True)
         os.execv(sys.executable, _command("supervisor", state, fd, peer))
     finally:
         os._exit(1)
+
+
+def _first_work(state: str, fd: int, mine: int, writer: int) -> None:
+    from cafs import server
+
+    def ready() -> None:
+        os.write(writer, b"ok")
+        os.close(writer)
+
+    try:
+        os.setsid()
+        work(state, fd, mine, ready)
+    except BaseException as error:  # the only way out of this process
+        server.tell(writer, error)
+    finally:
+        os._exit(0)
 
 
 def _close_all_but(*kept: int) -> None:
@@ -120,9 +142,11 @@ def supervise(state: str, fd: int, peer: int) -> None:
 
 
 def _note(state: str, name: str) -> None:
-    """Write our pid, and hold a lock for as long as we live."""
+    """Write our pid, and hold a lock for as long as we live, also when we run the program anew."""
     atomic.replace_file(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
-    fcntl.flock(os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), fcntl.LOCK_SH)
+    fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
+    os.set_inheritable(fd, True)
+    fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 def is_alive(state: str) -> bool:
@@ -144,7 +168,7 @@ def remove_state(state: str) -> None:
     """Remove the directory of a LAZY that has ended; nothing is mounted in it any more."""
     for directory in (IMAGES, LOCATORS, PREFETCH, ""):
         top = os.path.join(state, directory)
-        for name in os.listdir(top):
+        for name in os.listdir(top) if os.path.isdir(top) else []:
             if not os.path.isdir(os.path.join(top, name)):
                 atomic.unlink_quietly(os.path.join(top, name))
     for directory in (IMAGES, LOCATORS, PREFETCH, MOUNT_POINT, ""):
@@ -184,8 +208,8 @@ def _ends(pidfd: int, again: int) -> bool:
     return True
 
 
-def work(state: str, fd: int, peer: int) -> None:
-    """Serve; returns once the file system is unmounted, or after SIGTERM."""
+def work(state: str, fd: int, peer: int, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve; returns once the file system is unmounted, or after SIGTERM.  ready: called when nothing can go wrong any more."""
     with open(os.path.join(state, CONFIG), "rb") as file:
         config: dict[str, Any] = json.load(file)
     from cafs import fusedev, linux, quota, server
@@ -212,6 +236,7 @@ def work(state: str, fd: int, peer: int) -> None:
     files.brought = lambda: _reconfigure(cache.root)
     keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True, trimmed=lambda: _reconfigure(cache.root))
     watch(peer, lambda: _revive(state, fd))
+    ready()
     serving.take_over()
     threading.Thread(target=_hold, args=(files, holder), daemon=True).start()
     serving.serve()

@@ -100,7 +100,11 @@ def _start(state: str) -> LazyMount:
     try:
         flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
         linux.mount("cafs-lazy", made.point, FSTYPE.decode(), flags, fusedev.mount_options(fd))
-        lazyd.begin(state, fd)
+        try:
+            lazyd.begin(state, fd)
+        except CafsError:
+            end(state)
+            raise
     except OSError as error:
         raise UnsupportedError(f"cannot mount on {quote(made.point)}: {error.strerror}") from error
     finally:

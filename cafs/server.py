@@ -82,10 +82,10 @@ def start(request: Request, index: Index, digest: str) -> None:
         answer = pipe.read(65536)
     os.waitpid(child, 0)
     if answer != b"ok":
-        raise _failure(answer)
+        raise failure(answer)
 
 
-def _failure(answer: bytes) -> CafsError:
+def failure(answer: bytes) -> CafsError:
     """What the server said instead of 'ok'."""
     try:
         code, message, hint = json.loads(answer)
@@ -116,13 +116,18 @@ def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
     try:
         serve(request, index, digest, ready)
     except BaseException as error:  # the only way out of this process
-        known = error if isinstance(error, CafsError) else CafsError(f"{type(error).__name__}: {error}")
-        try:
-            os.write(writer, json.dumps([known.exit_code, str(known), known.hint]).encode())
-        except OSError:
-            logging.getLogger(__name__).exception("server failed")
+        tell(writer, error)
         return 1
     return 0
+
+
+def tell(writer: int, error: BaseException) -> None:
+    """Send an error to whoever waits for 'ok', or to the log if nobody does any more."""
+    known = error if isinstance(error, CafsError) else CafsError(f"{type(error).__name__}: {error}")
+    try:
+        os.write(writer, json.dumps([known.exit_code, str(known), known.hint]).encode())
+    except OSError:
+        logging.getLogger(__name__).exception("server failed")
 
 
 def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]) -> None:

@@ -263,3 +263,20 @@ def test_a_miss_brings_its_neighbours_and_asks_once(home: Path, tmp_path: Path, 
                 assert len(proxy.log) - before < 40, "some 25 MB of small files by blocks of 1 MiB, and 3 chunks"
         finally:
             server.terminate()
+
+
+def test_a_server_that_cannot_begin_is_an_error_and_no_hang(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    done = kernel("x:1", tmp_path / "k", "--log", tmp_path / "no" / "such" / "log")
+    assert done.returncode == 0  # the directory of a log is made
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    wait_until(lambda: lazy_pids(home) == [])
+    monkeypatch.setenv("CAFS_CACHE_QUOTA", "much")
+    done = kernel("x:1", tmp_path / "k")
+    assert done.returncode == 2 and b"CAFS_CACHE_QUOTA is 'much'" in done.stderr
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("CAFS_CACHE_QUOTA")
+    done = kernel("x:1", tmp_path / "k", "--log", tmp_path / "file" / "log")
+    assert done.returncode == 1 and b"cannot log to" in done.stderr and done.stderr.count(b"\n") == 1

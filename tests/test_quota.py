@@ -126,7 +126,7 @@ def test_a_mount_keeps_the_quota_and_counts(home: Path, tmp_path: Path, cmd: Run
     monkeypatch.setenv("CAFS_CACHE_QUOTA", str(14 * EACH))
     point = tmp_path / "mnt"
     point.mkdir()
-    assert cmd("cafs-mount", "old:1", point).returncode == 0
+    assert cmd("cafs-mount", "--engine", "fuse", "old:1", point).returncode == 0
     deadline = time.monotonic() + 20
     while sum(filled.held("old") + filled.held("new")) == 20:
         assert time.monotonic() < deadline
