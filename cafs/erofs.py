@@ -146,11 +146,8 @@ class _Image:
         for entry in self.inodes:
             head = _INODE.size + len(bodies.get(entry, b""))
             tail, follows = self._tail(entry), self._map_size(entry)
-            if at % BLOCK > BLOCK - _INODE.size:
-                at += BLOCK - at % BLOCK
-            if tail and (at + head) // BLOCK != (at + head + tail - 1) // BLOCK:
-                at += -(at + head) % BLOCK
-                at += -at % _SLOT
+            while at % BLOCK > BLOCK - _INODE.size or (tail and (at + head) // BLOCK != (at + head + tail - 1) // BLOCK):
+                at += _SLOT
             self.offset[entry] = at
             self.tails[entry] = tail
             at += head + tail + follows

@@ -29,6 +29,7 @@ SYNCED = "synced"
 _RECORD = struct.Struct("<32sB7xqqq")
 _LEDGER_MAX = 1 << 32
 _WASTE = 4
+_FOREVER = 1 << 63
 _HEX = re.compile("[0-9a-f]+")
 
 
@@ -58,7 +59,6 @@ class Ledger:
     def check(self, is_wanted: Callable[[Key], bool]) -> list[str]:
         """Make sure of the cached objects that are wanted; returns the names of those that were set aside."""
         known = self._load()
-        since_ns = self._unsure_since_ns()
         bad = []
         for key, path in self._present():
             if not is_wanted(key):
@@ -68,7 +68,7 @@ class Ledger:
             except OSError:
                 continue  # it went meanwhile
             stamp = _stamp(status)
-            if known.get(key) == stamp and stamp[2] <= since_ns:
+            if known.get(key) == stamp:
                 continue
             if self.verify(key, path):
                 self.note(key, status)
@@ -121,19 +121,23 @@ class Ledger:
         width = len(self._hash(b""))
         rows = _RECORD.iter_unpack(data[: len(data) - len(data) % _RECORD.size])
         found = {(digest[:width], kind): (size, mtime, ctime) for digest, kind, size, mtime, ctime in rows}
-        if len(data) > _RECORD.size * _WASTE * max(len(found), 1024):
-            body = b"".join(_RECORD.pack(*key, *stamp) for key, stamp in found.items())
+        sure_ns = self._sure_until_ns()
+        kept = {key: stamp for key, stamp in found.items() if stamp[2] <= sure_ns}
+        is_first = sure_ns < _FOREVER  # in this boot of the machine: what is unsure is forgotten, of all images
+        if is_first or len(data) > _RECORD.size * _WASTE * max(len(found), 1024):
             try:
-                atomic.replace_file(path, body, 0o600)
+                atomic.replace_file(path, b"".join(_RECORD.pack(*key, *stamp) for key, stamp in kept.items()), 0o600)
+                if is_first:
+                    sync(self.root)
             except OSError:
                 pass
-        return found
+        return kept
 
-    def _unsure_since_ns(self) -> int:
-        """What changed later may not have reached the disk before the machine went down; nothing if it has not since."""
+    def _sure_until_ns(self) -> int:
+        """What changed later may not have reached the disk before the machine went down; all is sure if it has not since."""
         try:
             found = json.loads(atomic.read_file(os.path.join(self.root, SYNCED), 4096))
-            return 1 << 63 if found["boot_id"] == boot_id() else int(found["time_ns"])
+            return _FOREVER if found["boot_id"] == boot_id() else int(found["time_ns"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 

@@ -199,6 +199,8 @@ class ChunkedFile:
         try:
             os.fdatasync(self._fd)
             self._merge_map(self._present)
+            if self._is_whole():
+                self._verify_all()
             head = _MAP_HEAD.pack(self.listed.size, self.listed.chunk_size)
             body = head + self._present
             atomic.replace_file(self.path + ".map", MAP_MAGIC + checksum(body) + body, 0o600)
@@ -214,6 +216,17 @@ class ChunkedFile:
                 self.cache.ledger.note((self.listed_digest, CHUNK_LIST), os.fstat(self._fd))
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
+
+    def _verify_all(self) -> None:
+        """Before the file is called whole: make sure of the chunks of which only the map says that they are there."""
+        for number in range(self.listed.chunks()):
+            digest = self._digest(number)
+            if digest and number not in self._verified:
+                data = atomic.read_exactly(self._fd, self.listed.length_at(number), number * self.listed.chunk_size)
+                if self.cache.store.hash(data) == digest:
+                    self._verified.add(number)
+                else:
+                    self._present[number >> 3] &= ~(1 << (number & 7))
 
     def _merge_map(self, bits: bytearray) -> None:
         """Add what the map on disk says; a damaged one says nothing."""

@@ -134,6 +134,14 @@ def test_directories_of_any_names_are_read_back(tmp_path: Path, found: set[bytes
         assert seen(top) == said(index)
 
 
+def test_no_inode_crosses_the_end_of_a_block() -> None:
+    for size in range(3900, 4100):
+        names = [Entry(fmt.FIFO, b"/d/%03d" % at + b"n" * 200, 0o644) for at in range(18)]
+        found = erofs._Image(index_of(Entry(fmt.DIRECTORY, b"/d", 0o755, xattrs=((b"user.a", b"x" * size),)), *names))
+        found.encode()
+        assert all(at % 4096 <= 4096 - 64 for at in found.offset.values())
+
+
 def test_a_layer_has_the_marks_of_overlayfs(tmp_path: Path) -> None:
     layer = index_of(
         Entry(fmt.WHITEOUT, b"/gone"), Entry(fmt.OPAQUE, b"/new", 0o700), Entry(fmt.FILE, b"/new/f", 0o644), is_layer=True

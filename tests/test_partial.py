@@ -146,3 +146,37 @@ def test_a_cache_that_cannot_be_written_serves_from_memory(large: Large, monkeyp
     assert file.read(0, len(large.content)) == large.content
     file.close()
     assert not os.path.exists(file.whole_path)
+
+
+def test_a_map_that_outlived_its_file_does_not_make_a_file_with_holes_whole(large: Large) -> None:
+    """One process saves its map after another has linked the file; then the file is evicted, and grows again."""
+    late, first = large.open(), large.open()
+    late.read(0, CHUNK)
+    first.read(0, len(large.content))
+    first.close()
+    late.close()
+    Path(first.whole_path).unlink()
+    other = large.open()
+    assert other.read(2 * CHUNK, 2 * CHUNK) == large.content[2 * CHUNK :]
+    other.close()
+    whole = Path(first.whole_path)
+    assert not whole.exists() or whole.read_bytes() == large.content
+    again = large.open()
+    assert again.read(0, len(large.content)) == large.content
+    again.close()
+    assert whole.read_bytes() == large.content
+
+
+def test_after_a_crash_of_the_machine_the_unsure_objects_of_all_images_are_verified(large: Large) -> None:
+    cache = Cache(large.cache_root, Store(large.store_root))
+    keys = []
+    for data in (b"a" * 9, b"b" * 9):
+        keys.append((cache.store.hash(data), 0))
+        cache.keep(*keys[-1], data)
+    path = Path(cache.path(*keys[1]))
+    path.chmod(0o644)
+    path.write_bytes(bytes(9))  # what was written did not reach the disk, but size and times did
+    cache.ledger.note(keys[1], path.stat())
+    (Path(large.cache_root) / "synced").write_text('{"boot_id": "another", "time_ns": 1}')
+    assert cache.ledger.check(lambda key: key == keys[0]) == []  # the mount of one image
+    assert cache.ledger.check(lambda key: key == keys[1]) == [keys[1][0].hex()]  # and later of another
