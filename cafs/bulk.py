@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
+
 from cafs import chunks, pack
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, CorruptError, NotFound
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 WINDOW = 8 << 20
 _GAP = 256 << 10
+_RAW_MAX = 64 << 20
 AT_ONCE = 4
 MANY_AT_ONCE = 16
 """For objects that are few and far between."""
@@ -65,22 +68,26 @@ def read_objects(
         store.refresh()
     packs, missing = by_pack(store, keys, find)
 
-    def fetch(task: tuple[str, list[Frame]]) -> list[tuple[Key, memoryview | None]]:
+    def check(fetched: list[tuple[Key, memoryview]]) -> Iterator[tuple[Key, memoryview | None]]:
+        for (key, _), one in zip(fetched, pack.decode_frames(frame for _, frame in fetched), strict=True):
+            is_right = not isinstance(one, CorruptError) and one[1] == key[1] and store.hash(one[0]) == key[0]
+            yield key, one[0] if is_right and not isinstance(one, CorruptError) else None
+
+    def fetch(task: tuple[str, list[Frame]]) -> tuple[list[tuple[Key, memoryview | None]], list[tuple[Key, memoryview]]]:
+        """The objects of a window, and those beyond _RAW_MAX as frames: a window of zeros may be a thousand times as large."""
         pack_name, window = task
         try:
             fetched = _fetch(store, pack_name, window)
         except (CafsError, OSError):
-            return [(key, None) for key, _, _ in window]
-        found: list[tuple[Key, memoryview | None]] = []
-        for (key, _), one in zip(fetched, pack.decode_frames(frame for _, frame in fetched), strict=True):
-            is_right = not isinstance(one, CorruptError) and one[1] == key[1] and store.hash(one[0]) == key[0]
-            found.append((key, one[0] if is_right and not isinstance(one, CorruptError) else None))
-        return found
+            return [(key, None) for key, _, _ in window], []
+        sizes = accumulate(pack.frame_raw_size(frame) if len(frame) >= pack.FRAME.size else 0 for _, frame in fetched)
+        count = max(sum(size <= _RAW_MAX for size in sizes), 1)
+        return list(check(fetched[:count])), fetched[count:]
 
     failed = []
     tasks = ((pack_name, window) for pack_name, frames in packs.items() for window in _windows(frames))
-    for found in ordered_map(fetch, tasks, at_once, window=2 * at_once):
-        for key, data in found:
+    for found, rest in ordered_map(fetch, tasks, at_once, window=2 * at_once):
+        for key, data in chain(found, check(rest)):
             if data is None:
                 failed.append(key)
             else:

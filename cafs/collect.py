@@ -57,6 +57,7 @@ class _Live:
 
 def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Report:
     """One pass.  Raises BusyError if another runs, and CorruptError, with nothing deleted, if what is needed is damaged."""
+    store.is_checked = True
     store.refresh()
     if dry_run:
         return _Pass(store, grace_s, dry_run).run()

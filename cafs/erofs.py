@@ -44,6 +44,7 @@ _PREFIXES = (
 _SHARED_MAX = 255
 _TAIL_MAX = 4000
 _CHUNK_BITS = (12, 43)
+_MAPS_MAX = 64 << 20
 _METACOPY: Xattr = (4, b"overlay.metacopy", b"")
 _OPAQUE: Xattr = (4, b"overlay.opaque", b"y")
 _TYPES = {  # letter: (file type of a directory entry, S_IFMT bits)
@@ -67,6 +68,10 @@ def _check(index: Index) -> None:
             raise UnsupportedError(f"{quote(index.path(entry))} is a device that overlayfs takes for a whiteout")
     if not len(index) or index.parent.count(NO_PARENT) != 1 or index.path(0) != b"/":
         raise UnsupportedError("a layer that does not list every parent has no metadata image")
+    if index.kind(0) == fmt.OPAQUE:
+        raise UnsupportedError("a layer whose root is opaque has no metadata image: overlayfs merges roots all the same")
+    if sum(map(_map_size, index.size)) > _MAPS_MAX:
+        raise UnsupportedError("the files are so large that their maps would not fit a metadata image")
     if index.child(0, OBJECTS) is not None:
         raise UnsupportedError(f"the tree has the name {quote(OBJECTS)}, which is kept for the objects")
 
@@ -166,10 +171,7 @@ class _Image:
         return size if size <= _TAIL_MAX else 0
 
     def _map_size(self, entry: int) -> int:
-        if self.index.type[entry] not in b"fF" or not self.index.size[entry]:
-            return 0
-        size = self.index.size[entry]
-        return 4 * -(-size // (1 << _chunk_bits(size)))
+        return _map_size(self.index.size[entry]) if self.index.type[entry] in b"fF" else 0
 
     def _number(self, entry: int) -> int:
         """EROFS' number of an entry's inode."""
@@ -257,6 +259,11 @@ def _encode_xattr(one: Xattr) -> bytes:
     prefix, name, value = one
     data = _XATTR.pack(len(name), prefix, len(value)) + name + value
     return data + bytes(-len(data) % 4)
+
+
+def _map_size(size: int) -> int:
+    """Bytes of the map of a file's holes."""
+    return 4 * -(-size // (1 << _chunk_bits(size))) if size else 0
 
 
 def _chunk_bits(size: int) -> int:

@@ -61,6 +61,7 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
     """
     if repair and not store.backend.is_local:
         raise UnsupportedError(f"cannot repair store {quote(store.root)}: only a store in a directory can be")
+    store.is_checked = True
     yield from _leftovers(store, repair)
     good: set[Key] = set()
     for name in store.pack_sizes():

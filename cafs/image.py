@@ -54,6 +54,8 @@ def decode(data: bytes, digest: bytes) -> Image:
     try:
         found = json.loads(data)
         version, config, layers = found.pop("cafs-image"), found.pop("config"), found.pop("layers")
+        if len(layers) > _LAYERS_MAX:
+            raise ValueError("too many layers")
         indexes = tuple(bytes.fromhex(layer.pop("index")) for layer in layers)
         metadata = tuple(bytes.fromhex(layer.pop(METADATA, "")) for layer in layers)
         if version != 1 or found or any(layers) or not isinstance(config, dict) or not 1 <= len(indexes) <= _LAYERS_MAX:
@@ -80,6 +82,8 @@ def put(store: Store, data: bytes, index: Index, config: dict[str, Any], below: 
 
 def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any], metadata: tuple[bytes, ...] = ()) -> Image:
     """Store the manifest of an image whose layers are there.  Raises CafsError if it is too large."""
+    if len(layers) > _LAYERS_MAX:
+        raise CafsError(f"an image cannot have over {_LAYERS_MAX} layers", hint="cafs-index merge")
     image = Image(layers, config, metadata=metadata)
     data = image.encode()
     if len(data) > IMAGE_MAX:

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 
+_FOLD_AT = 100
+"""An image over one of so many layers has a single one again: each costs a mount and a look-up."""
+
+
 @dataclass(slots=True)
 class Options:
     """How to index.  exclude: shell patterns matched against whole paths ('*' also matches '/')."""
@@ -94,7 +98,8 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
         try:
             config = source.config if isinstance(source, ImageSource) else below.config if below else {}
             index = load(io.BytesIO(data))
-            made = _put_over(store, below, index, config) if below else _put(store, data, index, config)
+            is_over = below is not None and len(below.layers) < _FOLD_AT
+            made = _put_over(store, below, index, config) if below and is_over else _put(store, data, index, config)
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:

@@ -47,7 +47,7 @@ def encode_frame(raw: bytes, kind: int, payload: bytes | None) -> bytes:
     return FRAME.pack(FRAME_MAGIC, codec, kind, 0, len(body), len(raw), checksum(body)[:8]) + body
 
 
-def frame_raw_size(frame: bytes) -> int:
+def frame_raw_size(frame: Buffer) -> int:
     """Size of the object in a whole or partial frame."""
     return int(FRAME.unpack_from(frame)[5])
 
@@ -118,7 +118,8 @@ def _opened(frame: memoryview) -> tuple[int, int, int, memoryview]:
 def _decompress_all(bodies: list[memoryview], raw_sizes: list[int]) -> list[memoryview | CorruptError]:
     import zstandard
 
-    if len(bodies) > 1 and hasattr(zstandard.ZstdDecompressor, "multi_decompress_to_buffer"):
+    # python-zstandard 0.25 overruns its memory if a frame of size 0 is among them, so those go one by one.
+    if len(bodies) > 1 and all(raw_sizes) and hasattr(zstandard.ZstdDecompressor, "multi_decompress_to_buffer"):
         views: list[bytes | bytearray | memoryview] = [*bodies]
         sizes = array("Q", raw_sizes)
         try:

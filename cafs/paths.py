@@ -16,11 +16,11 @@ def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> 
     return os.path.join(base, name)
 
 
-def located(address: str, secret: str = "") -> str:
+def located(address: str, secret: str | None = None) -> str:
     """A store's address with absolute paths, in the scope of a secret file.  Raises UsageError if it names another one."""
     from cafs import scope
 
-    url, named = scope.split(scope.join(address, secret) if secret else address)
+    url, named = scope.split(address if secret is None else scope.join(address, secret))
     url = url if "://" in url else os.path.abspath(url)
     return scope.join(url, os.path.abspath(named)) if named else url
 

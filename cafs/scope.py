@@ -36,8 +36,10 @@ class Scope:
 
 
 def split(address: str) -> tuple[str, str]:
-    """(address of the store, secret file or '')."""
-    url, _, path = address.partition(_MARK)
+    """(address of the store, secret file or '').  Raises UsageError if a scope is meant and no file is named."""
+    url, mark, path = address.partition(_MARK)
+    if mark and not path:
+        raise UsageError("a scope is named without a secret file", hint="an unset variable?")
     return url, path
 
 

@@ -9,7 +9,7 @@ import io
 import os
 from dataclasses import dataclass
 
-from cafs import atomic, candidates, chunks, locator, pack
+from cafs import atomic, candidates, chunks, erofs, locator, pack
 from cafs.bulk import MANY_AT_ONCE, by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
@@ -104,9 +104,20 @@ class _Copy:
         for layer, data in layers.items():
             self.target.put_locator(layer, locator.encode(self.target, indexes[layer], self.source))
             self.target.put_meta(data, "index")
-        for one in filter(None, found.metadata):
-            self.target.put_meta(self.source.get_meta(one, METADATA), METADATA)
+        for layer, metadata in zip(found.layers, found.metadata, strict=True):
+            if metadata:
+                self.target.put_meta(self._metadata(metadata, indexes[layer]), METADATA)
         self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
+
+    def _metadata(self, digest: bytes, index: Index) -> bytes:
+        """A metadata image; made anew if the source has none that is sound."""
+        try:
+            return self.source.get_meta(digest, METADATA)
+        except (NotFound, CorruptError):
+            data = erofs.encode(index)
+            if self.source.hash(data) != digest:
+                raise
+            return data
 
     def _frames(self, name: str, frames: list[Frame]) -> None:
         """Some objects of a pack."""

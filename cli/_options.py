@@ -23,7 +23,7 @@ def store_option() -> Decorator:
     """--store: where images are; the default is worked out when it is needed.  --scope: which part of it."""
 
     def keep(context: click.Context, _: click.Parameter, value: str | None) -> None:
-        context.meta[_SCOPE] = value or ""
+        context.meta[_SCOPE] = value
 
     def both(command: Any) -> Any:
         text = "Only the part of the store that belongs to this secret."

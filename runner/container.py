@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     if options.value("network") not in (None, "none", "host"):
         raise UsageError(f"unknown network {quote(options.value('network') or '')}", hint="none or host")
     runc = find_runc()
-    root = paths.located(options.value("store") or paths.store(), options.value("scope") or "")
+    root = paths.located(options.value("store") or paths.store(), options.value("scope"))
     store = Store(root)
     found = image.resolve(store, options.image)
     container = Container(runc, options, found.config)

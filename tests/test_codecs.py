@@ -58,6 +58,15 @@ def test_frames_decoded_together_are_as_decoded_one_by_one(cases: list[tuple[byt
     assert together == alone
 
 
+def test_frames_of_nothing_among_others_are_decoded_one_by_one() -> None:
+    """A frame of size 0 at the head of a batch makes python-zstandard 0.25 overrun its memory: only a stranger would make one."""
+    empty = pack.encode_frame(b"", 0, zstandard.ZstdCompressor().compress(b""))
+    good = pack.encode_frame(b"good" * 1000, 0, zstandard.ZstdCompressor().compress(b"good" * 1000))
+    for frames in ([empty, empty], [empty, good], [empty, good, empty], [good, empty]):
+        found = [bytes(one[0]) for one in pack.decode_frames(frames) if not isinstance(one, CorruptError)]
+        assert found == [pack.decode_frame(frame)[0] for frame in frames]
+
+
 def test_a_zstd_frame_that_would_grow_beyond_what_it_declares_is_refused() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(50 << 20))
     small = pack.FRAME.pack(pack.FRAME_MAGIC, pack.ZSTD, 0, 0, len(bomb), 10, checksum(bomb)[:8]) + bomb

@@ -157,6 +157,13 @@ def test_what_overlayfs_would_take_for_something_else_has_no_metadata_image() ->
     with pytest.raises(UnsupportedError, match="objects"):
         erofs.encode(index_of(Entry(fmt.DIRECTORY, b"/.cafs-objects", 0o755)))
     lonely = load(io.BytesIO(Header(is_layer=True).encode() + Entry(fmt.FILE, b"/a/b", 0o644).encode() + fmt.encode_trailer(1)))
+    huge = (Entry(fmt.CHUNKED, b"/%d" % at, 0o644, size=(1 << 63) - 1, digest=b"d" * 32) for at in range(20))
+    with pytest.raises(UnsupportedError, match="so large"):
+        erofs.encode(index_of(*huge))
+    with pytest.raises(UnsupportedError, match="opaque"):
+        erofs.encode(
+            load(io.BytesIO(Header(is_layer=True).encode() + Entry(fmt.OPAQUE, b"/", 0o755).encode() + fmt.encode_trailer(1)))
+        )
     with pytest.raises(UnsupportedError, match="parent"):
         erofs.encode(lonely)
 

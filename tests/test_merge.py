@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cafs import format as fmt
 from cafs import image, locator
 from cafs.difference import difference
-from cafs.errors import FormatError, UsageError
+from cafs.errors import CafsError, FormatError, UsageError
 from cafs.format import Entry, Header
 from cafs.index import Index, load
 from cafs.layers import merge
@@ -249,6 +249,8 @@ def test_an_image_over_another_has_one_layer_more_and_is_the_tree(home: Path, tm
         ("f", "/new"),
         ("w", "/other"),
     ]
+    with pytest.raises(CafsError, match="1024 layers"):
+        image.put_layers(store, below.layers * 1025, {})
     assert cmd("cafs-store", "untag", "base:1").returncode == 0
     assert cmd("cafs-store", "gc", "--grace", "0").returncode == 0
     assert cmd("cafs-store", "fsck").stdout == b"" and cmd("cafs-index", "verify", "top:1", tree).returncode == 0

@@ -136,6 +136,9 @@ def test_what_is_no_secret_is_refused_with_a_hint(home: Path, tmp_path: Path, cm
         assert done.returncode and said in done.stderr.decode() and done.stderr.count(b"\n") <= 2
     done = cmd("cafs-store", "init", "--scope", key, "--store", f"{tmp_path}/s#scope={key}")
     assert done.returncode == 2 and b"two scopes" in done.stderr
+    for options in (["--scope", ""], ["--store", f"{tmp_path}/store#scope="]):  # an unset variable is not the open part
+        done = cmd("cafs-store", "init", *options)
+        assert done.returncode == 2 and b"without a secret file" in done.stderr
     assert not (tmp_path / "store").exists() and not (tmp_path / "s").exists()
 
 

@@ -149,3 +149,7 @@ def test_a_push_goes_round_a_damaged_copy_and_fails_only_without_a_good_one(home
     assert done.returncode == 0, done.stderr
     assert cmd("cafs-store", "fsck", "--store", copy).stdout == b""
     assert cmd("cafs-index", "verify", "x:1", "--store", copy).returncode == 0
+    for path in (tmp_path / "store" / "meta").glob("*/*.erofs1"):
+        path.unlink()  # it follows from the index
+    assert cmd("cafs-store", "push", "x:1", tmp_path / "third").returncode == 0
+    assert cmd("cafs-store", "fsck", "--store", tmp_path / "third").stdout == b""
