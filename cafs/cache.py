@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from cafs import atomic, linux
+from cafs import atomic, linux, paths
 from cafs.chunks import LIST_MAX
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, os_error, quote
@@ -53,8 +53,7 @@ class Cache:
         self.stats = Stats()
         self.ledger = Ledger(root, store.hash_name, store.chunk_size)
         try:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            os.makedirs(os.path.join(root, ".cafs-objects"), exist_ok=True)
+            paths.make_private(root, ".cafs-objects")
         except OSError as error:
             raise os_error(f"cannot use cache {quote(root)}", error) from error
 
@@ -236,7 +235,6 @@ class Cache:
 
 def fill(name: str, store_root: str, threads: int = 8) -> None:
     """Bring all of an image into the cache, for use without its store.  Raises CafsError."""
-    from cafs import paths
     from cafs.bulk import read_objects
     from cafs.image import load_index
     from cafs.locator import contents, finder

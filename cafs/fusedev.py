@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import select
+import signal
 import struct
 import threading
 import time
@@ -51,6 +52,7 @@ _PAGES = 256
 _READERS = 2
 _THREADS = 32
 _TICK_S = 0.25
+_DRAIN_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +89,7 @@ class Server:
         self.fd = fd
         self.files = files
         self.limit_s = limit_s
-        self._pending: dict[int, tuple[float, int]] = {}  # request -> deadline, node
+        self._pending: dict[int, tuple[float, int, int]] = {}  # request -> deadline, node, process
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_THREADS)
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -108,10 +110,11 @@ class Server:
         readers = [threading.Thread(target=self._read_requests, daemon=True) for _ in range(_READERS)]
         for reader in readers:
             reader.start()
-        while any(reader.is_alive() for reader in readers):
-            self._expire()
-            readers[0].join(_TICK_S)
-        deadline = time.monotonic() + self.limit_s
+        for reader in readers:
+            while reader.is_alive():
+                self._expire()
+                reader.join(_TICK_S)
+        deadline = time.monotonic() + min(self.limit_s, _DRAIN_S)
         while self._stopping and self._pending and time.monotonic() < deadline:
             self._expire()
             time.sleep(0.01)
@@ -124,7 +127,7 @@ class Server:
     def _expire(self) -> None:
         """EIO for those that have waited too long: a server that hangs hangs its users."""
         now = time.monotonic()
-        for unique, (deadline, node) in list(self._pending.items()):
+        for unique, (deadline, node, _) in list(self._pending.items()):
             if deadline < now:
                 _log.error("reading %s: no answer within %g s", self.files.describe(node), self.limit_s)
                 self._finish(unique, -errno.EIO)
@@ -150,16 +153,16 @@ class Server:
             self._handle(bytes(buffer[:size]))
 
     def _handle(self, request: bytes) -> None:
-        _, operation, unique, node, *_ = _IN.unpack_from(request)
+        _, operation, unique, node, _, _, pid, _, _ = _IN.unpack_from(request)
         body = request[_IN.size :]
         if operation in (FORGET, BATCH_FORGET):
             return
         if operation == INTERRUPT:
-            self._finish(int.from_bytes(body[:8], "little"), -errno.EINTR)
+            self._interrupt(int.from_bytes(body[:8], "little"))
             return
         answer: Buffer | int | None
         try:
-            answer = self._read(unique, node, body) if operation == READ else self._answer(operation, node, body)
+            answer = self._read(unique, node, pid, body) if operation == READ else self._answer(operation, node, body)
         except OSError as error:
             answer = -(error.errno or errno.EIO)
         except Exception:
@@ -181,12 +184,12 @@ class Server:
             return b""
         return -errno.ENOSYS  # OPEN, OPENDIR, ACCESS: the kernel will not ask again
 
-    def _read(self, unique: int, node: int, body: bytes) -> Buffer | None:
+    def _read(self, unique: int, node: int, pid: int, body: bytes) -> Buffer | None:
         offset, size = struct.unpack_from("<8xQI", body)
         data = self.files.read_ready(node, offset, size)
         if data is None:
             with self._lock:
-                self._pending[unique] = time.monotonic() + self.limit_s, node
+                self._pending[unique] = time.monotonic() + self.limit_s, node, pid
             self._pool.submit(self._read_later, unique, node, offset, size)
         return data
 
@@ -202,6 +205,12 @@ class Server:
             _log.error("reading %s: %s", self.files.describe(node), error)
             answer = -errno.EIO
         self._finish(unique, answer)
+
+    def _interrupt(self, unique: int) -> None:
+        """A process that is waiting got a signal: only one that is to die does not get its answer."""
+        pid = self._pending.get(unique, (0.0, 0, 0))[2]
+        if pid and _is_dying(pid):
+            self._finish(unique, -errno.EINTR)
 
     def _finish(self, unique: int, answer: Buffer | int) -> None:
         """Answer a request that waits; only the first answer counts."""
@@ -220,6 +229,17 @@ class Server:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):  # it is not waited for any more
                 _log.error("cannot answer a request: %s", error.strerror)
+
+
+def _is_dying(pid: int) -> bool:
+    """Whether SIGKILL, or what amounts to it, is pending for a process or thread (proc_pid_status(5))."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return True
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith((b"SigPnd:", b"ShdPnd:"))]
+    return any(mask & 1 << (signal.SIGKILL - 1) for mask in pending)
 
 
 def _init(body: bytes) -> bytes:

@@ -58,7 +58,8 @@ class Holder:
         """The end."""
         self._ended.set()
         self.poke()
-        self._thread.join(_EXIT_WAIT_S)
+        if self._thread.ident is not None:
+            self._thread.join(_EXIT_WAIT_S)
         if not self._thread.is_alive():
             self._adjust(set())
 
@@ -69,8 +70,20 @@ class Holder:
             self.look()
             if time.monotonic() - self._touched > lease.REFRESH_S:
                 self._touched = time.monotonic()
-                for name in list(self._names.values()):
-                    self._try(lambda name=name: self._store.backend.touch(name))  # type: ignore[misc]
+                for one, name in list(self._names.items()):
+                    self._names[one] = self._renew(one, name)
+
+    def _renew(self, one: Held, name: str) -> str:
+        """Touch a lease; take it anew if it could not be taken, or was removed, as one that was not touched for too long is."""
+        try:
+            if name:
+                self._store.backend.touch(name)
+                return name
+        except FileNotFoundError:
+            pass
+        except (CafsError, OSError):
+            return name
+        return self._try(lambda: lease.take(self._store.backend, "mount", one[0], one[1])) or ""
 
     def _adjust(self, wanted: set[Held]) -> None:
         if wanted == self._names.keys() and not self._forget:

@@ -60,6 +60,7 @@ class Lazy:
         self.brought: Callable[[], None] = lambda: None
         """Called when a profile has come."""
         self.streams: dict[str, Stream] = {}
+        self._streaming: set[int] = set()
         self.windows = Windows(cache)
         self.locators: dict[int, Locator] = {}
         self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
@@ -69,7 +70,7 @@ class Lazy:
 
     def images(self) -> set[str]:
         """Digests of the images that are mounted."""
-        return set(os.listdir(os.path.join(self.state, "images")))
+        return {name for name in os.listdir(os.path.join(self.state, "images")) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
 
     def look(self) -> bool:
         """Open the locators that are new; whether there are any."""
@@ -102,6 +103,7 @@ class Lazy:
             threading.Thread(target=self._bring, args=(stream,), daemon=True).start()
 
     def _bring(self, stream: Stream) -> None:
+        self._streaming.add(threading.get_ident())
         if stream.run():
             self.brought()
 
@@ -180,12 +182,13 @@ class Lazy:
     def statfs(self) -> bytes:
         return fusedev.statfs_out()
 
-    def close(self) -> None:
-        """Save what is known of large files."""
+    def save(self) -> None:
+        """Save what is known of large files; reads go on."""
         with self._lock:
-            for found in self._open.values():
-                if isinstance(found, ChunkedFile):
-                    found.close()
+            found = list(self._open.values())
+        for one in found:
+            if isinstance(one, ChunkedFile):
+                one.save()
 
     # --- objects -------------------------------------------------------------------------------------------------
 
@@ -249,7 +252,9 @@ class Lazy:
             time.sleep(_PAUSE_S)
 
     def _await(self, digest: bytes) -> None:
-        """Wait for what a stream is about to bring."""
+        """Wait for what a stream is about to bring; streams do not wait for one another."""
+        if threading.get_ident() in self._streaming:
+            return
         for stream in list(self.streams.values()):
             stream.wait(digest)
 
@@ -262,7 +267,8 @@ class Lazy:
     def _make(self, node: int) -> int | ChunkedFile:
         where = self._locator(node)
         digest, kind, size, place = where.record(node & 0xFFFF_FFFF)
-        self._await(digest)
+        if not self.cache.is_there(digest, kind):
+            self._await(digest)
         if kind == CHUNK_LIST:
             file = ChunkedFile(self.cache, digest, place, where)
             if file.listed.size != size:

@@ -165,10 +165,14 @@ def is_alive(state: str) -> bool:
 
 
 def remove_state(state: str) -> None:
-    """Remove the directory of a LAZY that has ended; nothing is mounted in it any more."""
+    """Remove the directory of a LAZY that has ended; nothing is mounted in it any more.  Others may do the same."""
     for directory in (IMAGES, LOCATORS, PREFETCH, ""):
         top = os.path.join(state, directory)
-        for name in os.listdir(top) if os.path.isdir(top) else []:
+        try:
+            names = sorted(os.listdir(top), key=lambda name: name == ALIVE)
+        except OSError:
+            continue
+        for name in names:
             if not os.path.isdir(os.path.join(top, name)):
                 atomic.unlink_quietly(os.path.join(top, name))
     for directory in (IMAGES, LOCATORS, PREFETCH, MOUNT_POINT, ""):
@@ -240,9 +244,10 @@ def work(state: str, fd: int, peer: int, ready: Callable[[], None] = lambda: Non
     serving.take_over()
     threading.Thread(target=_hold, args=(files, holder), daemon=True).start()
     serving.serve()
+    files.save()
     keeper.end()
-    files.close()
-    holder.let_go()
+    if is_unmounted(fd):
+        holder.let_go()  # else the next worker goes on with the leases
 
 
 def _reconfigure(cache: str) -> None:
@@ -288,7 +293,9 @@ def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
     def run() -> None:
         pidfd = peer
         while True:
-            select.select([pidfd], [], [])
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll()
             os.close(pidfd)
             child = revive()
             pidfd = os.pidfd_open(child.pid)
@@ -299,3 +306,4 @@ def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
 
 if __name__ == "__main__":
     {"supervisor": supervise, "worker": work}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    os._exit(0)  # not waiting for threads that wait for a store

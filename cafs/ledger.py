@@ -104,8 +104,8 @@ class Ledger:
     def _present(self) -> Iterator[tuple[Key, str]]:
         """What the cache has, with paths."""
         width, top = 2 * len(self._hash(b"")), os.path.join(self.root, ".cafs-objects")
-        for shard in os.listdir(top):
-            for name in os.listdir(os.path.join(top, shard)):
+        for shard in _listed(top):
+            for name in _listed(os.path.join(top, shard)):
                 text = shard + name.removesuffix(CHUNK_LIST_SUFFIX)
                 if len(text) == width and _HEX.fullmatch(text):
                     kind = CHUNK_LIST if name.endswith(CHUNK_LIST_SUFFIX) else PLAIN
@@ -163,6 +163,13 @@ def set_aside(root: str, path: str) -> None:
         os.rename(path, os.path.join(aside, f"{os.path.basename(path)}.{os.urandom(4).hex()}"))
     except OSError:
         atomic.unlink_quietly(path)
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
 
 
 def boot_id() -> str:

@@ -43,6 +43,7 @@ _HEAD = struct.Struct("<8s16s16s64sII")
 _TAIL = struct.Struct("<QIIQ")
 _NUMBER = struct.Struct("<I")
 _NOWHERE = 0xFFFF_FFFF
+_OFFSET_MAX = 1 << 62
 
 
 class Locator:
@@ -87,7 +88,7 @@ class Locator:
         """(digest, kind, size of the file, where the object may be)."""
         at = self._start + number * self._row
         size, pack, stored, offset = _TAIL.unpack_from(self.data, at + self._key)
-        is_place = pack < len(self.packs) and FRAME.size <= stored <= FRAME.size + RAW_MAX
+        is_place = pack < len(self.packs) and FRAME.size <= stored <= FRAME.size + RAW_MAX and offset < _OFFSET_MAX
         place = (self.packs[pack], offset, stored) if is_place else None
         return self.data[at : at + self._key - 1], self.data[at + self._key - 1], size, place
 
@@ -114,7 +115,7 @@ class Locator:
             if where != number or offset >= start + size:
                 break
             at = self._start + record * self._row
-            if self.data[at + self._key - 1] == PLAIN:
+            if self.data[at + self._key - 1] == PLAIN and FRAME.size <= stored <= FRAME.size + RAW_MAX:
                 found.append((bytes(self.data[at : at + self._key - 1]), offset, stored))
             low += 1
         return found

@@ -143,7 +143,7 @@ def merge(identity: str, merged: Merged, footers: Mapping[str, Records], sizes: 
     data = MAGIC + checksum(body) + body
     path = path_of(identity, merged.hash_name)
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        paths.make_private(paths.cache(), os.path.dirname(path))
         atomic.replace_file(path, data, 0o600)
     except OSError:
         pass

@@ -41,13 +41,13 @@ def mount(request: Request, found: Image, store: Store) -> None:
         raise UnsupportedError("the kernel engine needs root")
     cache = paths.cache()
     ledger = Cache(cache, store).ledger
+    try:
+        layers, locators = _fetch(store, cache, found)
+    except OSError as error:
+        raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
+    for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
+        request.warnings.append(f"cached object {name} was damaged: set aside")
     with _lock():
-        try:
-            layers, locators = _fetch(store, cache, found)
-        except OSError as error:
-            raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
-        for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
-            request.warnings.append(f"cached object {name} was damaged: set aside")
         quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
         try:
             lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log, request.record)
@@ -87,7 +87,7 @@ def tidy() -> None:
             lazymount.end(state)
     for name in _listed(run_directory("erofs")):
         if mountinfo.at(os.path.join(run_directory("erofs"), name)) is None:
-            os.rmdir(os.path.join(run_directory("erofs"), name))
+            _remove_quietly(os.path.join(run_directory("erofs"), name))
     for name in _listed(run_directory("lazy")):
         state = os.path.join(run_directory("lazy"), name)
         if mountinfo.at(os.path.join(state, lazyd.MOUNT_POINT)) is None and not lazyd.is_alive(state):
@@ -121,6 +121,13 @@ def _listed(directory: str) -> list[str]:
         return []
 
 
+def _remove_quietly(directory: str) -> None:
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+
+
 def _quietly(point: str) -> None:
     try:
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
@@ -137,7 +144,7 @@ def run_directory(name: str) -> str:
 @contextmanager
 def _lock() -> Iterator[None]:
     """One process at a time changes what is mounted here."""
-    os.makedirs(run_directory("erofs"), mode=0o700, exist_ok=True)
+    paths.make_private(paths.run(), "erofs")
     fd = os.open(run_directory("kernel.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -230,7 +237,8 @@ def _mount_overlay(request: Request, digest: bytes, layers: list[str], data: lis
         except OSError as error:
             raise os_error(f"cannot write to {quote(request.upper)}", error) from error
         settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
-    attributes |= 0 if "suid" in request.extra else linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+    attributes |= 0 if "suid" in request.extra else linux.MOUNT_ATTR_NOSUID
+    attributes |= 0 if "dev" in request.extra else linux.MOUNT_ATTR_NODEV
     try:
         linux.mount_overlay(f"cafs:{digest.hex()}", request.point, settings, attributes)
     except OSError as error:

@@ -249,6 +249,12 @@ def decode_footer(footer: bytes, pack_size: int) -> Records:
         raise FormatError("pack footer has a bad checksum")
     end = pack_size - len(footer)
     for _, kind, offset, stored, raw in records.rows():
-        if kind > 1 or offset < len(PACK_MAGIC) or offset + stored > end or raw > RAW_MAX or stored < FRAME.size:
+        if (
+            kind > 1
+            or offset < len(PACK_MAGIC)
+            or offset + stored > end
+            or raw > RAW_MAX
+            or not FRAME.size <= stored <= FRAME.size + RAW_MAX
+        ):
             raise FormatError("pack footer points outside the pack")
     return records

@@ -110,7 +110,7 @@ class ChunkedFile:
 
     def chunks_at(self, offset: int, size: int) -> list[bytes]:
         """The digests of the chunks of a range that would have to be fetched."""
-        return [self._digest(number) for number, _, _ in self._parts(offset, size) if number not in self._verified]
+        return [self._digest(number) for number, _, _ in self._parts(offset, size) if not self._has(number)]
 
     def _parts(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
         """(chunk, offset in it, length) of what makes up a range."""
@@ -240,6 +240,12 @@ class ChunkedFile:
             return
         for at, byte in enumerate(body[len(head) :]):
             bits[at] |= byte
+
+    def save(self) -> None:
+        """Save the map; the file stays open."""
+        with self._lock:
+            if self._fd >= 0 and self._unsaved:
+                self._save()
 
     def close(self) -> None:
         """Save the map."""

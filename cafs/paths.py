@@ -6,14 +6,17 @@ import os
 
 
 def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> str:
-    """VARIABLE, else ROOT for root, else $XDG/name, else ~/fallback/name.  An empty value counts as unset."""
+    """VARIABLE, else ROOT for root, else $XDG/name, else ~/fallback/name.  An empty value counts as unset.
+
+    Without links, as the kernel shows the places of mounts.
+    """
     chosen = os.environ.get(variable)
     if chosen:
-        return os.path.abspath(chosen)
+        return os.path.realpath(chosen)
     if os.geteuid() == 0:
-        return root
+        return os.path.realpath(root)
     base = os.environ.get(xdg) or os.path.join(os.path.expanduser("~"), fallback)
-    return os.path.join(base, name)
+    return os.path.realpath(os.path.join(base, name))
 
 
 def located(address: str, secret: str | None = None) -> str:
@@ -35,6 +38,16 @@ def store() -> str:
 def cache() -> str:
     """Objects and stat caches: safe to delete at any time."""
     return _directory("CAFS_CACHE", "/var/cache/cafs", "XDG_CACHE_HOME", ".cache", "cafs")
+
+
+def make_private(path: str, *below: str) -> None:
+    """Make PATH, for its owner alone, and a directory below it.  Raises OSError."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.stat(path)
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        os.chmod(path, 0o700)
+    if below:
+        os.makedirs(os.path.join(path, *below), mode=0o700, exist_ok=True)
 
 
 def state() -> str:

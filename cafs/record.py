@@ -6,6 +6,7 @@ of it.  Of a small file there is one line, of a large one a line for each chunk.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MAGIC = "cafs-record 1"
 _LINES_MAX = 1 << 24
+_log = logging.getLogger(__name__)
 
 
 class Read:
@@ -64,7 +66,10 @@ class Recorder:
             now = time.monotonic_ns() // 1000
             name, length = object_name(digest, kind), self._chunk_size if kind == CHUNK_LIST else size
             lines = "".join(f"{now} {name} {part * self._chunk_size} {length}\n" for part in new)
-            os.write(self._fd, lines.encode())
+            try:
+                os.write(self._fd, lines.encode())
+            except OSError as error:  # not the reader's fault
+                _log.error("cannot write record: %s", error.strerror)
 
 
 def parse(path: str, hash_name: str) -> Iterator[Read]:

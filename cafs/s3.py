@@ -203,7 +203,7 @@ class S3Backend(Backend):
 
     def scratch(self) -> str:
         path = os.path.join(paths.cache(), "upload")
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        paths.make_private(paths.cache(), "upload")
         return path
 
     def publish(self, temporary: str, name: str) -> None:

@@ -62,7 +62,7 @@ class StatCache:
         """Write what this scan saw.  A failure costs time at the next scan and nothing else."""
         body = b"".join(self._seen)
         try:
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            paths.make_private(paths.cache(), os.path.dirname(self.path))
             atomic.replace_file(self.path, MAGIC + checksum(body) + body, 0o600)
         except OSError:
             pass

@@ -302,7 +302,7 @@ class Store:
             pass
         data = self._fetch_meta(digest, kind)
         try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            paths.make_private(paths.cache(), os.path.dirname(path))
             atomic.replace_file(path, data, 0o600)
         except OSError:
             pass

@@ -43,14 +43,12 @@ class Stream:
         self._waiting: dict[bytes, int] = {}  # name of an object -> offset
         self._position = 0
         self._is_known = False
-        self._thread = 0
         self._arrived = threading.Condition()
         self._files: dict[bytes, tuple[ChunkedFile, int]] = {}  # chunk -> where it belongs
         self._open: list[bytes] = []
 
     def run(self) -> bool:
         """Bring all of it; whether there was any.  What goes wrong is a line in the log; whoever waits goes on by himself."""
-        self._thread = threading.get_ident()
         try:
             frames = self._frames()
             with self._arrived:
@@ -72,8 +70,6 @@ class Stream:
 
     def wait(self, digest: bytes) -> None:
         """Wait for an object, or a chunk, that is about to come, and at first for the list of what will."""
-        if threading.get_ident() == self._thread:
-            return  # it opens a large file to put chunks into it
         name = self._cache.store.name_of(digest)
 
         def is_over() -> bool:

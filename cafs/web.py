@@ -107,7 +107,7 @@ class WebBackend(Backend):
         data = self._get(name, {"If-None-Match": kept[0]} if kept else {}, take)
         if tag and (kept is None or kept[1] != data or kept[0] != tag):
             try:
-                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                paths.make_private(paths.cache(), os.path.dirname(path))
                 atomic.replace_file(path, json.dumps([tag, data.decode("latin-1")]).encode(), 0o600)
             except OSError:
                 pass

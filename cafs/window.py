@@ -77,7 +77,9 @@ class Windows:
         """The frames of a block that are near one another, around the one at PLACE, and the bytes of them all."""
         block = locator.block(place[0], place[1] // SIZE * SIZE, SIZE)
         frames = [frame for frame in block if frame[1] == place[1] or not self._is_here(frame)]
-        at = next(number for number, frame in enumerate(frames) if frame[1] == place[1])
+        at = next((number for number, frame in enumerate(frames) if frame[1] == place[1]), -1)
+        if at < 0:
+            return [], b""  # the locator contradicts itself
         first = last = at
         while first and frames[first][1] - (frames[first - 1][1] + frames[first - 1][2]) <= _GAP:
             first -= 1

@@ -220,3 +220,32 @@ def test_what_is_evicted_under_a_live_mount_frees_its_space(
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
     wait_until(lambda: lazy_pids(home) == [])
     subprocess.run(["umount", home / "cache"], check=True)
+
+
+def test_a_link_in_the_way_to_live_state_or_cache_is_no_other_place(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    for name in ("RUN", "CACHE"):
+        monkeypatch.setenv(f"CAFS_{name}", str(tmp_path / "link" / name.lower()))
+    for number in range(2):
+        assert kernel("x:1", tmp_path / f"k{number}").returncode == 0
+    assert len(mounts_below(home / "run")) == 2 and len(lazy_pids(home)) == 2
+    assert len(mountinfo.over(str(home / "cache"))) == 2
+
+
+def test_caches_and_live_state_are_for_their_owner_alone(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    os.umask(0o022)
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    for path in (home / "cache", home / "run"):
+        assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_was_left_of_a_server_hinders_nobody(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (home / "run" / "lazy" / "half.1234" / "mnt").mkdir(parents=True)
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    assert not (home / "run" / "lazy" / "half.1234").exists()

@@ -280,3 +280,26 @@ def test_a_server_that_cannot_begin_is_an_error_and_no_hang(
     monkeypatch.delenv("CAFS_CACHE_QUOTA")
     done = kernel("x:1", tmp_path / "k", "--log", tmp_path / "file" / "log")
     assert done.returncode == 1 and b"cannot log to" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_a_signal_that_does_not_kill_lets_a_read_go_on_and_one_that_does_ends_it(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k").returncode == 0
+    os.rename(home / "store", home / "away")
+    program = """
+import signal, sys
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+sys.stdout.buffer.write(open(sys.argv[1], "rb").read())
+"""
+    readers = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path / "k" / name], stdout=subprocess.PIPE) for name in ("1", "2")
+    ]
+    with pytest.raises(subprocess.TimeoutExpired):
+        readers[0].wait(1.5)
+    readers[1].kill()
+    assert readers[1].wait(5) == -signal.SIGKILL
+    os.rename(home / "away", home / "store")
+    assert readers[0].communicate(timeout=20)[0] == (tree / "1").read_bytes()
