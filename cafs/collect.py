@@ -156,11 +156,11 @@ class _Pass:
         sizes = self.store.pack_sizes()
         claimed: set[Key] = set()
         dead, mostly = {}, {}
-        for name, rows in self._by_use(sizes, live):
+        for name, rows, frames in self._by_use(sizes, live):
             mine = {row[:2]: row for row in rows if row[:2] not in claimed}
             if not mine:
                 dead[f"packs/{name}"] = sizes[name]
-            elif sum(row[3] for row in mine.values()) < _MOSTLY * sizes[name]:
+            elif sum(row[3] for row in mine.values()) < _MOSTLY * frames:
                 mostly[name] = sorted(mine.values(), key=lambda row: row[2])
             claimed |= mine.keys()
         dead |= {f"packs/{name}": sizes[name] for name in mostly}
@@ -170,16 +170,18 @@ class _Pass:
                 dead.pop(f"packs/{name}", None)
         return dead
 
-    def _by_use(self, sizes: dict[str, int], live: _Live) -> list[tuple[str, list[Row]]]:
-        """Packs and their live rows, most used first: of several copies of an object that in the fullest pack is kept."""
+    def _by_use(self, sizes: dict[str, int], live: _Live) -> list[tuple[str, list[Row], int]]:
+        """Packs, their live rows, and bytes of all their frames; the most used first: there a copy of an object is kept."""
         found = []
         for name, size in sizes.items():
             try:
-                rows = [row for row in self.store.read_footer(name).rows() if row[:2] in live.objects]
+                every = list(self.store.read_footer(name).rows())
             except (CafsError, OSError):
                 continue  # fsck's business
-            found.append((f"packs/{name}" in self.known, -sum(row[3] for row in rows) / size, name, rows))
-        return [(name, rows) for _, _, name, rows in sorted(found)]
+            rows = [row for row in every if row[:2] in live.objects]
+            share = sum(row[3] for row in rows) / size
+            found.append((f"packs/{name}" in self.known, -share, name, rows, sum(row[3] for row in every)))
+        return [(name, rows, frames) for _, _, name, rows, frames in sorted(found)]
 
     def _repack(self, mostly: dict[str, list[Row]], live: _Live, dead: dict[str, int]) -> list[str]:
         """Put what is alive in these packs into new ones; returns their names.

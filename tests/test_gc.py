@@ -267,3 +267,15 @@ def test_creating_pushing_mounting_and_collecting_at_once_lose_nothing(
         assert cmd("cafs-store", "gc", "--grace", "0", "--store", tmp_path / name).returncode == 0
         assert cmd("cafs-store", "fsck", "--store", tmp_path / name).stdout == b""
     assert candidates.names(Store(str(tmp_path / "store")).backend) == set()
+
+
+def test_a_pack_of_tiny_objects_is_not_copied_by_every_collection(home: Path, tmp_path: Path) -> None:
+    """Its footer is larger than its objects."""
+    tree = tmp_path / "tiny"
+    tree.mkdir()
+    for number in range(50):
+        (tree / f"{number}").write_bytes(b"%d" % number)
+    create_image(Options(str(tree)), str(tmp_path / "store"), "t:1")
+    for _ in range(2):
+        report = collect(Store(str(tmp_path / "store")), grace_s=0)
+        assert (report.repacked, report.deleted) == (0, 0)

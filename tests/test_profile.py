@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +144,21 @@ def test_what_is_no_record_or_name_is_refused(home: Path, tmp_path: Path, tree: 
     done = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "good", "--name", "../x")
     assert done.returncode == 2
     assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "none").returncode == 4
+
+
+def test_two_profiles_with_one_large_file_come_without_waiting_for_each_other(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    record(cmd, kernel, tmp_path, tree)
+    (tree / "more").write_bytes(b"more")
+    cmd("cafs-index", "create", tree, "-t", "y:1")
+    for image in ("x:1", "y:1"):
+        assert cmd("cafs-index", "profile", image, "--from", tmp_path / "record").returncode == 0
+    shutil.rmtree(home / "cache")
+    began = time.monotonic()
+    for image, point in (("x:1", "k"), ("y:1", "k2")):
+        assert kernel(image, tmp_path / point, "--timeout", "20").returncode == 0
+    for point in ("k", "k2"):
+        run(tmp_path / point, tree)
+    assert time.monotonic() - began < 15, "less than the limit, which a deadlock ends with"
