@@ -68,11 +68,6 @@ def read_objects(
         store.refresh()
     packs, missing = by_pack(store, keys, find)
 
-    def check(fetched: list[tuple[Key, memoryview]]) -> Iterator[tuple[Key, memoryview | None]]:
-        for (key, _), one in zip(fetched, pack.decode_frames(frame for _, frame in fetched), strict=True):
-            is_right = not isinstance(one, CorruptError) and one[1] == key[1] and store.hash(one[0]) == key[0]
-            yield key, one[0] if is_right and not isinstance(one, CorruptError) else None
-
     def fetch(task: tuple[str, list[Frame]]) -> tuple[list[tuple[Key, memoryview | None]], list[tuple[Key, memoryview]]]:
         """The objects of a window, and those beyond _RAW_MAX as frames: a window of zeros may be a thousand times as large."""
         pack_name, window = task
@@ -82,12 +77,12 @@ def read_objects(
             return [(key, None) for key, _, _ in window], []
         sizes = accumulate(pack.frame_raw_size(frame) if len(frame) >= pack.FRAME.size else 0 for _, frame in fetched)
         count = max(sum(size <= _RAW_MAX for size in sizes), 1)
-        return list(check(fetched[:count])), fetched[count:]
+        return list(check_frames(store, fetched[:count])), fetched[count:]
 
     failed = []
     tasks = ((pack_name, window) for pack_name, frames in packs.items() for window in _windows(frames))
     for found, rest in ordered_map(fetch, tasks, at_once, window=2 * at_once):
-        for key, data in chain(found, check(rest)):
+        for key, data in chain(found, check_frames(store, rest)):
             if data is None:
                 failed.append(key)
             else:
@@ -100,6 +95,14 @@ def read_objects(
         yield key, _one(store, key)  # another copy, or another try, may be good
     for key in missing:
         yield key, NotFound(f"store has no object {key[0].hex()}", hint="cafs-store fsck")
+
+
+def check_frames(store: Store, fetched: Iterable[tuple[Key, memoryview]]) -> Iterator[tuple[Key, memoryview | None]]:
+    """The object in each frame, None where it is not the one of its key.  Not copied: pack.decode_frames."""
+    pairs = list(fetched)
+    for (key, _), one in zip(pairs, pack.decode_frames(frame for _, frame in pairs), strict=True):
+        is_right = not isinstance(one, CorruptError) and one[1] == key[1] and store.hash(one[0]) == key[0]
+        yield key, one[0] if is_right and not isinstance(one, CorruptError) else None
 
 
 def read_index(store: Store, index: Index) -> Iterator[tuple[Key, memoryview | CafsError]]:

@@ -83,14 +83,17 @@ class Holder:
             pass
         except (CafsError, OSError):
             return name
+        return self._take(one)
+
+    def _take(self, one: Held) -> str:
+        """The name of a new lease, '' if none can be had."""
         return self._try(lambda: lease.take(self._store.backend, "mount", one[0], one[1])) or ""
 
     def _adjust(self, wanted: set[Held]) -> None:
         if wanted == self._names.keys() and not self._forget:
             return
         for one in sorted(wanted - self._names.keys()):
-            name = self._try(lambda one=one: lease.take(self._store.backend, "mount", one[0], one[1]))  # type: ignore[misc]
-            self._names[one] = name or ""
+            self._names[one] = self._take(one)
         self._forget += [self._names.pop(one) for one in list(self._names.keys() - wanted)]
         for name in filter(None, self._forget):
             self._try(lambda name=name: self._store.backend.remove(name))  # type: ignore[misc]

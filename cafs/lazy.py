@@ -18,7 +18,9 @@ from collections import OrderedDict
 
 from cafs import atomic, fusedev, locator
 from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN, object_name
+from cafs.erofs import OBJECTS
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound
+from cafs.lazyd import IMAGES, LOCATORS, PREFETCH
 from cafs.locator import Locator
 from cafs.partial import ChunkedFile
 from cafs.store import FORMAT_FILE
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from cafs.cache import Cache
     from cafs.record import Recorder
 
-OBJECTS = b".cafs-objects"
 _OBJECTS_NODE = 2
 _SHARD_NODE = 256
 _LOCATOR_BITS = 32
@@ -70,12 +71,12 @@ class Lazy:
 
     def images(self) -> set[str]:
         """Digests of the images that are mounted."""
-        return {name for name in os.listdir(os.path.join(self.state, "images")) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
+        return {name for name in os.listdir(os.path.join(self.state, IMAGES)) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
 
     def look(self) -> bool:
         """Open the locators that are new; whether there are any."""
         found = False
-        directory = os.path.join(self.state, "locators")
+        directory = os.path.join(self.state, LOCATORS)
         for name in sorted(os.listdir(directory)):
             number = int(name) if re.fullmatch("[1-9][0-9]{0,8}", name) else 0
             if not number or number in self.locators:
@@ -94,7 +95,7 @@ class Lazy:
 
     def _look_for_streams(self) -> None:
         """Begin to bring the profiles that are asked for: state/prefetch/N holds the name of a file of the store."""
-        directory = os.path.join(self.state, "prefetch")
+        directory = os.path.join(self.state, PREFETCH)
         for name in sorted(os.listdir(directory)):
             if name in self.streams or name.startswith("tmp."):
                 continue

@@ -234,9 +234,7 @@ def work(state: str, fd: int, peer: int, ready: Callable[[], None] = lambda: Non
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: serving.stop())
     _note(state, WORKER_FILE)
-    holder = Holder(
-        store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, "leases")
-    )
+    holder = Holder(store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, LEASES))
     files.brought = lambda: _reconfigure(cache.root)
     keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True, trimmed=lambda: _reconfigure(cache.root))
     watch(peer, lambda: _revive(state, fd))

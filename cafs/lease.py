@@ -47,8 +47,12 @@ def is_dead(data: bytes, age_s: float) -> bool:
     return age_s > DEAD_AFTER_S
 
 
+def boot_id() -> str:
+    """Of this boot of the machine."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
 def _here() -> dict[str, str]:
     """What has to be the same for a pid to mean the same process."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot = file.read().strip()
-    return {"boot_id": boot, "host": socket.gethostname(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    return {"boot_id": boot_id(), "host": socket.gethostname(), "pid_namespace": os.readlink("/proc/self/ns/pid")}

@@ -1,8 +1,8 @@
 """What the cache held when it was last verified: the kernel reads cached objects without asking, so a mount asks before it.
 
 cafs-store(5), CACHE.  One record an object: size, mtime and ctime as they were when its content was verified.  What differs, is
-not listed, or may have been lost with the machine is hashed again, and set aside if it is bad.  Rot beneath an unchanged ctime
-is for `cafs-store fsck --cache`.
+not listed, or may have been lost with the machine is hashed again, and set aside if it is bad.  Rot beneath an
+unchanged ctime is not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from cafs import atomic, chunks
 from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, PLAIN, hash_function, object_name
 from cafs.errors import CafsError
+from cafs.lease import boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -170,12 +171,6 @@ def _listed(path: str) -> list[str]:
         return os.listdir(path)
     except OSError:
         return []
-
-
-def boot_id() -> str:
-    """Of this boot of the machine."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
 
 
 def _stamp(status: os.stat_result) -> Stamp:

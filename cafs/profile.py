@@ -86,11 +86,3 @@ def exists(store: Store, image: bytes, name: str) -> bool:
         return store.backend.exists(file_name(store, image, name))
     except (CafsError, OSError):
         return False
-
-
-def remove(store: Store, image: bytes, name: str) -> None:
-    """Remove a profile.  Raises NotFound."""
-    try:
-        store.backend.remove(file_name(store, image, name))
-    except FileNotFoundError:
-        raise NotFound(f"no profile {quote(name)} of image {image.hex()}") from None

@@ -9,9 +9,9 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from cafs import pack
+from cafs.bulk import check_frames
 from cafs.digest import PLAIN
-from cafs.errors import CafsError, CorruptError
+from cafs.errors import CafsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Windows:
 
     def _put(self, wanted: list[Frame], frames: list[Frame], data: bytes) -> None:
         """Into the cache, each after it was verified; what is damaged is left out: whoever needs it will ask again."""
-        view = memoryview(data)
-        pieces = (view[offset - frames[0][1] : offset - frames[0][1] + size] for _, offset, size in wanted)
-        for (digest, _, _), one in zip(wanted, pack.decode_frames(pieces), strict=True):
-            if not isinstance(one, CorruptError) and one[1] == PLAIN and self._cache.store.hash(one[0]) == digest:
-                self._cache.keep(digest, PLAIN, one[0])
+        view, start = memoryview(data), frames[0][1] if frames else 0
+        pieces = (((digest, PLAIN), view[offset - start : offset - start + size]) for digest, offset, size in wanted)
+        for key, one in check_frames(self._cache.store, pieces):
+            if one is not None:
+                self._cache.keep(*key, one)
