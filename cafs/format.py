@@ -7,6 +7,7 @@ that is broken.  What needs more than one line (order, parents, links) is checke
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,6 +36,17 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 FILE, CHUNKED, DIRECTORY, SYMLINK, HARDLINK = b"f", b"F", b"d", b"l", b"h"
 CHAR_DEVICE, BLOCK_DEVICE, FIFO, SOCKET, OPAQUE, WHITEOUT = b"c", b"b", b"p", b"s", b"o", b"w"
 TYPES = b"fFdlhcbpsow"
+TYPE_BITS = {
+    ord("f"): stat.S_IFREG,
+    ord("F"): stat.S_IFREG,
+    ord("d"): stat.S_IFDIR,
+    ord("l"): stat.S_IFLNK,
+    ord("c"): stat.S_IFCHR,
+    ord("b"): stat.S_IFBLK,
+    ord("p"): stat.S_IFIFO,
+    ord("s"): stat.S_IFSOCK,
+}
+"""st_mode's bits for a type."""
 
 XATTR_NAMES = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 

@@ -19,27 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from typing_extensions import Buffer
 
-    class FileSystem(Protocol):
-        """What a server asks.  Numbers of nodes in; errors are OSError with the errno that the kernel is to see."""
-
-        def lookup(self, node: int, name: bytes) -> bytes: ...
-        def getattr(self, node: int) -> bytes: ...
-        def read_ready(self, node: int, offset: int, size: int) -> Buffer | None: ...
-        def read(self, node: int, offset: int, size: int) -> Buffer: ...
-        def statfs(self) -> bytes: ...
-        def describe(self, node: int) -> str: ...
-
-
-LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
-FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, DESTROY, BATCH_FORGET = 25, 26, 27, 28, 29, 34, 36, 38, 42
+LOOKUP, FORGET, GETATTR, READLINK, READ, STATFS, RELEASE = 1, 2, 3, 5, 15, 17, 18
+GETXATTR, LISTXATTR, FLUSH, INIT, READDIR, RELEASEDIR, INTERRUPT = 22, 23, 25, 26, 28, 29, 36
+DESTROY, BATCH_FORGET, READDIRPLUS = 38, 42, 44
 ROOT = 1
 FOREVER_S = 1 << 30
 _NOTIFY_RESEND = 7
-_ASYNC_READ, _PARALLEL_DIROPS, _MAX_PAGES, _INIT_EXT = 1 << 0, 1 << 18, 1 << 22, 1 << 30
+_ASYNC_READ, _DO_READDIRPLUS, _READDIRPLUS_AUTO, _PARALLEL_DIROPS = 1 << 0, 1 << 13, 1 << 14, 1 << 18
+_POSIX_ACL, _MAX_PAGES, _CACHE_SYMLINKS, _EXPLICIT_INVAL_DATA, _INIT_EXT = 1 << 20, 1 << 22, 1 << 23, 1 << 25, 1 << 30
+_FLAGS = _ASYNC_READ | _PARALLEL_DIROPS | _MAX_PAGES | _EXPLICIT_INVAL_DATA | _INIT_EXT
+TREE_FLAGS = _DO_READDIRPLUS | _READDIRPLUS_AUTO | _POSIX_ACL | _CACHE_SYMLINKS
+"""Also wanted by a file system that lists directories and has links and access lists."""
+
 _HAS_RESEND = 1 << (39 - 32)
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
@@ -76,6 +69,60 @@ def attr_out(attributes: bytes) -> bytes:
 def statfs_out(blocks: int = 0, files: int = 0) -> bytes:
     """struct fuse_statfs_out; overlayfs refuses a layer that does not answer STATFS."""
     return struct.pack("<5Q4I24x", blocks, 0, 0, files, 0, 4096, 255, 4096, 0)
+
+
+def xattr_out(value: bytes, size: int) -> bytes:
+    """The answer to GETXATTR and LISTXATTR: the value, or its size if SIZE is 0.  Raises OSError."""
+    if not size:
+        return struct.pack("<II", len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, "value does not fit")
+    return value
+
+
+class FileSystem:
+    """What a server asks.  Numbers of nodes in; errors are OSError with the errno that the kernel is to see."""
+
+    flags = 0
+    """Of INIT, beside those of every server."""
+
+    def lookup(self, node: int, name: bytes) -> bytes:
+        """struct fuse_entry_out."""
+        raise NotImplementedError
+
+    def getattr(self, node: int) -> bytes:
+        """struct fuse_attr."""
+        raise NotImplementedError
+
+    def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
+        """What is at hand, None if `read` is to be asked."""
+        raise NotImplementedError
+
+    def read(self, node: int, offset: int, size: int) -> Buffer:
+        """May wait."""
+        raise NotImplementedError
+
+    def statfs(self) -> bytes:
+        """struct fuse_statfs_out."""
+        return statfs_out()
+
+    def readdir(self, node: int, offset: int, size: int, *, is_plus: bool) -> Buffer:
+        """Records of struct fuse_dirent, or fuse_direntplus."""
+        return b""
+
+    def readlink(self, node: int) -> bytes:
+        raise OSError(errno.EINVAL, "not a link")
+
+    def xattr(self, node: int, name: bytes) -> bytes:
+        """The value."""
+        raise OSError(errno.ENOSYS, "no attributes")
+
+    def xattr_names(self, node: int) -> list[bytes]:
+        raise OSError(errno.ENOSYS, "no attributes")
+
+    def describe(self, node: int) -> str:
+        """For the log."""
+        return f"node {node}"
 
 
 class Server:
@@ -176,11 +223,21 @@ class Server:
             return self.files.lookup(node, body.rstrip(b"\0"))
         if operation == GETATTR:
             return attr_out(self.files.getattr(node))
+        if operation in (READDIR, READDIRPLUS):
+            offset, size = struct.unpack_from("<8xQI", body)
+            return self.files.readdir(node, offset, size, is_plus=operation == READDIRPLUS)
+        if operation == READLINK:
+            return self.files.readlink(node)
+        if operation == GETXATTR:
+            return xattr_out(self.files.xattr(node, body[8:].rstrip(b"\0")), int.from_bytes(body[:4], "little"))
+        if operation == LISTXATTR:
+            names = b"".join(name + b"\0" for name in self.files.xattr_names(node))
+            return xattr_out(names, int.from_bytes(body[:4], "little"))
         if operation == STATFS:
             return self.files.statfs()
         if operation == INIT:
-            return _init(body)
-        if operation in (RELEASE, RELEASEDIR, FLUSH, READDIR, DESTROY):
+            return _init(body, self.files.flags)
+        if operation in (RELEASE, RELEASEDIR, FLUSH, DESTROY):
             return b""
         return -errno.ENOSYS  # OPEN, OPENDIR, ACCESS: the kernel will not ask again
 
@@ -242,15 +299,10 @@ def _is_dying(pid: int) -> bool:
     return any(mask & 1 << (signal.SIGKILL - 1) for mask in pending)
 
 
-def _init(body: bytes) -> bytes:
+def _init(body: bytes, more: int) -> bytes:
     _, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
-    wanted = flags & (_ASYNC_READ | _PARALLEL_DIROPS | _MAX_PAGES | _INIT_EXT)
+    wanted = flags & (_FLAGS | more)
     wanted2 = flags2 & _HAS_RESEND if flags & _INIT_EXT else 0
     return _INIT_OUT.pack(
         7, min(minor, 40), min(readahead, _READAHEAD), wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0
     )
-
-
-def mount_options(fd: int) -> str:
-    """Options of mount(2) for a file system that is served through FD."""
-    return f"fd={fd},rootmode=40755,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"

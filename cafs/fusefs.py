@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import OrderedDict
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _FOREVER = 1e9
-_FD_CACHE = 256
 _BLOCKS_MAX = (1 << 63) - 1
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
@@ -50,7 +48,7 @@ def answering(method: Callable[Given, Coroutine[Any, Any, Result]]) -> Callable[
 
 
 class Operations(pyfuse3.Operations):
-    """One mount.  File handle = inode: an open has no state of its own; descriptors are kept in an LRU."""
+    """One mount.  File handle = inode: an open has no state of its own."""
 
     supports_dot_lookup = False
     enable_acl = True
@@ -61,7 +59,6 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.limit_s = limit_s
         self.threads = trio.CapacityLimiter(16)
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._blocks = min(sum(tree.index.size) // BLOCK_SIZE, _BLOCKS_MAX)
 
     def _entry(self, inode: int) -> Any:
@@ -90,7 +87,7 @@ class Operations(pyfuse3.Operations):
 
     @answering
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
-        entry = self.tree.lookup(parent_inode, name)
+        entry = self.tree.child(parent_inode, name)
         if entry is None:
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = 0
@@ -120,38 +117,22 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: Any = None) -> Any:
         if flags & (os.O_WRONLY | os.O_RDWR):
             raise pyfuse3.FUSEError(errno.EROFS)
-        # What was verified once is opened when it is read, if at all: mostly the kernel still has the pages.
-        if not self.tree.is_chunked(inode) and not self.tree.is_verified(inode):
-            self._keep(inode, await self._limited(self.tree.open_object, inode))
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @answering
     async def read(self, fh: int, offset: int, size: int) -> bytes:
-        if self.tree.is_chunked(fh):
-            data = self.tree.read_ready(fh, offset, size)
-            return data if data is not None else await self._limited(self.tree.read_chunked, fh, offset, size)
-        if fh not in self._descriptors:
-            self._keep(fh, await self._limited(self.tree.open_object, fh))
-        return os.pread(self._descriptors[fh], size, offset)
-
-    def _keep(self, inode: int, fd: int) -> None:
-        other = self._descriptors.pop(inode, None)
-        if other is not None:
-            os.close(other)
-        self._descriptors[inode] = fd
-        while len(self._descriptors) > _FD_CACHE:
-            os.close(self._descriptors.popitem(last=False)[1])
+        data = self.tree.read_ready(fh, offset, size)
+        return bytes(data if data is not None else await self._limited(self.tree.read, fh, offset, size))
 
     async def _limited(self, function: Callable[..., Result], *arguments: int) -> Result:
         """Run on a thread; whatever goes wrong, or takes too long, is EIO and a line in the log."""
-        path = self.tree.index.path(arguments[0] - 1)
         try:
             with trio.fail_after(self.limit_s):
                 return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.threads)
         except trio.TooSlowError:
-            _log.error("reading %r: no answer within %g s", path, self.limit_s)
-        except (CafsError, OSError) as error:
-            _log.error("reading %r: %s", path, error)
+            _log.error("reading %s: no answer within %g s", self.tree.describe(arguments[0]), self.limit_s)
+        except OSError:
+            pass  # the reader has said why
         raise pyfuse3.FUSEError(errno.EIO)
 
     @answering

@@ -1,10 +1,10 @@
-"""The two processes of LAZY: a supervisor and a worker, which watch each other; only both dying at once ends the mount.
+"""The two processes of LAZY, or of a tree: supervisor and worker watch each other; only both dying at once ends the mount.
 
 Each holds the descriptor of /dev/fuse, and a pidfd of the other (pidfd_open(2)).  When the worker dies the supervisor starts
 another, which has the requests of the dead one sent again.  When the supervisor dies the worker starts another.  SIGHUP to the
 supervisor: start both programs anew, with whatever version is installed now.
 
-usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD
+usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD COLUMNS_FD
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from cafs.holder import Holder
-    from cafs.lazy import Lazy
+    from cafs.cache import Cache
+    from cafs.reader import Reader
+    from cafs.record import Recorder
+    from cafs.server import Request
+    from cafs.store import Store
 
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
@@ -37,15 +41,37 @@ _SWITCH_S = 0.0002
 _WAIT_MAX_S = 2.0
 
 
-def start(role: str, state: str, fd: int, peer: int) -> subprocess.Popen[bytes]:
-    """Start one of the two, with the descriptor and a pidfd of the other (-1: none yet)."""
-    keep = [fd] if peer < 0 else [fd, peer]
+def write_config(state: str, store: Store, cache: str, request: Request, **more: object) -> None:
+    """What both need to know, in the directory STATE.  more: of a tree, its layers, mount point, and note for --list."""
+    config = {
+        "cache": os.path.realpath(cache),
+        "chunk_size": store.chunk_size,
+        "foreground": request.foreground,
+        "hash": store.hash_name,
+        "limit_s": request.limit_s,
+        "log": request.log,
+        "record": request.record,
+        "store": store.root,
+    }
+    with open(os.path.join(state, CONFIG), "x", encoding="utf-8") as file:
+        json.dump(config | more, file, sort_keys=True)
+
+
+def _read_config(state: str) -> dict[str, Any]:
+    with open(os.path.join(state, CONFIG), "rb") as file:
+        config: dict[str, Any] = json.load(file)
+        return config
+
+
+def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess.Popen[bytes]:
+    """Start one of the two.  peer: a pidfd of the other, -1: none yet; columns: of a tree, else -1."""
+    keep = [one for one in (fd, peer, columns) if one >= 0]
     null = subprocess.DEVNULL
-    command = _command(role, state, fd, peer)
+    command = _command(role, state, fd, peer, columns)
     return subprocess.Popen(command, pass_fds=keep, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
 
 
-def begin(state: str, fd: int) -> None:
+def begin(state: str, fd: int, columns: int = -1) -> None:
     """Start both for a file system that was just mounted, and wait for the worker.  Raises CafsError if it cannot begin.
 
     By fork, for the caller has loaded what the worker needs; the supervisor then runs the program anew, to be small.
@@ -71,20 +97,25 @@ def begin(state: str, fd: int) -> None:
         for number in (0, 1, 2):
             os.dup2(null, number)
         mine = os.pidfd_open(os.getpid())
-        _close_all_but(fd, mine, writer)
+        _close_all_but(*(one for one in (fd, mine, writer, columns) if one >= 0))
         _note(state, PID_FILE)
         worker = os.fork()
         if not worker:
-            _first_work(state, fd, mine, writer)
-        peer = os.pidfd_open(worker)
-        for one in (fd, peer):
-            os.set_inheritable(one, True)
-        os.execv(sys.executable, _command("supervisor", state, fd, peer))
+            _first_work(state, fd, mine, columns, writer)
+        _supervise_anew(state, fd, os.pidfd_open(worker), columns)
     finally:
         os._exit(1)
 
 
-def _first_work(state: str, fd: int, mine: int, writer: int) -> None:
+def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
+    """Run the supervisor's program, as it is installed now, in this process."""
+    for one in (fd, peer, columns):
+        if one >= 0:
+            os.set_inheritable(one, True)
+    os.execv(sys.executable, _command("supervisor", state, fd, peer, columns))
+
+
+def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> None:
     from cafs import server
 
     def ready() -> None:
@@ -93,7 +124,7 @@ def _first_work(state: str, fd: int, mine: int, writer: int) -> None:
 
     try:
         os.setsid()
-        work(state, fd, mine, ready)
+        work(state, fd, mine, columns, ready)
     except BaseException as error:  # the only way out of this process
         server.tell(writer, error)
     finally:
@@ -108,8 +139,8 @@ def _close_all_but(*kept: int) -> None:
         first = one + 1
 
 
-def _command(role: str, state: str, fd: int, peer: int) -> list[str]:
-    return [sys.executable, "-P", "-m", "cafs.lazyd", role, state, str(fd), str(peer)]
+def _command(role: str, state: str, *fds: int) -> list[str]:
+    return [sys.executable, "-P", "-m", "cafs.lazyd", role, state, *map(str, fds)]
 
 
 def is_unmounted(fd: int) -> bool:
@@ -119,34 +150,70 @@ def is_unmounted(fd: int) -> bool:
     return any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
-def supervise(state: str, fd: int, peer: int) -> None:
+def supervise(state: str, fd: int, peer: int, columns: int = -1) -> None:
     """Keep a worker alive until the file system is unmounted, then remove STATE."""
     _note(state, PID_FILE)
     mine = os.pidfd_open(os.getpid())
-    again = _on_hangup()
+    signals = _on_signal()
     wait_s = 0.0
     while not is_unmounted(fd):
         started = time.monotonic()
         if peer < 0:
-            peer = os.pidfd_open(start("worker", state, fd, mine).pid)
-        if _ends(peer, again):
-            for one in (fd, peer):
-                os.set_inheritable(one, True)
-            os.execv(sys.executable, _command("supervisor", state, fd, peer))
+            peer = os.pidfd_open(start("worker", state, fd, mine, columns).pid)
+        if _ends(peer, signals, lambda: _unmount(state)):
+            _supervise_anew(state, fd, peer, columns)
         os.close(peer)
         peer = -1
         _reap()
         wait_s = min(wait_s * 2 + 0.05, _WAIT_MAX_S) if time.monotonic() - started < _SOON_S else 0.0
         time.sleep(wait_s)  # one that dies at once is not started over and over
+    notes = _read_config(state).get("notes")
+    if notes and json.loads(atomic.read_file(notes, 1 << 16)).get("state") == state:
+        atomic.unlink_quietly(notes)
     remove_state(state)
+
+
+def _unmount(state: str) -> None:
+    """What `kill` of a tree's server means; LAZY ends when the mounts over it do."""
+    point = _read_config(state).get("point")
+    if point:
+        from cafs import server
+
+        try:
+            server.unmount_stale(point)
+        except OSError:
+            pass  # it is unmounted, and still in use
 
 
 def _note(state: str, name: str) -> None:
     """Write our pid, and hold a lock for as long as we live, also when we run the program anew."""
     atomic.replace_file(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
-    fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
-    os.set_inheritable(fd, True)
+    os.set_inheritable(hold(state), True)
+
+
+def hold(state: str) -> int:
+    """A descriptor that keeps STATE from being taken for that of a dead server."""
+    fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def pid(state: str) -> int:
+    """Of the supervisor, 0 if there is none."""
+    try:
+        return int(atomic.read_file(os.path.join(state, PID_FILE), 32))
+    except (OSError, ValueError):
+        return 0
+
+
+def reload(state: str) -> None:
+    """Start both programs anew.  Raises CafsError if the supervisor does not live."""
+    from cafs.errors import CafsError, quote
+
+    try:
+        os.kill(int(atomic.read_file(os.path.join(state, PID_FILE), 32)), signal.SIGHUP)
+    except (OSError, ValueError) as error:
+        raise CafsError(f"what serves {quote(state)} cannot be reached: {error}") from error
 
 
 def is_alive(state: str) -> bool:
@@ -190,62 +257,88 @@ def _reap() -> None:
         pass
 
 
-def _on_hangup() -> int:
-    """A descriptor that can be read from once SIGHUP has come."""
+def _on_signal() -> int:
+    """A descriptor from which the numbers of the signals are read that come: SIGHUP, SIGINT, SIGTERM."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGHUP, lambda *_: None)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it ends when the mount does
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     return reader
 
 
-def _ends(pidfd: int, again: int) -> bool:
+def _ends(pidfd: int, signals: int, unmount: Callable[[], None]) -> bool:
     """Wait until a process ends (False) or SIGHUP has come and it was told to end (True)."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.register(again, select.POLLIN)
-    ready = dict(poll.poll())
-    if pidfd in ready:
-        return False
-    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    return True
+    poll.register(signals, select.POLLIN)
+    while True:
+        if pidfd in dict(poll.poll()):
+            return False
+        for number in os.read(signals, 64):
+            if number == signal.SIGHUP:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                return True
+            if number in (signal.SIGINT, signal.SIGTERM):
+                unmount()
 
 
-def work(state: str, fd: int, peer: int, ready: Callable[[], None] = lambda: None) -> None:
+def work(state: str, fd: int, peer: int, columns: int = -1, ready: Callable[[], None] = lambda: None) -> None:
     """Serve; returns once the file system is unmounted, or after SIGTERM.  ready: called when nothing can go wrong any more."""
-    with open(os.path.join(state, CONFIG), "rb") as file:
-        config: dict[str, Any] = json.load(file)
+    config = _read_config(state)
     from cafs import fusedev, linux, quota, server
     from cafs.cache import Cache
     from cafs.holder import Holder
-    from cafs.lazy import Lazy
     from cafs.record import Recorder
     from cafs.store import Store
 
-    server.log_to(config["log"], os.path.join(state, "log"))
+    server.log_to(config["log"], "" if config["foreground"] else os.path.join(state, "log"))
     linux.raise_descriptor_limit()
     sys.setswitchinterval(_SWITCH_S)  # a read that waits goes before what is put into the cache behind it
     store = Store(config["store"], (config["hash"], config["chunk_size"]))
     cache = Cache(config["cache"], store, limit_s=config["limit_s"])
     recorder = Recorder(config["record"], store.hash_name, store.chunk_size) if config["record"] else None
-    files = Lazy(state, cache, recorder)
+    holder = Holder(store, lambda: {(one, pid) for one in images(state) for pid in _pids(state)}, os.path.join(state, LEASES))
+    files = _files(state, config, cache, recorder, columns, holder.poke)
     serving = fusedev.Server(fd, files, config["limit_s"])
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: serving.stop())
+        signal.signal(number, lambda *_: _unmount(state) if config["foreground"] else serving.stop())
     _note(state, WORKER_FILE)
-    holder = Holder(store, lambda: {(one, pid) for one in files.images() for pid in _pids(state)}, os.path.join(state, LEASES))
     files.brought = lambda: _reconfigure(cache.root)
-    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=True, trimmed=lambda: _reconfigure(cache.root))
-    watch(peer, lambda: _revive(state, fd))
+    is_lazy = columns < 0
+    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=is_lazy, trimmed=lambda: _reconfigure(cache.root))
+    if peer >= 0:
+        watch(peer, lambda: _revive(state, fd, columns))
     ready()
     serving.take_over()
-    threading.Thread(target=_hold, args=(files, holder), daemon=True).start()
+    threading.Thread(target=holder.start, daemon=True).start()  # the store may take its time, or be away
     serving.serve()
     files.save()
     keeper.end()
     if is_unmounted(fd):
         holder.let_go()  # else the next worker goes on with the leases
+
+
+def _files(
+    state: str, config: dict[str, Any], cache: Cache, recorder: Recorder | None, columns: int, noticed: Callable[[], None]
+) -> Reader:
+    """What is served: a tree if there are columns, else LAZY."""
+    if columns < 0:
+        from cafs.lazy import Lazy
+
+        return Lazy(state, cache, recorder, noticed)
+    from cafs import kept
+    from cafs.columns import load
+    from cafs.treefs import TreeFiles
+
+    locators = kept.find_locators(cache.store, [bytes.fromhex(layer) for layer in config["layers"]])
+    files = TreeFiles(load(columns), cache, locators, state=state, recorder=recorder)
+    files.look_for_streams()
+    return files
+
+
+def images(state: str) -> set[str]:
+    """Digests of the images that are mounted."""
+    return {name for name in os.listdir(os.path.join(state, IMAGES)) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
 
 
 def _reconfigure(cache: str) -> None:
@@ -263,12 +356,6 @@ def _reconfigure(cache: str) -> None:
             continue  # it went meanwhile; it costs space or speed until its last user has gone
 
 
-def _hold(files: Lazy, holder: Holder) -> None:
-    """On a thread: the store may take its time, or be away, and what is cached is to be read all the same."""
-    holder.start()
-    files.noticed = holder.poke
-
-
 def _pids(state: str) -> set[int]:
     """Of this process and the supervisor, so that the leases live on when one of them is killed."""
     try:
@@ -277,10 +364,10 @@ def _pids(state: str) -> set[int]:
         return {os.getpid()}
 
 
-def _revive(state: str, fd: int) -> subprocess.Popen[bytes]:
+def _revive(state: str, fd: int, columns: int) -> subprocess.Popen[bytes]:
     mine = os.pidfd_open(os.getpid())
     try:
-        return start("supervisor", state, fd, mine)
+        return start("supervisor", state, fd, mine, columns)
     finally:
         os.close(mine)
 
@@ -303,5 +390,5 @@ def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
 
 
 if __name__ == "__main__":
-    {"supervisor": supervise, "worker": work}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    {"supervisor": supervise, "worker": work}[sys.argv[1]](sys.argv[2], *map(int, sys.argv[3:6]))
     os._exit(0)  # not waiting for threads that wait for a store

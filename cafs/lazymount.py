@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import signal
 import time
 
-from cafs import atomic, fusedev, lazyd, linux, locator, mountinfo
-from cafs.errors import CafsError, UnsupportedError, quote
+from cafs import atomic, fusemount, lazyd, linux, locator, mountinfo
+from cafs.errors import CafsError, quote
 from cafs.holder import held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.locator import Locator
+    from cafs.server import Request
     from cafs.store import Store
 
 FSTYPE = b"fuse.cafs-lazy"
@@ -61,11 +60,12 @@ def _index_of(path: str) -> bytes:
         return b""
 
 
-def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None, record: str | None = None) -> LazyMount:
+def ensure(run: str, store: Store, cache: str, request: Request) -> LazyMount:
     """The LAZY of a store and a cache, started if there is none.  run: directory of them all.  Raises CafsError.
 
-    record: a file to record reads to; such a LAZY is for one mount alone.
+    One that records reads is for one mount alone.
     """
+    record = request.record
     text = "\0".join((store.backend.identity, store.scope_id, os.path.realpath(cache), str(os.geteuid())))
     name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     for mount in mountinfo.mounts() if not record else []:
@@ -77,36 +77,19 @@ def ensure(run: str, store: Store, cache: str, limit_s: float, log: str | None, 
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
     for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.LOCATORS, lazyd.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
-    config = {
-        "cache": os.path.realpath(cache),
-        "chunk_size": store.chunk_size,
-        "hash": store.hash_name,
-        "limit_s": limit_s,
-        "log": log,
-        "record": record,
-        "store": store.root,
-    }
-    with open(os.path.join(state, lazyd.CONFIG), "x", encoding="utf-8") as file:
-        json.dump(config, file, sort_keys=True)
+    lazyd.write_config(state, store, cache, request)
     return _start(state)
 
 
 def _start(state: str) -> LazyMount:
     made = LazyMount(state)
+    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+    fd = fusemount.mount(made.point, FSTYPE.decode(), "cafs-lazy", flags)
     try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise UnsupportedError(f"cannot open '/dev/fuse': {error.strerror}", hint="modprobe fuse") from error
-    try:
-        flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
-        linux.mount("cafs-lazy", made.point, FSTYPE.decode(), flags, fusedev.mount_options(fd))
-        try:
-            lazyd.begin(state, fd)
-        except CafsError:
-            end(state)
-            raise
-    except OSError as error:
-        raise UnsupportedError(f"cannot mount on {quote(made.point)}: {error.strerror}") from error
+        lazyd.begin(state, fd)
+    except BaseException:
+        end(state)
+        raise
     finally:
         os.close(fd)
     if not mountinfo.answers(made.point):
@@ -123,11 +106,3 @@ def states(run: str) -> list[str]:
     """The directories of all LAZYs that are mounted here."""
     found = [os.path.dirname(os.fsdecode(mount.point)) for mount in mountinfo.mounts() if mount.fstype == FSTYPE]
     return [state for state in found if os.path.dirname(state) == run]
-
-
-def reload(state: str) -> None:
-    """Start both programs of a LAZY anew.  Raises CafsError if its supervisor does not live."""
-    try:
-        os.kill(int(atomic.read_file(os.path.join(state, lazyd.PID_FILE), 32)), signal.SIGHUP)
-    except (OSError, ValueError) as error:
-        raise CafsError(f"what serves {quote(state)} cannot be reached: {error}") from error

@@ -7,7 +7,6 @@ import time
 
 from cafs import format as fmt
 from cafs.escape import escape
-from cafs.tree import _TYPE_BITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def long_line(index: Index, entry: Entry) -> bytes:
     number = index.find(entry.path)
     assert number is not None
     inode = index.inode(number)
-    mode = stat.filemode(_TYPE_BITS.get(index.type[inode], 0) | entry.mode)
+    mode = stat.filemode(fmt.TYPE_BITS.get(index.type[inode], 0) | entry.mode)
     links = index.links.get(inode, 1)
     size = (
         f"{entry.device[0]},{entry.device[1]}" if entry.type in (fmt.CHAR_DEVICE, fmt.BLOCK_DEVICE) else str(index.size[inode])

@@ -1,4 +1,4 @@
-"""Mounting an image with the fuse engine: checks, the list of mounts, unmounting.  The process behind it is server.py's."""
+"""Mounting an image with whatever engine: checks, the list of mounts, unmounting."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import select
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 
-from cafs import image, linux, mountinfo, server
+from cafs import image, lazyd, linux, mountinfo, server, treemount
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
 from cafs.server import Request
-from cafs.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,45 +26,49 @@ def mount(request: Request) -> str | None:
 
     Returns a note if the same image was mounted there already.  Raises NotFound, BusyError, UnsupportedError, CafsError.
     """
-    if request.engine != "fuse":
+    if request.engine in ("auto", "kernel"):
         done, note = _with_kernel(request)
         if done:
             return note
-    if request.upper or request.record:
-        raise UnsupportedError("only the kernel engine can be written to, or recorded", hint="--engine kernel shows why not")
-    index, identity, store = image.load_index(request.name, request.store)
-    if store is None:
-        image.check_hash(index, request.name, Store(request.store))
-    digest = identity.hex()
-    note = _check_point(request.point, digest)
+    if request.upper or (request.record and request.engine == "pyfuse3"):
+        raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel shows why not")
+    source = treemount.find(request)
+    note = _check_point(request.point, source.digest.hex())
     if note:
         return note
     _check_host()
-    if request.foreground:
-        server.serve(request, index, digest, lambda: None)
-        return None
-    server.start(request, index, digest)
-    try:
-        os.stat(request.point)
-    except OSError as error:
-        raise os_error(f"mounted on {quote(request.point)}, but it does not answer", error) from error
+    if request.engine != "pyfuse3":
+        treemount.mount(request, source)
+    elif request.foreground:
+        server.serve(request, source, lambda: None)
+    else:
+        server.start(request, source)
+    if not request.foreground:
+        _check_answer(request.point)
     return None
+
+
+def _check_answer(point: str) -> None:
+    try:
+        os.stat(point)
+    except OSError as error:
+        raise os_error(f"mounted on {quote(point)}, but it does not answer", error) from error
 
 
 def _with_kernel(request: Request) -> tuple[bool, str | None]:
     """Try the kernel engine: whether it is mounted now, and a note.  Raises CafsError; if 'auto', not for what is missing."""
-    from cafs import overlay
+    from cafs import kept, overlay
 
     try:
         if image.is_bare(request.name, request.store):
             raise UnsupportedError("the kernel engine mounts images of a store, not a bare index")
         if request.foreground:
             raise UnsupportedError("the kernel engine has nothing to stay for in the foreground")
-        store = Store(request.store)
-        found = image.resolve(store, request.name)
-        note = _check_point(request.point, found.digest.hex())
+        found = kept.find(request.store, request.name)
+        note = _check_point(request.point, found.image.digest.hex())
         if note is None:
-            overlay.mount(request, found, store)
+            overlay.mount(request, found.image, found.store)
+        request.warnings += [found.warning] if found.warning else []
         return True, note
     except UnsupportedError as error:
         if request.engine == "kernel":
@@ -124,16 +128,19 @@ def listing() -> list[dict[str, object]]:
             "start": 0,
         }
         row.update(server.read_record(point, one.digest))
+        state = row.pop("state", None)
+        if isinstance(state, str):
+            row["pid"] = lazyd.pid(state)
         found.append(row)
     return found
 
 
 def reload() -> None:
-    """Have the servers of all kernel mounts start the program anew that is installed now; no read fails meanwhile."""
+    """Have the servers of all mounts start the program anew that is installed now; no read fails meanwhile."""
     from cafs import lazymount, overlay
 
-    for state in lazymount.states(overlay.run_directory("lazy")):
-        lazymount.reload(state)
+    for state in [*lazymount.states(overlay.run_directory("lazy")), *treemount.states()]:
+        lazyd.reload(state)
 
 
 def unmount(point: str) -> None:
@@ -145,7 +152,12 @@ def unmount(point: str) -> None:
     if mountinfo.is_kernel(here):
         _unmount_kernel(point)
         return
-    pid = server.read_record(point, here.digest).get("pid", 0)
+    record = server.read_record(point, here.digest)
+    if isinstance(record.get("state"), str):
+        _unmount(point)
+        _wait_for_end(str(record["state"]))
+        return
+    pid = record.get("pid", 0)
     pidfd = -1
     if isinstance(pid, int) and pid > 1:
         try:
@@ -161,6 +173,13 @@ def unmount(point: str) -> None:
     finally:
         if pidfd >= 0:
             os.close(pidfd)
+
+
+def _wait_for_end(state: str) -> None:
+    """Until the servers of a tree have gone, if they do soon: others may still use it."""
+    deadline = time.monotonic() + _EXIT_WAIT_MS / 1000
+    while os.path.exists(state) and lazyd.is_alive(state) and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _unmount_kernel(point: str) -> None:

@@ -15,10 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from cafs import atomic, erofs, lazyd, lazymount, linux, locator, mountinfo, paths, profile, quota, server
+from cafs import atomic, kept, lazyd, lazymount, linux, mountinfo, paths, profile, quota, server
 from cafs.cache import Cache
-from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, os_error, quote
-from cafs.image import METADATA, load_layer
+from cafs.errors import CafsError, UnsupportedError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 ENGINE = "kernel"
-_METADATA_MAX = 1 << 32
 _RECORD_WAIT_S = 5.0
 _AT_ONCE = 8
 
@@ -42,7 +40,7 @@ def mount(request: Request, found: Image, store: Store) -> None:
     cache = paths.cache()
     ledger = Cache(cache, store).ledger
     try:
-        layers, locators = _fetch(store, cache, found)
+        layers, locators = _fetch(store, found)
     except OSError as error:
         raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
     for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
@@ -50,8 +48,9 @@ def mount(request: Request, found: Image, store: Store) -> None:
     with _lock():
         quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
         try:
-            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request.limit_s, request.log, request.record)
-            lazy.add(found.digest, locators, _profile(request, store, found.digest))
+            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request)
+            hot = "" if request.record else profile.chosen(store, found.digest, request.prefetch)
+            lazy.add(found.digest, locators, hot)
             # Without the cache LAZY sees every first read.
             data = [lazy.point] if request.record else [cache, lazy.point]
             _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], data)
@@ -153,46 +152,12 @@ def _lock() -> Iterator[None]:
         os.close(fd)
 
 
-def _fetch(store: Store, cache: str, found: Image) -> tuple[list[str], list[Locator]]:
+def _fetch(store: Store, found: Image) -> tuple[list[str], list[Locator]]:
     """Paths of the layers' metadata images, and their locators: all at once, if they are far away."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        layers = [pool.submit(_layer, store, cache, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
-        locators = [pool.submit(_locator, store, cache, layer) for layer in found.layers]
+        layers = [pool.submit(kept.get_metadata, store, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
+        locators = [pool.submit(kept.get_locator, store, layer) for layer in found.layers]
         return [one.result() for one in layers], [one.result() for one in locators]
-
-
-def _layer(store: Store, cache: str, index: bytes, metadata: bytes) -> str:
-    """Path of a layer's metadata image, verified; it is made if the image names none."""
-    data = b""
-    if not metadata:
-        data = erofs.encode(load_layer(store, index))
-        metadata = store.hash(data)
-    path = os.path.join(cache, "metadata", metadata.hex())
-    try:
-        if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
-            return path
-    except OSError:
-        pass
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    atomic.replace_file(path, data or store.get_meta(metadata, METADATA), 0o400)
-    return path
-
-
-def _locator(store: Store, cache: str, layer: bytes) -> Locator:
-    """The locator of a layer, kept in the cache; it is made if the store has none."""
-    path = os.path.join(cache, "locators", layer.hex())
-    try:
-        found = locator.load(path)
-        if found.index == layer:
-            return found
-    except (OSError, FormatError):
-        pass
-    there = store.get_locator(layer)
-    if there is None:
-        store.refresh()
-        there = locator.Locator(locator.encode(store, load_layer(store, layer)))
-    locator.save(path, there.data)
-    return there
 
 
 def _mount_erofs(path: str) -> str:
@@ -211,16 +176,6 @@ def _mount_erofs(path: str) -> str:
         if done.returncode:
             raise UnsupportedError(f"cannot mount a metadata image: {done.stderr.strip()}", hint="modprobe loop") from None
     return point
-
-
-def _profile(request: Request, store: Store, image: bytes) -> str:
-    """File of the profile to bring, '' if none.  Raises NotFound if one is asked for that is not there."""
-    wanted = request.prefetch
-    if wanted == "none" or request.record:
-        return ""
-    if wanted and not profile.exists(store, image, wanted):
-        raise NotFound(f"image {image.hex()} has no profile {quote(wanted)}", hint="cafs-index profile")
-    return profile.file_name(store, image, wanted or profile.DEFAULT)
 
 
 def _mount_overlay(request: Request, digest: bytes, layers: list[str], data: list[str]) -> None:

@@ -86,3 +86,15 @@ def exists(store: Store, image: bytes, name: str) -> bool:
         return store.backend.exists(file_name(store, image, name))
     except (CafsError, OSError):
         return False
+
+
+def chosen(store: Store, image: bytes, wanted: str) -> str:
+    """File of the profile that a mount brings, '' if none.  wanted: its name, '' for the default one, or 'none'.
+
+    Raises NotFound if one is asked for that is not there.
+    """
+    if wanted == "none":
+        return ""
+    if wanted and not exists(store, image, wanted):
+        raise NotFound(f"image {image.hex()} has no profile {quote(wanted)}", hint="cafs-index profile")
+    return file_name(store, image, wanted or DEFAULT)

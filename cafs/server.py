@@ -1,4 +1,4 @@
-"""The process behind a mount: leaves its parent's session, serves, keeps a record and a log, unmounts when told to end."""
+"""What every mount has: the request for it, a record, a log; and the process behind one of the pyfuse3 engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cafs.index import Index
+    from cafs.treemount import Source
 
 _CLOSE_UP_TO = 4096
 _TRIM_AFTER = 256 << 20
@@ -34,7 +34,7 @@ _EXIT_WAIT_S = 2
 class Request:
     """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process.
 
-    engine: auto, kernel or fuse.  upper: a directory for what is written to a kernel mount.  why: the engine is another.
+    engine: auto, kernel, fuse or pyfuse3.  upper: a directory for what is written.  why: the engine is another.
     record: a file to record reads to.  prefetch: a profile, '' for the default one if there is one, or 'none'.
     """
 
@@ -68,7 +68,7 @@ class Request:
         self.warnings: list[str] = []
 
 
-def start(request: Request, index: Index, digest: str) -> None:
+def start(request: Request, source: Source) -> None:
     """Fork a server in its own session; returns when it is mounted.  Its failure is raised here."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
@@ -76,7 +76,7 @@ def start(request: Request, index: Index, digest: str) -> None:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        os._exit(_daemon(request, index, digest, writer))
+        os._exit(_daemon(request, source, writer))
     os.close(writer)
     with open(reader, "rb") as pipe:
         answer = pipe.read(65536)
@@ -96,13 +96,15 @@ def failure(answer: bytes) -> CafsError:
     return error
 
 
-def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
+def _daemon(request: Request, source: Source, writer: int) -> int:
     """In the child: fork again, so that nobody has to wait for the server; report 'ok' or the error through the pipe."""
     os.setsid()
     if os.fork():
         return 0
-    os.closerange(3, writer)  # whoever waits for the end of a pipe or a lock of the caller's must not wait for us
-    os.closerange(writer + 1, _CLOSE_UP_TO)
+    first, last = sorted((writer, source.fd))
+    os.closerange(3, first)  # whoever waits for the end of a pipe or a lock of the caller's must not wait for us
+    os.closerange(first + 1, last)
+    os.closerange(last + 1, _CLOSE_UP_TO)
     os.chdir("/")
 
     def ready() -> None:
@@ -114,7 +116,7 @@ def _daemon(request: Request, index: Index, digest: str, writer: int) -> int:
         os.close(writer)
 
     try:
-        serve(request, index, digest, ready)
+        serve(request, source, ready)
     except BaseException as error:  # the only way out of this process
         tell(writer, error)
         return 1
@@ -130,8 +132,9 @@ def tell(writer: int, error: BaseException) -> None:
         logging.getLogger(__name__).exception("server failed")
 
 
-def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]) -> None:
-    from cafs import fusefs
+def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
+    """With pyfuse3, in this process, until it is unmounted."""
+    from cafs import columns, fusefs, kept
     from cafs.tree import Tree
 
     record = record_path(request.point)
@@ -140,16 +143,17 @@ def serve(request: Request, index: Index, digest: str, ready: Callable[[], None]
     store = Store(request.store)
     cache = Cache(paths.cache(), store, limit_s=request.limit_s)
     limit = quota.quota(cache.root)
-    tree = Tree(index, cache, store.get_locator(index.identity))
+    index, digest = columns.load(source.fd), source.digest.hex()
+    tree = Tree(index, cache, kept.find_locators(store, list(source.layers)))
 
     def mounted() -> None:
-        write_record(request, digest, "fuse", os.getpid())
+        write_record(request, digest, "pyfuse3", os.getpid())
         ready()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: _unmount_quietly(request.point))
-    quota.note_use(cache.root, index.identity, locator.contents(index))
-    holder = Holder(store, lambda: {(digest, os.getpid())})
+    quota.note_use(cache.root, source.digest, locator.contents(index))
+    holder = Holder(store, lambda: {(digest, os.getpid())} if source.is_image else set())
     holder.start()
     keeper = Keeper(cache, limit)
     try:

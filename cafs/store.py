@@ -50,7 +50,7 @@ class Store:
         """known: hash and chunk size, if the store is not to be asked now."""
         self.backend, self.scope = _open_place(root)
         self.root = root if self.scope else self.backend.url
-        self.hash_name, self.chunk_size = known or self._read_format()
+        self.hash_name, self.chunk_size = known or self.read_format()
         self.scope_id = self.scope.id if self.scope else ""
         self.hash = hash_function(self.hash_name)
         self._merged: merged.Merged | None = None
@@ -64,7 +64,8 @@ class Store:
         self.claim: Callable[[str], None] = lambda name: None
         """Called before a meta file is made or relied upon; a writer puts its own here."""
 
-    def _read_format(self) -> tuple[str, int]:
+    def read_format(self) -> tuple[str, int]:
+        """Hash and chunk size, as the store says now.  Raises NotFound if there is none, CafsError."""
         try:
             data = self.backend.read(FORMAT_FILE, 1 << 16)
         except FileNotFoundError:

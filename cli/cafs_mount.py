@@ -8,13 +8,16 @@ from cli._app import is_terminal, run, say, write_json
 from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
 
 PROGRAM = "cafs-mount"
+ENGINES = ["auto", "kernel", "fuse", "pyfuse3"]
 
 
 @click.command(context_settings=CONTEXT)
 @version_option(PROGRAM)
 @click.argument("image", required=False)
 @click.argument("directory", required=False, metavar="DIR")
-@click.option("--engine", type=click.Choice(["auto", "kernel", "fuse"]), default="auto", help="How to mount (default: auto).")
+@click.option(
+    "--engine", type=click.Choice(["auto", "kernel", "fuse", "pyfuse3"]), default="auto", help="How to mount (default: auto)."
+)
 @click.option("--rw", "upper", metavar="UPPERDIR", help="Let it be written to; changes go to UPPERDIR/upper.")
 @click.option("--record", metavar="FILE", help="Write what is read to FILE, for cafs-index profile.")
 @click.option("--prefetch", metavar="PROFILE|none", default="", help="Bring this profile (default: 'default').")
@@ -24,7 +27,7 @@ PROGRAM = "cafs-mount"
 @click.option("--suid", is_flag=True, help="As root: honour set-user-id bits and devices.")
 @click.option("--unmount", "-u", "unmount", metavar="DIR", help="Unmount DIR.")
 @click.option("--list", "-l", "listing", is_flag=True, help="List what is mounted.")
-@click.option("--reload", is_flag=True, help="Let the program that is installed now take over all kernel mounts.")
+@click.option("--reload", is_flag=True, help="Let the program that is installed now take over all mounts.")
 @click.option("-v", "--verbose", is_flag=True, help="Say which engine is used, and why.")
 @json_option()
 @store_option()

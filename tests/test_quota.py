@@ -100,8 +100,8 @@ def test_large_files_count_by_what_is_there_of_them(home: Path, tmp_path: Path) 
     index, _, store = load_index("l:1", str(tmp_path / "store"))
     assert store
     cache = Cache(str(tmp_path / "cache"), store)
-    mounted = Tree(index, cache)
-    mounted.read_chunked(2, 0, 100)
+    mounted = Tree(index, cache, [])
+    mounted.read(2, 0, 100)
     mounted.close()
     assert 4 << 20 <= quota.size(cache.root) < 5 << 20
     assert quota.trim(cache.root, 1 << 20).files == 1

@@ -1,0 +1,207 @@
+"""What the cache keeps of a store, so that what was mounted once mounts again: at once, and when the store is away.
+
+cafs-store(5), CACHE.  All of it is derived, or verified by its digest; only a ref can be older than the store's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from cafs import atomic, erofs, locator, paths
+from cafs.digest import DIGEST_SIZES
+from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UsageError, quote
+from cafs.image import METADATA, decode, get, load_layer, resolve
+from cafs.store import IMAGE_MAX, Store, is_chunk_size, is_ref
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cafs.image import Image
+    from cafs.locator import Locator
+
+_METADATA_MAX = 1 << 32
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+_log = logging.getLogger(__name__)
+
+
+class Found:
+    """An image of a store.  warning: what the user should know about it, '' if nothing."""
+
+    __slots__ = ("image", "store", "warning")
+
+    def __init__(self, store: Store, image: Image, warning: str = "") -> None:
+        self.store = store
+        self.image = image
+        self.warning = warning
+
+
+def find(root: str, name: str) -> Found:
+    """The image that NAME is in the store at ROOT; if that cannot be asked, as the cache knows it.  Raises CafsError."""
+    known = _known_format(root)
+    if known is None:
+        store = Store(root)
+        _write("stores", _name_of(root), {"chunk_size": store.chunk_size, "hash": store.hash_name})
+        return Found(store, _note(root, name, _resolve(store, name)))
+    store = Store(root, known)
+    with ThreadPoolExecutor(2) as pool:  # far away, each question takes its time
+        asked = pool.submit(store.read_format)
+        resolved = pool.submit(_resolve, store, name)
+    try:
+        format_now = asked.result()
+    except (RemoteError, NotFound) as error:
+        return _without_store(store, root, name, error)
+    if format_now != known:
+        atomic.unlink_quietly(os.path.join(paths.cache(), "stores", _name_of(root)))
+        return find(root, name)
+    try:
+        return Found(store, _note(root, name, resolved.result()))
+    except RemoteError as error:
+        return _without_store(store, root, name, error)
+
+
+def _resolve(store: Store, name: str) -> Image:
+    """As image.resolve, but a manifest that is here is not asked for."""
+    digest = store.get_ref(name) if is_ref(name) and not re.fullmatch("[0-9a-f]{8,}", name) else None
+    if digest is None:
+        return resolve(store, name)
+    return _kept_image(store, digest) or get(store, digest)
+
+
+def _note(root: str, name: str, image: Image) -> Image:
+    """Keep the manifest, and what NAME means."""
+    path = _image_path(image.digest)
+    if not os.path.exists(path):
+        try:
+            paths.make_private(paths.cache(), os.path.dirname(path))
+            atomic.replace_file(path, image.encode(), 0o600)
+        except OSError as error:
+            _log.debug("cannot keep image: %s", error)
+    if is_ref(name):
+        _write("refs", _name_of(root, name), {"digest": image.digest.hex(), "time": int(time.time())})
+    return image
+
+
+def _without_store(store: Store, root: str, name: str, error: CafsError) -> Found:
+    """The image as it was; by its digest nothing can be other than it was."""
+    ref, at, digest = name.partition("@")
+    wanted = digest.removeprefix(store.hash_name + ":") if at else name
+    if re.fullmatch(r"[0-9a-f]{8,128}", wanted):
+        near = sorted(one.partition(".")[0] for one in _listed("meta") if one.startswith(wanted) and one.endswith(".image"))
+        if len(near) > 1:
+            raise UsageError(f"{quote(wanted)} is the beginning of {len(near)} image digests")
+        image = _kept_image(store, bytes.fromhex(near[0])) if near else None
+        if image is not None:
+            return Found(store, image)
+    found = _read("refs", _name_of(root, ref))
+    try:
+        image = None if at else _kept_image(store, bytes.fromhex(found["digest"]))
+        age_s = max(int(time.time()) - int(found["time"]), 0)
+    except (KeyError, ValueError, TypeError):
+        image = None
+    if image is None:
+        raise error
+    return Found(store, image, f"{error}: {quote(name)} is as it was {_age(age_s)} ago")
+
+
+def _age(seconds: int) -> str:
+    size, unit = next((pair for pair in _UNITS if seconds >= pair[0]), _UNITS[-1])
+    count = seconds // size
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
+def _kept_image(store: Store, digest: bytes) -> Image | None:
+    try:
+        data = atomic.read_file(_image_path(digest), IMAGE_MAX)
+        return decode(data, digest) if store.hash(data) == digest else None
+    except (OSError, FormatError):
+        return None
+
+
+def _image_path(digest: bytes) -> str:
+    return os.path.join(paths.cache(), "meta", f"{digest.hex()}.image")
+
+
+def _name_of(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _known_format(root: str) -> tuple[str, int] | None:
+    found = _read("stores", _name_of(root))
+    known = found.get("hash"), found.get("chunk_size")
+    return known if known[0] in DIGEST_SIZES and is_chunk_size(known[1]) else None  # type: ignore[return-value]
+
+
+def _read(kind: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(atomic.read_file(os.path.join(paths.cache(), kind, name), 4096))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(kind: str, name: str, what: dict[str, Any]) -> None:
+    """Only a hint: not kept where there is no room."""
+    try:
+        paths.make_private(paths.cache(), kind)
+        atomic.replace_file(os.path.join(paths.cache(), kind, name), json.dumps(what, sort_keys=True).encode(), 0o600)
+    except OSError as error:
+        _log.debug("cannot keep %s: %s", kind, error)
+
+
+def _listed(kind: str) -> list[str]:
+    try:
+        return os.listdir(os.path.join(paths.cache(), kind))
+    except OSError:
+        return []
+
+
+def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
+    """Path of a layer's metadata image, verified; it is made if the image names none.  Raises OSError, CafsError."""
+    data = b""
+    if not metadata:
+        data = erofs.encode(load_layer(store, index))
+        metadata = store.hash(data)
+    path = os.path.join(paths.cache(), "metadata", metadata.hex())
+    try:
+        if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
+            return path
+    except OSError:
+        pass
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    atomic.replace_file(path, data or store.get_meta(metadata, METADATA), 0o400)
+    return path
+
+
+def get_locator(store: Store, layer: bytes) -> Locator:
+    """The locator of a layer; it is made if the store has none.  Raises OSError, CafsError."""
+    path = os.path.join(paths.cache(), "locators", layer.hex())
+    try:
+        found = locator.load(path)
+        if found.index == layer:
+            return found
+    except (OSError, FormatError):
+        pass
+    there = store.get_locator(layer)
+    if there is None:
+        store.refresh()
+        there = locator.Locator(locator.encode(store, load_layer(store, layer)))
+    locator.save(path, there.data)
+    return there
+
+
+def find_locators(store: Store, layers: list[bytes]) -> list[Locator]:
+    """Those of the locators of layers that can be had; without one the store's footers are asked."""
+    found = []
+    for layer in layers:
+        try:
+            found.append(get_locator(store, layer))
+        except (OSError, CafsError) as error:
+            _log.debug("no locator of %s: %s", layer.hex(), error)
+    return found

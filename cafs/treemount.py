@@ -1,0 +1,216 @@
+"""The fuse engine: a whole tree served through /dev/fuse by two processes of ours that watch each other, as LAZY is.
+
+Also for users without privileges.  cafs-mount(1), ENGINES.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from contextlib import contextmanager
+
+from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, server
+from cafs.errors import CafsError, FormatError
+from cafs.store import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cafs.index import Index
+    from cafs.server import Request
+
+ENGINE = "fuse"
+
+
+class Source:
+    """What is mounted.  digest: of the image, or of a bare index.  layers: index digests.  fd: of the columns of the tree."""
+
+    __slots__ = ("digest", "fd", "is_image", "layers", "store")
+
+    def __init__(self, store: Store, digest: bytes, layers: tuple[bytes, ...], fd: int, *, is_image: bool) -> None:
+        self.store = store
+        self.digest = digest
+        self.layers = layers
+        self.fd = fd
+        self.is_image = is_image
+
+
+def find(request: Request) -> Source:
+    """What IMAGE is, with its columns.  Raises CafsError."""
+    if image.is_bare(request.name, request.store):
+        store = Store(request.store)
+        fd = _make(lambda: _load_bare(request.name, request.store, store))
+        identity = columns.load(fd).identity
+        return Source(store, identity, (identity,), fd, is_image=False)
+    found = kept.find(request.store, request.name)
+    request.warnings += [found.warning] if found.warning else []
+    layers = found.image.layers
+    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image), is_image=True)
+
+
+def _load_bare(name: str, store_root: str, store: Store) -> Index:
+    index, _, _ = image.load_index(name, store_root)
+    image.check_hash(index, name, store)
+    return index
+
+
+def _columns(store: Store, found: image.Image) -> int:
+    """A descriptor of the columns of an image, made if the cache does not have them."""
+    path = columns.path_of(found.layers)
+    try:
+        fd = columns.open_checked(path)
+        os.utime(fd)
+        return fd
+    except (OSError, FormatError):
+        pass
+
+    def make() -> Index:
+        index = image.load_tree(store, found)
+        image.check_hash(index, found.digest.hex(), store)
+        return index
+
+    return _make(make, path)
+
+
+def _make(make: Callable[[], Index], path: str = "") -> int:
+    """Make columns in a child, for loading an index takes memory that a server would never give back.
+
+    Kept at PATH (of the index by itself if none is given); in memory where that cannot be.
+    """
+    fd = os.memfd_create("cafs-columns", os.MFD_CLOEXEC)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        os._exit(_make_in_child(make, path, fd, writer))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read(65536)
+    os.waitpid(child, 0)
+    if not answer.startswith(b"ok"):
+        os.close(fd)
+        raise server.failure(answer)
+    try:
+        if answer[2:]:
+            kept_fd = columns.open_checked(os.fsdecode(answer[2:]))
+            os.close(fd)
+            return kept_fd
+    except (OSError, FormatError) as error:
+        raise CafsError(f"cannot keep columns: {error}") from error
+    return fd
+
+
+def _make_in_child(make: Callable[[], Index], path: str, fd: int, writer: int) -> int:
+    try:
+        index = make()
+        data = columns.encode(index)
+        path = path or columns.path_of((index.identity,))
+        try:
+            paths.make_private(paths.cache(), os.path.dirname(path))
+            atomic.replace_file(path, data, 0o400)
+        except OSError:
+            atomic.write_all(fd, data)
+            path = ""
+        os.write(writer, b"ok" + os.fsencode(path))
+    except BaseException as error:  # the only way out of this process
+        server.tell(writer, error)
+    return 0
+
+
+def mount(request: Request, source: Source) -> None:
+    """Mount, and serve; returns when it is mounted, in the foreground when it is not any more.  Raises CafsError."""
+    index = columns.load(source.fd)
+    quota.note_use(paths.cache(), source.digest, locator.contents(index))
+    hot = profile.chosen(source.store, source.digest, request.prefetch) if source.is_image and not request.record else ""
+    with _state(request, source, hot) as state:
+        fd = _mount(request, source)
+        try:
+            linux.raise_descriptor_limit()
+            server.write_record(request, source.digest.hex(), ENGINE, os.getpid(), state=state)
+            if request.foreground:
+                lazyd.work(state, fd, -1, source.fd)
+                lazyd.remove_state(state)
+                atomic.unlink_quietly(server.record_path(request.point))
+            else:
+                lazyd.begin(state, fd, source.fd)
+        except BaseException:
+            server.unmount_stale(request.point)
+            atomic.unlink_quietly(server.record_path(request.point))
+            raise
+        finally:
+            os.close(fd)
+            os.close(source.fd)
+
+
+def _mount(request: Request, source: Source) -> int:
+    flags = linux.MS_RDONLY
+    flags |= 0 if "suid" in request.extra else linux.MS_NOSUID
+    flags |= 0 if "dev" in request.extra else linux.MS_NODEV
+    name = f"cafs:{source.digest.hex()}"
+    return fusemount.mount(request.point, mountinfo.FSTYPE.decode(), name, flags, "allow_other")
+
+
+@contextmanager
+def _state(request: Request, source: Source, hot: str) -> Iterator[str]:
+    """The directory of a mount; it goes if the mount cannot be made."""
+    state = os.path.join(_run(), os.urandom(8).hex())
+    with _lock():
+        _tidy()
+        for directory in (lazyd.IMAGES, lazyd.PREFETCH):
+            os.makedirs(os.path.join(state, directory), mode=0o700)
+        alive = lazyd.hold(state)
+    if source.is_image:
+        atomic.replace_file(os.path.join(state, lazyd.IMAGES, source.digest.hex()), b"", 0o600)
+    if hot:
+        atomic.replace_file(os.path.join(state, lazyd.PREFETCH, "0"), hot.encode(), 0o600)
+    lazyd.write_config(
+        state,
+        source.store,
+        paths.cache(),
+        request,
+        layers=[layer.hex() for layer in source.layers],
+        point=request.point,
+        notes=server.record_path(request.point),
+    )
+    try:
+        yield state
+    except BaseException:
+        lazyd.remove_state(state)
+        raise
+    finally:
+        os.close(alive)
+
+
+def _run() -> str:
+    return os.path.join(paths.run(), "fuse")
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """While directories of mounts come and go."""
+    paths.make_private(paths.run(), "fuse")
+    fd = os.open(os.path.join(paths.run(), "fuse.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def states() -> list[str]:
+    """The directories of the mounts whose servers live."""
+    try:
+        found = [os.path.join(_run(), name) for name in sorted(os.listdir(_run()))]
+    except FileNotFoundError:
+        return []
+    return [state for state in found if lazyd.is_alive(state)]
+
+
+def _tidy() -> None:
+    """Remove what mounts left whose servers were all killed."""
+    for name in os.listdir(_run()):
+        if not lazyd.is_alive(os.path.join(_run(), name)):
+            lazyd.remove_state(os.path.join(_run(), name))

@@ -1,0 +1,145 @@
+"""The fuse engine's own server: killed under its readers, told to reload, without a cache, as a recorder, from fstab."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, Run, wait_until
+from tests.test_lazy import READER, digests
+from tests.test_mount import server_pid
+
+pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    root.mkdir()
+    rng = random.Random(1)
+    for number in range(100):
+        (root / f"{number}").write_bytes(rng.randbytes(rng.randint(1, 100_000)))
+    (root / "large").write_bytes(rng.randbytes((9 << 20) + 5))
+    return root
+
+
+@pytest.fixture
+def point(tmp_path: Path, tree: Path, cmd: Run) -> Path:
+    """Where x:1 of the tree is mounted."""
+    point = tmp_path / "mnt"
+    point.mkdir()
+    assert cmd("cafs-index", "create", tree, "-t", "x:1").returncode == 0
+    done = cmd("cafs-mount", "--engine", "fuse", "x:1", point, "--log", tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    return point
+
+
+def pid_of(home: Path, name: str) -> int:
+    (state,) = (home / "run" / "fuse").iterdir()
+    return int((state / name).read_text())
+
+
+def kill(home: Path, name: str) -> None:
+    """Kill one of the two, and wait until the other has started another."""
+    pid = pid_of(home, name)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: pid_of(home, name) != pid)
+
+
+def test_forty_kills_fail_no_read_of_a_tree(home: Path, tmp_path: Path, tree: Path, point: Path) -> None:
+    """Slow (some 10 s) because it is what sets this server apart from pyfuse3's."""
+    (tmp_path / "names").write_text(json.dumps(digests(tree)))
+    command = [sys.executable, "-c", READER, point, "1", tmp_path / "done", tmp_path / "names"]
+    rng = random.Random(3)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
+        for _ in range(40):
+            time.sleep(rng.uniform(0, 0.1))  # at random moments
+            kill(home, rng.choice(["worker", "worker", "supervisor"]))
+        (tmp_path / "done").touch()
+        reads, wrong, failed, slowest = json.loads(reader.communicate(timeout=60)[0])
+    print(f"40 kills: {reads} reads, {wrong} wrong, {len(failed)} failed, slowest {slowest:.2f} s")
+    assert (wrong, failed) == (0, []) and slowest < 5 and reads > 100
+
+
+def test_without_its_cache_a_new_server_goes_on(home: Path, tree: Path, point: Path) -> None:
+    """The cache is safe to delete at any time; the columns of the tree stay open."""
+    assert (point / "1").read_bytes() == (tree / "1").read_bytes()
+    while (home / "cache").exists():  # neighbours are still being written
+        shutil.rmtree(home / "cache", ignore_errors=True)
+    kill(home, "worker")
+    for name in ("1", "2", "large"):
+        assert (point / name).read_bytes() == (tree / name).read_bytes()
+    assert sorted(os.listdir(point)) == sorted(os.listdir(tree))
+
+
+def test_damaged_columns_are_made_anew(home: Path, tree: Path, point: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    (columns,) = (home / "cache" / "columns").iterdir()
+    for data in (b"", b"junk", columns.read_bytes()[:-1], columns.read_bytes()[:-8] + b"12345678"):
+        columns.chmod(0o600)
+        columns.write_bytes(data)
+        done = cmd("cafs-mount", "--engine", "fuse", "x:1", point)
+        assert done.returncode == 0, done.stderr
+        assert (point / "3").read_bytes() == (tree / "3").read_bytes()
+        assert cmd("cafs-mount", "--unmount", point).returncode == 0
+
+
+def test_a_new_program_takes_over_a_tree(home: Path, tree: Path, point: Path, cmd: Run) -> None:
+    worker = pid_of(home, "worker")
+    with open(point / "large", "rb", buffering=0) as file:
+        head = file.read(1 << 20)
+        assert cmd("cafs-mount", "--reload").returncode == 0
+        wait_until(lambda: pid_of(home, "worker") != worker)
+        assert head + b"".join(iter(lambda: file.read(1 << 20), b"")) == (tree / "large").read_bytes()
+
+
+def test_what_is_read_through_a_tree_can_be_recorded(home: Path, tmp_path: Path, tree: Path, point: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    done = cmd("cafs-mount", "--engine", "fuse", "x:1", point, "--record", tmp_path / "record")
+    assert done.returncode == 0, done.stderr
+    for name in ("7", "5", "large"):
+        (point / name).read_bytes()
+    kill(home, "worker")
+    (point / "9").read_bytes()
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record").returncode == 0
+    shutil.rmtree(home / "cache")
+    assert cmd("cafs-mount", "--engine", "fuse", "x:1", point).returncode == 0
+    wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/*"))) == 4)  # of themselves
+    assert (point / "9").read_bytes() == (tree / "9").read_bytes()
+
+
+def test_a_tree_ends_when_the_mount_does_and_leaves_nothing(home: Path, point: Path, cmd: Run) -> None:
+    pids = [pid_of(home, "worker"), server_pid(cmd, point)]
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    assert list((home / "run" / "fuse").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") and _is_live(pid) for pid in pids))
+    assert list((home / "store" / "leases").iterdir()) == []
+
+
+def _is_live(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_fstab_can_name_an_image(home: Path, tree: Path, point: Path, cmd: Run) -> None:
+    """As mount(8) calls it: mount.cafs SOURCE DIR -o OPTIONS."""
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    options = f"ro,nofail,noauto,engine=fuse,store={home}/store,x-systemd.automount,_netdev"
+    done = subprocess.run([BIN / "mount.cafs", "x:1", point, "-o", options], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (point / "4").read_bytes() == (tree / "4").read_bytes()
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    done = subprocess.run([BIN / "mount.cafs", "x:1", point, "-o", "engin=fuse"], capture_output=True, check=False)
+    assert done.returncode == 1 and b"unknown option 'engin'" in done.stderr
