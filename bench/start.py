@@ -74,9 +74,18 @@ def one_round(tree: str, base: str, url: str) -> dict[str, float]:
         found["find kernel"] = find(mounted.point)
     with Mounted(base, "kernel", url, cache) as mounted:
         found["mount, metadata cached"] = mounted.seconds
-    with Mounted(base, "fuse", url, cache) as mounted:
-        start(mounted.point)
-        found["fuse warm"] = start(mounted.point)
+    for engine in ("fuse", "pyfuse3"):
+        with Mounted(base, engine, url, cache, "--prefetch", "none"):
+            pass  # the columns are in the cache now
+        with Mounted(base, engine, url, cache, "--prefetch", "none") as mounted:
+            found[f"{engine}: mount, metadata cached"] = mounted.seconds
+            start(mounted.point)
+            found[f"{engine} warm"] = start(mounted.point)
+            found[f"find {engine}, first"] = find(mounted.point)
+            found[f"find {engine}"] = find(mounted.point)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import click"], check=True)
+    found["python3 -c 'import click'"] = time.perf_counter() - began
     return found
 
 
@@ -100,7 +109,8 @@ def main() -> None:
     middle = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     against = {"kernel warm": "native warm", "kernel cold": "native cold"}
     against |= {f"nothing here, {name}": "native cold" for name in ("no profile", "profile")}
-    against |= {"fuse warm": "native warm", "find kernel": "find native"}
+    against |= {f"{engine} warm": "native warm" for engine in ("fuse", "pyfuse3")}
+    against |= {f"find {engine}": "find native" for engine in ("kernel", "fuse", "pyfuse3")}
     for name, seconds in middle.items():
         ratio = f"\t{seconds / middle[against[name]]:.2f} x {against[name]}" if name in against else ""
         print(f"{name}\t{seconds:.3f} s{ratio}")

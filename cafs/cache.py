@@ -15,26 +15,34 @@ import os
 import threading
 import time
 from contextlib import contextmanager
+from functools import cached_property
 
-from cafs import atomic, linux, paths
-from cafs.chunks import LIST_MAX
-from cafs.digest import CHUNK_LIST, PLAIN, object_name
+from cafs import atomic, linux, paths, quota
+from cafs.digest import CHUNK_LIST, object_name
 from cafs.errors import CafsError, os_error, quote
 from cafs.ledger import Ledger, set_aside
 from cafs.quota import Stats
+from cafs.request import FETCH_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import ThreadPoolExecutor
+    from typing import TypeVar
 
     from typing_extensions import Buffer
 
     from cafs.locator import Place
     from cafs.store import Store
 
-FETCH_LIMIT_S = 60.0
+    Result = TypeVar("Result")
+
 _LOCK_POLL_S = 0.01
 _OBJECT_MAX = 1 << 26
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROOM = 64 << 20
+_BEHIND = 4
+_FULL_FOR_S = 10.0
 _log = logging.getLogger(__name__)
 
 Key = tuple[bytes, int]
@@ -50,12 +58,23 @@ class Cache:
         self._verified: dict[Key, tuple[int, int, int, int]] = {}
         self._guard = threading.Lock()
         self._in_flight: dict[Key, threading.Lock] = {}
+        self._room = threading.Lock()
+        self._full_until = 0.0
+        self.evicted: Callable[[], None] = lambda: None
+        """Called when something went from the cache for want of room."""
         self.stats = Stats()
         self.ledger = Ledger(root, store.hash_name, store.chunk_size)
         try:
             paths.make_private(root, ".cafs-objects")
         except OSError as error:
             raise os_error(f"cannot use cache {quote(root)}", error) from error
+
+    @cached_property
+    def behind(self) -> ThreadPoolExecutor:
+        """Threads for what nobody waits for."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(_BEHIND)
 
     def path(self, digest: bytes, kind: int) -> str:
         """Where an object is, if it is cached."""
@@ -91,7 +110,7 @@ class Cache:
         """Put an object that was verified.  Raises CafsError if that cannot be done."""
         self.count_miss(memoryview(data).nbytes)
         try:
-            os.close(self._put(digest, kind, data))
+            os.close(self.with_room(lambda: self._put(digest, kind, data), memoryview(data).nbytes))
         except OSError as error:
             raise os_error(f"cannot write to cache {quote(self.root)}", error) from error
 
@@ -105,6 +124,29 @@ class Cache:
         self.stats.misses += 1
         self.stats.bytes_fetched += size
 
+    def with_room(self, write: Callable[[], Result], size: int) -> Result:
+        """Write SIZE bytes to the cache; if its disk is full, make room and do it once more.  Raises OSError."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in _FULL or not self._make_room(size):
+                raise
+            return write()
+
+    def _make_room(self, size: int) -> bool:
+        """What was used longest ago goes; whether there is room now.  Where that did not help it is not tried for a while."""
+        with self._room:
+            if not self._has_room(size) and time.monotonic() >= self._full_until:
+                quota.evict(self.root, max(_ROOM, 2 * size))
+                self.evicted()
+                if not self._has_room(size):
+                    self._full_until = time.monotonic() + _FULL_FOR_S
+            return self._has_room(size)
+
+    def _has_room(self, size: int) -> bool:
+        disk = os.statvfs(self.root)
+        return disk.f_bavail * disk.f_frsize >= size + disk.f_frsize
+
     def take_stats(self) -> Stats:
         """What was counted since the last time."""
         taken, self.stats = self.stats, Stats()
@@ -112,6 +154,8 @@ class Cache:
 
     def read_list(self, digest: bytes, hint: Place | None = None) -> bytes:
         """The verified bytes of a chunk list.  It is kept in lists/: the name of the object is for the whole file."""
+        from cafs.chunks import LIST_MAX
+
         path = os.path.join(self.root, "lists", digest.hex())
         try:
             data = atomic.read_file(path, LIST_MAX)
@@ -124,12 +168,23 @@ class Cache:
         self.keep_list(digest, data)
         return data
 
+    def kept_chunks(self, digest: bytes) -> set[bytes]:
+        """The chunks of a list that is kept here; none if it is not."""
+        from cafs import chunks
+
+        try:
+            data = atomic.read_file(os.path.join(self.root, "lists", digest.hex()), chunks.LIST_MAX)
+            listed = chunks.decode(data, self.store.hash_name, self.store.chunk_size)
+        except (OSError, CafsError):
+            return set()
+        return {chunk for _, chunk in listed.runs if chunk}
+
     def keep_list(self, digest: bytes, data: bytes) -> None:
         """Put a chunk list that was verified, if that can be done."""
         path = os.path.join(self.root, "lists", digest.hex())
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            atomic.replace_file(path, data, 0o444)
+            atomic.replace_hint(path, data, 0o444)
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.root, error.strerror)
 
@@ -165,9 +220,9 @@ class Cache:
         data = self.store.read_object(digest, kind, hint)
         self.count_miss(len(data))
         try:
-            return self._put(digest, kind, data)
+            return self.with_room(lambda: self._put(digest, kind, data), len(data))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.errno not in (*_FULL, errno.EROFS):
                 raise os_error(f"cannot write to cache {quote(self.root)}", error) from error
             _log.warning("cannot write to cache %s: %s; serving from memory", self.root, error.strerror)
             fd = os.memfd_create("cafs-object", os.MFD_CLOEXEC)
@@ -231,35 +286,3 @@ class Cache:
                 if time.monotonic() > deadline:
                     return fd
                 time.sleep(_LOCK_POLL_S)
-
-
-def fill(name: str, store_root: str, threads: int = 8) -> None:
-    """Bring all of an image into the cache, for use without its store.  Raises CafsError."""
-    from cafs.bulk import read_objects
-    from cafs.image import load_index
-    from cafs.locator import contents, finder
-    from cafs.ordered import ordered_map
-    from cafs.partial import ChunkedFile
-    from cafs.store import Store
-
-    index, _, found = load_index(name, store_root)
-    store = found or Store(store_root)
-    cache, where = Cache(paths.cache(), store), store.get_locator(index.identity)
-    keys = dict.fromkeys(contents(index))
-    small = [key for key in keys if key[1] == PLAIN and not cache.has(*key)]
-    for key, data in read_objects(store, small, finder(store, index)):
-        if isinstance(data, CafsError):
-            raise data
-        cache.keep(*key, data)
-
-    def grow(digest: bytes) -> None:
-        file = ChunkedFile(cache, digest, None, where)
-        try:
-            for at in range(0, file.listed.size, file.listed.chunk_size):
-                file.read(at, file.listed.chunk_size)
-        finally:
-            file.close()
-
-    large = (digest for digest, kind in keys if kind == CHUNK_LIST)
-    for _ in ordered_map(grow, large, threads, window=2 * threads):
-        pass

@@ -7,7 +7,6 @@ neither read nor stored.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from cafs.digest import DIGEST_SIZES
 from cafs.errors import FormatError
@@ -22,14 +21,22 @@ LIST_MAX = 1 << 26
 """Largest chunk list in bytes: about 4 TB of file in which no two neighbouring chunks are equal."""
 
 
-@dataclass(frozen=True, slots=True)
 class ChunkList:
     """size: of the file, bytes.  runs: (number of chunks, raw digest or b'' for zeros), no two neighbours equal."""
 
-    hash_name: str
-    chunk_size: int
-    size: int
-    runs: tuple[tuple[int, bytes], ...]
+    __slots__ = ("chunk_size", "hash_name", "runs", "size")
+
+    def __init__(self, hash_name: str, chunk_size: int, size: int, runs: tuple[tuple[int, bytes], ...]) -> None:
+        self.hash_name = hash_name
+        self.chunk_size = chunk_size
+        self.size = size
+        self.runs = runs
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChunkList) and self.encode() == other.encode()
+
+    def __hash__(self) -> int:
+        return hash(self.encode())
 
     def encode(self) -> bytes:
         """The one spelling."""

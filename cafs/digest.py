@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         def hexdigest(self) -> str: ...
 
 
+OBJECTS = b".cafs-objects"
+"""The directory of objects, in the root of the cache and of LAZY."""
+
 DIGEST_SIZES = {"sha256": 32, "xxh128": 16}
 CHUNK_SIZE = 4 << 20
 CHUNK_MIN, CHUNK_MAX = 1 << 16, 1 << 26

@@ -10,7 +10,7 @@ from collections import Counter
 from itertools import accumulate
 
 from cafs import format as fmt
-from cafs.digest import CHUNK_LIST, PLAIN, object_name
+from cafs.digest import CHUNK_LIST, OBJECTS, PLAIN, object_name
 from cafs.errors import UnsupportedError, quote
 from cafs.index import NO_PARENT, xattrs_of
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     Xattr = tuple[int, bytes, bytes]  # prefix, rest of the name, value
 
-OBJECTS = b".cafs-objects"
 BLOCK = 4096
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
 _MAGIC = 0xE0F5E1E2

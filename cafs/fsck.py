@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from cafs import atomic, chunks, erofs, image, lease, locator, pack, paths, quota
+from cafs import atomic, chunks, erofs, image, lease, locator, pack, paths, profile, quota
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
@@ -50,7 +50,7 @@ def totals(store: Store) -> dict[str, object]:
         "stored_bytes": sum(packs.values()),
         "cache": paths.cache(),
         "cache_bytes": quota.size(paths.cache()),
-    } | {f"cache_{name}": count for name, count in asdict(quota.read_stats(paths.cache())).items()}
+    } | {f"cache_{name}": count for name, count in quota.read_stats(paths.cache()).as_dict().items()}
 
 
 def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
@@ -82,6 +82,7 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
         yield Finding("damaged-meta", name)
     yield from _check_pack_list(store, repair)
     yield from _check_refs(store, set(images))
+    yield from _check_profiles(store, repair)
     for digest, found in images.items():
         for layer, metadata in zip(found.layers, found.metadata, strict=True):
             yield from _check_index(store, layer, metadata, digest, good, repair)
@@ -253,6 +254,21 @@ def _check_index(store: Store, layer: bytes, metadata: bytes, owner: bytes, good
         yield Finding("missing-object", f"{object_name(digest, kind)} of image {owner.hex()}")
     if wanted <= good:
         yield from _check_locator(store, index, layer, repair)
+
+
+def _check_profiles(store: Store, repair: bool) -> Iterator[Finding]:
+    """That each frame of a hot pack is what its record says; a damaged one goes: it can be made anew."""
+    try:
+        listed = store.backend.list("profiles")
+    except FileNotFoundError:
+        return
+    for one in listed:
+        name = f"profiles/{one.name}"
+        try:
+            for _ in profile.pieces(store, name):
+                pass
+        except (CafsError, OSError):
+            yield Finding("damaged-profile", name, _remove(_path(store, name), repair) if repair else False)
 
 
 def _check_metadata(store: Store, index: Index, metadata: bytes, repair: bool) -> Iterator[Finding]:

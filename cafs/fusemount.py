@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import array
 import os
-import socket
-import subprocess
 
 from cafs import linux
 from cafs.errors import CafsError, UnsupportedError, os_error, quote
@@ -38,6 +35,10 @@ def mount(point: str, fstype: str, source: str, flags: int, options: str = "") -
 
 def _mount_as_user(point: str, fstype: str, source: str) -> int:
     """nosuid and nodev are fusermount3's own."""
+    import array
+    import socket
+    import subprocess
+
     options = f"ro,default_permissions,fsname={source},subtype={fstype.removeprefix('fuse.')}"
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -119,7 +119,7 @@ class Holder:
             try:
                 images = sorted({image for image, _ in self._names})
                 found = {"images": images, "names": sorted(filter(None, self._names.values()))}
-                atomic.replace_file(self._state, json.dumps(found).encode(), 0o600)
+                atomic.replace_hint(self._state, json.dumps(found).encode(), 0o600)
             except OSError:
                 pass
 

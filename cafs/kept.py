@@ -11,22 +11,27 @@ import logging
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-from cafs import atomic, erofs, locator, paths
-from cafs.digest import DIGEST_SIZES
+from cafs import atomic, locator, paths
+from cafs.digest import CHUNK_SIZE, DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UsageError, quote
 from cafs.image import METADATA, decode, get, load_layer, resolve
 from cafs.store import IMAGE_MAX, Store, is_chunk_size, is_ref
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
     from cafs.image import Image
     from cafs.locator import Locator
 
+    Result = TypeVar("Result")
+
 _METADATA_MAX = 1 << 32
+_LIKELY = "sha256", CHUNK_SIZE
+"""What a store is that was never asked: guessed, so that it can be asked for more at the same time."""
+
 _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 _log = logging.getLogger(__name__)
 
@@ -45,23 +50,20 @@ class Found:
 def find(root: str, name: str) -> Found:
     """The image that NAME is in the store at ROOT; if that cannot be asked, as the cache knows it.  Raises CafsError."""
     known = _known_format(root)
-    if known is None:
-        store = Store(root)
-        _write("stores", _name_of(root), {"chunk_size": store.chunk_size, "hash": store.hash_name})
-        return Found(store, _note(root, name, _resolve(store, name)))
-    store = Store(root, known)
-    with ThreadPoolExecutor(2) as pool:  # far away, each question takes its time
-        asked = pool.submit(store.read_format)
-        resolved = pool.submit(_resolve, store, name)
+    store = Store(root, known or _LIKELY)
+    asked = begin(store, store.read_format)
+    resolved = begin(store, lambda: _resolve(store, name))
     try:
-        format_now = asked.result()
+        format_now = asked()
     except (RemoteError, NotFound) as error:
         return _without_store(store, root, name, error)
     if format_now != known:
-        atomic.unlink_quietly(os.path.join(paths.cache(), "stores", _name_of(root)))
-        return find(root, name)
+        _write("stores", _name_of(root), {"chunk_size": format_now[1], "hash": format_now[0]})
+    if format_now != (known or _LIKELY):
+        store = Store(root, format_now)
+        return Found(store, _note(root, name, _resolve(store, name)))
     try:
-        return Found(store, _note(root, name, resolved.result()))
+        return Found(store, _note(root, name, resolved()))
     except RemoteError as error:
         return _without_store(store, root, name, error)
 
@@ -74,13 +76,32 @@ def _resolve(store: Store, name: str) -> Image:
     return _kept_image(store, digest) or get(store, digest)
 
 
+def begin(store: Store, task: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a task, on a thread if the store is far away; returns how to have its result."""
+    if store.backend.is_local:
+        return task
+    import threading
+    from concurrent.futures import Future
+
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
+
+
 def _note(root: str, name: str, image: Image) -> Image:
     """Keep the manifest, and what NAME means."""
     path = _image_path(image.digest)
     if not os.path.exists(path):
         try:
             paths.make_private(paths.cache(), os.path.dirname(path))
-            atomic.replace_file(path, image.encode(), 0o600)
+            atomic.replace_hint(path, image.encode(), 0o600)
         except OSError as error:
             _log.debug("cannot keep image: %s", error)
     if is_ref(name):
@@ -150,7 +171,7 @@ def _write(kind: str, name: str, what: dict[str, Any]) -> None:
     """Only a hint: not kept where there is no room."""
     try:
         paths.make_private(paths.cache(), kind)
-        atomic.replace_file(os.path.join(paths.cache(), kind, name), json.dumps(what, sort_keys=True).encode(), 0o600)
+        atomic.replace_hint(os.path.join(paths.cache(), kind, name), json.dumps(what, sort_keys=True).encode(), 0o600)
     except OSError as error:
         _log.debug("cannot keep %s: %s", kind, error)
 
@@ -166,6 +187,8 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     """Path of a layer's metadata image, verified; it is made if the image names none.  Raises OSError, CafsError."""
     data = b""
     if not metadata:
+        from cafs import erofs
+
         data = erofs.encode(load_layer(store, index))
         metadata = store.hash(data)
     path = os.path.join(paths.cache(), "metadata", metadata.hex())
@@ -175,7 +198,7 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     except OSError:
         pass
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    atomic.replace_file(path, data or store.get_meta(metadata, METADATA), 0o400)
+    atomic.replace_hint(path, data or store.get_meta(metadata, METADATA), 0o400)
     return path
 
 

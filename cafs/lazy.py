@@ -14,8 +14,7 @@ import re
 import stat
 
 from cafs import fusedev, locator
-from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, PLAIN
-from cafs.erofs import OBJECTS
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, OBJECTS, PLAIN
 from cafs.errors import FormatError
 from cafs.lazyd import LOCATORS
 from cafs.reader import Reader
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from cafs.cache import Cache
     from cafs.locator import Locator
-    from cafs.reader import Content
+    from cafs.reader import Key, Where
     from cafs.record import Recorder
 
 _OBJECTS_NODE = 2
@@ -62,7 +61,7 @@ class Lazy(Reader):
                 self.locators[number] = found_locator
                 found = True
         self.noticed()
-        self.look_for_streams()
+        self.look_for_requests()
         return found
 
     def lookup(self, node: int, name: bytes) -> bytes:
@@ -85,29 +84,32 @@ class Lazy(Reader):
         return fusedev.attr(node, stat.S_IFREG | 0o444, size)
 
     def _named(self, name: bytes) -> int | None:
-        """The node of the object with this name."""
+        """The node of the object with this name, in the first locator that has it; looks for new ones if none has."""
         text = name.decode("latin-1")
         kind = CHUNK_LIST if text.endswith(CHUNK_LIST_SUFFIX) else PLAIN
         text = text.removesuffix(CHUNK_LIST_SUFFIX)
         if not re.fullmatch("[0-9a-f]{%d}" % (2 * DIGEST_SIZES[self.cache.store.hash_name]), text):
             return None
-        return self.node_of(bytes.fromhex(text), kind)
-
-    def node_of(self, digest: bytes, kind: int) -> int | None:
-        """In the first locator that has the object; looks for new ones if none has."""
         for again in (False, True):
             if again and not self.look():
                 break
             for number, one in list(self.locators.items()):
-                record = one.find(digest, kind)
+                record = one.find(bytes.fromhex(text), kind)
                 if record is not None:
                     return number << _LOCATOR_BITS | record
         return None
 
-    def content(self, node: int) -> Content:
-        where = self._locator(node)
-        digest, kind, size, place = where.record(node & 0xFFFF_FFFF)
-        return digest, kind, size, place, where
+    def all_locators(self) -> list[Locator]:
+        return list(self.locators.values())
+
+    def key(self, node: int) -> Key:
+        digest, kind, _, _ = self._locator(node).record(node & 0xFFFF_FFFF)
+        return digest, kind
+
+    def where(self, node: int) -> Where:
+        locator = self._locator(node)
+        _, _, size, place = locator.record(node & 0xFFFF_FFFF)
+        return size, place, locator
 
     def _locator(self, node: int) -> Locator:
         number = node >> _LOCATOR_BITS

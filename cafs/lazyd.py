@@ -10,32 +10,36 @@ usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD COLUMNS_F
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 from cafs import atomic
+from cafs import request as requests
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from typing import Any
 
     from cafs.cache import Cache
     from cafs.reader import Reader
     from cafs.record import Recorder
-    from cafs.server import Request
+    from cafs.request import Request
     from cafs.store import Store
 
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_SMALL_AFTER_MS = 1000
 _SOON_S = 1.0
 _SWITCH_S = 0.0002
 _WAIT_MAX_S = 2.0
@@ -57,6 +61,12 @@ def write_config(state: str, store: Store, cache: str, request: Request, **more:
         json.dump(config | more, file, sort_keys=True)
 
 
+def note_prefetch(state: str, **what: object) -> None:
+    """Ask for something to be brought into the cache.  what: profile=name in the store, or layers= and rate= for all."""
+    data = json.dumps(what, sort_keys=True).encode()
+    atomic.replace_hint(os.path.join(state, PREFETCH, hashlib.sha256(data).hexdigest()[:16]), data)
+
+
 def _read_config(state: str) -> dict[str, Any]:
     with open(os.path.join(state, CONFIG), "rb") as file:
         config: dict[str, Any] = json.load(file)
@@ -65,29 +75,33 @@ def _read_config(state: str) -> dict[str, Any]:
 
 def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess.Popen[bytes]:
     """Start one of the two.  peer: a pidfd of the other, -1: none yet; columns: of a tree, else -1."""
+    import subprocess
+
     keep = [one for one in (fd, peer, columns) if one >= 0]
     null = subprocess.DEVNULL
     command = _command(role, state, fd, peer, columns)
     return subprocess.Popen(command, pass_fds=keep, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
 
 
-def begin(state: str, fd: int, columns: int = -1) -> None:
-    """Start both for a file system that was just mounted, and wait for the worker.  Raises CafsError if it cannot begin.
+def wait(answers: int) -> None:
+    """Wait for the worker that `begin` has started.  answers: what it returned.  Raises CafsError if it cannot begin."""
+    with open(answers, "rb") as pipe:
+        answer = pipe.read(65536)
+    if answer != b"ok":
+        raise requests.failure(answer)
+
+
+def begin(state: str, fd: int, columns: int = -1) -> int:
+    """Start both for a file system that was just mounted; returns a descriptor for `wait`.
 
     By fork, for the caller has loaded what the worker needs; the supervisor then runs the program anew, to be small.
     """
-    from cafs import server
-
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
         os.close(writer)
         os.waitpid(child, 0)
-        with open(reader, "rb") as pipe:
-            answer = pipe.read(65536)
-        if answer != b"ok":
-            raise server.failure(answer)
-        return
+        return reader
     try:
         if os.fork():
             os._exit(0)  # nobody has to wait for the supervisor
@@ -102,7 +116,13 @@ def begin(state: str, fd: int, columns: int = -1) -> None:
         worker = os.fork()
         if not worker:
             _first_work(state, fd, mine, columns, writer)
-        _supervise_anew(state, fd, os.pidfd_open(worker), columns)
+        peer = os.pidfd_open(worker)
+        os.close(writer)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to handle them
+        poll = select.poll()
+        poll.register(peer, select.POLLIN)
+        poll.poll(_SMALL_AFTER_MS)  # what mounts needs the processor now
+        _supervise_anew(state, fd, peer, columns)
     finally:
         os._exit(1)
 
@@ -116,8 +136,6 @@ def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
 
 
 def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> None:
-    from cafs import server
-
     def ready() -> None:
         os.write(writer, b"ok")
         os.close(writer)
@@ -126,7 +144,7 @@ def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> No
         os.setsid()
         work(state, fd, mine, columns, ready)
     except BaseException as error:  # the only way out of this process
-        server.tell(writer, error)
+        requests.tell(writer, error)
     finally:
         os._exit(0)
 
@@ -177,17 +195,15 @@ def _unmount(state: str) -> None:
     """What `kill` of a tree's server means; LAZY ends when the mounts over it do."""
     point = _read_config(state).get("point")
     if point:
-        from cafs import server
-
         try:
-            server.unmount_stale(point)
+            requests.unmount_stale(point)
         except OSError:
             pass  # it is unmounted, and still in use
 
 
 def _note(state: str, name: str) -> None:
     """Write our pid, and hold a lock for as long as we live, also when we run the program anew."""
-    atomic.replace_file(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
+    atomic.replace_hint(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
     os.set_inheritable(hold(state), True)
 
 
@@ -261,8 +277,9 @@ def _on_signal() -> int:
     """A descriptor from which the numbers of the signals are read that come: SIGHUP, SIGINT, SIGTERM."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     return reader
 
 
@@ -285,13 +302,14 @@ def _ends(pidfd: int, signals: int, unmount: Callable[[], None]) -> bool:
 def work(state: str, fd: int, peer: int, columns: int = -1, ready: Callable[[], None] = lambda: None) -> None:
     """Serve; returns once the file system is unmounted, or after SIGTERM.  ready: called when nothing can go wrong any more."""
     config = _read_config(state)
-    from cafs import fusedev, linux, quota, server
+    from cafs import fusedev, linux, quota
     from cafs.cache import Cache
     from cafs.holder import Holder
+    from cafs.keeper import Keeper, log_to
     from cafs.record import Recorder
     from cafs.store import Store
 
-    server.log_to(config["log"], "" if config["foreground"] else os.path.join(state, "log"))
+    log_to(config["log"], "" if config["foreground"] else os.path.join(state, "log"))
     linux.raise_descriptor_limit()
     sys.setswitchinterval(_SWITCH_S)  # a read that waits goes before what is put into the cache behind it
     store = Store(config["store"], (config["hash"], config["chunk_size"]))
@@ -303,9 +321,9 @@ def work(state: str, fd: int, peer: int, columns: int = -1, ready: Callable[[], 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _unmount(state) if config["foreground"] else serving.stop())
     _note(state, WORKER_FILE)
-    files.brought = lambda: _reconfigure(cache.root)
+    files.brought = cache.evicted = lambda: reconfigure(cache.root)
     is_lazy = columns < 0
-    keeper = server.Keeper(cache, quota.quota(cache.root), is_synced=is_lazy, trimmed=lambda: _reconfigure(cache.root))
+    keeper = Keeper(cache, quota.quota(cache.root), is_synced=is_lazy, trimmed=cache.evicted)
     if peer >= 0:
         watch(peer, lambda: _revive(state, fd, columns))
     ready()
@@ -332,7 +350,7 @@ def _files(
 
     locators = kept.find_locators(cache.store, [bytes.fromhex(layer) for layer in config["layers"]])
     files = TreeFiles(load(columns), cache, locators, state=state, recorder=recorder)
-    files.look_for_streams()
+    files.look_for_requests()
     return files
 
 
@@ -341,7 +359,7 @@ def images(state: str) -> set[str]:
     return {name for name in os.listdir(os.path.join(state, IMAGES)) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
 
 
-def _reconfigure(cache: str) -> None:
+def reconfigure(cache: str) -> None:
     """Have the mounts over a cache look anew what it has.
 
     Overlayfs remembers, for the life of an inode, in which layer it found a file: what LAZY served is not asked of the cache

@@ -8,13 +8,13 @@ import re
 import time
 
 from cafs import atomic, fusemount, lazyd, linux, locator, mountinfo
-from cafs.errors import CafsError, quote
+from cafs.errors import CafsError
 from cafs.holder import held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.locator import Locator
-    from cafs.server import Request
+    from cafs.request import Request
     from cafs.store import Store
 
 FSTYPE = b"fuse.cafs-lazy"
@@ -22,35 +22,56 @@ _HELD_WAIT_S = 1.0
 
 
 class LazyMount:
-    """A LAZY that is mounted.  state: its directory; point: where it is mounted."""
+    """A LAZY that is mounted.  state: its directory; point: where; answers: of lazyd.begin, -1 if it has begun."""
 
-    __slots__ = ("point", "state")
+    __slots__ = ("answers", "point", "state")
 
-    def __init__(self, state: str) -> None:
+    def __init__(self, state: str, answers: int = -1) -> None:
         self.state = state
         self.point = os.path.join(state, lazyd.MOUNT_POINT)
+        self.answers = answers
 
-    def add(self, image: bytes, locators: list[Locator], profile: str = "") -> None:
-        """Make the objects of an image known, and wait until the image is held, as far as the store can be written to.
+    def announce(self, image: bytes, profile: str) -> None:
+        """Have an image held, and a hot pack brought into the cache.  profile: its name in the store, or ''."""
+        _note(self.state, image, profile)
+        self._look()
 
-        locators: of its layers.  profile: the name in the store of a hot pack to bring into the cache.
+    def _look(self) -> None:
+        """Let it notice what is new: an unknown name makes it look."""
+        self.wait()
+        try:
+            os.lstat(os.path.join(self.point, ".cafs-objects", "00", "0" * 62))
+        except OSError:
+            pass
+
+    def wait(self) -> None:
+        """Until it answers.  Raises CafsError if it cannot begin."""
+        if self.answers >= 0:
+            answers, self.answers = self.answers, -1
+            lazyd.wait(answers)
+
+    def add(self, image: bytes, locators: list[Locator], rate: int = -1) -> None:
+        """Make the objects of an image known that was announced, and wait until it is held, as far as it can be.
+
+        locators: of its layers.  rate: bytes a second to bring all of it into the cache, 0: no limit, -1: do not.
         """
-        if profile:
-            name = hashlib.sha256(profile.encode()).hexdigest()[:16]
-            atomic.replace_file(os.path.join(self.state, lazyd.PREFETCH, name), profile.encode(), 0o600)
         directory = os.path.join(self.state, lazyd.LOCATORS)
         numbers = [int(name) for name in os.listdir(directory) if re.fullmatch("[1-9][0-9]*", name)]
         known = {_index_of(os.path.join(directory, str(number))) for number in numbers}
         for number, one in enumerate([one for one in locators if one.index not in known], max(numbers, default=0) + 1):
             locator.save(os.path.join(directory, str(number)), one.data)
-        atomic.replace_file(os.path.join(self.state, lazyd.IMAGES, image.hex()), b"", 0o600)
-        try:
-            os.lstat(os.path.join(self.point, ".cafs-objects", "00", image.hex()[2:]))  # an unknown name makes it look
-        except FileNotFoundError:
-            pass
+        if rate >= 0:
+            lazyd.note_prefetch(self.state, layers=[one.index.hex() for one in locators], rate=rate)
+        self._look()
         deadline = time.monotonic() + _HELD_WAIT_S
         while image.hex() not in held(os.path.join(self.state, lazyd.LEASES)) and time.monotonic() < deadline:
-            time.sleep(0.005)
+            time.sleep(0.002)
+
+
+def _note(state: str, image: bytes, profile: str) -> None:
+    atomic.replace_hint(os.path.join(state, lazyd.IMAGES, image.hex()), b"")
+    if profile:
+        lazyd.note_prefetch(state, profile=profile)
 
 
 def _index_of(path: str) -> bytes:
@@ -60,10 +81,10 @@ def _index_of(path: str) -> bytes:
         return b""
 
 
-def ensure(run: str, store: Store, cache: str, request: Request) -> LazyMount:
-    """The LAZY of a store and a cache, started if there is none.  run: directory of them all.  Raises CafsError.
+def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, profile: str) -> LazyMount:
+    """The LAZY of a store and a cache, begun if there is none: `wait` for it.  run: directory of them all.  Raises CafsError.
 
-    One that records reads is for one mount alone.
+    image, profile: as for `announce`.  One that records reads is for one mount alone.
     """
     record = request.record
     text = "\0".join((store.backend.identity, store.scope_id, os.path.realpath(cache), str(os.geteuid())))
@@ -72,29 +93,28 @@ def ensure(run: str, store: Store, cache: str, request: Request) -> LazyMount:
         state = os.path.dirname(os.fsdecode(mount.point))
         if mount.fstype == FSTYPE and os.path.dirname(state) == run and os.path.basename(state).startswith(name):
             if mountinfo.answers(os.fsdecode(mount.point)):
-                return LazyMount(state)
+                found = LazyMount(state)
+                found.announce(image, profile)
+                return found
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
     for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.LOCATORS, lazyd.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
     lazyd.write_config(state, store, cache, request)
+    _note(state, image, profile)
     return _start(state)
 
 
 def _start(state: str) -> LazyMount:
-    made = LazyMount(state)
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
-    fd = fusemount.mount(made.point, FSTYPE.decode(), "cafs-lazy", flags)
+    fd = fusemount.mount(os.path.join(state, lazyd.MOUNT_POINT), FSTYPE.decode(), "cafs-lazy", flags)
     try:
-        lazyd.begin(state, fd)
+        return LazyMount(state, lazyd.begin(state, fd))
     except BaseException:
         end(state)
         raise
     finally:
         os.close(fd)
-    if not mountinfo.answers(made.point):
-        raise CafsError(f"what serves {quote(made.point)} does not answer", hint=f"see {state}/log")
-    return made
 
 
 def end(state: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 
 TYPE_CHECKING = False
@@ -55,4 +54,4 @@ def boot_id() -> str:
 
 def _here() -> dict[str, str]:
     """What has to be the same for a pid to mean the same process."""
-    return {"boot_id": boot_id(), "host": socket.gethostname(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    return {"boot_id": boot_id(), "host": os.uname().nodename, "pid_namespace": os.readlink("/proc/self/ns/pid")}

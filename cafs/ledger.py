@@ -13,8 +13,8 @@ import re
 import struct
 import time
 
-from cafs import atomic, chunks
-from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, PLAIN, hash_function, object_name
+from cafs import atomic
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, OBJECTS, PLAIN, hash_function, object_name
 from cafs.errors import CafsError
 from cafs.lease import boot_id
 
@@ -29,9 +29,10 @@ NAME = "ledger"
 SYNCED = "synced"
 _RECORD = struct.Struct("<32sB7xqqq")
 _LEDGER_MAX = 1 << 32
+_PIECE = 1 << 20
 _WASTE = 4
 _FOREVER = 1 << 63
-_HEX = re.compile("[0-9a-f]+")
+_SHARD = re.compile("[0-9a-f]{2}")
 
 
 class Ledger:
@@ -61,15 +62,8 @@ class Ledger:
         """Make sure of the cached objects that are wanted; returns the names of those that were set aside."""
         known = self._load()
         bad = []
-        for key, path in self._present():
-            if not is_wanted(key):
-                continue
-            try:
-                status = os.lstat(path)
-            except OSError:
-                continue  # it went meanwhile
-            stamp = _stamp(status)
-            if known.get(key) == stamp:
+        for key, path, status in self.present():
+            if known.get(key) == _stamp(status) or not is_wanted(key):
                 continue
             if self.verify(key, path):
                 self.note(key, status)
@@ -88,29 +82,45 @@ class Ledger:
             return False
 
     def _verify_chunks(self, digest: bytes, path: str) -> bool:
+        """Also that there are zeros where the list says so: in holes, which are not read, there are."""
+        from cafs import chunks
+
         data = atomic.read_file(os.path.join(self.root, "lists", digest.hex()), chunks.LIST_MAX)
-        listed = chunks.decode(data, self.hash_name, self.chunk_size)
+        size = self.chunk_size or int(data.split(b" ", 4)[3])
+        listed = chunks.decode(data, self.hash_name, size)
         with open(path, "rb", buffering=0) as file:
-            if self._hash(data) != digest or os.fstat(file.fileno()).st_size != listed.size:
+            fd = file.fileno()
+            if self._hash(data) != digest or os.fstat(fd).st_size != listed.size:
                 return False
             at = 0
             for count, chunk in listed.runs:
+                end = min((at + count) * size, listed.size)
+                if not chunk and not _is_zero(fd, at * size, end):
+                    return False
                 for number in range(at, at + count if chunk else at):
-                    piece = atomic.read_exactly(file.fileno(), listed.length_at(number), number * self.chunk_size)
-                    if self._hash(piece) != chunk:
+                    if self._hash(atomic.read_exactly(fd, listed.length_at(number), number * size)) != chunk:
                         return False
                 at += count
         return True
 
-    def _present(self) -> Iterator[tuple[Key, str]]:
-        """What the cache has, with paths."""
-        width, top = 2 * len(self._hash(b"")), os.path.join(self.root, ".cafs-objects")
-        for shard in _listed(top):
-            for name in _listed(os.path.join(top, shard)):
-                text = shard + name.removesuffix(CHUNK_LIST_SUFFIX)
-                if len(text) == width and _HEX.fullmatch(text):
-                    kind = CHUNK_LIST if name.endswith(CHUNK_LIST_SUFFIX) else PLAIN
-                    yield (bytes.fromhex(text), kind), os.path.join(top, shard, name)
+    def present(self) -> Iterator[tuple[Key, str, os.stat_result]]:
+        """What the cache has, with paths and what lstat(2) says."""
+        is_name = re.compile("[0-9a-f]{%d}" % (2 * len(self._hash(b"")) - 2)).match
+        suffix = len(CHUNK_LIST_SUFFIX)
+        top = os.path.join(self.root, OBJECTS.decode())
+        for shard in filter(_SHARD.fullmatch, _listed(top)):
+            with os.scandir(os.path.join(top, shard)) as entries:
+                for entry in entries:
+                    name, kind = entry.name, PLAIN
+                    if name.endswith(CHUNK_LIST_SUFFIX):
+                        name, kind = name[:-suffix], CHUNK_LIST
+                    found = is_name(name)
+                    if not found or found.end() != len(name):
+                        continue
+                    try:
+                        yield (bytes.fromhex(shard + name), kind), entry.path, entry.stat(follow_symlinks=False)
+                    except OSError:
+                        continue  # it went meanwhile
 
     def _load(self) -> dict[Key, Stamp]:
         """The latest record of each object; a ledger that is mostly out of date is written anew."""
@@ -141,6 +151,19 @@ class Ledger:
             return _FOREVER if found["boot_id"] == boot_id() else int(found["time_ns"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+
+def _is_zero(fd: int, start: int, end: int) -> bool:
+    """Whether a range of a file holds nothing but zeros."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError:
+            return True  # no data up to the end
+        if start < end and any(atomic.read_exactly(fd, min(_PIECE, end - start), start)):
+            return False
+        start += _PIECE
+    return True
 
 
 def sync(root: str) -> None:

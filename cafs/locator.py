@@ -13,8 +13,7 @@ import sys
 from array import array
 from itertools import count as counting
 
-from cafs import atomic, chunks
-from cafs import format as fmt
+from cafs import atomic
 from cafs.digest import CHUNK_LIST, DIGEST_SIZES, PLAIN, checksum
 from cafs.errors import FormatError
 from cafs.pack import FRAME, RAW_MAX
@@ -148,6 +147,8 @@ def encode(store: Store, index: Index, lists: Store | None = None) -> bytes:
 
     Raises NotFound if a chunk list is not there.
     """
+    from cafs import chunks
+
     packs: dict[str, int] = {}
     rows: dict[bytes, bytes] = {}
 
@@ -187,11 +188,13 @@ def load(path: str) -> Locator:
 def save(path: str, data: Buffer) -> None:
     """Keep a locator; a reader sees all of it or none."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    atomic.replace_file(path, data, 0o600)
+    atomic.replace_hint(path, data, 0o600)
 
 
 def contents(index: Index) -> Iterator[tuple[bytes, int]]:
     """(digest, kind) of the content of every f and F entry that has any, in order."""
+    from cafs import format as fmt
+
     digests, width = index.digest, index.hash_size
     for at, kind, size in zip(counting(0, width), index.type, index.size, strict=False):
         if kind in b"fF" and size:

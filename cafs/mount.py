@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shutil
-import subprocess
 import time
 from contextlib import contextmanager
 
-from cafs import image, lazyd, linux, mountinfo, server, treemount
+from cafs import image, lazyd, linux, mountinfo
+from cafs import request as requests
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
-from cafs.server import Request
+from cafs.request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ def mount(request: Request) -> str | None:
             return note
     if request.upper or (request.record and request.engine == "pyfuse3"):
         raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel shows why not")
+    from cafs import treemount
+
     source = treemount.find(request)
     note = _check_point(request.point, source.digest.hex())
     if note:
@@ -39,10 +40,10 @@ def mount(request: Request) -> str | None:
     _check_host()
     if request.engine != "pyfuse3":
         treemount.mount(request, source)
-    elif request.foreground:
-        server.serve(request, source, lambda: None)
     else:
-        server.start(request, source)
+        from cafs import server
+
+        server.serve(request, source, lambda: None) if request.foreground else server.start(request, source)
     if not request.foreground:
         _check_answer(request.point)
     return None
@@ -81,7 +82,7 @@ def _check_point(point: str, digest: str) -> str | None:
     here = mountinfo.at(point)
     if here and (here.fstype == mountinfo.FSTYPE or mountinfo.is_kernel(here)):
         if not mountinfo.answers(point):
-            server.unmount_stale(point)
+            requests.unmount_stale(point)
             here = None
         else:
             if here.digest == digest and mountinfo.is_mine(here):
@@ -110,6 +111,8 @@ def _check_host() -> None:
             os.stat("/dev/fuse")
     except OSError as error:
         raise UnsupportedError(f"cannot open '/dev/fuse': {error.strerror}", hint="modprobe fuse; apt install fuse3") from error
+    import shutil
+
     if os.geteuid() and not shutil.which("fusermount3"):
         raise UnsupportedError("cannot mount without root: no fusermount3", hint="apt install fuse3")
 
@@ -127,7 +130,7 @@ def listing() -> list[dict[str, object]]:
             "pid": 0,
             "start": 0,
         }
-        row.update(server.read_record(point, one.digest))
+        row.update(requests.read_record(point, one.digest))
         state = row.pop("state", None)
         if isinstance(state, str):
             row["pid"] = lazyd.pid(state)
@@ -137,7 +140,7 @@ def listing() -> list[dict[str, object]]:
 
 def reload() -> None:
     """Have the servers of all mounts start the program anew that is installed now; no read fails meanwhile."""
-    from cafs import lazymount, overlay
+    from cafs import lazymount, overlay, treemount
 
     for state in [*lazymount.states(overlay.run_directory("lazy")), *treemount.states()]:
         lazyd.reload(state)
@@ -152,7 +155,7 @@ def unmount(point: str) -> None:
     if mountinfo.is_kernel(here):
         _unmount_kernel(point)
         return
-    record = server.read_record(point, here.digest)
+    record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
         _wait_for_end(str(record["state"]))
@@ -204,6 +207,8 @@ def _unmount(point: str) -> None:
         with _unmounting(point):
             linux.umount(point, linux.UMOUNT_NOFOLLOW)
         return
+    import subprocess
+
     done = subprocess.run(["fusermount3", "-u", "--", point], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BusyError(f"cannot unmount {quote(point)}: {done.stderr.strip().rpartition(': ')[2]}")

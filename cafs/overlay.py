@@ -10,12 +10,12 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
-from cafs import atomic, kept, lazyd, lazymount, linux, mountinfo, paths, profile, quota, server
+from cafs import atomic, kept, lazyd, lazymount, linux, mountinfo, paths, profile, quota
+from cafs import request as requests
 from cafs.cache import Cache
 from cafs.errors import CafsError, UnsupportedError, os_error, quote
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cafs.image import Image
+    from cafs.lazymount import LazyMount
     from cafs.locator import Locator
-    from cafs.server import Request
+    from cafs.request import Request
     from cafs.store import Store
 
 ENGINE = "kernel"
@@ -38,27 +39,36 @@ def mount(request: Request, found: Image, store: Store) -> None:
     if os.geteuid():
         raise UnsupportedError("the kernel engine needs root")
     cache = paths.cache()
-    ledger = Cache(cache, store).ledger
     try:
+        ledger = Cache(cache, store).ledger
+        with _lock():
+            lazy = _lazy(request, found, store)  # it begins while we look for the rest
         layers, locators = _fetch(store, found)
-    except OSError as error:
-        raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
-    for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
-        request.warnings.append(f"cached object {name} was damaged: set aside")
-    with _lock():
-        quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
-        try:
-            lazy = lazymount.ensure(run_directory("lazy"), store, cache, request)
-            hot = "" if request.record else profile.chosen(store, found.digest, request.prefetch)
-            lazy.add(found.digest, locators, hot)
+        for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
+            request.warnings.append(f"cached object {name} was damaged: set aside")
+        with _lock():
+            if mountinfo.at(lazy.point) is None:  # nobody used it yet, so another command has tidied it away
+                lazy = _lazy(request, found, store)
+            quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
+            points = [_mount_erofs(path) for path in layers]
+            lazy.wait()
+            lazy.add(found.digest, locators, request.rate if request.prefetch == profile.ALL else -1)
             # Without the cache LAZY sees every first read.
-            data = [lazy.point] if request.record else [cache, lazy.point]
-            _mount_overlay(request, found.digest, [_mount_erofs(path) for path in layers], data)
+            _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [cache, lazy.point])
             names = [os.path.basename(path) for path in layers]
-            server.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
-        except BaseException:
+            requests.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
+    except BaseException as error:
+        with _lock():
             tidy()
-            raise
+        if isinstance(error, OSError):
+            raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
+        raise
+
+
+def _lazy(request: Request, found: Image, store: Store) -> LazyMount:
+    """LAZY, with the profile on its way."""
+    hot = "" if request.record else profile.chosen(store, found.digest, request.prefetch)
+    return lazymount.ensure(run_directory("lazy"), store, paths.cache(), request, found.digest, hot)
 
 
 def unmount(point: str) -> None:
@@ -67,7 +77,7 @@ def unmount(point: str) -> None:
         here = mountinfo.at(point)
         state = os.path.dirname(here.layers[-1][1]) if here and here.layers else ""
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
-        atomic.unlink_quietly(server.record_path(point))
+        atomic.unlink_quietly(requests.record_path(point))
         tidy()
     deadline = time.monotonic() + _RECORD_WAIT_S
     while os.path.basename(state).startswith("record.") and os.path.exists(state) and time.monotonic() < deadline:
@@ -153,11 +163,15 @@ def _lock() -> Iterator[None]:
 
 
 def _fetch(store: Store, found: Image) -> tuple[list[str], list[Locator]]:
-    """Paths of the layers' metadata images, and their locators: all at once, if they are far away."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        layers = [pool.submit(kept.get_metadata, store, *pair) for pair in zip(found.layers, found.metadata, strict=True)]
-        locators = [pool.submit(kept.get_locator, store, layer) for layer in found.layers]
-        return [one.result() for one in layers], [one.result() for one in locators]
+    """Paths of the layers' metadata images, and their locators."""
+    layers, locators = [], []
+    for at in range(0, len(found.layers), _AT_ONCE):
+        pairs = list(zip(found.layers, found.metadata, strict=True))[at : at + _AT_ONCE]
+        metadata = [kept.begin(store, partial(kept.get_metadata, store, *pair)) for pair in pairs]
+        where = [kept.begin(store, partial(kept.get_locator, store, layer)) for layer, _ in pairs]
+        layers += [result() for result in metadata]
+        locators += [result() for result in where]
+    return layers, locators
 
 
 def _mount_erofs(path: str) -> str:
@@ -172,6 +186,8 @@ def _mount_erofs(path: str) -> str:
         if error.errno != errno.ENOTBLK:
             raise UnsupportedError(f"cannot mount a metadata image: {error.strerror}", hint="modprobe erofs") from error
         command = ["mount", "-t", "erofs", "-o", "loop,ro,nosuid,nodev", path, point]
+        import subprocess
+
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UnsupportedError(f"cannot mount a metadata image: {done.stderr.strip()}", hint="modprobe loop") from None

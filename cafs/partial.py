@@ -16,11 +16,12 @@ from itertools import accumulate
 
 from cafs import atomic, chunks
 from cafs.digest import CHUNK_LIST, PLAIN, checksum, object_name
-from cafs.errors import CorruptError
+from cafs.errors import CafsError, CorruptError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
 
     from typing_extensions import Buffer
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MAP_MAGIC = b"CAFSMAP1"
 _MAP_HEAD = struct.Struct("<QQ")
 _SAVE_EVERY = 8
+_AHEAD_MAX = 4
 _TRACKED_MAX = 1 << 26
 """A file of more chunks (256 TiB of 4 MiB each) is not kept in the cache: its map would be too large."""
 
@@ -52,6 +54,8 @@ class ChunkedFile:
         self._lock = threading.Lock()
         self._verified: set[int] = set()
         self._unsaved = 0
+        self._last = self._in_order = -1
+        self._flying: dict[int, Future[None]] = {}
         self._ends = list(accumulate(count for count, _ in self.listed.runs))
         self._wanted = sum(count for count, digest in self.listed.runs if digest)
         self._fd, self._present = self._open()
@@ -86,22 +90,58 @@ class ChunkedFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """Verified bytes; fewer only at the end of the file.  May wait for the store.  Raises CafsError."""
+        parts = list(self._parts(offset, size))
+        self._look_ahead(parts)
         return b"".join(
             self._ready(number, within, length) or self._load(number)[within : within + length]
-            for number, within, length in self._parts(offset, size)
+            for number, within, length in parts
         )
 
     def read_ready(self, offset: int, size: int) -> bytes | None:
         """The same if nothing has to be fetched or verified for it, else None."""
-        parts = [self._ready(*part) for part in self._parts(offset, size)]
-        return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
+        parts = list(self._parts(offset, size))
+        found = [self._ready(*part) for part in parts]
+        if None in found:
+            return None
+        self._look_ahead(parts)
+        return b"".join(found)  # type: ignore[arg-type]
+
+    def _look_ahead(self, parts: list[tuple[int, int, int]]) -> None:
+        """Who goes from one chunk to the next will want the one after it: have it fetched, and more the longer it goes on."""
+        for number, _, _ in parts:
+            if number != self._last:
+                self._in_order = self._in_order + 1 if number == self._last + 1 else 0
+                self._last = number
+                for ahead in range(number + 1, min(number + 1 + min(self._in_order, _AHEAD_MAX), self.listed.chunks())):
+                    self._begin(ahead)
+
+    def _begin(self, number: int) -> None:
+        """Fetch a chunk behind, unless it is here or on its way."""
+        with self._lock:
+            if self._fd < 0 or self._has(number) or number in self._flying or not self._digest(number):
+                return
+            self._flying[number] = self.cache.behind.submit(self._fetch_behind, number)
+
+    def _fetch_behind(self, number: int) -> None:
+        try:
+            self._load(number)
+        except (CafsError, OSError) as error:
+            _log.debug("cannot read ahead: %s", error)  # who needs it will say
+        finally:
+            with self._lock:
+                self._flying.pop(number, None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether chunks are being fetched that nobody waits for."""
+        return bool(self._flying)
 
     def keep(self, number: int, data: Buffer) -> None:
         """Put a chunk that was verified, if it is not there."""
-        if self._fd < 0 or number in self._verified or memoryview(data).nbytes != self.listed.length_at(number):
+        if self._fd < 0 or self._has(number) or memoryview(data).nbytes != self.listed.length_at(number):
             return
         try:
-            self._write(number, data)
+            self.cache.with_room(lambda: self._write(number, data), memoryview(data).nbytes)
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
             return
@@ -140,7 +180,7 @@ class ChunkedFile:
         if self._fd < 0 or not self._has(number):
             return None
         data = atomic.read_exactly(self._fd, self.listed.length_at(number), number * self.listed.chunk_size)
-        if self.cache.store.hash(data) == digest:
+        if number in self._verified or self.cache.store.hash(data) == digest:
             self._verified.add(number)
             self.cache.count_hit(len(data))
             return data
@@ -155,7 +195,7 @@ class ChunkedFile:
             raise CorruptError(f"chunk {digest.hex()} is not of the size that its list says")
         if self._fd >= 0:
             try:
-                self._write(number, data)
+                self.cache.with_room(lambda: self._write(number, data), memoryview(data).nbytes)
             except OSError as error:
                 _log.warning("cannot write to cache %s: %s; serving from memory", self.path, error.strerror)
                 return data
@@ -249,6 +289,8 @@ class ChunkedFile:
 
     def close(self) -> None:
         """Save the map."""
+        for one in list(self._flying.values()):
+            one.result()
         with self._lock:
             if self._fd >= 0:
                 if self._unsaved:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 
-from cafs import atomic, chunks, pack
+from cafs import atomic, pack
+from cafs.backend import CannotList
 from cafs.digest import CHUNK_LIST, PLAIN
-from cafs.errors import CafsError, NotFound, UsageError, os_error, quote
+from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     Key = tuple[bytes, int]
 
 DEFAULT = "default"
+ALL, NONE = "all", "none"
+"""No names of profiles: what a mount may be asked to bring instead."""
+
+_WINDOW = 8 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def file_name(store: Store, image: bytes, name: str) -> str:
     """Where a store keeps a profile.  Raises UsageError."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name in (ALL, NONE):
         raise UsageError(f"{quote(name)} is not a name of a profile", hint="lower-case letters, digits, '.', '_', '-'")
     return f"profiles/{store.name_of(image).hex()}/{name}"
 
@@ -61,6 +66,8 @@ def make(store: Store, image: bytes, reads: Iterable[Read], name: str = DEFAULT)
 
 def _keys(store: Store, reads: Iterable[Read]) -> Iterator[Key]:
     """The objects of reads, each once: of a large file its list before the first of its chunks.  What is gone is left out."""
+    from cafs import chunks
+
     lists: dict[bytes, chunks.ChunkList] = {}
     seen: set[Key] = set()
     for read in reads:
@@ -89,12 +96,63 @@ def exists(store: Store, image: bytes, name: str) -> bool:
 
 
 def chosen(store: Store, image: bytes, wanted: str) -> str:
-    """File of the profile that a mount brings, '' if none.  wanted: its name, '' for the default one, or 'none'.
+    """File of the profile that a mount brings, '' if none.  wanted: its name, '' for the default one, 'all' (that too), 'none'.
 
     Raises NotFound if one is asked for that is not there.
     """
-    if wanted == "none":
+    if wanted == NONE:
         return ""
-    if wanted and not exists(store, image, wanted):
+    if wanted not in ("", ALL) and not exists(store, image, wanted):
         raise NotFound(f"image {image.hex()} has no profile {quote(wanted)}", hint="cafs-index profile")
-    return file_name(store, image, wanted or DEFAULT)
+    return file_name(store, image, DEFAULT if wanted in ("", ALL) else wanted)
+
+
+def names(store: Store, image: bytes) -> list[str]:
+    """Names of an image's profiles; where nothing can be listed the default one, if it is there.  Raises CafsError."""
+    directory = f"profiles/{store.name_of(image).hex()}"
+    try:
+        return sorted(one.name for one in store.backend.list(directory) if _NAME.fullmatch(one.name))
+    except FileNotFoundError:
+        return []
+    except CannotList:
+        return [DEFAULT] if exists(store, image, DEFAULT) else []
+    except OSError as error:
+        raise os_error(f"cannot list store {quote(store.root)}", error) from error
+
+
+def pieces(store: Store, file: str) -> Iterator[bytes]:
+    """The bytes of a profile, frame by frame, each verified.  Raises CorruptError, OSError, RemoteError."""
+    records = store.read_footer_of(file)
+    yield pack.PACK_MAGIC
+    at = start = len(pack.PACK_MAGIC)
+    data = b""
+    for name, kind, offset, size, _ in sorted(records.rows(), key=lambda row: row[2]):
+        if offset != at:
+            raise CorruptError(f"profile {file} has gaps")
+        if offset + size > start + len(data):
+            start, data = offset, store.backend.read_range(file, offset, max(size, _WINDOW))
+        frame = data[offset - start : offset - start + size]
+        store.check_record(frame, name, kind)
+        yield frame
+        at += size
+    yield records.encode_footer()
+
+
+def copy(source: Store, target: Store, image: bytes) -> None:
+    """Bring an image's profiles to another store of the same scope; a damaged one stays behind.  Raises CafsError, OSError."""
+    for name in names(source, image):
+        if exists(target, image, name):
+            continue
+        fd, temporary = atomic.open_temporary(target.backend.scratch(), 0o444)
+        try:
+            try:
+                for piece in pieces(source, file_name(source, image, name)):
+                    atomic.write_all(fd, piece)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            target.backend.publish(temporary, file_name(target, image, name))
+        except CorruptError:
+            continue
+        finally:
+            atomic.unlink_quietly(temporary)

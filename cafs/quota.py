@@ -10,11 +10,11 @@ import fcntl
 import json
 import os
 import re
-import shutil
-from dataclasses import asdict, dataclass
+import time
+from contextlib import contextmanager
 
 from cafs import atomic
-from cafs.digest import object_name
+from cafs.digest import OBJECTS, object_name
 from cafs.errors import UsageError, quote
 
 TYPE_CHECKING = False
@@ -27,36 +27,53 @@ LOW = 0.8
 _MAGIC = b"CAFSUSE1"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _RECORD_MAX = 1 << 31
+_PINNED = "pinned"
+_LEFT_AFTER_S = 3600
 
 
-@dataclass(slots=True)
 class Stats:
     """hits: opens of content that the cache had; misses: fetches; in bytes what that saved and cost."""
 
-    hits: int = 0
-    misses: int = 0
-    bytes_saved: int = 0
-    bytes_fetched: int = 0
+    __slots__ = ("bytes_fetched", "bytes_saved", "hits", "misses")
+
+    def __init__(self, hits: int = 0, misses: int = 0, bytes_saved: int = 0, bytes_fetched: int = 0) -> None:
+        self.hits = hits
+        self.misses = misses
+        self.bytes_saved = bytes_saved
+        self.bytes_fetched = bytes_fetched
+
+    def as_dict(self) -> dict[str, int]:
+        """By name, in alphabetical order."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
-@dataclass(frozen=True, slots=True)
 class Trimmed:
     """files, bytes: that went; left: bytes that the cache still holds."""
 
-    files: int
-    bytes: int
-    left: int
+    __slots__ = ("bytes", "files", "left")
+
+    def __init__(self, files: int, size: int, left: int) -> None:
+        self.files = files
+        self.bytes = size
+        self.left = left
 
 
 def quota(root: str) -> int:
     """Bytes that the cache may hold: CAFS_CACHE_QUOTA (a number, K, M, G or T), else half of its file system."""
     text = os.environ.get("CAFS_CACHE_QUOTA", "")
     if not text:
-        return shutil.disk_usage(root).total // 2
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text)
-    if not match:
+        disk = os.statvfs(root)
+        return disk.f_blocks * disk.f_frsize // 2
+    found = parse_size(text)
+    if found is None:
         raise UsageError(f"CAFS_CACHE_QUOTA is {quote(text)}, which is no size", hint="like 20G")
-    return int(match[1]) * _UNITS[match[2]]
+    return found
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes: a number, or one with K, M, G or T behind it; None if it is neither."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text)
+    return int(match[1]) * _UNITS[match[2]] if match else None
 
 
 def note_use(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> None:
@@ -68,7 +85,7 @@ def note_use(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> N
         data = b"".join(bytes([kind]) + digest for digest, kind in objects)
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            atomic.replace_file(path, _MAGIC + bytes([len(image)]) + data, 0o600)
+            atomic.replace_hint(path, _MAGIC + bytes([len(image)]) + data, 0o600)
         except OSError:
             pass
 
@@ -79,31 +96,87 @@ def size(root: str) -> int:
 
 
 def trim(root: str, limit: int) -> Trimmed:
-    """Bring the cache under LOW of LIMIT if it is over LIMIT.  What is open stays.  One process at a time does."""
-    lock = os.open(os.path.join(root, "trim.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Bring the cache under LOW of LIMIT if it is over LIMIT.  What is open or pinned stays.  One process at a time does."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _trim(root, limit)
+        with _lock(root, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _remove_leftovers(root)
+            files = list(_files(root))
+            total = sum(blocks for _, _, blocks in files)
+            return _remove_oldest(root, files, total - LOW * limit if total > limit else 0)
     except BlockingIOError:
         return Trimmed(0, 0, 0)
+
+
+def evict(root: str, need: int) -> Trimmed:
+    """Free NEED bytes, whatever the quota: the disk is full.  What is open or pinned stays."""
+    with _lock(root, fcntl.LOCK_EX):
+        _remove_leftovers(root)
+        return _remove_oldest(root, list(_files(root)), need)
+
+
+@contextmanager
+def _lock(root: str, how: int) -> Iterator[None]:
+    lock = os.open(os.path.join(root, "trim.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, how)
+        yield
     finally:
         os.close(lock)
 
 
-def _trim(root: str, limit: int) -> Trimmed:
-    files = list(_files(root))
+def _remove_oldest(root: str, files: list[tuple[str, str, int]], need: float) -> Trimmed:
     left = sum(blocks for _, _, blocks in files)
     gone = freed = 0
-    if left > limit:
-        ages = _ages(root)
-        for _, path, blocks in sorted(files, key=lambda file: (ages.get(file[0], -1), file[0])):
-            if left <= LOW * limit:
+    if need > 0:
+        ages, kept = _ages(root), _pinned_names(root)
+        for name, path, blocks in sorted(files, key=lambda file: (ages.get(file[0], -1), file[0])):
+            if freed >= need:
                 break
-            if not _is_open(path):
+            if name not in kept and not _is_open(path):
                 atomic.unlink_quietly(path)
                 atomic.unlink_quietly(path + ".map")
                 gone, freed, left = gone + 1, freed + blocks, left - blocks
     return Trimmed(gone, freed, left)
+
+
+def _remove_leftovers(root: str) -> None:
+    """Files that processes were writing when they were killed."""
+    objects = os.path.join(root, OBJECTS.decode())
+    for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in _listed(objects))]:
+        for name in _listed(directory):
+            path = os.path.join(directory, name)
+            try:
+                if name.startswith("tmp.") and time.time() - os.lstat(path).st_mtime > _LEFT_AFTER_S:
+                    os.unlink(path)
+            except OSError:
+                continue
+
+
+def pin(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> None:
+    """Let an image stay in the cache, whatever the quota.  objects: as for `note_use`.  Raises OSError."""
+    note_use(root, image, objects)
+    os.makedirs(os.path.join(root, _PINNED), mode=0o700, exist_ok=True)
+    with open(os.path.join(root, _PINNED, image.hex()), "wb"):
+        pass
+
+
+def unpin(root: str, image: bytes) -> bool:
+    """Let it be as any other; whether it was pinned."""
+    try:
+        os.unlink(os.path.join(root, _PINNED, image.hex()))
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def pinned(root: str) -> set[str]:
+    """Digests of the images that are pinned."""
+    return set(_listed(os.path.join(root, _PINNED)))
+
+
+def _pinned_names(root: str) -> set[str]:
+    """Names of the objects that pinned images list."""
+    return {name for image in pinned(root) for name in _names_in(os.path.join(root, "used", image))}
 
 
 def _files(root: str) -> Iterator[tuple[str, str, int]]:
@@ -135,7 +208,7 @@ def _blocks(path: str) -> int:
 
 
 def _ages(root: str) -> dict[str, int]:
-    """Object name -> rank of the last use, the oldest first; a damaged record says nothing."""
+    """Object name -> rank of the last use, the oldest first."""
     used = os.path.join(root, "used")
     records = []
     for name in _listed(used):
@@ -145,16 +218,21 @@ def _ages(root: str) -> dict[str, int]:
             continue
     found: dict[str, int] = {}
     for rank, (_, name) in enumerate(sorted(records)):
-        try:
-            data = atomic.read_file(os.path.join(used, name), _RECORD_MAX)
-        except OSError:
-            continue
-        width = 1 + (data[len(_MAGIC)] if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else 0)
-        body = data[len(_MAGIC) + 1 :]
-        if width > 1 and not len(body) % width:
-            for at in range(0, len(body), width):
-                found[object_name(body[at + 1 : at + width], body[at])] = rank
+        found.update(dict.fromkeys(_names_in(os.path.join(used, name)), rank))
     return found
+
+
+def _names_in(path: str) -> Iterator[str]:
+    """Names of the objects in a record of used/; a damaged one says nothing."""
+    try:
+        data = atomic.read_file(path, _RECORD_MAX)
+    except OSError:
+        return
+    width = 1 + (data[len(_MAGIC)] if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else 0)
+    body = data[len(_MAGIC) + 1 :]
+    if width > 1 and not len(body) % width:
+        for at in range(0, len(body), width):
+            yield object_name(body[at + 1 : at + width], body[at])
 
 
 def _is_open(path: str) -> bool:
@@ -192,7 +270,7 @@ def add_stats(root: str, more: Stats) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = read_stats(root)
             total = {name: getattr(before, name) + getattr(more, name) for name in Stats.__slots__}
-            atomic.replace_file(os.path.join(root, "stats"), json.dumps(asdict(Stats(**total))).encode(), 0o600)
+            atomic.replace_hint(os.path.join(root, "stats"), json.dumps(total).encode(), 0o600)
         finally:
             os.close(lock)
     except OSError:

@@ -6,6 +6,7 @@ Shared by both file systems that are served through /dev/fuse: LAZY and the tree
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import threading
@@ -24,13 +25,16 @@ from cafs.window import Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Buffer
 
     from cafs.cache import Cache
     from cafs.locator import Locator, Place
     from cafs.record import Recorder
 
-    Content = tuple[bytes, int, int, Place | None, Locator | None]  # digest, kind, bytes, where it is, whose place that is
+    Key = tuple[bytes, int]
+    Where = tuple[int, Place | None, Locator | None]  # size in bytes, where it is, whose place that is
 
 _OPEN_MAX = 256
 _LARGE_MAX = 64
@@ -47,86 +51,117 @@ class Reader(FileSystem):
         self.recorder = recorder
         self.brought = _nothing
         """Called when a profile has come."""
-        self.streams: dict[str, Stream] = {}
+        self.streams: list[Stream] = []
+        self._asked: set[str] = set()
         self._streaming: set[int] = set()
         self.windows = Windows(cache)
-        self._open: OrderedDict[int, int | ChunkedFile] = OrderedDict()
-        self._users: dict[int, int] = {}
+        self._open: OrderedDict[Key, int | ChunkedFile] = OrderedDict()
+        self._users: dict[Key, int] = {}
         self._lock = threading.Lock()
 
-    def content(self, node: int) -> Content:
-        """What a file holds.  Raises OSError."""
+    def key(self, node: int) -> Key:
+        """Digest and kind of the object that is a file's content.  Raises OSError."""
         raise NotImplementedError
 
-    def node_of(self, digest: bytes, kind: int) -> int | None:
-        """A file that holds an object."""
+    def where(self, node: int) -> Where:
+        """Its size, and where it is.  Raises OSError."""
         raise NotImplementedError
 
-    def look_for_streams(self) -> None:
-        """Begin to bring the profiles that are asked for: state/prefetch/N holds the name of a file of the store."""
+    def all_locators(self) -> list[Locator]:
+        """Of the indexes of everything that is served."""
+        raise NotImplementedError
+
+    def look_for_requests(self) -> None:
+        """Begin to bring what is asked for in state/prefetch: profiles, or all of some layers."""
         directory = os.path.join(self.state, PREFETCH)
         for name in sorted(os.listdir(directory)):
-            if name in self.streams or name.startswith("tmp."):
+            if name in self._asked or name.startswith("tmp."):
                 continue
-            file = atomic.read_file(os.path.join(directory, name), 4096).decode()
-            stream = self.streams[name] = Stream(self.cache, file, self._large)
-            threading.Thread(target=self._bring, args=(stream,), daemon=True).start()
+            self._asked.add(name)
+            wanted = json.loads(atomic.read_file(os.path.join(directory, name), 1 << 20))
+            if "profile" in wanted:
+                stream = Stream(self.cache, wanted["profile"], self._large, self._let_large_go)
+                self.streams.append(stream)
+                threading.Thread(target=self._bring, args=(stream,), daemon=True).start()
+            else:
+                threading.Thread(target=self._complete, args=(wanted["layers"], wanted["rate"]), daemon=True).start()
 
     def _bring(self, stream: Stream) -> None:
         self._streaming.add(threading.get_ident())
         if stream.run():
             self.brought()
 
-    def _large(self, digest: bytes, is_wanted: bool) -> ChunkedFile | None:
-        """The open large file of a chunk list, for a stream; or the end of that."""
-        node = self.node_of(digest, CHUNK_LIST)
-        if node is None:
-            return None
-        if not is_wanted:
-            self._let_go(node)
-            return None
-        found = self._opened(node)
-        return found if not isinstance(found, int) else None
+    def _complete(self, layers: list[str], rate: int) -> None:
+        from cafs.complete import complete
+
+        for stream in list(self.streams):
+            stream.ended.wait()  # what is read first comes first
+        locators = [one for one in self.all_locators() if one.index.hex() in layers]
+        keys = (key for one in locators for key in one.objects())
+        try:
+            complete(self.cache, keys, locators, rate=rate, large=self._large, let_go=self._let_large_go)
+        except (CafsError, OSError) as error:
+            _log.warning("cannot bring all of the image: %s", error)
+        self.brought()
+
+    def _large(self, digest: bytes) -> ChunkedFile:
+        """The open large file of a chunk list, which the caller lets go."""
+        found = self._opened((digest, CHUNK_LIST), lambda: ChunkedFile(self.cache, digest, *self._locate(digest)))
+        assert not isinstance(found, int)
+        return found
+
+    def _let_large_go(self, digest: bytes) -> None:
+        self._let_go((digest, CHUNK_LIST))
+
+    def _locate(self, digest: bytes) -> tuple[Place | None, Locator | None]:
+        """Where a chunk list is; the list itself may be here."""
+        found = next((one for one in self.all_locators() if one.find(digest, CHUNK_LIST) is not None), None)
+        return (found.place(digest, CHUNK_LIST), found) if found else (None, None)
 
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         """What is at hand: of a file that is open here."""
+        key = self.key(node)
         if self.recorder:
-            digest, kind, _, _, _ = self.content(node)
-            self.recorder.saw(digest, kind, offset, size)
-        with self._lock:
-            found = self._open.get(node)
-            if found is None:
-                return None
-            self._open.move_to_end(node)
-            self._users[node] = self._users.get(node, 0) + 1
+            self.recorder.saw(*key, offset, size)
+        found = self._use(key)
+        if found is None:
+            return None
         try:
             return os.pread(found, size, offset) if isinstance(found, int) else found.read_ready(offset, size)
         finally:
-            self._let_go(node)
+            self._let_go(key)
 
     def read(self, node: int, offset: int, size: int) -> Buffer:
         """May wait for the store."""
+        key = self.key(node)
         try:
-            found = self._opened(node)
+            found = self._opened(key, lambda: self._make(key, node))
             try:
                 if isinstance(found, int):
                     return os.pread(found, size, offset)
-                for chunk in found.chunks_at(offset, size):
-                    self._await(chunk)
-                return found.read(offset, size)
+                return self._read_large(found, node, offset, size)
             finally:
-                self._let_go(node)
+                self._let_go(key)
         except CafsError as error:
             _log.error("reading %s: %s", self.describe(node), error)
             raise OSError(errno.EIO, str(error)) from error
 
+    def _read_large(self, file: ChunkedFile, node: int, offset: int, size: int) -> bytes:
+        whole, _, locator = self.where(node)
+        if file.listed.size != whole:
+            raise CafsError("chunk list is not of the size that the index says")
+        if file.locator is None:
+            file.locator = locator  # a stream has opened it
+        for chunk in file.chunks_at(offset, size):
+            self._await(chunk)
+        return file.read(offset, size)
+
     def describe(self, node: int) -> str:
         """An object's name, for the log."""
         try:
-            digest, kind, _, _, _ = self.content(node)
+            return f"object {object_name(*self.key(node))} of store {self.cache.store.root}"
         except OSError:
             return super().describe(node)
-        return f"object {object_name(digest, kind)} of store {self.cache.store.root}"
 
     def save(self) -> None:
         """Save what is known of large files; reads go on."""
@@ -142,39 +177,51 @@ class Reader(FileSystem):
             _, one = self._open.popitem()
             os.close(one) if isinstance(one, int) else one.close()
 
-    def _opened(self, node: int) -> int | ChunkedFile:
-        """The open file of a node, which the caller lets go."""
+    def _use(self, key: Key) -> int | ChunkedFile | None:
+        """The open file of an object if there is one, which the caller lets go."""
         with self._lock:
-            if node in self._open:
-                self._users[node] = self._users.get(node, 0) + 1
-                return self._open[node]
-        made = self._patiently(node)  # without the lock: it may wait for the store
-        with self._lock:
-            found = self._open.setdefault(node, made)
-            self._users[node] = self._users.get(node, 0) + 1
-            closing = [self._open.pop(one) for one in self._too_many()]
-        for one in [*closing, *([made] if made is not found else [])]:
-            os.close(one) if isinstance(one, int) else one.close()
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+                self._users[key] = self._users.get(key, 0) + 1
+            return found
+
+    def _opened(self, key: Key, make: Callable[[], int | ChunkedFile]) -> int | ChunkedFile:
+        """The open file of an object, opened by MAKE if it is not, which the caller lets go."""
+        made: int | ChunkedFile | None = None
+        while (found := self._use(key)) is None:
+            made = self._patiently(make)  # without the lock: it may wait for the store
+            with self._lock:
+                self._open.setdefault(key, made)
+                closing = [self._open.pop(one) for one in self._too_many(key)]
+            for one in closing:
+                os.close(one) if isinstance(one, int) else one.close()
+        if made is not None and made is not found:
+            os.close(made) if isinstance(made, int) else made.close()
         return found
 
-    def _too_many(self) -> list[int]:
+    def _too_many(self, but: Key) -> list[Key]:
         """What was used longest ago of the files that nobody reads: over _OPEN_MAX in all, or _LARGE_MAX large ones."""
-        idle = [one for one in self._open if not self._users.get(one)]
-        large = [one for one in idle if not isinstance(self._open[one], int)]
+        idle = [one for one in self._open if one != but and not self._users.get(one) and not self._is_busy(one)]
+        large = [one for one in idle if one[1] == CHUNK_LIST]
         return list({*idle[: max(len(self._open) - _OPEN_MAX, 0)], *large[: max(len(large) - _LARGE_MAX, 0)]})
 
-    def _let_go(self, node: int) -> None:
-        with self._lock:
-            self._users[node] -= 1
-            if not self._users[node]:
-                del self._users[node]
+    def _is_busy(self, key: Key) -> bool:
+        found = self._open[key]
+        return not isinstance(found, int) and found.is_busy
 
-    def _patiently(self, node: int) -> int | ChunkedFile:
+    def _let_go(self, key: Key) -> None:
+        with self._lock:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+
+    def _patiently(self, make: Callable[[], int | ChunkedFile]) -> int | ChunkedFile:
         """A store that is away may come back: try until the limit.  What is damaged, or not in a store that is there, fails."""
         deadline = time.monotonic() + self.cache.limit_s
         while True:
             try:
-                return self._make(node)
+                return make()
             except CorruptError:
                 raise
             except CafsError as error:
@@ -186,7 +233,7 @@ class Reader(FileSystem):
         """Wait for what a stream is about to bring; streams do not wait for one another."""
         if threading.get_ident() in self._streaming:
             return
-        for stream in list(self.streams.values()):
+        for stream in list(self.streams):
             stream.wait(digest)
 
     def _is_there(self) -> bool:
@@ -195,18 +242,15 @@ class Reader(FileSystem):
         except (CafsError, OSError):
             return False
 
-    def _make(self, node: int) -> int | ChunkedFile:
-        digest, kind, size, place, where = self.content(node)
+    def _make(self, key: Key, node: int) -> int | ChunkedFile:
+        digest, kind = key
+        size, place, locator = self.where(node)
         if not self.cache.is_there(digest, kind):
             self._await(digest)
         if kind == CHUNK_LIST:
-            file = ChunkedFile(self.cache, digest, place, where)
-            if file.listed.size != size:
-                file.close()
-                raise CafsError("chunk list is not of the size that the index says")
-            return file
-        if place and where and not self.cache.is_there(digest, PLAIN):
-            self.windows.bring(where, digest, place)
+            return ChunkedFile(self.cache, digest, place, locator)
+        if place and locator and not self.cache.is_there(digest, PLAIN):
+            self.windows.bring(locator, digest, place)
         fd = self.cache.open(digest, PLAIN, place)
         if os.fstat(fd).st_size != size:
             os.close(fd)

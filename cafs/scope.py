@@ -6,7 +6,6 @@ Source of the construction: HMAC, RFC 2104, with SHA-256.
 
 from __future__ import annotations
 
-import hmac
 import os
 import stat
 
@@ -22,11 +21,15 @@ class Scope:
     __slots__ = ("_key", "id")
 
     def __init__(self, secret: bytes) -> None:
+        import hmac
+
         self.id = hmac.digest(secret, b"cafs scope 1 id", "sha256").hex()[:32]
         self._key = hmac.digest(secret, b"cafs scope 1 names", "sha256")
 
     def name(self, digest: bytes) -> bytes:
         """What stands in this scope for a digest; of the same size."""
+        import hmac
+
         return hmac.digest(self._key, digest, "sha256")[: len(digest)]
 
     def address(self, url: str) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-from cafs import atomic, merged, pack, paths, scope
+from cafs import atomic, pack, paths, scope
 from cafs.backend import Backend, CannotList, open_backend
 from cafs.digest import CHUNK_MAX, CHUNK_MIN, CHUNK_SIZE, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from cafs.backend import Listed
     from cafs.locator import Locator
+    from cafs.merged import Merged
     from cafs.scope import Scope
 
 FORMAT_FILE = "cafs-store.json"
 PACK_LIST = "packs/list"
 META_MAX = 1 << 30
+_FOOTER_MAX = 1 << 30
 """Largest meta file in bytes, and largest index in it."""
 
 IMAGE_MAX = 2 << 20
@@ -53,7 +55,7 @@ class Store:
         self.hash_name, self.chunk_size = known or self.read_format()
         self.scope_id = self.scope.id if self.scope else ""
         self.hash = hash_function(self.hash_name)
-        self._merged: merged.Merged | None = None
+        self._merged: Merged | None = None
         self._sizes: dict[str, int] = {}
         self._footers: dict[str, pack.Records] = {}
         self._filter = pack.Filter()
@@ -100,6 +102,8 @@ class Store:
 
     def refresh(self) -> None:
         """Look which packs there are, and read the footers of those that no locator has.  A damaged pack holds nothing."""
+        from cafs import merged
+
         gone = self._set_aside | self._hidden
         self._sizes = {name: size for name, size in self.pack_sizes().items() if name not in gone}
         known = merged.load(self.backend.identity, self.hash_name) if self._merged is None else self._merged
@@ -158,14 +162,24 @@ class Store:
 
     def read_footer(self, name: str) -> pack.Records:
         """Records of one pack.  Raises CorruptError, or OSError or RemoteError if it cannot be read."""
-        path = f"packs/{name}"
-        tail, size = self._read_tail(path, 0 if self.backend.is_local else self._sizes.get(name, 0))
-        length = pack.footer_size(tail[-pack.FOOTER.size :])
-        if length > size:
-            raise FormatError("pack is cut off")
-        footer = tail[-length:] if length <= len(tail) else self.backend.read_range(path, size - length, length)
+        footer, size = self._read_footer(f"packs/{name}", 0 if self.backend.is_local else self._sizes.get(name, 0))
         if self.hash(footer).hex() != name:
             raise CorruptError("pack footer is not what the pack's name says")
+        return self._decode_footer(footer, size)
+
+    def read_footer_of(self, path: str) -> pack.Records:
+        """Records of a file in the form of a pack, whose name says nothing of it.  Raises as `read_footer`."""
+        return self._decode_footer(*self._read_footer(path, 0))
+
+    def _read_footer(self, path: str, known: int) -> tuple[bytes, int]:
+        """The bytes of a footer, and the size of the whole file."""
+        tail, size = self._read_tail(path, known)
+        length = pack.footer_size(tail[-pack.FOOTER.size :])
+        if length > min(size, _FOOTER_MAX):
+            raise FormatError("pack is cut off")
+        return tail[-length:] if length <= len(tail) else self.backend.read_range(path, size - length, length), size
+
+    def _decode_footer(self, footer: bytes, size: int) -> pack.Records:
         records = pack.decode_footer(footer, size)
         if records.hash_name != self.hash_name:
             raise FormatError("pack of another hash")
@@ -304,7 +318,7 @@ class Store:
         data = self._fetch_meta(digest, kind)
         try:
             paths.make_private(paths.cache(), os.path.dirname(path))
-            atomic.replace_file(path, data, 0o600)
+            atomic.replace_hint(path, data, 0o600)
         except OSError:
             pass
         return data

@@ -10,7 +10,7 @@ import threading
 
 from cafs import pack
 from cafs.digest import CHUNK_LIST, PLAIN
-from cafs.errors import CafsError, CorruptError, FormatError
+from cafs.errors import CafsError, CorruptError
 from cafs.ordered import ordered_map
 
 TYPE_CHECKING = False
@@ -24,21 +24,23 @@ if TYPE_CHECKING:
     Frame = tuple[bytes, int, int, int]  # name of the object, kind, offset, size of the frame
 
 WINDOW = 1 << 20
+_GAP = 128 << 10
 _AT_ONCE = 4
 _AHEAD = 2 * WINDOW
-_FOOTER_MAX = 1 << 28
 _log = logging.getLogger(__name__)
 
 
 class Stream:
     """One hot pack on its way into a cache.  file: its name in the store.
 
-    large: gives the open file of a chunk list, which stays open until the stream calls it again with False.
+    large, let_go: give and take the open file of a chunk list.  ended: set when no more will come.
     """
 
-    def __init__(self, cache: Cache, file: str, large: Callable[[bytes, bool], ChunkedFile | None]) -> None:
+    def __init__(self, cache: Cache, file: str, large: Callable[[bytes], ChunkedFile], let_go: Callable[[bytes], None]) -> None:
         self._cache = cache
         self._large = large
+        self._let_go = let_go
+        self.ended = threading.Event()
         self._file = file
         self._waiting: dict[bytes, int] = {}  # name of an object -> offset
         self._position = 0
@@ -50,7 +52,7 @@ class Stream:
     def run(self) -> bool:
         """Bring all of it; whether there was any.  What goes wrong is a line in the log; whoever waits goes on by himself."""
         try:
-            frames = self._frames()
+            frames = self._missing(self._frames())
             with self._arrived:
                 self._waiting, self._is_known = {name: offset for name, _, offset, _ in frames}, True
                 self._arrived.notify_all()
@@ -65,7 +67,8 @@ class Stream:
                 self._waiting, self._is_known = {}, True
                 self._arrived.notify_all()
             for digest in self._open:
-                self._large(digest, False)
+                self._let_go(digest)
+            self.ended.set()
         return self._position > 0
 
     def wait(self, digest: bytes) -> None:
@@ -80,16 +83,16 @@ class Stream:
 
     def _frames(self) -> list[Frame]:
         """What is in the pack, in its order."""
-        backend = self._cache.store.backend
-        tail, size = backend.read_tail(self._file, 1 << 18)
-        length = pack.footer_size(tail[-pack.FOOTER.size :])
-        if length > min(size, _FOOTER_MAX):
-            raise FormatError("profile is cut off")
-        footer = tail[-length:] if length <= len(tail) else backend.read_range(self._file, size - length, length)
-        records = pack.decode_footer(footer, size)
-        if records.hash_name != self._cache.store.hash_name:
-            raise FormatError("profile of another hash")
+        records = self._cache.store.read_footer_of(self._file)
         return sorted((row[:4] for row in records.rows()), key=lambda row: row[2])
+
+    def _missing(self, frames: list[Frame]) -> list[Frame]:
+        """Those that the cache does not have, as far as names tell: in a scope they do not."""
+        if self._cache.store.scope:
+            return frames
+        whole = [name for name, kind, _, _ in frames if kind == CHUNK_LIST and self._cache.is_there(name, CHUNK_LIST)]
+        here = {chunk for name in whole for chunk in self._cache.kept_chunks(name)} | set(whole)
+        return [frame for frame in frames if frame[0] not in here and not self._cache.is_there(frame[0], frame[1])]
 
     def _fetch(self, window: list[Frame]) -> tuple[list[Frame], bytes]:
         start, end = window[0][2], window[-1][2] + window[-1][3]
@@ -112,9 +115,7 @@ class Stream:
     def _keep(self, digest: bytes, kind: int, data: memoryview) -> None:
         if kind == CHUNK_LIST:
             self._cache.keep_list(digest, bytes(data))
-            file = self._large(digest, True)
-            if file is None:
-                return
+            file = self._large(digest)
             self._open.append(digest)
             at = 0
             for count, chunk in file.listed.runs:
@@ -132,7 +133,8 @@ def _windows(frames: list[Frame]) -> Iterator[list[Frame]]:
     """Groups of frames of about WINDOW bytes."""
     window: list[Frame] = []
     for frame in frames:
-        if window and frame[2] + frame[3] - window[0][2] > WINDOW:
+        end = window[-1][2] + window[-1][3] if window else 0
+        if window and (frame[2] + frame[3] - window[0][2] > WINDOW or frame[2] - end > _GAP):
             yield window
             window = []
         window.append(frame)

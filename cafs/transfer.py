@@ -9,7 +9,7 @@ import io
 import os
 from dataclasses import dataclass
 
-from cafs import atomic, candidates, chunks, erofs, locator, pack
+from cafs import atomic, candidates, chunks, erofs, locator, pack, profile
 from cafs.bulk import MANY_AT_ONCE, by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
@@ -108,6 +108,8 @@ class _Copy:
             if metadata:
                 self.target.put_meta(self._metadata(metadata, indexes[layer]), METADATA)
         self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
+        if is_same:
+            profile.copy(self.source, self.target, found.digest)
 
     def _metadata(self, digest: bytes, index: Index) -> bytes:
         """A metadata image; made anew if the source has none that is sound."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cafs.cache import Cache
     from cafs.index import Index
     from cafs.locator import Locator
-    from cafs.reader import Content
+    from cafs.reader import Key, Where
     from cafs.record import Recorder
 
 BLOCK_SIZE = 4096
@@ -38,7 +38,6 @@ class Tree(Reader):
         super().__init__(state, cache, recorder)
         self.index = index
         self.locators = locators
-        self._nodes: dict[tuple[bytes, int], int] = {}
 
     def inode(self, entry: int) -> int:
         """Inode number of an entry: that of its first name."""
@@ -68,21 +67,19 @@ class Tree(Reader):
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         return super().read_ready(node, offset, size) if self.index.size[node - 1] else b""
 
-    def content(self, node: int) -> Content:
-        digest = self.index.object(node - 1)
-        kind = CHUNK_LIST if self.index.type[node - 1] == fmt.CHUNKED[0] else PLAIN
-        for locator in self.locators:
-            place = locator.place(digest, kind)
-            if place:
-                return digest, kind, self.index.size[node - 1], place, locator
-        return digest, kind, self.index.size[node - 1], None, self.locators[0] if self.locators else None
+    def all_locators(self) -> list[Locator]:
+        return self.locators
 
-    def node_of(self, digest: bytes, kind: int) -> int | None:
-        """The first of the large files of this tree that has the object."""
-        if not self._nodes:
-            large = (at for at, kind in enumerate(self.index.type) if kind == fmt.CHUNKED[0])
-            self._nodes = {(self.index.object(at), CHUNK_LIST): at + 1 for at in large}
-        return self._nodes.get((digest, kind))
+    def key(self, node: int) -> Key:
+        return self.index.object(node - 1), CHUNK_LIST if self.index.type[node - 1] == fmt.CHUNKED[0] else PLAIN
+
+    def where(self, node: int) -> Where:
+        key, size = self.key(node), self.index.size[node - 1]
+        for locator in self.locators:
+            place = locator.place(*key)
+            if place:
+                return size, place, locator
+        return size, None, None
 
     def describe(self, node: int) -> str:
         """The path, and what it holds."""

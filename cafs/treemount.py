@@ -10,7 +10,8 @@ import os
 import sys
 from contextlib import contextmanager
 
-from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, server
+from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota
+from cafs import request as requests
 from cafs.errors import CafsError, FormatError
 from cafs.store import Store
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cafs.index import Index
-    from cafs.server import Request
+    from cafs.request import Request
 
 ENGINE = "fuse"
 
@@ -92,7 +93,7 @@ def _make(make: Callable[[], Index], path: str = "") -> int:
     os.waitpid(child, 0)
     if not answer.startswith(b"ok"):
         os.close(fd)
-        raise server.failure(answer)
+        raise requests.failure(answer)
     try:
         if answer[2:]:
             kept_fd = columns.open_checked(os.fsdecode(answer[2:]))
@@ -110,13 +111,13 @@ def _make_in_child(make: Callable[[], Index], path: str, fd: int, writer: int) -
         path = path or columns.path_of((index.identity,))
         try:
             paths.make_private(paths.cache(), os.path.dirname(path))
-            atomic.replace_file(path, data, 0o400)
+            atomic.replace_hint(path, data, 0o400)
         except OSError:
             atomic.write_all(fd, data)
             path = ""
         os.write(writer, b"ok" + os.fsencode(path))
     except BaseException as error:  # the only way out of this process
-        server.tell(writer, error)
+        requests.tell(writer, error)
     return 0
 
 
@@ -129,16 +130,16 @@ def mount(request: Request, source: Source) -> None:
         fd = _mount(request, source)
         try:
             linux.raise_descriptor_limit()
-            server.write_record(request, source.digest.hex(), ENGINE, os.getpid(), state=state)
+            requests.write_record(request, source.digest.hex(), ENGINE, os.getpid(), state=state)
             if request.foreground:
                 lazyd.work(state, fd, -1, source.fd)
                 lazyd.remove_state(state)
-                atomic.unlink_quietly(server.record_path(request.point))
+                atomic.unlink_quietly(requests.record_path(request.point))
             else:
-                lazyd.begin(state, fd, source.fd)
+                lazyd.wait(lazyd.begin(state, fd, source.fd))
         except BaseException:
-            server.unmount_stale(request.point)
-            atomic.unlink_quietly(server.record_path(request.point))
+            requests.unmount_stale(request.point)
+            atomic.unlink_quietly(requests.record_path(request.point))
             raise
         finally:
             os.close(fd)
@@ -163,9 +164,11 @@ def _state(request: Request, source: Source, hot: str) -> Iterator[str]:
             os.makedirs(os.path.join(state, directory), mode=0o700)
         alive = lazyd.hold(state)
     if source.is_image:
-        atomic.replace_file(os.path.join(state, lazyd.IMAGES, source.digest.hex()), b"", 0o600)
+        atomic.replace_hint(os.path.join(state, lazyd.IMAGES, source.digest.hex()), b"", 0o600)
     if hot:
-        atomic.replace_file(os.path.join(state, lazyd.PREFETCH, "0"), hot.encode(), 0o600)
+        lazyd.note_prefetch(state, profile=hot)
+    if request.prefetch == profile.ALL:
+        lazyd.note_prefetch(state, layers=[layer.hex() for layer in source.layers], rate=request.rate)
     lazyd.write_config(
         state,
         source.store,
@@ -173,7 +176,7 @@ def _state(request: Request, source: Source, hot: str) -> Iterator[str]:
         request,
         layers=[layer.hex() for layer in source.layers],
         point=request.point,
-        notes=server.record_path(request.point),
+        notes=requests.record_path(request.point),
     )
     try:
         yield state

@@ -108,7 +108,7 @@ class WebBackend(Backend):
         if tag and (kept is None or kept[1] != data or kept[0] != tag):
             try:
                 paths.make_private(paths.cache(), os.path.dirname(path))
-                atomic.replace_file(path, json.dumps([tag, data.decode("latin-1")]).encode(), 0o600)
+                atomic.replace_hint(path, json.dumps([tag, data.decode("latin-1")]).encode(), 0o600)
             except OSError:
                 pass
         return data

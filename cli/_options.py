@@ -19,6 +19,20 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _SCOPE = "cafs.scope"
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, as 500K, 20M, 1G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from cafs.quota import parse_size
+
+        found = parse_size(value) if isinstance(value, str) else int(value)
+        if found is None:
+            self.fail(f"{value!r} is no size, like 20M", param, ctx)
+        return found
+
+
 def store_option() -> Decorator:
     """--store: where images are; the default is worked out when it is needed.  --scope: which part of it."""
 

@@ -322,28 +322,33 @@ def _chosen(index: Index, paths: tuple[str, ...], image: str) -> Iterator[Entry]
 
 @main.command()
 @click.argument("image")
-@click.option("--from", "records", multiple=True, metavar="FILE", required=True, help="A record of cafs-mount; repeatable.")
+@click.option("--from", "records", multiple=True, metavar="FILE", required=True, help="A record; repeatable.")
 @click.option("--name", default="default", help="Name of the profile (default).")
 @click.option("--show", is_flag=True, help="Store nothing; show what was read when.")
+@click.option("--svg", metavar="FILE", help="Draw it to FILE, with --show.")
 @json_option()
 @store_option()
 @quiet_option(used=False)
-def profile(image: str, records: tuple[str, ...], name: str, show: bool, as_json: bool, store: str | None) -> None:
+def profile(
+    image: str, records: tuple[str, ...], name: str, show: bool, svg: str | None, as_json: bool, store: str | None
+) -> None:
     """Make a profile of IMAGE from records, for mounts to bring.
 
-    Records are written by cafs-mount.
+    Records are written by cafs-mount and crun run.
     """
     from cafs import image as images
     from cafs.profile import make
     from cafs.record import parse
     from cafs.store import Store
-    from cli._timeline import show_reads
+    from cli._timeline import show_reads, write_svg
 
+    if svg and not show:
+        raise click.UsageError("--svg goes with --show")
     opened = Store(store_root(store))
     found = images.resolve(opened, image)
     reads = [read for file in records for read in parse(file, opened.hash_name)]
     if show:
-        show_reads(reads, as_json)
+        write_svg(reads, svg) if svg else show_reads(reads, as_json)
         return
     count = make(opened, found.digest, reads, name)
     if as_json:

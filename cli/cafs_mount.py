@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cli._app import is_terminal, run, say, write_json
-from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+from cli._options import CONTEXT, Size, json_option, quiet_option, store_option, store_root, version_option
 
 PROGRAM = "cafs-mount"
 ENGINES = ["auto", "kernel", "fuse", "pyfuse3"]
@@ -20,7 +20,8 @@ ENGINES = ["auto", "kernel", "fuse", "pyfuse3"]
 )
 @click.option("--rw", "upper", metavar="UPPERDIR", help="Let it be written to; changes go to UPPERDIR/upper.")
 @click.option("--record", metavar="FILE", help="Write what is read to FILE, for cafs-index profile.")
-@click.option("--prefetch", metavar="PROFILE|none", default="", help="Bring this profile (default: 'default').")
+@click.option("--prefetch", metavar="PROFILE|all|none", default="", help="Bring this profile (default: 'default').")
+@click.option("--bwlimit", type=Size(), default=0, metavar="RATE", help="Bytes a second for --prefetch all, like 20M.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to stderr.")
 @click.option("--log", metavar="FILE", help="Log to FILE instead of syslog.")
 @click.option("--timeout", type=click.FloatRange(0.1, 3600), default=60.0, help="Seconds for a fetch, then EIO (60).")
@@ -39,6 +40,7 @@ def main(
     upper: str | None,
     record: str | None,
     prefetch: str,
+    bwlimit: int,
     foreground: bool,
     log: str | None,
     timeout: float,
@@ -62,7 +64,7 @@ def main(
     6 busy, 8 missing privilege or program.  Full manual: man cafs-mount
     """
     from cafs import mount as mounting
-    from cafs.server import Request
+    from cafs.request import Request
 
     if listing or reload or unmount is not None:
         if image is not None or listing + reload + (unmount is not None) > 1:
@@ -89,6 +91,7 @@ def main(
         upper=upper,
         record=record,
         prefetch=prefetch,
+        rate=bwlimit,
     )
     note = mounting.mount(request)
     for warning in request.warnings:

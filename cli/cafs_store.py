@@ -6,7 +6,7 @@ import click
 
 from cafs.paths import located
 from cli._app import run, say, write_json
-from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+from cli._options import CONTEXT, Size, json_option, quiet_option, store_option, store_root, version_option
 from cli._progress import progress
 
 TYPE_CHECKING = False
@@ -189,10 +189,11 @@ def push(image: str, url: str, tag: str | None, as_json: bool, store: str | None
 @click.argument("image")
 @click.argument("url", required=False, metavar="[URL]")
 @click.option("-t", "--tag", metavar="REF", help="Name it so here (default: as there).")
+@click.option("--bwlimit", type=Size(), default=0, metavar="RATE", help="Bytes a second to the cache, like 20M.")
 @json_option()
 @store_option()
 @quiet_option()
-def pull(image: str, url: str | None, tag: str | None, as_json: bool, store: str | None, quiet: bool) -> None:
+def pull(image: str, url: str | None, tag: str | None, bwlimit: int, as_json: bool, store: str | None, quiet: bool) -> None:
     """Copy IMAGE from the store at URL to ours; without URL to the cache.
 
     Only what is missing is fetched.
@@ -200,15 +201,58 @@ def pull(image: str, url: str | None, tag: str | None, as_json: bool, store: str
     from cafs.store import Store, open_or_init
 
     if url is None:
-        from cafs.cache import fill
-
         if tag:
             raise click.UsageError("--tag goes with URL")
-        fill(image, store_root(store))
+        _fill(image, store_root(store), bwlimit)
         return
+    if bwlimit:
+        raise click.UsageError("--bwlimit goes without URL")
     source = Store(located(url))
     target = open_or_init(store_root(store), source.hash_name, source.chunk_size)
     _copy(image, source, target, tag, as_json, quiet)
+
+
+def _fill(name: str, store: str, rate: int) -> None:
+    from cafs import kept, paths
+    from cafs.cache import Cache
+    from cafs.complete import complete
+
+    found = kept.find(store, name)
+    locators = [kept.get_locator(found.store, layer) for layer in found.image.layers]
+    for layer, metadata in zip(found.image.layers, found.image.metadata, strict=True):
+        if metadata:
+            kept.get_metadata(found.store, layer, metadata)
+    complete(Cache(paths.cache(), found.store), (key for one in locators for key in one.objects()), locators, rate=rate)
+
+
+@main.command()
+@click.argument("image")
+@store_option()
+@quiet_option(used=False)
+def pin(image: str, store: str | None) -> None:
+    """Let what the cache has of IMAGE stay, whatever the quota."""
+    from cafs import kept, paths, quota
+    from cafs.errors import os_error
+
+    found = kept.find(store_root(store), image)
+    locators = [kept.get_locator(found.store, layer) for layer in found.image.layers]
+    try:
+        quota.pin(paths.cache(), found.image.digest, (key for one in locators for key in one.objects()))
+    except OSError as error:
+        raise os_error("cannot pin the image", error) from error
+
+
+@main.command()
+@click.argument("image")
+@store_option()
+@quiet_option(used=False)
+def unpin(image: str, store: str | None) -> None:
+    """Let IMAGE go from the cache again when it is the oldest."""
+    from cafs import kept, paths, quota
+    from cafs.errors import NotFound, quote
+
+    if not quota.unpin(paths.cache(), kept.find(store_root(store), image).image.digest):
+        raise NotFound(f"image {quote(image)} is not pinned")
 
 
 def _copy(name: str, source: Store, target: Store, tag: str | None, as_json: bool, quiet: bool) -> None:
@@ -230,16 +274,23 @@ def _copy(name: str, source: Store, target: Store, tag: str | None, as_json: boo
 
 @main.command()
 @click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@click.option("--cache", "is_cache", is_flag=True, help="Verify the cache, not the store.")
 @json_option()
 @quiet_option()
 @store_option()
-def fsck(repair: bool, as_json: bool, quiet: bool, store: str | None) -> int:
+def fsck(repair: bool, is_cache: bool, as_json: bool, quiet: bool, store: str | None) -> int:
     """Verify everything; a line a finding; exit 5 if any."""
-    from cafs.fsck import check
-    from cafs.store import Store
+    if is_cache:
+        from cafs import cachecheck, paths
 
+        findings = cachecheck.check(paths.cache(), repair=repair)
+    else:
+        from cafs.fsck import check
+        from cafs.store import Store
+
+        findings = check(Store(store_root(store)), repair=repair)
     bad = 0
-    for finding in check(Store(store_root(store)), repair=repair):
+    for finding in findings:
         bad += not finding.repaired
         if as_json:
             write_json({"problem": finding.problem, "subject": finding.subject, "repaired": finding.repaired})

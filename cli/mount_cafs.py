@@ -64,9 +64,8 @@ def _options(text: str, *, is_sloppy: bool) -> tuple[dict[str, str], set[str]]:
 
 def _mount(image: str, directory: str, values: dict[str, str], extra: set[str]) -> int:
     from cafs import paths
-    from cafs.cache import FETCH_LIMIT_S
     from cafs.mount import mount
-    from cafs.server import Request
+    from cafs.request import FETCH_LIMIT_S, Request
 
     request = Request(
         image,

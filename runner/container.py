@@ -120,12 +120,16 @@ class Container:
             os.makedirs(os.path.join(self.directory, "rootfs"), mode=0o700)
             for name in ("upper", "work"):
                 os.mkdir(os.path.join(self.directory, name), 0o755)
-            self.lower = lower.find(digest, store_root)
+            record = self.options.value("record")
+            self.lower = lower.find(digest, store_root, self._lower_key(digest), record)
         except BaseException as error:
             self.clean()
             if isinstance(error, OSError):
                 raise os_error(f"cannot make a container in {quote(self.directory)}", error) from error
             raise
+
+    def _lower_key(self, digest: bytes) -> str:
+        return lower.key_of(digest, self.id, self.options.value("record"))
 
     def run(self) -> int:
         """Mount, start, wait."""
@@ -182,7 +186,7 @@ class Container:
             if self.name is not None:
                 _quietly(names.drop, self.name, self.id)
         # A killed crun may not have given up its own hold yet: its pipe is closed before the last of its files is.
-        _quietly(lower.release, digest, 0 if is_done else _DYING_S)
+        _quietly(lower.release, self._lower_key(digest), 0 if is_done else _DYING_S)
         _quietly(names.forget, self.id)
 
     def _mount_overlay(self) -> None:

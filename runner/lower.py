@@ -45,9 +45,14 @@ class Lower:
             self.lock = -1
 
 
-def release(digest: bytes, wait_s: float = 0) -> None:
-    """Unmount the shared mount of an image if nobody keeps it, or lets go of it in time.  The user's own is left alone."""
-    point = _shared_point(digest)
+def key_of(digest: bytes, container: str, record: str | None) -> str:
+    """What names the mount of a container: all of an image share one, but each that records reads has its own."""
+    return f"{digest.hex()}.{container[:16]}" if record else digest.hex()
+
+
+def release(key: str, wait_s: float = 0) -> None:
+    """Unmount a mount of ours if nobody keeps it, or lets go of it in time.  The user's own is left alone."""
+    point = _shared_point(key)
     try:
         lock = os.open(point + ".lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -81,21 +86,21 @@ def _lock_within(lock: int, wait_s: float) -> None:
             time.sleep(0.02)
 
 
-def _shared_point(digest: bytes) -> str:
-    return os.path.join(paths.run(), "images", digest.hex())
+def _shared_point(key: str) -> str:
+    return os.path.join(paths.run(), "images", key)
 
 
-def find(digest: bytes, store_root: str) -> Lower:
-    """Mount the image, or find it mounted.  Raises CafsError."""
+def find(digest: bytes, store_root: str, key: str, record: str | None = None) -> Lower:
+    """Mount the image, or find it mounted.  record: a file for what is read, of a mount of its own.  Raises CafsError."""
     name = digest.hex()
     shared = os.path.join(paths.run(), "images")
-    for mount in mountinfo.ours():
+    for mount in mountinfo.ours() if not record else []:
         point = os.fsdecode(mount.point)
         is_right = mount.digest == name and mountinfo.is_mine(mount)
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)
-    return _shared(_shared_point(digest), lambda point: _mount(name, point, store_root))
+    return _shared(_shared_point(key), lambda point: _mount(name, point, store_root, record))
 
 
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:
@@ -129,12 +134,12 @@ def _is_current(lock: int, path: str) -> bool:
     return (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino)
 
 
-def _mount(name: str, point: str, store_root: str) -> None:
+def _mount(name: str, point: str, store_root: str, record: str | None) -> None:
     """Mount in a child, so that the server inherits no descriptor of ours and its libraries are not loaded here."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
-        os._exit(_mount_child(name, point, store_root, writer))
+        os._exit(_mount_child(name, point, store_root, record, writer))
     os.close(writer)
     with open(reader, "rb") as pipe:
         message = pipe.read(65536).decode(errors="replace")
@@ -145,12 +150,12 @@ def _mount(name: str, point: str, store_root: str) -> None:
         raise kind(text or "the image cannot be mounted", hint=hint or None)
 
 
-def _mount_child(name: str, point: str, store_root: str, report: int) -> int:
+def _mount_child(name: str, point: str, store_root: str, record: str | None, report: int) -> int:
     from cafs.mount import mount
-    from cafs.server import Request
+    from cafs.request import Request
 
     try:
-        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto"))
+        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto", record=record))
     except CafsError as error:
         os.write(report, f"{error}\n{error.hint or ''}".encode())
         return error.exit_code

@@ -24,6 +24,7 @@ FLAGS = {
     "network": (VALUE, "", "none|host", "Network (default: none)."),
     "interactive": (SWITCH, "i", "", "Pass standard input."),
     "tty": (SWITCH, "t", "", "Give the command a terminal."),
+    "record": (VALUE, "", "FILE", "Write what is read of the image to FILE."),
     "store": (VALUE, "", "URL", "Store to use."),
     "scope": (VALUE, "", "SECRETFILE", "Only that part of the store."),
 }

@@ -50,15 +50,23 @@ def mounts_below(path: Path) -> list[str]:
 
 def lazy_pids(home: Path) -> list[int]:
     """Of all supervisors and workers that this test has made, also of those whose directory is gone."""
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    return sorted(int(pid) for pid in filter(str.isdigit, os.listdir("/proc")) if _holds(pid, f"{home}/run/lazy/"))
+
+
+def _holds(pid: str, top: str) -> bool:
+    """Whether a process has the mark of life of a state below TOP open."""
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    for fd in descriptors:
         try:
-            held = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+            path = os.readlink(f"/proc/{pid}/fd/{fd}")
         except OSError:
-            continue
-        if any(path.startswith(f"{home}/run/lazy/") and "/alive" in path for path in held):
-            found.add(int(pid))
-    return sorted(found)
+            continue  # closed meanwhile; the others count
+        if path.startswith(top) and "/alive" in path:
+            return True
+    return False
 
 
 def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:

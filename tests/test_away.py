@@ -32,7 +32,7 @@ def test_a_mounted_image_mounts_again_by_digest_and_by_ref(
     home: Path, tmp_path: Path, cmd: Run, kernel: Run, digest: str, engine: str
 ) -> None:
     point = tmp_path / "mnt"
-    arguments = ["--engine", engine, "--timeout", "1"]
+    arguments = ["--engine", engine, "--timeout", "0.5"]
     assert cmd("cafs-mount", *arguments, "x:1", point).returncode == 0
     (point / "cached").read_bytes()
     assert cmd("cafs-mount", "--unmount", point).returncode == 0

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "cafs-index": ["create", "ls", "stat", "cat", "diff", "verify", "du", "merge", "export", "profile"],
     "cafs-mount": [],
-    "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull"],
+    "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull", "pin", "unpin"],
     "crun": ["run"],
 }
 COMMON = {"--help", "--version"}

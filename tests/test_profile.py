@@ -12,12 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from cafs.collect import collect
 from cafs.store import Store
-from tests.conftest import Run, lazy_pids, wait_until
+from tests.conftest import Run, lazy_pids, mounts_below, wait_until
 from tests.faultproxy import Proxy, free_port
 
 pytestmark = pytest.mark.needs("root", "fuse", "busybox")
@@ -162,3 +163,55 @@ def test_two_profiles_with_one_large_file_come_without_waiting_for_each_other(
     for point in ("k", "k2"):
         run(tmp_path / point, tree)
     assert time.monotonic() - began < 15, "less than the limit, which a deadlock ends with"
+
+
+@pytest.mark.needs("root", "fuse", "runc", "busybox")
+def test_a_container_can_be_recorded(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree = tmp_path / "image"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "", tree / "bin" / "busybox")
+    (tree / "read").write_bytes(b"r" * 5000)
+    (tree / "unread").write_bytes(b"u" * 5000)
+    assert cmd("cafs-index", "create", tree, "-t", "c:1").returncode == 0
+    for number in range(2):
+        done = cmd("crun", "run", "--record", tmp_path / f"record{number}", "c:1", "/bin/busybox", "cat", "/read")
+        assert (done.returncode, done.stdout) == (0, b"r" * 5000), done.stderr
+        text = (tmp_path / f"record{number}").read_text()
+        assert hashlib.sha256(b"r" * 5000).hexdigest() in text and hashlib.sha256(b"u" * 5000).hexdigest() not in text
+    wait_until(lambda: mounts_below(home / "run") == [] and lazy_pids(home) == [])
+    drawn = cmd("cafs-index", "profile", "c:1", "--from", tmp_path / "record0", "--show", "--svg", tmp_path / "out.svg")
+    assert drawn.returncode == 0, drawn.stderr
+    assert ElementTree.parse(tmp_path / "out.svg").getroot().tag.endswith("svg")
+    wrong = cmd("cafs-index", "profile", "c:1", "--from", tmp_path / "record0", "--svg", tmp_path / "out.svg")
+    assert wrong.returncode == 2 and b"--svg goes with --show" in wrong.stderr
+
+
+def test_a_profile_goes_with_its_image_is_checked_and_helps_one_that_shares_objects(
+    home: Path, tmp_path: Path, tree: Path, proxy: Proxy, cmd: Run, kernel: Run
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    record(cmd, kernel, tmp_path, tree)
+    assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record").returncode == 0
+    pushed = cmd("cafs-store", "push", "x:1", home / "other")
+    assert pushed.returncode == 0, pushed.stderr
+    (mine,), (theirs,) = ((home / name / "profiles").glob("*/default") for name in ("store", "other"))
+    assert mine.read_bytes() == theirs.read_bytes()
+    (tree / "more").write_bytes(b"more")
+    assert cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2", "--store", home / "other").returncode == 0
+    shutil.rmtree(home / "cache")
+    address = f"{proxy.url}/other"
+    assert kernel("x:1", tmp_path / "k", "--store", address).returncode == 0
+    wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER))
+    assert kernel("x:2", tmp_path / "k2", "--store", address).returncode == 0
+    before = len(proxy.log)
+    for name in ORDER:
+        assert (tmp_path / "k2" / name).read_bytes() == (tree / name).read_bytes()
+    assert len(proxy.log) == before
+    data = bytearray(theirs.read_bytes())
+    data[100] ^= 1
+    theirs.chmod(0o644)
+    theirs.write_bytes(data)
+    found = cmd("cafs-store", "fsck", "--store", home / "other")
+    assert found.returncode == 5 and found.stdout.startswith(b"damaged-profile\tprofiles/")
+    assert cmd("cafs-store", "fsck", "--repair", "--store", home / "other").returncode == 0
+    assert not theirs.exists()

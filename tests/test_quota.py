@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from cafs import quota
 from cafs.cache import Cache
-from cafs.errors import UsageError
+from cafs.errors import CafsError, UsageError
 from cafs.image import load_index
 from cafs.indexing import Options, create_image
 from cafs.locator import contents
@@ -59,7 +60,8 @@ def test_what_only_the_oldest_image_lists_goes_first(filled: Filled) -> None:
     assert done.files == 4 and done.bytes == 4 * EACH and done.left <= 0.8 * 14 * EACH
     assert filled.held("new") == [True] * 10
     assert filled.held("old")[:5] == [True] * 5 and sum(filled.held("old")[5:]) == 1
-    assert quota.trim(filled.root, 14 * EACH) == quota.Trimmed(0, 0, 11 * EACH), "under the quota nothing goes"
+    again = quota.trim(filled.root, 14 * EACH)
+    assert (again.files, again.bytes, again.left) == (0, 0, 11 * EACH), "under the quota nothing goes"
 
 
 def test_what_no_image_lists_goes_before_all_else(filled: Filled) -> None:
@@ -88,7 +90,7 @@ def test_damaged_records_and_counters_do_no_harm(filled: Filled) -> None:
     for name in ("junk", "0" * 64):
         Path(filled.root, "used", name).write_bytes(b"CAFSUSE1\x20" + os.urandom(100))
     Path(filled.root, "stats").write_text("[]")
-    assert quota.read_stats(filled.root) == quota.Stats()
+    assert set(quota.read_stats(filled.root).as_dict().values()) == {0}
     assert quota.trim(filled.root, 14 * EACH).files == 4 and filled.held("new") == [True] * 10
 
 
@@ -140,3 +142,85 @@ def test_a_mount_keeps_the_quota_and_counts(home: Path, tmp_path: Path, cmd: Run
     monkeypatch.setenv("CAFS_CACHE_QUOTA", "much")
     done = cmd("cafs-mount", "old:1", point)
     assert done.returncode == 2 and b"CAFS_CACHE_QUOTA is 'much'" in done.stderr
+
+
+def test_a_pinned_image_stays_until_it_is_unpinned(filled: Filled, cmd: Run) -> None:
+    assert cmd("cafs-mount", "--list").returncode == 0
+    assert cmd("cafs-store", "pin", "old:1").returncode == 0
+    assert quota.trim(filled.root, 6 * EACH).files == 5
+    assert filled.held("old") == [True] * 10 and filled.held("new") == [True] * 5 + [False] * 5
+    assert cmd("cafs-store", "unpin", "old:1").returncode == 0
+    again = cmd("cafs-store", "unpin", "old:1")
+    assert again.returncode == 4 and b"image 'old:1' is not pinned" in again.stderr
+    assert quota.trim(filled.root, 6 * EACH).files == 6
+
+
+def test_leftovers_of_killed_processes_go(filled: Filled) -> None:
+    shard = Path(filled.root) / ".cafs-objects" / "00"
+    shard.mkdir(exist_ok=True)
+    for name, age_s in (("tmp.1.old", 7200), ("tmp.2.new", 60)):
+        (shard / name).touch()
+        os.utime(shard / name, (time.time() - age_s,) * 2)
+    quota.trim(filled.root, 1 << 40)
+    assert [path.name for path in shard.glob("tmp.*")] == ["tmp.2.new"]
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk_makes_room_by_what_was_used_longest_ago(home: Path, tmp_path: Path) -> None:
+    """Of 2 MiB on the disk 20 x 64 KiB are of two images; a third needs more than is left."""
+    root = tmp_path / "cache"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", root], check=True)
+    filled = Filled(tmp_path)
+    told = []
+    filled.cache.evicted = lambda: told.append(1)
+    with open(root / "fill", "wb") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    data = os.urandom(EACH)
+    filled.cache.keep(filled.store.hash(data), 0, data)
+    assert Path(filled.cache.path(filled.store.hash(data), 0)).read_bytes() == data and told
+    assert not any(filled.held("old")[5:]), "what is asked for is large, so that it is not asked for every object"
+    quota.evict(str(root), 1 << 40)
+    with open(root / "fill", "ab") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    for _ in range(2):
+        with pytest.raises(CafsError, match="No space left"):
+            filled.cache.keep(filled.store.hash(data), 0, data)
+    assert len(told) == 2, "where nothing can go it is not tried again and again"
+
+
+def test_fsck_of_the_cache_finds_what_neither_size_nor_times_betray(home: Path, tmp_path: Path, cmd: Run) -> None:
+    tree, point = tmp_path / "tree", tmp_path / "mnt"
+    tree.mkdir()
+    point.mkdir()
+    for name, data in (("small", b"s" * 5000), ("large", os.urandom(9 << 20)), ("holes", b"h" + bytes(9 << 20))):
+        (tree / name).write_bytes(data)
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    for engine in ("fuse", "kernel"):
+        assert cmd("cafs-mount", "--engine", engine, "x:1", point).returncode == 0
+        for name in ("small", "large", "holes"):
+            assert (point / name).read_bytes() == (tree / name).read_bytes()
+        assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    clean = cmd("cafs-store", "fsck", "--cache")
+    assert clean.returncode == 0 and clean.stdout == b"", clean
+    objects = sorted((home / "cache" / ".cafs-objects").glob("*/*"))
+    others = [next((home / "cache" / name).iterdir()) for name in ("lists", "metadata", "locators", "columns")]
+    assert len(objects) == 3
+    for path in [*objects, *others]:
+        path.chmod(0o600)
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    found = cmd("cafs-store", "fsck", "--cache")
+    assert found.returncode == 5 and found.stdout.count(b"damaged-in-cache\t") == 7, found.stdout
+    mended = cmd("cafs-store", "fsck", "--cache", "--repair")
+    assert mended.returncode == 0 and mended.stdout.count(b"\trepaired") == 7
+    assert cmd("cafs-store", "fsck", "--cache").returncode == 0
+    assert cmd("cafs-mount", "--engine", "kernel", "x:1", point).returncode == 0
+    for name in ("small", "large", "holes"):
+        assert (point / name).read_bytes() == (tree / name).read_bytes()
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
