@@ -127,7 +127,7 @@ class _Pass:
                 raise CorruptError(f"cannot collect: {error}", hint="cafs-store fsck; nothing was deleted") from error
             live.images += 1
             live.names.add(self.store.meta_name(digest, "image"))
-            live.profiled.add(self.store.name_of(digest).hex())
+            live.profiled.update(self.store.name_of(one).hex() for one in (digest, *found.layers))
             live.names |= {self.store.meta_name(one, image.METADATA) for one in found.metadata if one}
             for layer in found.layers:
                 live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}

@@ -43,6 +43,7 @@ _SMALL_AFTER_MS = 1000
 _SOON_S = 1.0
 _SWITCH_S = 0.0002
 _WAIT_MAX_S = 2.0
+_END_WAIT_S = 2.0
 
 
 def write_config(state: str, store: Store, cache: str, request: Request, **more: object) -> None:
@@ -62,7 +63,7 @@ def write_config(state: str, store: Store, cache: str, request: Request, **more:
 
 
 def note_prefetch(state: str, **what: object) -> None:
-    """Ask for something to be brought into the cache.  what: profile=name in the store, or layers= and rate= for all."""
+    """Ask for something to be brought into the cache.  what: profile=files, or layers= and rate= for all."""
     data = json.dumps(what, sort_keys=True).encode()
     atomic.replace_hint(os.path.join(state, PREFETCH, hashlib.sha256(data).hexdigest()[:16]), data)
 
@@ -122,6 +123,9 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
         poll = select.poll()
         poll.register(peer, select.POLLIN)
         poll.poll(_SMALL_AFTER_MS)  # what mounts needs the processor now
+        if is_unmounted(fd):
+            _end(state)
+            os._exit(0)
         _supervise_anew(state, fd, peer, columns)
     finally:
         os._exit(1)
@@ -185,9 +189,17 @@ def supervise(state: str, fd: int, peer: int, columns: int = -1) -> None:
         _reap()
         wait_s = min(wait_s * 2 + 0.05, _WAIT_MAX_S) if time.monotonic() - started < _SOON_S else 0.0
         time.sleep(wait_s)  # one that dies at once is not started over and over
-    notes = _read_config(state).get("notes")
-    if notes and json.loads(atomic.read_file(notes, 1 << 16)).get("state") == state:
-        atomic.unlink_quietly(notes)
+    _end(state)
+
+
+def _end(state: str) -> None:
+    """Nothing is mounted any more: remove what told of it."""
+    try:
+        notes = _read_config(state).get("notes")
+        if notes and json.loads(atomic.read_file(notes, 1 << 16)).get("state") == state:
+            atomic.unlink_quietly(notes)
+    except (OSError, ValueError):
+        pass  # they are gone already
     remove_state(state)
 
 
@@ -245,6 +257,13 @@ def is_alive(state: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def wait_for_end(state: str) -> None:
+    """Until the servers of what was just unmounted have gone, if they do soon: others may still use it."""
+    deadline = time.monotonic() + _END_WAIT_S
+    while is_alive(state) and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def remove_state(state: str) -> None:

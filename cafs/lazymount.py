@@ -31,8 +31,8 @@ class LazyMount:
         self.point = os.path.join(state, lazyd.MOUNT_POINT)
         self.answers = answers
 
-    def announce(self, image: bytes, profile: str) -> None:
-        """Have an image held, and a hot pack brought into the cache.  profile: its name in the store, or ''."""
+    def announce(self, image: bytes, profile: list[str]) -> None:
+        """Have an image held, and a hot pack brought into the cache.  profile: where it may be in the store, [] for none."""
         _note(self.state, image, profile)
         self._look()
 
@@ -68,7 +68,7 @@ class LazyMount:
             time.sleep(0.002)
 
 
-def _note(state: str, image: bytes, profile: str) -> None:
+def _note(state: str, image: bytes, profile: list[str]) -> None:
     atomic.replace_hint(os.path.join(state, lazyd.IMAGES, image.hex()), b"")
     if profile:
         lazyd.note_prefetch(state, profile=profile)
@@ -81,7 +81,7 @@ def _index_of(path: str) -> bytes:
         return b""
 
 
-def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, profile: str) -> LazyMount:
+def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, profile: list[str]) -> LazyMount:
     """The LAZY of a store and a cache, begun if there is none: `wait` for it.  run: directory of them all.  Raises CafsError.
 
     image, profile: as for `announce`.  One that records reads is for one mount alone.

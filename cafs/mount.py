@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import time
 from contextlib import contextmanager
 
 from cafs import image, lazyd, linux, mountinfo
@@ -158,7 +157,7 @@ def unmount(point: str) -> None:
     record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
-        _wait_for_end(str(record["state"]))
+        lazyd.wait_for_end(str(record["state"]))
         return
     pid = record.get("pid", 0)
     pidfd = -1
@@ -176,13 +175,6 @@ def unmount(point: str) -> None:
     finally:
         if pidfd >= 0:
             os.close(pidfd)
-
-
-def _wait_for_end(state: str) -> None:
-    """Until the servers of a tree have gone, if they do soon: others may still use it."""
-    deadline = time.monotonic() + _EXIT_WAIT_MS / 1000
-    while os.path.exists(state) and lazyd.is_alive(state) and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def _unmount_kernel(point: str) -> None:

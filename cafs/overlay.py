@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 ENGINE = "kernel"
-_RECORD_WAIT_S = 5.0
 _AT_ONCE = 8
 
 
@@ -67,21 +65,20 @@ def mount(request: Request, found: Image, store: Store) -> None:
 
 def _lazy(request: Request, found: Image, store: Store) -> LazyMount:
     """LAZY, with the profile on its way."""
-    hot = "" if request.record else profile.chosen(store, found.digest, request.prefetch)
+    hot = [] if request.record else profile.chosen(store, found, request.prefetch)
     return lazymount.ensure(run_directory("lazy"), store, paths.cache(), request, found.digest, hot)
 
 
 def unmount(point: str) -> None:
-    """Unmount, and whatever was mounted for it alone.  Raises OSError."""
+    """Unmount, and whatever was mounted for it alone; wait until the servers of that have ended.  Raises OSError."""
     with _lock():
-        here = mountinfo.at(point)
-        state = os.path.dirname(here.layers[-1][1]) if here and here.layers else ""
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
         atomic.unlink_quietly(requests.record_path(point))
+        before = lazymount.states(run_directory("lazy"))
         tidy()
-    deadline = time.monotonic() + _RECORD_WAIT_S
-    while os.path.basename(state).startswith("record.") and os.path.exists(state) and time.monotonic() < deadline:
-        time.sleep(0.01)  # the record is whole when its server has ended
+        ended = set(before) - set(lazymount.states(run_directory("lazy")))
+    for state in ended:  # then records are whole, and leases given back
+        lazyd.wait_for_end(state)
 
 
 def tidy() -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 
 from cafs import atomic, pack
 from cafs.backend import CannotList
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
+from cafs.kept import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from cafs.image import Image
     from cafs.record import Read
     from cafs.store import Store
 
@@ -27,7 +30,12 @@ ALL, NONE = "all", "none"
 """No names of profiles: what a mount may be asked to bring instead."""
 
 _WINDOW = 8 << 20
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_LAYERS = 4
+"""So many of an image's layers, from the top, are asked for a profile."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(?<!\.of)")
+OF = ".of"
+_POINTER = re.compile(rb"([0-9a-f]{32}|[0-9a-f]{64})\n")
 
 
 def file_name(store: Store, image: bytes, name: str) -> str:
@@ -37,9 +45,9 @@ def file_name(store: Store, image: bytes, name: str) -> str:
     return f"profiles/{store.name_of(image).hex()}/{name}"
 
 
-def make(store: Store, image: bytes, reads: Iterable[Read], name: str = DEFAULT) -> int:
+def make(store: Store, image: Image, reads: Iterable[Read], name: str = DEFAULT) -> int:
     """Store the hot pack of an image's reads; returns how many objects are in it.  Raises CafsError."""
-    target = file_name(store, image, name)
+    target = file_name(store, image.digest, name)
     store.refresh()
     fd, temporary = atomic.open_temporary(store.backend.scratch(), 0o444)
     rows = []
@@ -57,6 +65,7 @@ def make(store: Store, image: bytes, reads: Iterable[Read], name: str = DEFAULT)
         finally:
             os.close(fd)
         store.backend.publish(temporary, target)
+        point(store, image, name)
     except OSError as error:
         raise os_error(f"cannot write to store {quote(store.root)}", error) from error
     finally:
@@ -87,24 +96,59 @@ def _keys(store: Store, reads: Iterable[Read]) -> Iterator[Key]:
                 yield key
 
 
-def exists(store: Store, image: bytes, name: str) -> bool:
-    """Whether there is such a profile; no, where that cannot be found out."""
-    try:
-        return store.backend.exists(file_name(store, image, name))
-    except (CafsError, OSError):
-        return False
+def chosen(store: Store, image: Image, wanted: str) -> list[str]:
+    """Where to look for the profile that a mount brings, for `find`; empty if it is to bring none.
 
-
-def chosen(store: Store, image: bytes, wanted: str) -> str:
-    """File of the profile that a mount brings, '' if none.  wanted: its name, '' for the default one, 'all' (that too), 'none'.
-
-    Raises NotFound if one is asked for that is not there.
+    wanted: its name, '' for the default one, 'all' (that too), 'none'.  Raises NotFound if one is named that is not there.
     """
     if wanted == NONE:
-        return ""
-    if wanted not in ("", ALL) and not exists(store, image, wanted):
-        raise NotFound(f"image {image.hex()} has no profile {quote(wanted)}", hint="cafs-index profile")
-    return file_name(store, image, DEFAULT if wanted in ("", ALL) else wanted)
+        return []
+    name = DEFAULT if wanted in ("", ALL) else wanted
+    layers = [_pointer(store, layer, name) for layer in reversed(image.layers[-_LAYERS:])]
+    files = [file_name(store, image.digest, name), *layers]
+    if wanted not in ("", ALL):
+        try:
+            find(store, files)
+        except (CafsError, OSError) as error:
+            hint = "cafs-index profile"
+            raise NotFound(f"image {image.digest.hex()} has no profile {quote(wanted)}", hint=hint) from error
+    return files
+
+
+def find(store: Store, files: list[str]) -> tuple[str, pack.Records]:
+    """The first profile of those that is there, and its records: of the image, else of one that has a layer of it.
+
+    Raises FileNotFoundError, OSError, CafsError.
+    """
+    asked = [begin(store, partial(_ask, store, file, is_pointer=number > 0)) for number, file in enumerate(files)]
+    for result in asked:
+        found = result()
+        if found is not None:
+            return found
+    raise FileNotFoundError(2, "No such file or directory", files[0])
+
+
+def _ask(store: Store, file: str, *, is_pointer: bool) -> tuple[str, pack.Records] | None:
+    try:
+        if is_pointer:
+            found = _POINTER.fullmatch(store.backend.read(file, 4096))
+            if not found:
+                return None
+            file = f"profiles/{found[1].decode()}/{file.rpartition('/')[2].removesuffix(OF)}"
+        return file, store.read_footer_of(file)
+    except FileNotFoundError:
+        return None
+
+
+def _pointer(store: Store, layer: bytes, name: str) -> str:
+    """The file that says whose profile may serve an image that has this layer."""
+    return f"profiles/{store.name_of(layer).hex()}/{name}{OF}"
+
+
+def point(store: Store, image: Image, name: str) -> None:
+    """Let other images that have a layer of this one find its profile.  Raises CafsError, OSError."""
+    for layer in image.layers[-_LAYERS:]:
+        store.backend.replace(_pointer(store, layer, name), f"{store.name_of(image.digest).hex()}\n".encode())
 
 
 def names(store: Store, image: bytes) -> list[str]:
@@ -115,7 +159,7 @@ def names(store: Store, image: bytes) -> list[str]:
     except FileNotFoundError:
         return []
     except CannotList:
-        return [DEFAULT] if exists(store, image, DEFAULT) else []
+        return [DEFAULT] if store.backend.exists(file_name(store, image, DEFAULT)) else []
     except OSError as error:
         raise os_error(f"cannot list store {quote(store.root)}", error) from error
 
@@ -138,20 +182,21 @@ def pieces(store: Store, file: str) -> Iterator[bytes]:
     yield records.encode_footer()
 
 
-def copy(source: Store, target: Store, image: bytes) -> None:
+def copy(source: Store, target: Store, image: Image) -> None:
     """Bring an image's profiles to another store of the same scope; a damaged one stays behind.  Raises CafsError, OSError."""
-    for name in names(source, image):
-        if exists(target, image, name):
+    for name in names(source, image.digest):
+        if target.backend.exists(file_name(target, image.digest, name)):
             continue
         fd, temporary = atomic.open_temporary(target.backend.scratch(), 0o444)
         try:
             try:
-                for piece in pieces(source, file_name(source, image, name)):
+                for piece in pieces(source, file_name(source, image.digest, name)):
                     atomic.write_all(fd, piece)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            target.backend.publish(temporary, file_name(target, image, name))
+            target.backend.publish(temporary, file_name(target, image.digest, name))
+            point(target, image, name)
         except CorruptError:
             continue
         finally:

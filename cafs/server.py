@@ -88,7 +88,7 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: unmount_quietly(request.point))
     quota.note_use(cache.root, source.digest, locator.contents(index))
-    holder = Holder(store, lambda: {(digest, os.getpid())} if source.is_image else set())
+    holder = Holder(store, lambda: {(digest, os.getpid())} if source.image else set())
     holder.start()
     keeper = Keeper(cache, limit)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from cafs import pack
+from cafs import pack, profile
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, CorruptError
 from cafs.ordered import ordered_map
@@ -31,17 +31,20 @@ _log = logging.getLogger(__name__)
 
 
 class Stream:
-    """One hot pack on its way into a cache.  file: its name in the store.
+    """One hot pack on its way into a cache.  files: where it may be in the store, as profile.chosen says.
 
     large, let_go: give and take the open file of a chunk list.  ended: set when no more will come.
     """
 
-    def __init__(self, cache: Cache, file: str, large: Callable[[bytes], ChunkedFile], let_go: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, cache: Cache, files: list[str], large: Callable[[bytes], ChunkedFile], let_go: Callable[[bytes], None]
+    ) -> None:
         self._cache = cache
         self._large = large
         self._let_go = let_go
         self.ended = threading.Event()
-        self._file = file
+        self._files_asked = files
+        self._file = files[0]
         self._waiting: dict[bytes, int] = {}  # name of an object -> offset
         self._position = 0
         self._is_known = False
@@ -83,7 +86,7 @@ class Stream:
 
     def _frames(self) -> list[Frame]:
         """What is in the pack, in its order."""
-        records = self._cache.store.read_footer_of(self._file)
+        self._file, records = profile.find(self._cache.store, self._files_asked)
         return sorted((row[:4] for row in records.rows()), key=lambda row: row[2])
 
     def _missing(self, frames: list[Frame]) -> list[Frame]:

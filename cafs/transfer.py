@@ -109,7 +109,7 @@ class _Copy:
                 self.target.put_meta(self._metadata(metadata, indexes[layer]), METADATA)
         self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
         if is_same:
-            profile.copy(self.source, self.target, found.digest)
+            profile.copy(self.source, self.target, found)
 
     def _metadata(self, digest: bytes, index: Index) -> bytes:
         """A metadata image; made anew if the source has none that is sound."""

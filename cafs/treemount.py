@@ -26,16 +26,16 @@ ENGINE = "fuse"
 
 
 class Source:
-    """What is mounted.  digest: of the image, or of a bare index.  layers: index digests.  fd: of the columns of the tree."""
+    """What is mounted.  digest: of the image, or of a bare index, which has no image.  fd: of the columns of the tree."""
 
-    __slots__ = ("digest", "fd", "is_image", "layers", "store")
+    __slots__ = ("digest", "fd", "image", "layers", "store")
 
-    def __init__(self, store: Store, digest: bytes, layers: tuple[bytes, ...], fd: int, *, is_image: bool) -> None:
+    def __init__(self, store: Store, digest: bytes, layers: tuple[bytes, ...], fd: int, image: image.Image | None) -> None:
         self.store = store
         self.digest = digest
         self.layers = layers
         self.fd = fd
-        self.is_image = is_image
+        self.image = image
 
 
 def find(request: Request) -> Source:
@@ -44,11 +44,11 @@ def find(request: Request) -> Source:
         store = Store(request.store)
         fd = _make(lambda: _load_bare(request.name, request.store, store))
         identity = columns.load(fd).identity
-        return Source(store, identity, (identity,), fd, is_image=False)
+        return Source(store, identity, (identity,), fd, None)
     found = kept.find(request.store, request.name)
     request.warnings += [found.warning] if found.warning else []
     layers = found.image.layers
-    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image), is_image=True)
+    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image), found.image)
 
 
 def _load_bare(name: str, store_root: str, store: Store) -> Index:
@@ -125,7 +125,7 @@ def mount(request: Request, source: Source) -> None:
     """Mount, and serve; returns when it is mounted, in the foreground when it is not any more.  Raises CafsError."""
     index = columns.load(source.fd)
     quota.note_use(paths.cache(), source.digest, locator.contents(index))
-    hot = profile.chosen(source.store, source.digest, request.prefetch) if source.is_image and not request.record else ""
+    hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
         fd = _mount(request, source)
         try:
@@ -155,7 +155,7 @@ def _mount(request: Request, source: Source) -> int:
 
 
 @contextmanager
-def _state(request: Request, source: Source, hot: str) -> Iterator[str]:
+def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
     """The directory of a mount; it goes if the mount cannot be made."""
     state = os.path.join(_run(), os.urandom(8).hex())
     with _lock():
@@ -163,7 +163,7 @@ def _state(request: Request, source: Source, hot: str) -> Iterator[str]:
         for directory in (lazyd.IMAGES, lazyd.PREFETCH):
             os.makedirs(os.path.join(state, directory), mode=0o700)
         alive = lazyd.hold(state)
-    if source.is_image:
+    if source.image:
         atomic.replace_hint(os.path.join(state, lazyd.IMAGES, source.digest.hex()), b"", 0o600)
     if hot:
         lazyd.note_prefetch(state, profile=hot)

@@ -350,7 +350,7 @@ def profile(
     if show:
         write_svg(reads, svg) if svg else show_reads(reads, as_json)
         return
-    count = make(opened, found.digest, reads, name)
+    count = make(opened, found, reads, name)
     if as_json:
         write_json({"image": found.digest.hex(), "name": name, "objects": count})
 

@@ -200,13 +200,14 @@ def test_a_profile_goes_with_its_image_is_checked_and_helps_one_that_shares_obje
     assert cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2", "--store", home / "other").returncode == 0
     shutil.rmtree(home / "cache")
     address = f"{proxy.url}/other"
-    assert kernel("x:1", tmp_path / "k", "--store", address).returncode == 0
+    assert kernel("x:2", tmp_path / "k", "--store", address).returncode == 0
     wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER))
-    assert kernel("x:2", tmp_path / "k2", "--store", address).returncode == 0
     before = len(proxy.log)
     for name in ORDER:
-        assert (tmp_path / "k2" / name).read_bytes() == (tree / name).read_bytes()
+        assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
     assert len(proxy.log) == before
+    named = kernel("x:2", tmp_path / "k2", "--store", address, "--prefetch", "other")
+    assert named.returncode == 4 and b"has no profile 'other'" in named.stderr
     data = bytearray(theirs.read_bytes())
     data[100] ^= 1
     theirs.chmod(0o644)
