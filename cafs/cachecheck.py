@@ -12,7 +12,7 @@ from cafs import atomic, chunks, columns, locator
 from cafs.digest import DIGEST_SIZES, hash_function
 from cafs.errors import CafsError
 from cafs.fsck import Finding
-from cafs.lazyd import reconfigure
+from cafs.keeper import look_anew
 from cafs.ledger import Ledger, set_aside
 from cafs.ordered import ordered_map
 from cafs.store import META_MAX
@@ -41,7 +41,7 @@ def check(root: str, *, repair: bool) -> Iterator[Finding]:
             has_changed = True
         yield Finding("damaged-in-cache", subject, repair)
     if has_changed:
-        reconfigure(os.path.realpath(root))
+        look_anew(os.path.realpath(root))
 
 
 def _run(task: Check) -> tuple[str, str, bool]:

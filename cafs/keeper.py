@@ -7,7 +7,7 @@ import os
 import threading
 import time
 
-from cafs import ledger, quota
+from cafs import ledger, linux, mountinfo, quota
 from cafs.errors import os_error, quote
 
 TYPE_CHECKING = False
@@ -77,6 +77,19 @@ class Keeper:
             call()
         except OSError as error:
             logging.getLogger(__name__).warning("cannot look after cache %s: %s", self._cache.root, error.strerror)
+
+
+def look_anew(cache: str) -> None:
+    """Have the mounts over a cache look anew what it has.
+
+    Overlayfs remembers, for the life of an inode, in which layer it found a file: what LAZY served is not asked of the cache
+    that has it now, and what went from the cache takes its space until then.
+    """
+    for mount in mountinfo.over(cache):
+        try:
+            linux.reconfigure(os.fsdecode(mount.point), is_read_only=not mount.is_writable)
+        except OSError:
+            continue  # it went meanwhile; it costs space or speed until its last user has gone
 
 
 def log_to(path: str | None, otherwise: str) -> None:

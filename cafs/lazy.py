@@ -16,8 +16,8 @@ import stat
 from cafs import fusedev, locator
 from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, DIGEST_SIZES, OBJECTS, PLAIN
 from cafs.errors import FormatError
-from cafs.lazyd import LOCATORS
 from cafs.reader import Reader
+from cafs.serving import LOCATORS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from cafs import atomic, fusemount, lazyd, linux, locator, mountinfo
+from cafs import atomic, fusemount, lazyd, linux, locator, mountinfo, serving
 from cafs.errors import CafsError
 from cafs.holder import held
 
@@ -28,7 +28,7 @@ class LazyMount:
 
     def __init__(self, state: str, answers: int = -1) -> None:
         self.state = state
-        self.point = os.path.join(state, lazyd.MOUNT_POINT)
+        self.point = os.path.join(state, serving.MOUNT_POINT)
         self.answers = answers
 
     def announce(self, image: bytes, profile: list[str]) -> None:
@@ -55,23 +55,23 @@ class LazyMount:
 
         locators: of its layers.  rate: bytes a second to bring all of it into the cache, 0: no limit, -1: do not.
         """
-        directory = os.path.join(self.state, lazyd.LOCATORS)
+        directory = os.path.join(self.state, serving.LOCATORS)
         numbers = [int(name) for name in os.listdir(directory) if re.fullmatch("[1-9][0-9]*", name)]
         known = {_index_of(os.path.join(directory, str(number))) for number in numbers}
         for number, one in enumerate([one for one in locators if one.index not in known], max(numbers, default=0) + 1):
             locator.save(os.path.join(directory, str(number)), one.data)
         if rate >= 0:
-            lazyd.note_prefetch(self.state, layers=[one.index.hex() for one in locators], rate=rate)
+            serving.note_prefetch(self.state, layers=[one.index.hex() for one in locators], rate=rate)
         self._look()
         deadline = time.monotonic() + _HELD_WAIT_S
-        while image.hex() not in held(os.path.join(self.state, lazyd.LEASES)) and time.monotonic() < deadline:
+        while image.hex() not in held(os.path.join(self.state, serving.LEASES)) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 def _note(state: str, image: bytes, profile: list[str]) -> None:
-    atomic.replace_hint(os.path.join(state, lazyd.IMAGES, image.hex()), b"")
+    atomic.replace_hint(os.path.join(state, serving.IMAGES, image.hex()), b"")
     if profile:
-        lazyd.note_prefetch(state, profile=profile)
+        serving.note_prefetch(state, profile=profile)
 
 
 def _index_of(path: str) -> bytes:
@@ -98,16 +98,16 @@ def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, p
                 return found
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
-    for directory in (lazyd.MOUNT_POINT, lazyd.IMAGES, lazyd.LOCATORS, lazyd.PREFETCH):
+    for directory in (serving.MOUNT_POINT, serving.IMAGES, serving.LOCATORS, serving.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
-    lazyd.write_config(state, store, cache, request)
+    serving.write_config(state, store, cache, request)
     _note(state, image, profile)
     return _start(state)
 
 
 def _start(state: str) -> LazyMount:
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
-    fd = fusemount.mount(os.path.join(state, lazyd.MOUNT_POINT), FSTYPE.decode(), "cafs-lazy", flags)
+    fd = fusemount.mount(os.path.join(state, serving.MOUNT_POINT), FSTYPE.decode(), "cafs-lazy", flags)
     try:
         return LazyMount(state, lazyd.begin(state, fd))
     except BaseException:
@@ -119,7 +119,7 @@ def _start(state: str) -> LazyMount:
 
 def end(state: str) -> None:
     """Unmount a LAZY that no mount here needs; it goes on as long as one in another mount namespace does."""
-    linux.umount(os.path.join(state, lazyd.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    linux.umount(os.path.join(state, serving.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 
 
 def states(run: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import select
 from contextlib import contextmanager
 
-from cafs import image, lazyd, linux, mountinfo
+from cafs import image, linux, mountinfo, serving
 from cafs import request as requests
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
 from cafs.request import Request
@@ -132,7 +132,7 @@ def listing() -> list[dict[str, object]]:
         row.update(requests.read_record(point, one.digest))
         state = row.pop("state", None)
         if isinstance(state, str):
-            row["pid"] = lazyd.pid(state)
+            row["pid"] = serving.pid(state)
         found.append(row)
     return found
 
@@ -142,7 +142,7 @@ def reload() -> None:
     from cafs import lazymount, overlay, treemount
 
     for state in [*lazymount.states(overlay.run_directory("lazy")), *treemount.states()]:
-        lazyd.reload(state)
+        serving.reload(state)
 
 
 def unmount(point: str) -> None:
@@ -157,7 +157,7 @@ def unmount(point: str) -> None:
     record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
-        lazyd.wait_for_end(str(record["state"]))
+        serving.wait_for_end(str(record["state"]))
         return
     pid = record.get("pid", 0)
     pidfd = -1

@@ -13,7 +13,7 @@ import os
 from contextlib import contextmanager
 from functools import partial
 
-from cafs import atomic, kept, lazyd, lazymount, linux, mountinfo, paths, profile, quota
+from cafs import atomic, kept, lazymount, linux, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
 from cafs.cache import Cache
 from cafs.errors import CafsError, UnsupportedError, os_error, quote
@@ -78,7 +78,7 @@ def unmount(point: str) -> None:
         tidy()
         ended = set(before) - set(lazymount.states(run_directory("lazy")))
     for state in ended:  # then records are whole, and leases given back
-        lazyd.wait_for_end(state)
+        serving.wait_for_end(state)
 
 
 def tidy() -> None:
@@ -96,8 +96,8 @@ def tidy() -> None:
             _remove_quietly(os.path.join(run_directory("erofs"), name))
     for name in _listed(run_directory("lazy")):
         state = os.path.join(run_directory("lazy"), name)
-        if mountinfo.at(os.path.join(state, lazyd.MOUNT_POINT)) is None and not lazyd.is_alive(state):
-            lazyd.remove_state(state)
+        if mountinfo.at(os.path.join(state, serving.MOUNT_POINT)) is None and not serving.is_alive(state):
+            serving.remove_state(state)
 
 
 def _used() -> set[str]:

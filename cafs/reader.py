@@ -17,8 +17,8 @@ from cafs import atomic
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound
 from cafs.fusedev import FileSystem
-from cafs.lazyd import PREFETCH
 from cafs.partial import ChunkedFile
+from cafs.serving import PREFETCH
 from cafs.store import FORMAT_FILE
 from cafs.stream import Stream
 from cafs.window import Windows

@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 
-from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota
+from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
 from cafs.errors import CafsError, FormatError
 from cafs.store import Store
@@ -132,8 +132,10 @@ def mount(request: Request, source: Source) -> None:
             linux.raise_descriptor_limit()
             requests.write_record(request, source.digest.hex(), ENGINE, os.getpid(), state=state)
             if request.foreground:
-                lazyd.work(state, fd, -1, source.fd)
-                lazyd.remove_state(state)
+                from cafs.worker import work
+
+                work(state, fd, source.fd, lambda: None)
+                serving.remove_state(state)
                 atomic.unlink_quietly(requests.record_path(request.point))
             else:
                 lazyd.wait(lazyd.begin(state, fd, source.fd))
@@ -160,16 +162,16 @@ def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
     state = os.path.join(_run(), os.urandom(8).hex())
     with _lock():
         _tidy()
-        for directory in (lazyd.IMAGES, lazyd.PREFETCH):
+        for directory in (serving.IMAGES, serving.PREFETCH):
             os.makedirs(os.path.join(state, directory), mode=0o700)
-        alive = lazyd.hold(state)
+        alive = serving.hold(state)
     if source.image:
-        atomic.replace_hint(os.path.join(state, lazyd.IMAGES, source.digest.hex()), b"", 0o600)
+        atomic.replace_hint(os.path.join(state, serving.IMAGES, source.digest.hex()), b"", 0o600)
     if hot:
-        lazyd.note_prefetch(state, profile=hot)
+        serving.note_prefetch(state, profile=hot)
     if request.prefetch == profile.ALL:
-        lazyd.note_prefetch(state, layers=[layer.hex() for layer in source.layers], rate=request.rate)
-    lazyd.write_config(
+        serving.note_prefetch(state, layers=[layer.hex() for layer in source.layers], rate=request.rate)
+    serving.write_config(
         state,
         source.store,
         paths.cache(),
@@ -181,7 +183,7 @@ def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
     try:
         yield state
     except BaseException:
-        lazyd.remove_state(state)
+        serving.remove_state(state)
         raise
     finally:
         os.close(alive)
@@ -209,11 +211,11 @@ def states() -> list[str]:
         found = [os.path.join(_run(), name) for name in sorted(os.listdir(_run()))]
     except FileNotFoundError:
         return []
-    return [state for state in found if lazyd.is_alive(state)]
+    return [state for state in found if serving.is_alive(state)]
 
 
 def _tidy() -> None:
     """Remove what mounts left whose servers were all killed."""
     for name in os.listdir(_run()):
-        if not lazyd.is_alive(os.path.join(_run(), name)):
-            lazyd.remove_state(os.path.join(_run(), name))
+        if not serving.is_alive(os.path.join(_run(), name)):
+            serving.remove_state(os.path.join(_run(), name))
