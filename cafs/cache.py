@@ -65,7 +65,7 @@ class Cache:
         self.stats = Stats()
         self.ledger = Ledger(root, store.hash_name, store.chunk_size)
         try:
-            paths.make_private(root, ".cafs-objects")
+            paths.make_private(root, paths.objects(root))
         except OSError as error:
             raise os_error(f"cannot use cache {quote(root)}", error) from error
 
@@ -79,7 +79,7 @@ class Cache:
     def path(self, digest: bytes, kind: int) -> str:
         """Where an object is, if it is cached."""
         name = object_name(digest, kind)
-        return os.path.join(self.root, ".cafs-objects", name[:2], name[2:])
+        return os.path.join(paths.objects(self.root), name[:2], name[2:])
 
     def is_verified(self, digest: bytes, kind: int) -> bool:
         """Whether this process has verified the object in the cache.  It may be gone by now."""

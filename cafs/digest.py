@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 OBJECTS = b".cafs-objects"
-"""The directory of objects, in the root of the cache and of LAZY."""
+"""The directory of objects, in the root of both data layers: of the cache's part for them, and LAZY."""
 
 DIGEST_SIZES = {"sha256": 32, "xxh128": 16}
 CHUNK_SIZE = 4 << 20

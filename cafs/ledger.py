@@ -13,8 +13,8 @@ import re
 import struct
 import time
 
-from cafs import atomic
-from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, OBJECTS, PLAIN, hash_function, object_name
+from cafs import atomic, paths
+from cafs.digest import CHUNK_LIST, CHUNK_LIST_SUFFIX, PLAIN, hash_function, object_name
 from cafs.errors import CafsError
 from cafs.lease import boot_id
 
@@ -107,7 +107,7 @@ class Ledger:
         """What the cache has, with paths and what lstat(2) says."""
         is_name = re.compile("[0-9a-f]{%d}" % (2 * len(self._hash(b"")) - 2)).match
         suffix = len(CHUNK_LIST_SUFFIX)
-        top = os.path.join(self.root, OBJECTS.decode())
+        top = paths.objects(self.root)
         for shard in filter(_SHARD.fullmatch, _listed(top)):
             with os.scandir(os.path.join(top, shard)) as entries:
                 for entry in entries:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from cafs import paths
+
 FSTYPE = b"fuse.cafs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
@@ -67,7 +69,7 @@ def is_kernel(mount: Mount) -> bool:
 
 def over(cache: str) -> list[Mount]:
     """The mounts of the kernel engine over a cache directory."""
-    return [mount for mount in mounts() if is_kernel(mount) and ("datadir+", cache) in mount.layers]
+    return [mount for mount in mounts() if is_kernel(mount) and ("datadir+", paths.data(cache)) in mount.layers]
 
 
 def ours() -> list[Mount]:

@@ -52,7 +52,7 @@ def mount(request: Request, found: Image, store: Store) -> None:
             lazy.wait()
             lazy.add(found.digest, locators, request.rate if request.prefetch == profile.ALL else -1)
             # Without the cache LAZY sees every first read.
-            _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [cache, lazy.point])
+            _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
             names = [os.path.basename(path) for path in layers]
             requests.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
     except BaseException as error:

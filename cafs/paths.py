@@ -40,6 +40,16 @@ def cache() -> str:
     return _directory("CAFS_CACHE", "/var/cache/cafs", "XDG_CACHE_HOME", ".cache", "cafs")
 
 
+def data(cache_root: str) -> str:
+    """The part of a cache that is a layer of overlayfs: whatever an image's metadata says, it can name nothing else there."""
+    return os.path.join(cache_root, "data")
+
+
+def objects(cache_root: str) -> str:
+    """Where the objects are in a cache."""
+    return os.path.join(cache_root, "data", ".cafs-objects")
+
+
 def make_private(path: str, *below: str) -> None:
     """Make PATH, for its owner alone, and a directory below it.  Raises OSError."""
     os.makedirs(path, mode=0o700, exist_ok=True)

@@ -13,8 +13,8 @@ import re
 import time
 from contextlib import contextmanager
 
-from cafs import atomic
-from cafs.digest import OBJECTS, object_name
+from cafs import atomic, paths
+from cafs.digest import object_name
 from cafs.errors import UsageError, quote
 
 TYPE_CHECKING = False
@@ -141,7 +141,7 @@ def _remove_oldest(root: str, files: list[tuple[str, str, int]], need: float) ->
 
 def _remove_leftovers(root: str) -> None:
     """Files that processes were writing when they were killed."""
-    objects = os.path.join(root, OBJECTS.decode())
+    objects = paths.objects(root)
     for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in _listed(objects))]:
         for name in _listed(directory):
             path = os.path.join(directory, name)
@@ -181,7 +181,7 @@ def _pinned_names(root: str) -> set[str]:
 
 def _files(root: str) -> Iterator[tuple[str, str, int]]:
     """(object name, path, bytes on disk)."""
-    objects = os.path.join(root, ".cafs-objects")
+    objects = paths.objects(root)
     for shard in _listed(objects):
         for name in _listed(os.path.join(objects, shard)):
             path = os.path.join(objects, shard, name)

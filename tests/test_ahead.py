@@ -77,7 +77,7 @@ def test_all_of_an_image_comes_on_request(home: Path, tmp_path: Path, cmd: Run, 
         (tree / name).write_bytes(os.urandom(9 << 20))
     assert cmd("cafs-index", "create", tree, "-t", "x:1").returncode == 0
     assert cmd("cafs-mount", "--engine", engine, "x:1", point, "--prefetch", "all").returncode == 0
-    wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/[!t]*"))) == 52)
+    wait_until(lambda: len(list((home / "cache" / "data" / ".cafs-objects").glob("*/[!t]*"))) == 52)
     os.rename(home / "store", home / "away")
     for path in tree.iterdir():
         assert (point / path.name).read_bytes() == path.read_bytes()
@@ -93,7 +93,7 @@ def test_a_limit_of_bytes_a_second_is_kept(home: Path, tmp_path: Path, cmd: Run)
     began = time.monotonic()
     assert cmd("cafs-store", "pull", "x:1", "--bwlimit", "12M").returncode == 0
     assert time.monotonic() - began > 0.9, "12 MB and a little at 12 MiB a second"
-    assert len(list((home / "cache" / ".cafs-objects").glob("*/*.c"))) == 3
+    assert len(list((home / "cache" / "data" / ".cafs-objects").glob("*/*.c"))) == 3
     wrong = cmd("cafs-store", "pull", "x:1", "--bwlimit", "much")
     assert wrong.returncode == 2 and b"'much' is no size" in wrong.stderr
 

@@ -114,7 +114,7 @@ def test_what_is_read_through_a_tree_can_be_recorded(home: Path, tmp_path: Path,
     assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record").returncode == 0
     shutil.rmtree(home / "cache")
     assert cmd("cafs-mount", "--engine", "fuse", "x:1", point).returncode == 0
-    wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/*"))) == 4)  # of themselves
+    wait_until(lambda: len(list((home / "cache" / "data" / ".cafs-objects").glob("*/*"))) == 4)  # of themselves
     assert (point / "9").read_bytes() == (tree / "9").read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cafs import format as fmt
-from cafs import linux, mountinfo, quota
+from cafs import image, linux, mountinfo, quota
 from cafs.collect import collect
 from cafs.store import Store
 from tests.conftest import Run, lazy_pids, mounts_below, wait_until
@@ -76,8 +77,8 @@ def test_mounts_share_what_is_below_and_the_last_one_takes_it_away(
     cmd("cafs-index", "create", tree, "-t", "x:1")
     (tree / "new").write_bytes(b"new")
     cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2")
-    for number, image in enumerate(("x:1", "x:1", "x:2")):
-        assert kernel(image, tmp_path / f"k{number}").returncode == 0
+    for number, name in enumerate(("x:1", "x:1", "x:2")):
+        assert kernel(name, tmp_path / f"k{number}").returncode == 0
     below = mounts_below(home / "run")
     assert len(below) == 3 and len(lazy_pids(home)) == 2  # two layers, one LAZY
     again = kernel("x:2", tmp_path / "k2")
@@ -153,8 +154,6 @@ def test_what_the_engine_cannot_mount_goes_to_the_other_which_says_why(
 def test_a_file_planted_at_the_path_of_an_object_changes_nothing(
     home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
 ) -> None:
-    import hashlib
-
     name = hashlib.sha256((tree / "a").read_bytes()).hexdigest()
     for top in (tree / name[:2], tree / "cafs-objects" / name[:2]):
         top.mkdir(parents=True)
@@ -249,3 +248,25 @@ def test_what_was_left_of_a_server_hinders_nobody(home: Path, tmp_path: Path, tr
     assert kernel("x:1", tmp_path / "k").returncode == 0
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
     assert not (home / "run" / "lazy" / "half.1234").exists()
+
+
+def test_a_forged_metadata_image_reaches_nothing_of_the_cache_but_objects(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    """One whose redirect names another file of the cache's directory than an object."""
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    store = Store(str(home / "store"))
+    found = image.resolve(store, "x:1")
+    digest = hashlib.sha256(b"a" * 3000).hexdigest()
+    right = f"/.cafs-objects/{digest[:2]}/{digest[2:]}".encode()
+    secret = b"s" * (len(right) - 1)
+    data = store.get_meta(found.metadata[0], image.METADATA)
+    assert data.count(right) == 1
+    forged = store.put_meta(data.replace(right, b"/" + secret), image.METADATA)
+    made = image.put_layers(store, found.layers, found.config, (forged,))
+    (home / "cache").mkdir(exist_ok=True)
+    (home / "cache" / secret.decode()).write_bytes(b"x" * 3000)
+    assert kernel(made.digest.hex(), tmp_path / "k").returncode == 0
+    assert (tmp_path / "k" / "b").read_bytes() == b"b" * 3000
+    with pytest.raises(OSError):
+        (tmp_path / "k" / "a").read_bytes()

@@ -63,7 +63,7 @@ def digests(tree: Path) -> dict[str, str]:
 def cached(home: Path, path: Path) -> Path:
     """Where the content of a small file is in the cache."""
     name = hashlib.sha256(path.read_bytes()).hexdigest()
-    return home / "cache" / ".cafs-objects" / name[:2] / name[2:]
+    return home / "cache" / "data" / ".cafs-objects" / name[:2] / name[2:]
 
 
 def pid_of(home: Path, name: str) -> int:
@@ -199,7 +199,7 @@ def test_a_cached_object_that_was_changed_is_healed_at_the_next_mount(
     for name in ("1", "large"):
         assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()
     assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
-    (large,) = (home / "cache" / ".cafs-objects").glob("*/*.c")
+    (large,) = (home / "cache" / "data" / ".cafs-objects").glob("*/*.c")
     for path in (cached(home, tree / "1"), large):
         data = path.read_bytes()
         path.chmod(0o644)

@@ -326,7 +326,7 @@ def test_a_damaged_cached_object_is_set_aside_and_fetched_again(small: Path, tmp
     assert cmd("cafs-mount", "--engine", "fuse", "s:1", small).returncode == 0
     assert (small / "a").read_bytes() == b"a" * 5000
     assert cmd("cafs-mount", "--unmount", small).returncode == 0
-    cached = [p for p in (tmp_path / "cache" / ".cafs-objects").glob("*/*")]
+    cached = [p for p in (tmp_path / "cache" / "data" / ".cafs-objects").glob("*/*")]
     (first,) = [path for path in cached if path.read_bytes() == b"a" * 5000]
     assert stat.S_IMODE(first.stat().st_mode) == 0o444
     first.chmod(0o644)
@@ -349,7 +349,7 @@ def test_a_full_cache_disk_costs_speed_only(small: Path, tmp_path: Path, cmd: Ru
         assert "No space left" in (tmp_path / "log").read_text()
         (cache / "fill").unlink()
         assert (small / "b").read_bytes() == b"b" * 5000
-        assert len(list((cache / ".cafs-objects").glob("*/*"))) == 1
+        assert len(list((cache / "data" / ".cafs-objects").glob("*/*"))) == 1
         assert cmd("cafs-mount", "--unmount", small).returncode == 0
     finally:
         subprocess.run(["umount", "-l", cache], check=True)

@@ -201,7 +201,7 @@ def test_a_profile_goes_with_its_image_is_checked_and_helps_one_that_shares_obje
     shutil.rmtree(home / "cache")
     address = f"{proxy.url}/other"
     assert kernel("x:2", tmp_path / "k", "--store", address).returncode == 0
-    wait_until(lambda: len(list((home / "cache" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER))
+    wait_until(lambda: len(list((home / "cache" / "data" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER))
     before = len(proxy.log)
     for name in ORDER:
         assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()

@@ -156,7 +156,7 @@ def test_a_pinned_image_stays_until_it_is_unpinned(filled: Filled, cmd: Run) -> 
 
 
 def test_leftovers_of_killed_processes_go(filled: Filled) -> None:
-    shard = Path(filled.root) / ".cafs-objects" / "00"
+    shard = Path(filled.root) / "data" / ".cafs-objects" / "00"
     shard.mkdir(exist_ok=True)
     for name, age_s in (("tmp.1.old", 7200), ("tmp.2.new", 60)):
         (shard / name).touch()
@@ -205,7 +205,7 @@ def test_fsck_of_the_cache_finds_what_neither_size_nor_times_betray(home: Path, 
         assert cmd("cafs-mount", "--unmount", point).returncode == 0
     clean = cmd("cafs-store", "fsck", "--cache")
     assert clean.returncode == 0 and clean.stdout == b"", clean
-    objects = sorted((home / "cache" / ".cafs-objects").glob("*/*"))
+    objects = sorted((home / "cache" / "data" / ".cafs-objects").glob("*/*"))
     others = [next((home / "cache" / name).iterdir()) for name in ("lists", "metadata", "locators", "columns")]
     assert len(objects) == 3
     for path in [*objects, *others]:
