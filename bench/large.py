@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from start import HERE, Mounted, cold
+from start import HERE, Mounted, cold, compiled
 
 from cafs.indexing import Options, create_image
 
@@ -50,6 +50,7 @@ def one_round(base: str, url: str, whole: str) -> dict[str, float]:
 
 
 def main() -> None:
+    compiled()
     base = os.path.join(os.environ.get("CAFS_BENCH", "/var/tmp/cafs-bench"), "large")
     shutil.rmtree(base, ignore_errors=True)
     os.makedirs(f"{base}/tree")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from start import DELAY_S, HERE, Mounted, cold
+from start import DELAY_S, HERE, Mounted, cold, compiled
 
 from cafs.indexing import Options, create_image
 
@@ -81,6 +81,7 @@ def draw(middle: dict[tuple[str, int], float], path: str) -> None:
 
 def main() -> None:
     tree, out = sys.argv[1:3]
+    compiled()
     base = os.path.join(os.environ.get("CAFS_BENCH", "/var/tmp/cafs-bench"), "touched")
     os.makedirs(base, exist_ok=True)
     os.environ["CAFS_CACHE"] = f"{base}/cache"

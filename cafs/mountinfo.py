@@ -13,11 +13,12 @@ _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 
 
 class Mount:
-    """One line: mount point (raw bytes), file system type, source, options of the file system as they are spelled."""
+    """One line: mount point (raw bytes), type, source, options of the file system as they are spelled, MAJOR:MINOR."""
 
-    __slots__ = ("fstype", "options", "point", "source")
+    __slots__ = ("device", "fstype", "options", "point", "source")
 
-    def __init__(self, point: bytes, fstype: bytes, source: bytes, options: bytes = b"") -> None:
+    def __init__(self, point: bytes, fstype: bytes, source: bytes, options: bytes = b"", device: str = "") -> None:
+        self.device = device
         self.point = point
         self.fstype = fstype
         self.source = source
@@ -58,7 +59,8 @@ def mounts() -> list[Mount]:
     for line in lines:
         left, _, right = line.partition(b" - ")
         fstype, source, options = right.split(b" ", 2)
-        found.append(Mount(_unescape(left.split(b" ")[4]), fstype, _unescape(source), options))
+        _, _, device, _, point, *_ = left.split(b" ")
+        found.append(Mount(_unescape(point), fstype, _unescape(source), options, device.decode()))
     return found
 
 
