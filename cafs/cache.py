@@ -60,6 +60,7 @@ class Cache:
         self._in_flight: dict[Key, threading.Lock] = {}
         self._room = threading.Lock()
         self._full_until = 0.0
+        self._rooms = 0
         self.evicted: Callable[[], None] = lambda: None
         """Called when something went from the cache for want of room."""
         self.stats = Stats()
@@ -126,26 +127,30 @@ class Cache:
 
     def with_room(self, write: Callable[[], Result], size: int) -> Result:
         """Write SIZE bytes to the cache; if its disk is full, make room and do it once more.  Raises OSError."""
+        before = self._rooms
         try:
             return write()
         except OSError as error:
-            if error.errno not in _FULL or not self._make_room(size):
+            if error.errno not in _FULL or not self._make_room(size, before):
                 raise
             return write()
 
-    def _make_room(self, size: int) -> bool:
-        """What was used longest ago goes; whether there is room now.  Where that did not help it is not tried for a while."""
-        with self._room:
-            if not self._has_room(size) and time.monotonic() >= self._full_until:
-                quota.evict(self.root, max(_ROOM, 2 * size))
-                self.evicted()
-                if not self._has_room(size):
-                    self._full_until = time.monotonic() + _FULL_FOR_S
-            return self._has_room(size)
+    def _make_room(self, size: int, before: int) -> bool:
+        """What was used longest ago goes; whether anything did since room was made BEFORE times.
 
-    def _has_room(self, size: int) -> bool:
-        disk = os.statvfs(self.root)
-        return disk.f_bavail * disk.f_frsize >= size + disk.f_frsize
+        Also if there is room by the numbers: it may be file numbers, or a quota, that have run out.
+        """
+        with self._room:
+            if self._rooms > before:
+                return True
+            if time.monotonic() < self._full_until:
+                return False
+            if not quota.evict(self.root, max(_ROOM, 2 * size)).files:
+                self._full_until = time.monotonic() + _FULL_FOR_S
+                return False
+            self._rooms += 1
+        self.evicted()
+        return True
 
     def take_stats(self) -> Stats:
         """What was counted since the last time."""

@@ -269,8 +269,10 @@ def _check_profiles(store: Store, repair: bool) -> Iterator[Finding]:
         try:
             for _ in profile.pieces(store, name):
                 pass
-        except (CafsError, OSError):
+        except CorruptError:
             yield Finding("damaged-profile", name, _remove(_path(store, name), repair) if repair else False)
+        except (CafsError, OSError) as error:
+            yield Finding("damaged-profile", f"{name}: {error}")
 
 
 def _check_metadata(store: Store, index: Index, metadata: bytes, repair: bool) -> Iterator[Finding]:

@@ -43,9 +43,10 @@ _MAX_WRITE = 1 << 16
 _READAHEAD = 1 << 20
 _PAGES = 256
 _READERS = 2
-_THREADS = 32
+_THREADS, _NEAR_THREADS = 32, 4
 _TICK_S = 0.25
-_DRAIN_S = 2.0
+_DRAIN_S = 0.5
+_INTERRUPT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -102,6 +103,10 @@ class FileSystem:
         """May wait."""
         raise NotImplementedError
 
+    def is_near(self, node: int) -> bool:
+        """Whether `read` asks nobody far away: such reads do not stand behind those that do."""
+        return False
+
     def statfs(self) -> bytes:
         """struct fuse_statfs_out."""
         return statfs_out()
@@ -125,6 +130,22 @@ class FileSystem:
         return f"node {node}"
 
 
+class Broken(FileSystem):
+    """What stands in for a file system that cannot be served: EIO, not a hang."""
+
+    def getattr(self, node: int) -> bytes:
+        raise OSError(errno.EIO, "not served")
+
+    def statfs(self) -> bytes:
+        raise OSError(errno.EIO, "not served")
+
+    def lookup(self, node: int, name: bytes) -> bytes:
+        raise OSError(errno.EIO, "not served")
+
+    def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
+        raise OSError(errno.EIO, "not served")
+
+
 class Server:
     """Answers requests until the file system is unmounted or `stop` is called.
 
@@ -138,7 +159,8 @@ class Server:
         self.limit_s = limit_s
         self._pending: dict[int, tuple[float, int, int]] = {}  # request -> deadline, node, process
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_THREADS)
+        self._interrupted: dict[int, float] = {}  # request -> until when it is looked after
+        self._far, self._near = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_NEAR_THREADS)
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
         os.set_blocking(fd, False)  # of two readers that are woken by one request, one finds none
@@ -178,6 +200,7 @@ class Server:
             if deadline < now:
                 _log.error("reading %s: no answer within %g s", self.files.describe(node), self.limit_s)
                 self._finish(unique, -errno.EIO)
+        self._end_dying()
 
     def _read_requests(self) -> None:
         buffer = bytearray(_MAX_WRITE + 4096)
@@ -247,7 +270,8 @@ class Server:
         if data is None:
             with self._lock:
                 self._pending[unique] = time.monotonic() + self.limit_s, node, pid
-            self._pool.submit(self._read_later, unique, node, offset, size)
+            pool = self._near if self.files.is_near(node) else self._far
+            pool.submit(self._read_later, unique, node, offset, size)
         return data
 
     def _read_later(self, unique: int, node: int, offset: int, size: int) -> None:
@@ -264,10 +288,21 @@ class Server:
         self._finish(unique, answer)
 
     def _interrupt(self, unique: int) -> None:
-        """A process that is waiting got a signal: only one that is to die does not get its answer."""
-        pid = self._pending.get(unique, (0.0, 0, 0))[2]
-        if pid and _is_dying(pid):
-            self._finish(unique, -errno.EINTR)
+        """A process that is waiting got a signal: only one that is to die does not get its answer.
+
+        The kernel says so once, maybe before the request is noted here, and not again for a later signal that does kill.
+        """
+        self._interrupted[unique] = time.monotonic() + _INTERRUPT_S
+        self._end_dying()
+
+    def _end_dying(self) -> None:
+        now = time.monotonic()
+        for unique, until in list(self._interrupted.items()):
+            pid = self._pending.get(unique, (0.0, 0, 0))[2]
+            if pid and _is_dying(pid):
+                self._finish(unique, -errno.EINTR)
+            if unique not in self._pending and now > until:
+                self._interrupted.pop(unique, None)
 
     def _finish(self, unique: int, answer: Buffer | int) -> None:
         """Answer a request that waits; only the first answer counts."""

@@ -39,6 +39,8 @@ class Keeper:
         self._is_synced = is_synced
         self._trimmed = trimmed
         self._unsynced, self._synced = 1, 0.0
+        self.also: Callable[[], None] = lambda: None
+        """Called every ten seconds or so."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -53,14 +55,20 @@ class Keeper:
         pause_s = _FIRST_S
         while not self._ended.wait(pause_s):
             self._once()
+            if pause_s == _KEEP_EVERY_S:
+                self._try(self.also)
             pause_s = _KEEP_EVERY_S
 
-    def _once(self) -> None:
+    def count(self) -> None:
+        """Add up what was read and fetched."""
         counted = self._cache.take_stats()
         if counted.hits or counted.misses:
             quota.add_stats(self._cache.root, counted)
         self._fetched += counted.bytes_fetched
         self._unsynced += counted.bytes_fetched
+
+    def _once(self) -> None:
+        self.count()
         if self._is_synced and self._unsynced and time.monotonic() - self._synced > _SYNC_EVERY_S:
             self._unsynced, self._synced = 0, time.monotonic()
             self._try(lambda: ledger.sync(self._cache.root))

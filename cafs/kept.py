@@ -140,6 +140,7 @@ def _age(seconds: int) -> str:
 def _kept_image(store: Store, digest: bytes) -> Image | None:
     try:
         data = atomic.read_file(_image_path(digest), IMAGE_MAX)
+        os.utime(_image_path(digest))
         return decode(data, digest) if store.hash(data) == digest else None
     except (OSError, FormatError):
         return None
@@ -160,8 +161,10 @@ def _known_format(root: str) -> tuple[str, int] | None:
 
 
 def _read(kind: str, name: str) -> dict[str, Any]:
+    path = os.path.join(paths.cache(), kind, name)
     try:
-        found = json.loads(atomic.read_file(os.path.join(paths.cache(), kind, name), 4096))
+        found = json.loads(atomic.read_file(path, 4096))
+        os.utime(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -194,6 +197,7 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     path = os.path.join(paths.cache(), "metadata", metadata.hex())
     try:
         if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
+            os.utime(path)  # what is not used for long goes
             return path
     except OSError:
         pass
@@ -208,6 +212,7 @@ def get_locator(store: Store, layer: bytes) -> Locator:
     try:
         found = locator.load(path)
         if found.index == layer:
+            os.utime(path)
             return found
     except (OSError, FormatError):
         pass

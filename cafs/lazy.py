@@ -95,7 +95,7 @@ class Lazy(Reader):
                 break
             for number, one in list(self.locators.items()):
                 record = one.find(bytes.fromhex(text), kind)
-                if record is not None:
+                if record is not None and one.record(record)[2]:  # of no bytes there is none: the kernel would not ask for any
                     return number << _LOCATOR_BITS | record
         return None
 

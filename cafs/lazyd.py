@@ -30,6 +30,7 @@ _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _SMALL_AFTER_MS = 1000
 _SOON_S = 1.0
 _WAIT_MAX_S = 2.0
+_STAND_IN_S = 5.0
 
 
 def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess.Popen[bytes]:
@@ -77,7 +78,7 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
             _first_work(state, fd, mine, columns, writer)
         peer = os.pidfd_open(worker)
         os.close(writer)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to handle them
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         poll = select.poll()
         poll.register(peer, select.POLLIN)
         poll.poll(_SMALL_AFTER_MS)  # what mounts needs the processor now
@@ -91,6 +92,7 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
 
 def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
     """Run the supervisor's program, as it is installed now, in this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to handle them
     for one in (fd, peer, columns):
         if one >= 0:
             os.set_inheritable(one, True)
@@ -223,9 +225,27 @@ def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
+def _stand_in(fd: int) -> None:
+    """Answer EIO for a while instead of a worker that cannot begin; then another one is tried."""
+    from cafs.fusedev import Broken, Server
+
+    server = Server(fd, Broken(), 1)
+    server.take_over()
+    threading.Timer(_STAND_IN_S, server.stop).start()
+    server.serve()
+
+
 def _main(role: str, state: str, fd: int, peer: int, columns: int) -> None:
-    (supervise if role == "supervisor" else _work)(state, fd, peer, columns)
-    os._exit(0)  # not waiting for threads that wait for a store
+    try:
+        (supervise if role == "supervisor" else _work)(state, fd, peer, columns)
+    except Exception as error:
+        if role == "supervisor":
+            raise
+        with open(os.path.join(state, "log"), "a", encoding="utf-8") as log:
+            log.write(f"cannot serve: {error}\n")
+        _stand_in(fd)
+    finally:
+        os._exit(0)  # not waiting for threads that wait for a store
 
 
 if __name__ == "__main__":

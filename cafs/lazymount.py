@@ -60,6 +60,7 @@ class LazyMount:
         known = {_index_of(os.path.join(directory, str(number))) for number in numbers}
         for number, one in enumerate([one for one in locators if one.index not in known], max(numbers, default=0) + 1):
             locator.save(os.path.join(directory, str(number)), one.data)
+        _note(self.state, image, [])  # another command may have tidied it away
         if rate >= 0:
             serving.note_prefetch(self.state, layers=[one.index.hex() for one in locators], rate=rate)
         self._look()
@@ -98,7 +99,7 @@ def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, p
                 return found
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
-    for directory in (serving.MOUNT_POINT, serving.IMAGES, serving.LOCATORS, serving.PREFETCH):
+    for directory in ("", serving.MOUNT_POINT, serving.IMAGES, serving.LOCATORS, serving.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
     serving.write_config(state, store, cache, request)
     _note(state, image, profile)

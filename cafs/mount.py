@@ -7,7 +7,7 @@ import os
 import select
 from contextlib import contextmanager
 
-from cafs import image, linux, mountinfo, serving
+from cafs import atomic, image, linux, mountinfo, serving
 from cafs import request as requests
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
 from cafs.request import Request
@@ -132,7 +132,7 @@ def listing() -> list[dict[str, object]]:
         row.update(requests.read_record(point, one.digest))
         state = row.pop("state", None)
         if isinstance(state, str):
-            row["pid"] = serving.pid(state)
+            row["pid"] = serving.pid(state) or row["pid"]
         found.append(row)
     return found
 
@@ -141,8 +141,14 @@ def reload() -> None:
     """Have the servers of all mounts start the program anew that is installed now; no read fails meanwhile."""
     from cafs import lazymount, overlay, treemount
 
+    failed = None
     for state in [*lazymount.states(overlay.run_directory("lazy")), *treemount.states()]:
-        serving.reload(state)
+        try:
+            serving.reload(state)
+        except CafsError as error:
+            failed = error
+    if failed:
+        raise failed
 
 
 def unmount(point: str) -> None:
@@ -158,6 +164,9 @@ def unmount(point: str) -> None:
     if isinstance(record.get("state"), str):
         _unmount(point)
         serving.wait_for_end(str(record["state"]))
+        if not serving.is_alive(str(record["state"])):
+            serving.remove_state(str(record["state"]))  # they were killed
+            atomic.unlink_quietly(requests.record_path(point))
         return
     pid = record.get("pid", 0)
     pidfd = -1

@@ -51,9 +51,24 @@ def _unescape(text: bytes) -> bytes:
     return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text)
 
 
-def mounts() -> list[Mount]:
-    """All mounts of this process's namespace, in the order in which they were made."""
-    with open("/proc/self/mountinfo", "rb") as file:
+def is_used_elsewhere(point: str) -> bool:
+    """Whether an overlay in another mount namespace, such as a container's, has the mount on POINT as a data layer."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in seen:
+                seen.add(namespace)
+                if any(("datadir+", point) in mount.layers for mount in mounts(pid)):
+                    return True
+        except OSError:
+            continue  # it ended
+    return False
+
+
+def mounts(pid: str = "self") -> list[Mount]:
+    """All mounts of a process's namespace, in the order in which they were made."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
         lines = file.read().splitlines()
     found = []
     for line in lines:

@@ -81,9 +81,18 @@ def unmount(point: str) -> None:
         serving.wait_for_end(state)
 
 
+def end_if_unused(state: str) -> None:
+    """Unmount a LAZY, and all else that nobody uses, after umount(8) has taken away what was mounted over it."""
+    point = os.path.join(state, serving.MOUNT_POINT)
+    if not any(("datadir+", point) in mount.layers for mount in mountinfo.mounts()):
+        with _lock():
+            tidy()
+
+
 def tidy() -> None:
     """Unmount what no mount uses, as a crash at any step may leave it."""
     used = _used()
+    images = {mount.digest for mount in mountinfo.mounts() if mountinfo.is_kernel(mount)}
     for mount in mountinfo.mounts():
         point = os.fsdecode(mount.point)
         if os.path.dirname(point) == run_directory("erofs") and point not in used:
@@ -91,6 +100,11 @@ def tidy() -> None:
     for state in lazymount.states(run_directory("lazy")):
         if state not in used:
             lazymount.end(state)
+        unused = serving.images(state) - images
+        if unused and mountinfo.is_used_elsewhere(os.path.join(state, serving.MOUNT_POINT)):
+            continue  # maybe by a container that outlives the mount on which it was started
+        for image in unused:
+            atomic.unlink_quietly(os.path.join(state, serving.IMAGES, image))  # it is held no more
     for name in _listed(run_directory("erofs")):
         if mountinfo.at(os.path.join(run_directory("erofs"), name)) is None:
             _remove_quietly(os.path.join(run_directory("erofs"), name))

@@ -55,6 +55,7 @@ class ChunkedFile:
         self._verified: set[int] = set()
         self._unsaved = 0
         self._last = self._in_order = -1
+        self._ahead = threading.Lock()
         self._flying: dict[int, Future[None]] = {}
         self._ends = list(accumulate(count for count, _ in self.listed.runs))
         self._wanted = sum(count for count, digest in self.listed.runs if digest)
@@ -117,7 +118,7 @@ class ChunkedFile:
 
     def _begin(self, number: int) -> None:
         """Fetch a chunk behind, unless it is here or on its way."""
-        with self._lock:
+        with self._ahead:  # not _lock, which is held while the file is written to disk
             if self._fd < 0 or self._has(number) or number in self._flying or not self._digest(number):
                 return
             self._flying[number] = self.cache.behind.submit(self._fetch_behind, number)
@@ -128,7 +129,7 @@ class ChunkedFile:
         except (CafsError, OSError) as error:
             _log.debug("cannot read ahead: %s", error)  # who needs it will say
         finally:
-            with self._lock:
+            with self._ahead:
                 self._flying.pop(number, None)
 
     @property

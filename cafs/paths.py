@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 
 def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> str:
@@ -65,8 +66,26 @@ def state() -> str:
     return _directory("CAFS_STATE", "/var/lib/cafs", "XDG_DATA_HOME", ".local/share", "cafs")
 
 
+def _own(path: str) -> str:
+    """A directory where others may make one too: ours, made if there is none.  Raises UnsupportedError if it is not ours."""
+    from cafs.errors import UnsupportedError, quote
+
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        pass
+    try:
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+            return path
+    except OSError:
+        pass
+    hint = "set XDG_RUNTIME_DIR or CAFS_RUN"
+    raise UnsupportedError(f"{quote(path)} is not a directory of yours alone", hint=hint)
+
+
 def run() -> str:
     """Live state: mounts and running containers.  Gone after a reboot."""
     if not os.environ.get("XDG_RUNTIME_DIR") and os.geteuid():
-        return os.environ.get("CAFS_RUN") or f"/tmp/cafs-{os.getuid()}"
+        return os.environ.get("CAFS_RUN") or _own(f"/tmp/cafs-{os.getuid()}")
     return _directory("CAFS_RUN", "/run/cafs", "XDG_RUNTIME_DIR", "", "cafs")

@@ -182,10 +182,18 @@ def pieces(store: Store, file: str) -> Iterator[bytes]:
     yield records.encode_footer()
 
 
+def _is_same(source: Store, target: Store, file: str) -> bool:
+    """Whether both have a profile with the same records; it may have been made anew."""
+    try:
+        return source.read_footer_of(file).encode_footer() == target.read_footer_of(file).encode_footer()
+    except (CafsError, OSError):
+        return False
+
+
 def copy(source: Store, target: Store, image: Image) -> None:
     """Bring an image's profiles to another store of the same scope; a damaged one stays behind.  Raises CafsError, OSError."""
     for name in names(source, image.digest):
-        if target.backend.exists(file_name(target, image.digest, name)):
+        if _is_same(source, target, file_name(source, image.digest, name)):
             continue
         fd, temporary = atomic.open_temporary(target.backend.scratch(), 0o444)
         try:

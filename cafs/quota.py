@@ -29,6 +29,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _RECORD_MAX = 1 << 31
 _PINNED = "pinned"
 _LEFT_AFTER_S = 3600
+_DERIVED = ("columns", "locators", "meta", "metadata", "refs", "stores", "used")
+_UNUSED_AFTER_S = 90 * 86400
 
 
 class Stats:
@@ -116,7 +118,7 @@ def evict(root: str, need: int) -> Trimmed:
 
 @contextmanager
 def _lock(root: str, how: int) -> Iterator[None]:
-    lock = os.open(os.path.join(root, "trim.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(paths.data(root), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # a file of its own might find no room
     try:
         fcntl.flock(lock, how)
         yield
@@ -140,16 +142,23 @@ def _remove_oldest(root: str, files: list[tuple[str, str, int]], need: float) ->
 
 
 def _remove_leftovers(root: str) -> None:
-    """Files that processes were writing when they were killed."""
+    """Files that processes were writing when they were killed, and what was derived for images not used for a long time."""
     objects = paths.objects(root)
+    for directory in _DERIVED:
+        for name in _listed(os.path.join(root, directory)):
+            _remove_if_older(os.path.join(root, directory, name), _UNUSED_AFTER_S)
     for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in _listed(objects))]:
         for name in _listed(directory):
-            path = os.path.join(directory, name)
-            try:
-                if name.startswith("tmp.") and time.time() - os.lstat(path).st_mtime > _LEFT_AFTER_S:
-                    os.unlink(path)
-            except OSError:
-                continue
+            if name.startswith("tmp."):
+                _remove_if_older(os.path.join(directory, name), _LEFT_AFTER_S)
+
+
+def _remove_if_older(path: str, age_s: float) -> None:
+    try:
+        if time.time() - os.lstat(path).st_mtime > age_s:
+            os.unlink(path)
+    except OSError:
+        pass
 
 
 def pin(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> None:

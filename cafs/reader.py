@@ -53,6 +53,7 @@ class Reader(FileSystem):
         """Called when a profile has come."""
         self.streams: list[Stream] = []
         self._asked: set[str] = set()
+        self._asking = threading.Lock()
         self._streaming: set[int] = set()
         self.windows = Windows(cache)
         self._open: OrderedDict[Key, int | ChunkedFile] = OrderedDict()
@@ -72,26 +73,35 @@ class Reader(FileSystem):
         raise NotImplementedError
 
     def look_for_requests(self) -> None:
-        """Begin to bring what is asked for in state/prefetch: profiles, or all of some layers."""
+        """Begin to bring what is asked for in state/prefetch: profiles, then all of some layers."""
         directory = os.path.join(self.state, PREFETCH)
-        for name in sorted(os.listdir(directory)):
-            if name in self._asked or name.startswith("tmp."):
-                continue
-            self._asked.add(name)
-            wanted = json.loads(atomic.read_file(os.path.join(directory, name), 1 << 20))
-            if "profile" in wanted:
-                stream = Stream(self.cache, wanted["profile"], self._large, self._let_large_go)
-                self.streams.append(stream)
-                threading.Thread(target=self._bring, args=(stream,), daemon=True).start()
-            else:
-                threading.Thread(target=self._complete, args=(wanted["layers"], wanted["rate"]), daemon=True).start()
+        with self._asking:
+            new = [name for name in os.listdir(directory) if name not in self._asked and not name.startswith("tmp.")]
+            self._asked.update(new)
+            wanted = {name: json.loads(atomic.read_file(os.path.join(directory, name), 1 << 20)) for name in new}
+            for name, what in sorted(wanted.items(), key=lambda pair: "profile" not in pair[1]):
+                if "profile" in what:
+                    stream = Stream(self.cache, what["profile"], self._large, self._let_large_go)
+                    self.streams.append(stream)
+                    threading.Thread(target=self._bring, args=(name, stream), daemon=True).start()
+                else:
+                    threading.Thread(target=self._complete, args=(name, what["layers"], what["rate"]), daemon=True).start()
 
-    def _bring(self, stream: Stream) -> None:
+    def _is_done(self, name: str) -> None:
+        """Something was brought, or cannot be: it may be asked for again."""
+        atomic.unlink_quietly(os.path.join(self.state, PREFETCH, name))
+        self._asked.discard(name)
+
+    def _bring(self, name: str, stream: Stream) -> None:
         self._streaming.add(threading.get_ident())
-        if stream.run():
+        is_any = stream.run()
+        self.streams.remove(stream)
+        self._streaming.discard(threading.get_ident())
+        self._is_done(name)
+        if is_any:
             self.brought()
 
-    def _complete(self, layers: list[str], rate: int) -> None:
+    def _complete(self, name: str, layers: list[str], rate: int) -> None:
         from cafs.complete import complete
 
         for stream in list(self.streams):
@@ -102,6 +112,7 @@ class Reader(FileSystem):
             complete(self.cache, keys, locators, rate=rate, large=self._large, let_go=self._let_large_go)
         except (CafsError, OSError) as error:
             _log.warning("cannot bring all of the image: %s", error)
+        self._is_done(name)
         self.brought()
 
     def _large(self, digest: bytes) -> ChunkedFile:
@@ -130,6 +141,9 @@ class Reader(FileSystem):
             return os.pread(found, size, offset) if isinstance(found, int) else found.read_ready(offset, size)
         finally:
             self._let_go(key)
+
+    def is_near(self, node: int) -> bool:
+        return self.cache.is_there(*self.key(node))
 
     def read(self, node: int, offset: int, size: int) -> Buffer:
         """May wait for the store."""

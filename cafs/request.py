@@ -12,6 +12,7 @@ from cafs import atomic, linux, paths
 from cafs.errors import CafsError
 
 FETCH_LIMIT_S = 60.0
+ENGINES = ("auto", "kernel", "fuse", "pyfuse3")
 
 
 class Request:

@@ -15,7 +15,7 @@ import select
 import signal
 import time
 
-from cafs import atomic
+from cafs import atomic, mountinfo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
+_DEVICE = "device"
 _END_WAIT_S = 2.0
 
 
 def write_config(state: str, store: Store, cache: str, request: Request, **more: object) -> None:
-    """What both need to know, in the directory STATE.  more: of a tree, its layers, mount point, and note for --list."""
+    """What both need to know, in the directory STATE; the store's address may have a password in it.
+
+    more: of a tree, its layers, mount point, and note for --list.
+    """
     config = {
         "cache": os.path.realpath(cache),
         "chunk_size": store.chunk_size,
@@ -40,10 +44,9 @@ def write_config(state: str, store: Store, cache: str, request: Request, **more:
         "limit_s": request.limit_s,
         "log": request.log,
         "record": request.record,
-        "store": store.root,
+        "store": request.store,
     }
-    with open(os.path.join(state, CONFIG), "x", encoding="utf-8") as file:
-        json.dump(config | more, file, sort_keys=True)
+    atomic.create_file(os.path.join(state, CONFIG), json.dumps(config | more, sort_keys=True).encode(), 0o400)
 
 
 def note_prefetch(state: str, **what: object) -> None:
@@ -67,6 +70,19 @@ def note_pid(state: str, name: str) -> None:
     """Write our pid, and hold a lock for as long as we live, also when we run the program anew."""
     atomic.replace_hint(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
     os.set_inheritable(hold(state), True)
+
+
+def note_device(state: str, device: str) -> None:
+    """What MAJOR:MINOR the mount has: on its mount point there may be another one later."""
+    atomic.replace_hint(os.path.join(state, _DEVICE), device.encode())
+
+
+def device(state: str) -> str:
+    """What `note_device` has noted, '' if nothing."""
+    try:
+        return atomic.read_file(os.path.join(state, _DEVICE), 64).decode()
+    except OSError:
+        return ""
 
 
 def hold(state: str) -> int:
@@ -143,8 +159,9 @@ def is_unmounted(fd: int) -> bool:
 
 def unmount(state: str) -> None:
     """What `kill` of a tree's server means; LAZY ends when the mounts over it do."""
-    point = read_config(state).get("point")
-    if point:
+    point: str = read_config(state).get("point", "")
+    here = mountinfo.at(point)
+    if here and here.device == device(state):
         from cafs.request import unmount_stale
 
         try:

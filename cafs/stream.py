@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 1 << 20
 _GAP = 128 << 10
 _AT_ONCE = 4
+_LIST_WAIT_S = 1.0
 _AHEAD = 2 * WINDOW
 _log = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ class Stream:
         name = self._cache.store.name_of(digest)
 
         def is_over() -> bool:
-            return self._is_known and self._waiting.get(name, 1 << 62) - self._position > _AHEAD
+            return self._waiting.get(name, 1 << 62) - self._position > _AHEAD
 
         with self._arrived:
-            self._arrived.wait_for(is_over, self._cache.limit_s)
+            if self._arrived.wait_for(lambda: self._is_known, _LIST_WAIT_S):
+                self._arrived.wait_for(is_over, self._cache.limit_s / 2)
 
     def _frames(self) -> list[Frame]:
         """What is in the pack, in its order."""

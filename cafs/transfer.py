@@ -57,6 +57,8 @@ def copy(
                     target.set_ref(ref, found.digest)
         elif ref and target.get_ref(ref) != found.digest:
             target.set_ref(ref, found.digest)
+        if source.scope_id == target.scope_id:
+            profile.copy(source, target, found)
     except OSError as error:
         raise os_error(f"cannot write to store {quote(target.root)}", error) from error
     return moved
@@ -108,8 +110,6 @@ class _Copy:
             if metadata:
                 self.target.put_meta(self._metadata(metadata, indexes[layer]), METADATA)
         self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
-        if is_same:
-            profile.copy(self.source, self.target, found)
 
     def _metadata(self, digest: bytes, index: Index) -> bytes:
         """A metadata image; made anew if the source has none that is sound."""

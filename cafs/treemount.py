@@ -48,7 +48,7 @@ def find(request: Request) -> Source:
     found = kept.find(request.store, request.name)
     request.warnings += [found.warning] if found.warning else []
     layers = found.image.layers
-    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image), found.image)
+    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image, request.store), found.image)
 
 
 def _load_bare(name: str, store_root: str, store: Store) -> Index:
@@ -57,7 +57,12 @@ def _load_bare(name: str, store_root: str, store: Store) -> Index:
     return index
 
 
-def _columns(store: Store, found: image.Image) -> int:
+def keep(store: Store, found: image.Image, address: str) -> None:
+    """Have the cache keep what a mount needs beside objects.  Raises CafsError."""
+    os.close(_columns(store, found, address))
+
+
+def _columns(store: Store, found: image.Image, address: str) -> int:
     """A descriptor of the columns of an image, made if the cache does not have them."""
     path = columns.path_of(found.layers)
     try:
@@ -68,8 +73,9 @@ def _columns(store: Store, found: image.Image) -> int:
         pass
 
     def make() -> Index:
-        index = image.load_tree(store, found)
-        image.check_hash(index, found.digest.hex(), store)
+        fresh = Store(address, (store.hash_name, store.chunk_size))  # connections are not for two processes
+        index = image.load_tree(fresh, found)
+        image.check_hash(index, found.digest.hex(), fresh)
         return index
 
     return _make(make, path)
@@ -129,6 +135,8 @@ def mount(request: Request, source: Source) -> None:
     with _state(request, source, hot) as state:
         fd = _mount(request, source)
         try:
+            here = mountinfo.at(request.point)
+            serving.note_device(state, here.device if here else "")
             linux.raise_descriptor_limit()
             requests.write_record(request, source.digest.hex(), ENGINE, os.getpid(), state=state)
             if request.foreground:
@@ -162,7 +170,7 @@ def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
     state = os.path.join(_run(), os.urandom(8).hex())
     with _lock():
         _tidy()
-        for directory in (serving.IMAGES, serving.PREFETCH):
+        for directory in ("", serving.IMAGES, serving.PREFETCH):
             os.makedirs(os.path.join(state, directory), mode=0o700)
         alive = serving.hold(state)
     if source.image:
@@ -206,12 +214,12 @@ def _lock() -> Iterator[None]:
 
 
 def states() -> list[str]:
-    """The directories of the mounts whose servers live."""
+    """The directories of the mounts whose servers live, but for those that serve in the foreground, one process each."""
     try:
         found = [os.path.join(_run(), name) for name in sorted(os.listdir(_run()))]
     except FileNotFoundError:
         return []
-    return [state for state in found if serving.is_alive(state)]
+    return [state for state in found if serving.is_alive(state) and serving.pid(state)]
 
 
 def _tidy() -> None:

@@ -46,14 +46,18 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     files.brought = cache.evicted = lambda: look_anew(cache.root)
     is_lazy = columns < 0
     keeper = Keeper(cache, quota.quota(cache.root), is_synced=is_lazy, trimmed=cache.evicted)
+    if is_lazy:
+        keeper.also = lambda: _end_if_unused(state)
     ready()
     server.take_over()
     threading.Thread(target=holder.start, daemon=True).start()  # the store may take its time, or be away
     server.serve()
     files.save()
-    keeper.end()
     if is_unmounted(fd):
-        holder.let_go()  # else the next worker goes on with the leases
+        keeper.end()
+        holder.let_go()
+    else:
+        keeper.count()  # the next worker goes on with the leases, and all else
 
 
 def _files(
@@ -72,6 +76,12 @@ def _files(
     files = TreeFiles(load(columns), cache, locators, state=state, recorder=recorder)
     files.look_for_requests()
     return files
+
+
+def _end_if_unused(state: str) -> None:
+    from cafs import overlay
+
+    overlay.end_if_unused(state)
 
 
 def _held(state: str) -> set[tuple[str, int]]:

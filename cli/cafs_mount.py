@@ -8,7 +8,6 @@ from cli._app import is_terminal, run, say, write_json
 from cli._options import CONTEXT, Size, json_option, quiet_option, store_option, store_root, version_option
 
 PROGRAM = "cafs-mount"
-ENGINES = ["auto", "kernel", "fuse", "pyfuse3"]
 
 
 @click.command(context_settings=CONTEXT)

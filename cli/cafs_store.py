@@ -213,16 +213,24 @@ def pull(image: str, url: str | None, tag: str | None, bwlimit: int, as_json: bo
 
 
 def _fill(name: str, store: str, rate: int) -> None:
-    from cafs import kept, paths
+    from cafs import kept, paths, quota, treemount
     from cafs.cache import Cache
     from cafs.complete import complete
+    from cafs.errors import UnsupportedError, os_error, quote
 
     found = kept.find(store, name)
     locators = [kept.get_locator(found.store, layer) for layer in found.image.layers]
-    for layer, metadata in zip(found.image.layers, found.image.metadata, strict=True):
-        if metadata:
+    treemount.keep(found.store, found.image, store)
+    try:
+        for layer, metadata in zip(found.image.layers, found.image.metadata, strict=True):
             kept.get_metadata(found.store, layer, metadata)
-    complete(Cache(paths.cache(), found.store), (key for one in locators for key in one.objects()), locators, rate=rate)
+    except UnsupportedError:
+        pass  # what only the fuse engine can mount
+    except OSError as error:
+        raise os_error(f"cannot write to cache {quote(paths.cache())}", error) from error
+    cache = Cache(paths.cache(), found.store)
+    quota.note_use(cache.root, found.image.digest, (key for one in locators for key in one.objects()))
+    complete(cache, (key for one in locators for key in one.objects()), locators, rate=rate)
 
 
 @main.command()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import getopt
 import sys
 
+from cafs.request import ENGINES
 from cli._app import guarded, say
 
 PROGRAM = "mount.cafs"
 USAGE = "usage: mount.cafs IMAGE DIR [-sfnv] [-o OPTION,...]"
-_VALUES = ("engine", "store", "scope", "upper", "record", "prefetch", "log", "timeout")
+_VALUES = ("engine", "store", "scope", "upper", "record", "prefetch", "bwlimit", "log", "timeout")
 _SUID = ("suid", "dev")
 _PASSED_OVER = (
     "defaults", "ro", "rw", "users", "owner", "group", "_netdev", "silent", "loud", "sync", "nosuid", "nodev", "comment",
@@ -58,13 +59,30 @@ def _options(text: str, *, is_sloppy: bool) -> tuple[dict[str, str], set[str]]:
             is_sloppy or name in _PASSED_OVER or name.removeprefix("no") in _SWITCHES or name.startswith(("x-", "comment"))
         ):
             raise _WrongCall(f"unknown option {name!r}")
-    float(values.get("timeout", "60"))
+    _check(values)
     return values, extra
+
+
+def _check(values: dict[str, str]) -> None:
+    """Raises _WrongCall."""
+    from cafs.quota import parse_size
+
+    if values.get("engine", "auto") not in ENGINES:
+        raise _WrongCall(f"unknown engine {values['engine']!r}: it is one of {', '.join(ENGINES)}")
+    if parse_size(values.get("bwlimit", "0")) is None:
+        raise _WrongCall(f"{values['bwlimit']!r} is no size, like 20M")
+    try:
+        is_right = 0.1 <= float(values.get("timeout", "60")) <= 3600
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise _WrongCall(f"timeout {values['timeout']!r} is not from 0.1 to 3600 seconds")
 
 
 def _mount(image: str, directory: str, values: dict[str, str], extra: set[str]) -> int:
     from cafs import paths
     from cafs.mount import mount
+    from cafs.quota import parse_size
     from cafs.request import FETCH_LIMIT_S, Request
 
     request = Request(
@@ -78,6 +96,7 @@ def _mount(image: str, directory: str, values: dict[str, str], extra: set[str]) 
         upper=values.get("upper"),
         record=values.get("record"),
         prefetch=values.get("prefetch", ""),
+        rate=parse_size(values.get("bwlimit", "0")) or 0,
     )
     note = mount(request)
     for text in filter(None, [*request.warnings, note]):

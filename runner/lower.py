@@ -155,7 +155,10 @@ def _mount_child(name: str, point: str, store_root: str, record: str | None, rep
     from cafs.request import Request
 
     try:
-        mount(Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto", record=record))
+        request = Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto", record=record)
+        mount(request)
+        for warning in request.warnings:
+            sys.stderr.write(f"crun: warning: {warning}\n")
     except CafsError as error:
         os.write(report, f"{error}\n{error.hint or ''}".encode())
         return error.exit_code

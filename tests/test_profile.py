@@ -196,12 +196,17 @@ def test_a_profile_goes_with_its_image_is_checked_and_helps_one_that_shares_obje
     assert pushed.returncode == 0, pushed.stderr
     (mine,), (theirs,) = ((home / name / "profiles").glob("*/default") for name in ("store", "other"))
     assert mine.read_bytes() == theirs.read_bytes()
+    with open(tmp_path / "record", "a") as file:
+        file.write(f"1 {hashlib.sha256((tree / '50').read_bytes()).hexdigest()} 0 100\n")
+    assert cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record").returncode == 0
+    assert cmd("cafs-store", "push", "x:1", home / "other").returncode == 0
+    assert mine.read_bytes() == theirs.read_bytes(), "one that was made anew goes there too"
     (tree / "more").write_bytes(b"more")
     assert cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2", "--store", home / "other").returncode == 0
     shutil.rmtree(home / "cache")
     address = f"{proxy.url}/other"
     assert kernel("x:2", tmp_path / "k", "--store", address).returncode == 0
-    wait_until(lambda: len(list((home / "cache" / "data" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER))
+    wait_until(lambda: len(list((home / "cache" / "data" / ".cafs-objects").glob("*/[!t]*"))) == len(ORDER) + 1)
     before = len(proxy.log)
     for name in ORDER:
         assert (tmp_path / "k" / name).read_bytes() == (tree / name).read_bytes()

@@ -83,7 +83,7 @@ def test_each_object_is_fetched_once_however_many_processes_and_threads_ask(cont
     (control / "hold").touch()
     with ThreadPoolExecutor(12) as pool:
         reads = [pool.submit((tmp_path / point / name).read_bytes) for point in ("one", "two") for name in ("a", "b") * 3]
-        until(lambda: len(pack_reads(control)) - before >= 2)
+        until(lambda: len(pack_reads(control)) - before >= 1)
         time.sleep(0.5)  # time for whoever would fetch a second time; no more than that can be waited for
         (control / "hold").unlink()
         contents = {read.result(30) for read in reads}

@@ -72,7 +72,9 @@ def test_an_image_is_mounted_lazily_from_a_web_server(served: Proxy, tmp_path: P
     assert cmd("cafs-mount", "w:1", point).returncode == 0
     asked = [path for _, path, _, _ in served.log]
     assert not [path for path in asked if "/packs/" in path], "nothing is pulled, and no footer read"
-    assert len(asked) <= 6
+    assert len(asked) <= 7, (
+        "format, ref, image, index or metadata, locator, and where a profile may be: of the image, of its layer"
+    )
     size = sum(one[3] for one in served.log)
     assert (point / "a").read_bytes() == (tmp_path / "tree" / "a").read_bytes()
     assert [one[1].split("/")[2] for one in served.log[len(asked) :]] == ["packs"]
