@@ -60,10 +60,15 @@ def one_round(tree: str, base: str, url: str) -> dict[str, float]:
     found["native cold"] = start(tree)
     found["native warm"] = start(tree)
     found["find native"] = find(tree)
-    for name, profile in (("no profile", "none"), ("profile", "default")):
+    record = ["--record", f"{base}/again"]
+    for name, more in (
+        ("recorded", [*record, "--prefetch", "none"]),
+        ("no profile", ["--prefetch", "none"]),
+        ("profile", ["--prefetch", "default"]),
+    ):
         shutil.rmtree(cache, ignore_errors=True)
         cold()
-        with Mounted(base, "kernel", url, cache, "--prefetch", profile) as mounted:
+        with Mounted(base, "kernel", url, cache, *more) as mounted:
             found[f"nothing here, {name}, mount alone"] = mounted.seconds
             found[f"nothing here, {name}"] = start(mounted.point) + mounted.seconds
     cold()
@@ -115,6 +120,7 @@ def main() -> None:
     middle = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     against = {"kernel warm": "native warm", "kernel cold": "native cold"}
     against |= {f"nothing here, {name}": "native cold" for name in ("no profile", "profile")}
+    against |= {"nothing here, recorded": "nothing here, no profile"}
     against |= {f"{engine} warm": "native warm" for engine in ("fuse", "pyfuse3")}
     against |= {f"find {engine}": "find native" for engine in ("kernel", "fuse", "pyfuse3")}
     for name, seconds in middle.items():

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,31 @@ def test_a_forged_metadata_image_reaches_nothing_of_the_cache_but_objects(
     assert (tmp_path / "k" / "b").read_bytes() == b"b" * 3000
     with pytest.raises(OSError):
         (tmp_path / "k" / "a").read_bytes()
+
+
+OLD_KERNEL = """
+import errno, sys
+from cafs import linux
+from cli.cafs_mount import entry
+real = linux.mount
+def mount(source, target, kind, *more):
+    if kind == "erofs":
+        raise OSError(errno.ENOTBLK, "Block device required")
+    real(source, target, kind, *more)
+linux.mount = mount
+entry()
+"""
+
+
+def test_a_metadata_image_is_mounted_through_a_loop_device_where_a_file_cannot_be(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    """As before Linux 6.12: mount(2) of EROFS from a file is made to fail as it did there."""
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tmp_path / "k").mkdir()
+    command = [sys.executable, "-c", OLD_KERNEL, "--engine", "kernel", "x:1", tmp_path / "k"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert any("/dev/loop" in line for line in lines if f"{home}/run/" in line)
+    assert describe(tmp_path / "k") == describe(tree)

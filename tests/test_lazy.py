@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, lazy_pids, wait_until
+from tests.conftest import BIN, Run, lazy_pids, wait_until
 from tests.faultproxy import Proxy, free_port
 
 pytestmark = pytest.mark.needs("root", "fuse")
@@ -122,7 +122,50 @@ def test_a_new_program_takes_over_a_live_mount(home: Path, tmp_path: Path, tree:
     assert head + rest == (tree / "large").read_bytes()
 
 
-def test_a_store_that_is_away_for_a_while_is_waited_for(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+@pytest.mark.needs("root", "fuse", "runc", "busybox")
+def test_containers_do_not_notice_a_hundred_kills(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
+    """Slow (some 25 s), and worth it: two containers that verify all files again and again, by way of LAZY alone.
+
+    A recording mount leaves the cache out, and what the kernel has of the files is dropped all the time.
+    """
+    (tree / "bin").mkdir()
+    shutil.copy(shutil.which("busybox") or "", tree / "bin" / "busybox")
+    names = [path.name for path in tree.iterdir() if path.is_file()]
+    (tree / "sums").write_text("".join(f"{hashlib.sha256((tree / n).read_bytes()).hexdigest()}  /{n}\n" for n in names))
+    (tmp_path / "stop").mkdir()
+    assert cmd("cafs-index", "create", tree, "-t", "c:1").returncode == 0
+    loop = "n=0; while [ ! -e /stop/done ]; do busybox sha256sum -c -s /sums || exit 1; n=$((n+1)); done; echo $n"
+    command = ["--record", tmp_path / "record", "-v", f"{tmp_path}/stop:/stop:ro", "c:1", "/bin/busybox", "sh", "-c", loop]
+    containers = [
+        subprocess.Popen([BIN / "crun", "run", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    wait_until(lambda: len(list((home / "run" / "lazy").glob("record.*/worker"))) == 2)
+    states = sorted((home / "run" / "lazy").iterdir())
+    kills, rng = 0, random.Random(5)
+    while kills < 100:
+        state, name = rng.choice(states), rng.choice(["worker", "worker", "supervisor"])
+        pid = int((state / name).read_text())
+        time.sleep(rng.uniform(0, 0.1))  # at random moments
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        kills += 1
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        wait_until(lambda state=state, name=name, pid=pid: int((state / name).read_text()) != pid)
+    (tmp_path / "stop" / "done").touch()
+    for container in containers:
+        out, said = container.communicate(timeout=120)
+        print(f"{kills} kills: {int(out)} rounds over {len(names)} files, none failed")
+        assert (container.returncode, said) == (0, b"") and int(out) >= 1
+    wait_until(lambda: lazy_pids(home) == [])
+
+
+def test_a_store_that_is_away_for_ten_seconds_is_waited_for(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    """Slow (10 s), for that is how long people wait for a switch to come back."""
     cmd("cafs-index", "create", tree, "-t", "x:1")
     assert kernel("x:1", tmp_path / "k", "--timeout", "30").returncode == 0
     assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
@@ -132,7 +175,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(home: Path, tmp_path: Pa
     assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
     os.kill(pid_of(home, "worker"), signal.SIGKILL)  # also a new server waits, and serves what is cached
     with pytest.raises(subprocess.TimeoutExpired):
-        reader.wait(2)
+        reader.wait(10)
     os.rename(home / "away", home / "store")
     assert reader.communicate(timeout=20)[0] == (tree / "2").read_bytes()
 
