@@ -18,7 +18,6 @@ import threading
 import time
 
 from cafs import atomic
-from cafs import request as requests
 from cafs.serving import PID_FILE, is_unmounted, note_pid, read_config, remove_state, unmount
 
 TYPE_CHECKING = False
@@ -45,6 +44,8 @@ def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess
 
 def wait(answers: int) -> None:
     """Wait for the worker that `begin` has started.  answers: what it returned.  Raises CafsError if it cannot begin."""
+    from cafs import request as requests
+
     with open(answers, "rb") as pipe:
         answer = pipe.read(65536)
     if answer != b"ok":
@@ -100,6 +101,8 @@ def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
 
 
 def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> None:
+    from cafs import request as requests
+
     def ready() -> None:
         os.write(writer, b"ok")
         os.close(writer)

@@ -116,6 +116,13 @@ def lock_byte(fd: int, kind: int, at: int, *, wait: bool = False) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
+def keep_heap_small() -> None:
+    """mallopt(3): few arenas, and what is large goes back to the system when it is freed, whatever the program does."""
+    m_arena_max, m_mmap_threshold, m_trim_threshold = -8, -3, -1
+    for parameter, value in ((m_arena_max, 2), (m_mmap_threshold, 256 << 10), (m_trim_threshold, 1 << 20)):
+        _libc.mallopt(parameter, value)
+
+
 def raise_descriptor_limit() -> None:
     """Let this process open as many files as it may (RLIMIT_NOFILE, getrlimit(2))."""
     import resource

@@ -100,6 +100,7 @@ def tidy() -> None:
     for state in lazymount.states(run_directory("lazy")):
         if state not in used:
             lazymount.end(state)
+            continue
         unused = serving.images(state) - images
         if unused and mountinfo.is_used_elsewhere(os.path.join(state, serving.MOUNT_POINT)):
             continue  # maybe by a container that outlives the mount on which it was started

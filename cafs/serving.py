@@ -7,7 +7,6 @@ locators say what is served, prefetch what is to be brought into the cache, leas
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import select
 import signal
 import time
 
-from cafs import atomic, mountinfo
+from cafs import atomic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ def write_config(state: str, store: Store, cache: str, request: Request, **more:
 
 def note_prefetch(state: str, **what: object) -> None:
     """Ask for something to be brought into the cache.  what: profile=files, or layers= and rate= for all."""
+    import hashlib
+
     data = json.dumps(what, sort_keys=True).encode()
     atomic.replace_hint(os.path.join(state, PREFETCH, hashlib.sha256(data).hexdigest()[:16]), data)
 
@@ -159,6 +160,8 @@ def is_unmounted(fd: int) -> bool:
 
 def unmount(state: str) -> None:
     """What `kill` of a tree's server means; LAZY ends when the mounts over it do."""
+    from cafs import mountinfo
+
     point: str = read_config(state).get("point", "")
     here = mountinfo.at(point)
     if here and here.device == device(state):
