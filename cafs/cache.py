@@ -88,12 +88,12 @@ class Cache:
 
     def open(self, digest: bytes, kind: int, hint: Place | None = None) -> int:
         """A descriptor of the whole, verified object; the caller closes it.  hint: where in the store.  Raises CafsError."""
-        fd = self._open_cached(digest, kind)
+        fd = self.open_cached(digest, kind)
         if fd is not None:
             self.count_hit(os.fstat(fd).st_size)
             return fd
         with self.single_flight((digest, kind)):
-            fd = self._open_cached(digest, kind)
+            fd = self.open_cached(digest, kind)
             return self._fetch(digest, kind, hint) if fd is None else fd
 
     def is_there(self, digest: bytes, kind: int) -> bool:
@@ -102,7 +102,7 @@ class Cache:
 
     def has(self, digest: bytes, kind: int) -> bool:
         """Whether the whole object is here and verified."""
-        fd = self._open_cached(digest, kind)
+        fd = self.open_cached(digest, kind)
         if fd is not None:
             os.close(fd)
         return fd is not None
@@ -193,8 +193,8 @@ class Cache:
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.root, error.strerror)
 
-    def _open_cached(self, digest: bytes, kind: int) -> int | None:
-        """Open what is cached; verify it unless this process did.  What is damaged is set aside."""
+    def open_cached(self, digest: bytes, kind: int) -> int | None:
+        """A descriptor of what is cached, None if it is not; verified once in each process.  What is damaged is set aside."""
         path = self.path(digest, kind)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)

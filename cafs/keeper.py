@@ -68,7 +68,10 @@ class Keeper:
         self._unsynced += counted.bytes_fetched
 
     def _once(self) -> None:
+        before = self._unsynced
         self.count()
+        if self._unsynced == before:
+            linux.trim_heap()  # nothing is going on
         if self._is_synced and self._unsynced and time.monotonic() - self._synced > _SYNC_EVERY_S:
             self._unsynced, self._synced = 0, time.monotonic()
             self._try(lambda: ledger.sync(self._cache.root))

@@ -116,11 +116,17 @@ def lock_byte(fd: int, kind: int, at: int, *, wait: bool = False) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
-def keep_heap_small() -> None:
-    """mallopt(3): few arenas, and what is large goes back to the system when it is freed, whatever the program does."""
+def set_up_heap() -> None:
+    """mallopt(3): few arenas for many threads, which keep what a chunk of a large file takes: fresh pages for each cost more
+    than all else that is done with it."""
     m_arena_max, m_mmap_threshold, m_trim_threshold = -8, -3, -1
-    for parameter, value in ((m_arena_max, 2), (m_mmap_threshold, 256 << 10), (m_trim_threshold, 1 << 20)):
+    for parameter, value in ((m_arena_max, 2), (m_mmap_threshold, 8 << 20), (m_trim_threshold, 16 << 20)):
         _libc.mallopt(parameter, value)
+
+
+def trim_heap() -> None:
+    """malloc_trim(3): give back what the heap keeps."""
+    _libc.malloc_trim(0)
 
 
 def raise_descriptor_limit() -> None:

@@ -1,7 +1,7 @@
 """Large files in the cache: chunks are written where they belong in one growing file, which is linked when it is whole.
 
-cafs-store(5), CACHE.  partial/NAME is the file, partial/NAME.map says which chunks are in it; the map is written after
-fdatasync(2) of the file.  Each process still verifies a chunk before it uses it for the first time.
+cafs-store(5), CACHE.  partial/NAME is the file, partial/NAME.map says which chunks are in it.  Neither waits for the disk: each
+process verifies a chunk before it uses it for the first time, and after a crash of the machine so does a kernel mount.
 """
 
 from __future__ import annotations
@@ -238,13 +238,12 @@ class ChunkedFile:
         """Write the map, with what other processes know; give the file its name if nothing is missing."""
         self._unsaved = 0
         try:
-            os.fdatasync(self._fd)
             self._merge_map(self._present)
             if self._is_whole():
                 self._verify_all()
             head = _MAP_HEAD.pack(self.listed.size, self.listed.chunk_size)
             body = head + self._present
-            atomic.replace_file(self.path + ".map", MAP_MAGIC + checksum(body) + body, 0o600)
+            atomic.replace_hint(self.path + ".map", MAP_MAGIC + checksum(body) + body, 0o600)
             if self._is_whole():
                 os.fchmod(self._fd, 0o444)
                 os.makedirs(os.path.dirname(self.whole_path), exist_ok=True)

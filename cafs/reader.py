@@ -135,12 +135,25 @@ class Reader(FileSystem):
         if self.recorder:
             self.recorder.saw(*key, offset, size)
         found = self._use(key)
+        if found is None and key[1] == PLAIN:
+            found = self._open_cached(key, node)
         if found is None:
             return None
         try:
             return os.pread(found, size, offset) if isinstance(found, int) else found.read_ready(offset, size)
         finally:
             self._let_go(key)
+
+    def _open_cached(self, key: Key, node: int) -> int | ChunkedFile | None:
+        """The open file of a small object that the cache has, which the caller lets go."""
+        fd = self.cache.open_cached(*key)
+        if fd is None:
+            return None
+        if os.fstat(fd).st_size != self.where(node)[0]:
+            os.close(fd)
+            return None
+        self.cache.count_hit(os.fstat(fd).st_size)
+        return self._keep_open(key, fd)
 
     def is_near(self, node: int) -> bool:
         return self.cache.is_there(*self.key(node))
@@ -202,21 +215,22 @@ class Reader(FileSystem):
 
     def _opened(self, key: Key, make: Callable[[], int | ChunkedFile]) -> int | ChunkedFile:
         """The open file of an object, opened by MAKE if it is not, which the caller lets go."""
-        made: int | ChunkedFile | None = None
-        while (found := self._use(key)) is None:
-            made = self._patiently(make)  # without the lock: it may wait for the store
-            with self._lock:
-                self._open.setdefault(key, made)
-                closing = [self._open.pop(one) for one in self._too_many(key)]
-            for one in closing:
-                os.close(one) if isinstance(one, int) else one.close()
-        if made is not None and made is not found:
-            os.close(made) if isinstance(made, int) else made.close()
+        found = self._use(key)
+        return self._keep_open(key, self._patiently(make)) if found is None else found
+
+    def _keep_open(self, key: Key, made: int | ChunkedFile) -> int | ChunkedFile:
+        """Let others use a file that was just opened, unless one of them was first; the caller lets go what this returns."""
+        with self._lock:
+            found = self._open.setdefault(key, made)
+            self._users[key] = self._users.get(key, 0) + 1
+            closing = [self._open.pop(one) for one in self._too_many()]
+        for one in [*closing, *([made] if made is not found else [])]:
+            os.close(one) if isinstance(one, int) else one.close()
         return found
 
-    def _too_many(self, but: Key) -> list[Key]:
+    def _too_many(self) -> list[Key]:
         """What was used longest ago of the files that nobody reads: over _OPEN_MAX in all, or _LARGE_MAX large ones."""
-        idle = [one for one in self._open if one != but and not self._users.get(one) and not self._is_busy(one)]
+        idle = [one for one in self._open if not self._users.get(one) and not self._is_busy(one)]
         large = [one for one in idle if one[1] == CHUNK_LIST]
         return list({*idle[: max(len(self._open) - _OPEN_MAX, 0)], *large[: max(len(large) - _LARGE_MAX, 0)]})
 

@@ -33,7 +33,7 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     config = read_config(state)
     log_to(config["log"], "" if config["foreground"] else os.path.join(state, "log"))
     linux.raise_descriptor_limit()
-    linux.keep_heap_small()
+    linux.set_up_heap()
     sys.setswitchinterval(_SWITCH_S)  # a read that waits goes before what is put into the cache behind it
     store = Store(config["store"], (config["hash"], config["chunk_size"]))
     cache = Cache(config["cache"], store, limit_s=config["limit_s"])
