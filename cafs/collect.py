@@ -14,7 +14,7 @@ from cafs import candidates, image, lease, locator
 from cafs.bulk import read_frames
 from cafs.candidates import Candidate
 from cafs.errors import BusyError, CafsError, CorruptError, quote
-from cafs.store import PACK_LIST, encode_pack_list
+from cafs.packs import PACK_LIST, encode_pack_list
 from cafs.transfer import wanted
 from cafs.writer import Writer
 

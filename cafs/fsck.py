@@ -12,7 +12,7 @@ from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
 from cafs.errors import CafsError, CorruptError, UnsupportedError, quote
-from cafs.store import PACK_LIST, parse_pack_list
+from cafs.packs import PACK_LIST, parse_pack_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

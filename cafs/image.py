@@ -9,7 +9,8 @@ import re
 
 from cafs.digest import DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, UsageError, os_error, quote
-from cafs.store import IMAGE_MAX, Store, split_ref
+from cafs.refs import split_ref
+from cafs.store import IMAGE_MAX, Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ from cafs.digest import DIGEST_SIZES
 from cafs.errors import CorruptError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.format import Header
 from cafs.index import load
+from cafs.refs import split_ref
 from cafs.sources import ImageSource
 from cafs.statcache import StatCache
-from cafs.store import open_or_init, split_ref
+from cafs.store import open_or_init
 from cafs.tarindex import MemberReader, TreeIndexer, tar_tree
 from cafs.walk import Walk
 from cafs.writer import Writer

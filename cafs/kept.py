@@ -16,7 +16,9 @@ from cafs import atomic, locator, paths
 from cafs.digest import CHUNK_SIZE, DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UsageError, quote
 from cafs.image import METADATA, decode, get, load_layer, resolve
-from cafs.store import IMAGE_MAX, Store, is_chunk_size, is_ref
+from cafs.packs import is_chunk_size
+from cafs.refs import is_ref
+from cafs.store import IMAGE_MAX, Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

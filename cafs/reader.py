@@ -17,9 +17,9 @@ from cafs import atomic
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound
 from cafs.fusedev import FileSystem
+from cafs.packs import FORMAT_FILE
 from cafs.partial import ChunkedFile
 from cafs.serving import PREFETCH
-from cafs.store import FORMAT_FILE
 from cafs.stream import Stream
 from cafs.window import Windows
 

@@ -98,7 +98,8 @@ def tag(image: str, ref: str, store: str | None) -> None:
     """Make REF name IMAGE."""
     from cafs.errors import os_error
     from cafs.image import resolve
-    from cafs.store import Store, split_ref
+    from cafs.refs import split_ref
+    from cafs.store import Store
     from cafs.writer import Writer
 
     opened = Store(store_root(store))
@@ -267,7 +268,7 @@ def _copy(name: str, source: Store, target: Store, tag: str | None, as_json: boo
     from dataclasses import asdict
 
     from cafs.image import resolve
-    from cafs.store import is_ref, split_ref
+    from cafs.refs import is_ref, split_ref
     from cafs.transfer import copy
 
     found = resolve(source, name)

@@ -14,7 +14,8 @@ from cafs import fsck, image
 from cafs.digest import PLAIN
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError
 from cafs.indexing import Options, create_image
-from cafs.store import Store, init, open_or_init, split_ref
+from cafs.refs import split_ref
+from cafs.store import Store, init, open_or_init
 from tests.conftest import Run
 from tests.faults import calls_of, run_with_fault
 

@@ -1,0 +1,38 @@
+"""Names of images in a store: NAME[:TAG], as container tools spell them."""
+
+from __future__ import annotations
+
+import re
+
+from cafs.errors import UsageError, quote
+
+_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"{_PART}(?::[0-9]+(?=/))?(?:/{_PART})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+def ref_name(ref: str) -> str:
+    """Name of a ref's file: refs/NAME/TAG, with '+' for the slashes of NAME.  Raises UsageError."""
+    name, tag = split_ref(ref)
+    return f"refs/{name.replace('/', '+')}/{tag}"
+
+
+def split_ref(ref: str) -> tuple[str, str]:
+    """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref."""
+    head, slash, last = ref.rpartition("/")
+    base, colon, tag = last.partition(":")
+    name = head + slash + base
+    if not colon:
+        tag = "latest"
+    if not _NAME.fullmatch(name) or len(name) > 255 or not _TAG.fullmatch(tag):
+        raise UsageError(f"{quote(ref)} is not a ref", hint="a ref is NAME[:TAG], in lower case, like debian:12")
+    return name, tag
+
+
+def is_ref(text: str) -> bool:
+    """Whether TEXT could be a ref."""
+    try:
+        split_ref(text)
+    except UsageError:
+        return False
+    return True
