@@ -130,32 +130,18 @@ class FileSystem:
         return f"node {node}"
 
 
-class Broken(FileSystem):
-    """What stands in for a file system that cannot be served: EIO, not a hang."""
-
-    def getattr(self, node: int) -> bytes:
-        raise OSError(errno.EIO, "not served")
-
-    def statfs(self) -> bytes:
-        raise OSError(errno.EIO, "not served")
-
-    def lookup(self, node: int, name: bytes) -> bytes:
-        raise OSError(errno.EIO, "not served")
-
-    def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
-        raise OSError(errno.EIO, "not served")
-
-
 class Server:
     """Answers requests until the file system is unmounted or `stop` is called.
 
     fd: of /dev/fuse.  limit_s: after so long a READ that waits for a store ends in EIO.  What is ready is answered at once, by
-    the thread that took the request; what may wait, by one of many others.
+    the thread that took the request; what may wait, by one of many others.  files: None to answer EIO, for now, to everything
+    that can be answered so: an empty list or 'no such thing' would be remembered by the kernel.
     """
 
-    def __init__(self, fd: int, files: FileSystem, limit_s: float) -> None:
+    def __init__(self, fd: int, files: FileSystem | None, limit_s: float) -> None:
         self.fd = fd
-        self.files = files
+        self.is_broken = files is None
+        self.files = files or FileSystem()
         self.limit_s = limit_s
         self._pending: dict[int, tuple[float, int, int]] = {}  # request -> deadline, node, process
         self._lock = threading.Lock()
@@ -229,6 +215,10 @@ class Server:
             return
         if operation == INTERRUPT:
             self._interrupt(int.from_bytes(body[:8], "little"))
+            return
+        if self.is_broken:
+            if operation != INIT:  # which waits for a real server
+                self._reply(unique, -errno.EIO)
             return
         answer: Buffer | int | None
         try:

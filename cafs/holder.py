@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY_S = 10.0
 _EXIT_WAIT_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 class Holder:
@@ -67,7 +69,10 @@ class Holder:
         while not self._ended.is_set():
             self._poked.wait(_LOOK_EVERY_S)
             self._poked.clear()
-            self.look()
+            try:
+                self.look()
+            except OSError as error:  # the thread goes on: leases that nobody touches die
+                _log.warning("cannot look what is mounted: %s", error)
             if time.monotonic() - self._touched > lease.REFRESH_S:
                 self._touched = time.monotonic()
                 for one, name in list(self._names.items()):

@@ -86,8 +86,8 @@ class Keeper:
     def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except OSError as error:
-            logging.getLogger(__name__).warning("cannot look after cache %s: %s", self._cache.root, error.strerror)
+        except Exception as error:  # the thread goes on, whatever it was
+            logging.getLogger(__name__).warning("cannot look after cache %s: %s", self._cache.root, error)
 
 
 def look_anew(cache: str) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 
 from cafs import atomic
-from cafs.serving import PID_FILE, is_unmounted, note_pid, read_config, remove_state, unmount
+from cafs.serving import PID_FILE, held, is_unmounted, note_pid, read_config, remove_state, unmount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def _command(role: str, state: str, *fds: int) -> list[str]:
 
 def supervise(state: str, fd: int, peer: int, columns: int = -1) -> None:
     """Keep a worker alive until the file system is unmounted, then remove STATE."""
+    inherited = held(state)
     note_pid(state, PID_FILE)
+    for one in inherited:
+        os.close(one)
     mine = os.pidfd_open(os.getpid())
     signals = _on_signal()
     wait_s = 0.0
@@ -196,11 +199,8 @@ def _ends(pidfd: int, signals: int, unmount: Callable[[], None]) -> bool:
 def _work(state: str, fd: int, peer: int, columns: int = -1, ready: Callable[[], None] = lambda: None) -> None:
     from cafs.worker import work
 
-    def begun() -> None:
-        watch(peer, lambda: _revive(state, fd, columns))
-        ready()
-
-    work(state, fd, columns, begun)
+    watch(peer, lambda: _revive(state, fd, columns))  # also if what follows fails: somebody has to answer
+    work(state, fd, columns, ready)
 
 
 def _revive(state: str, fd: int, columns: int) -> subprocess.Popen[bytes]:
@@ -228,11 +228,20 @@ def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
+def _complain(state: str, error: Exception) -> None:
+    """The log that was asked for may be what is wrong."""
+    try:
+        with open(os.path.join(state, "log"), "a", encoding="utf-8") as log:
+            log.write(f"cannot serve: {error}\n")
+    except OSError:
+        pass
+
+
 def _stand_in(fd: int) -> None:
     """Answer EIO for a while instead of a worker that cannot begin; then another one is tried."""
-    from cafs.fusedev import Broken, Server
+    from cafs.fusedev import Server
 
-    server = Server(fd, Broken(), 1)
+    server = Server(fd, None, 1)
     server.take_over()
     threading.Timer(_STAND_IN_S, server.stop).start()
     server.serve()
@@ -244,8 +253,7 @@ def _main(role: str, state: str, fd: int, peer: int, columns: int) -> None:
     except Exception as error:
         if role == "supervisor":
             raise
-        with open(os.path.join(state, "log"), "a", encoding="utf-8") as log:
-            log.write(f"cannot serve: {error}\n")
+        _complain(state, error)
         _stand_in(fd)
     finally:
         os._exit(0)  # not waiting for threads that wait for a store

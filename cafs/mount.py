@@ -33,19 +33,19 @@ def mount(request: Request) -> str | None:
     from cafs import treemount
 
     source = treemount.find(request)
-    note = _check_point(request.point, source.digest.hex())
+    note = check_point(request.point, source.digest.hex())
     if note:
         return note
     _check_host()
     if request.engine != "pyfuse3":
-        treemount.mount(request, source)
+        note = treemount.mount(request, source)
     else:
         from cafs import server
 
         server.serve(request, source, lambda: None) if request.foreground else server.start(request, source)
     if not request.foreground:
         _check_answer(request.point)
-    return None
+    return note
 
 
 def _check_answer(point: str) -> None:
@@ -65,9 +65,9 @@ def _with_kernel(request: Request) -> tuple[bool, str | None]:
         if request.foreground:
             raise UnsupportedError("the kernel engine has nothing to stay for in the foreground")
         found = kept.find(request.store, request.name)
-        note = _check_point(request.point, found.image.digest.hex())
+        note = check_point(request.point, found.image.digest.hex())
         if note is None:
-            overlay.mount(request, found.image, found.store)
+            note = overlay.mount(request, found.image, found.store)
         request.warnings += [found.warning] if found.warning else []
         return True, note
     except UnsupportedError as error:
@@ -77,7 +77,8 @@ def _with_kernel(request: Request) -> tuple[bool, str | None]:
         return False, None
 
 
-def _check_point(point: str, digest: str) -> str | None:
+def check_point(point: str, digest: str) -> str | None:
+    """A note if the image is mounted on POINT, None if it is free.  Raises BusyError, CafsError."""
     here = mountinfo.at(point)
     if here and (here.fstype == mountinfo.FSTYPE or mountinfo.is_kernel(here)):
         if not mountinfo.answers(point):

@@ -69,9 +69,9 @@ def is_used_elsewhere(point: str) -> bool:
 def mounts(pid: str = "self") -> list[Mount]:
     """All mounts of a process's namespace, in the order in which they were made."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        lines = file.read().splitlines()
+        lines = file.read().split(b"\n")  # a mount point may have a carriage return in it
     found = []
-    for line in lines:
+    for line in filter(None, lines):
         left, _, right = line.partition(b" - ")
         fstype, source, options = right.split(b" ", 2)
         _, _, device, _, point, *_ = left.split(b" ")

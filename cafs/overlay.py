@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -30,26 +31,33 @@ if TYPE_CHECKING:
 
 ENGINE = "kernel"
 _AT_ONCE = 8
+_log = logging.getLogger(__name__)
 
 
-def mount(request: Request, found: Image, store: Store) -> None:
-    """Mount an image.  Raises UnsupportedError where this engine cannot."""
+def mount(request: Request, found: Image, store: Store) -> str | None:
+    """Mount an image; a note if it was mounted there meanwhile.  Raises BusyError, UnsupportedError if this engine cannot."""
+    from cafs.mount import check_point
+
     if os.geteuid():
         raise UnsupportedError("the kernel engine needs root")
     cache = paths.cache()
     try:
         ledger = Cache(cache, store).ledger
+        hot = [] if request.record else profile.chosen(store, found, request.prefetch)
         with _lock():
-            lazy = _lazy(request, found, store)  # it begins while we look for the rest
+            lazy = _lazy(request, found, store, hot)  # it begins while we look for the rest
         layers, locators = _fetch(store, found)
         for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
             request.warnings.append(f"cached object {name} was damaged: set aside")
         with _lock():
             if mountinfo.at(lazy.point) is None:  # nobody used it yet, so another command has tidied it away
-                lazy = _lazy(request, found, store)
+                lazy = _lazy(request, found, store, hot)
             quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
             points = [_mount_erofs(path) for path in layers]
             lazy.wait()
+            if note := check_point(request.point, found.digest.hex()):
+                tidy()
+                return note
             lazy.add(found.digest, locators, request.rate if request.prefetch == profile.ALL else -1)
             # Without the cache LAZY sees every first read.
             _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
@@ -61,24 +69,42 @@ def mount(request: Request, found: Image, store: Store) -> None:
         if isinstance(error, OSError):
             raise UnsupportedError(f"cannot write to cache {quote(cache)}: {error.strerror}") from error
         raise
+    return None
 
 
-def _lazy(request: Request, found: Image, store: Store) -> LazyMount:
+def _lazy(request: Request, found: Image, store: Store, hot: list[str]) -> LazyMount:
     """LAZY, with the profile on its way."""
-    hot = [] if request.record else profile.chosen(store, found, request.prefetch)
     return lazymount.ensure(run_directory("lazy"), store, paths.cache(), request, found.digest, hot)
 
 
 def unmount(point: str) -> None:
     """Unmount, and whatever was mounted for it alone; wait until the servers of that have ended.  Raises OSError."""
     with _lock():
+        here = mountinfo.at(point)
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
         atomic.unlink_quietly(requests.record_path(point))
         before = lazymount.states(run_directory("lazy"))
-        tidy()
+        try:
+            tidy()
+            if here:
+                _let_go(here.digest)
+        except OSError as error:
+            _log.warning("cannot take away what was below %s: %s", quote(point), error)
         ended = set(before) - set(lazymount.states(run_directory("lazy")))
     for state in ended:  # then records are whole, and leases given back
         serving.wait_for_end(state)
+
+
+def _let_go(digest: str) -> None:
+    """Hold an image no more that was unmounted, and so was not in use, unless it is mounted elsewhere too.
+
+    One that went otherwise, as by umount -l, is held until LAZY ends: there may be files of it that are open.
+    """
+    if any(mount.digest == digest for mount in mountinfo.mounts() if mountinfo.is_kernel(mount)):
+        return
+    for state in lazymount.states(run_directory("lazy")):
+        if not mountinfo.is_used_elsewhere(os.path.join(state, serving.MOUNT_POINT)):  # as by a container that outlives it
+            atomic.unlink_quietly(os.path.join(state, serving.IMAGES, digest))
 
 
 def end_if_unused(state: str) -> None:
@@ -92,7 +118,6 @@ def end_if_unused(state: str) -> None:
 def tidy() -> None:
     """Unmount what no mount uses, as a crash at any step may leave it."""
     used = _used()
-    images = {mount.digest for mount in mountinfo.mounts() if mountinfo.is_kernel(mount)}
     for mount in mountinfo.mounts():
         point = os.fsdecode(mount.point)
         if os.path.dirname(point) == run_directory("erofs") and point not in used:
@@ -100,12 +125,6 @@ def tidy() -> None:
     for state in lazymount.states(run_directory("lazy")):
         if state not in used:
             lazymount.end(state)
-            continue
-        unused = serving.images(state) - images
-        if unused and mountinfo.is_used_elsewhere(os.path.join(state, serving.MOUNT_POINT)):
-            continue  # maybe by a container that outlives the mount on which it was started
-        for image in unused:
-            atomic.unlink_quietly(os.path.join(state, serving.IMAGES, image))  # it is held no more
     for name in _listed(run_directory("erofs")):
         if mountinfo.at(os.path.join(run_directory("erofs"), name)) is None:
             _remove_quietly(os.path.join(run_directory("erofs"), name))

@@ -121,11 +121,16 @@ def find(store: Store, files: list[str]) -> tuple[str, pack.Records]:
     Raises FileNotFoundError, OSError, CafsError.
     """
     asked = [begin(store, partial(_ask, store, file, is_pointer=number > 0)) for number, file in enumerate(files)]
+    problem: Exception | None = None
     for result in asked:
-        found = result()
+        try:
+            found = result()
+        except (CafsError, OSError) as error:
+            problem = problem or error  # another one may do
+            continue
         if found is not None:
             return found
-    raise FileNotFoundError(2, "No such file or directory", files[0])
+    raise problem or FileNotFoundError(2, "No such file or directory", files[0])
 
 
 def _ask(store: Store, file: str, *, is_pointer: bool) -> tuple[str, pack.Records] | None:
@@ -147,8 +152,14 @@ def _pointer(store: Store, layer: bytes, name: str) -> str:
 
 def point(store: Store, image: Image, name: str) -> None:
     """Let other images that have a layer of this one find its profile.  Raises CafsError, OSError."""
+    data = f"{store.name_of(image.digest).hex()}\n".encode()
     for layer in image.layers[-_LAYERS:]:
-        store.backend.replace(_pointer(store, layer, name), f"{store.name_of(image.digest).hex()}\n".encode())
+        try:
+            if store.backend.read(_pointer(store, layer, name), 4096) == data:
+                continue
+        except FileNotFoundError:
+            pass
+        store.backend.replace(_pointer(store, layer, name), data)
 
 
 def names(store: Store, image: bytes) -> list[str]:
@@ -194,6 +205,7 @@ def copy(source: Store, target: Store, image: Image) -> None:
     """Bring an image's profiles to another store of the same scope; a damaged one stays behind.  Raises CafsError, OSError."""
     for name in names(source, image.digest):
         if _is_same(source, target, file_name(source, image.digest, name)):
+            point(target, image, name)
             continue
         fd, temporary = atomic.open_temporary(target.backend.scratch(), 0o444)
         try:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import time
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _RECORD_MAX = 1 << 31
 _PINNED = "pinned"
 _LEFT_AFTER_S = 3600
+_F_SETSIG = 10
 _DERIVED = ("columns", "locators", "meta", "metadata", "refs", "stores", "used")
 _UNUSED_AFTER_S = 90 * 86400
 
@@ -92,6 +94,15 @@ def note_use(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> N
             pass
 
 
+def still_used(root: str, images: Iterable[str]) -> None:
+    """Images, by their digests in hex, that have been mounted for long are as if mounted now."""
+    for image in images:
+        try:
+            os.utime(os.path.join(root, "used", image))
+        except OSError:
+            continue
+
+
 def size(root: str) -> int:
     """Bytes on disk of all objects, whole and partial."""
     return sum(blocks for _, _, blocks in _files(root))
@@ -144,7 +155,7 @@ def _remove_oldest(root: str, files: list[tuple[str, str, int]], need: float) ->
 def _remove_leftovers(root: str) -> None:
     """Files that processes were writing when they were killed, and what was derived for images not used for a long time."""
     objects = paths.objects(root)
-    for directory in _DERIVED:
+    for directory in () if pinned(root) else _DERIVED:  # which of it pinned images need is not known here
         for name in _listed(os.path.join(root, directory)):
             _remove_if_older(os.path.join(root, directory, name), _UNUSED_AFTER_S)
     for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in _listed(objects))]:
@@ -251,6 +262,7 @@ def _is_open(path: str) -> bool:
     except OSError:
         return False
     try:
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)  # who opens it meanwhile has us told, and SIGIO would end us
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except BlockingIOError:

@@ -76,9 +76,14 @@ class Reader(FileSystem):
         """Begin to bring what is asked for in state/prefetch: profiles, then all of some layers."""
         directory = os.path.join(self.state, PREFETCH)
         with self._asking:
-            new = [name for name in os.listdir(directory) if name not in self._asked and not name.startswith("tmp.")]
-            self._asked.update(new)
-            wanted = {name: json.loads(atomic.read_file(os.path.join(directory, name), 1 << 20)) for name in new}
+            wanted = {}
+            for name in os.listdir(directory):
+                if name not in self._asked and not name.startswith("tmp."):
+                    try:
+                        wanted[name] = json.loads(atomic.read_file(os.path.join(directory, name), 1 << 20))
+                    except (OSError, ValueError):
+                        continue  # it was done just now
+            self._asked.update(wanted)
             for name, what in sorted(wanted.items(), key=lambda pair: "profile" not in pair[1]):
                 if "profile" in what:
                     stream = Stream(self.cache, what["profile"], self._large, self._let_large_go)
@@ -89,15 +94,18 @@ class Reader(FileSystem):
 
     def _is_done(self, name: str) -> None:
         """Something was brought, or cannot be: it may be asked for again."""
-        atomic.unlink_quietly(os.path.join(self.state, PREFETCH, name))
-        self._asked.discard(name)
+        with self._asking:
+            atomic.unlink_quietly(os.path.join(self.state, PREFETCH, name))
+            self._asked.discard(name)
 
     def _bring(self, name: str, stream: Stream) -> None:
         self._streaming.add(threading.get_ident())
-        is_any = stream.run()
-        self.streams.remove(stream)
-        self._streaming.discard(threading.get_ident())
-        self._is_done(name)
+        try:
+            is_any = stream.run()
+        finally:
+            self.streams.remove(stream)
+            self._streaming.discard(threading.get_ident())
+            self._is_done(name)
         if is_any:
             self.brought()
 
@@ -112,7 +120,8 @@ class Reader(FileSystem):
             complete(self.cache, keys, locators, rate=rate, large=self._large, let_go=self._let_large_go)
         except (CafsError, OSError) as error:
             _log.warning("cannot bring all of the image: %s", error)
-        self._is_done(name)
+        finally:
+            self._is_done(name)
         self.brought()
 
     def _large(self, digest: bytes) -> ChunkedFile:
@@ -225,7 +234,10 @@ class Reader(FileSystem):
             self._users[key] = self._users.get(key, 0) + 1
             closing = [self._open.pop(one) for one in self._too_many()]
         for one in [*closing, *([made] if made is not found else [])]:
-            os.close(one) if isinstance(one, int) else one.close()
+            if isinstance(one, int):
+                os.close(one)
+            else:
+                self.cache.behind.submit(one.close)  # which may have much to write, or to verify
         return found
 
     def _too_many(self) -> list[Key]:

@@ -63,8 +63,12 @@ def read_config(state: str) -> dict[str, Any]:
 
 
 def images(state: str) -> set[str]:
-    """Digests of the images that are mounted."""
-    return {name for name in os.listdir(os.path.join(state, IMAGES)) if re.fullmatch("(?:[0-9a-f]{2})+", name)}
+    """Digests of the images that are mounted; none once the servers have ended."""
+    try:
+        names = os.listdir(os.path.join(state, IMAGES))
+    except FileNotFoundError:
+        return set()
+    return {name for name in names if re.fullmatch("(?:[0-9a-f]{2})+", name)}
 
 
 def note_pid(state: str, name: str) -> None:
@@ -84,6 +88,19 @@ def device(state: str) -> str:
         return atomic.read_file(os.path.join(state, _DEVICE), 64).decode()
     except OSError:
         return ""
+
+
+def held(state: str) -> list[int]:
+    """The descriptors that this process has of the mark of life, from the program that it was before."""
+    mark = os.path.join(state, ALIVE)
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}") == mark:
+                found.append(int(fd))
+        except OSError:
+            continue
+    return found
 
 
 def hold(state: str) -> int:

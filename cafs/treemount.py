@@ -127,13 +127,22 @@ def _make_in_child(make: Callable[[], Index], path: str, fd: int, writer: int) -
     return 0
 
 
-def mount(request: Request, source: Source) -> None:
-    """Mount, and serve; returns when it is mounted, in the foreground when it is not any more.  Raises CafsError."""
+def mount(request: Request, source: Source) -> str | None:
+    """Mount, and serve; returns when it is mounted, in the foreground when it is not any more.  Raises CafsError.
+
+    A note if it was mounted there meanwhile.
+    """
+    from cafs.mount import check_point
+
     index = columns.load(source.fd)
     quota.note_use(paths.cache(), source.digest, locator.contents(index))
     hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
-        fd = _mount(request, source)
+        with _lock():
+            if note := check_point(request.point, source.digest.hex()):
+                serving.remove_state(state)
+                return note
+            fd = _mount(request, source)
         try:
             here = mountinfo.at(request.point)
             serving.note_device(state, here.device if here else "")
@@ -154,6 +163,7 @@ def mount(request: Request, source: Source) -> None:
         finally:
             os.close(fd)
             os.close(source.fd)
+    return None
 
 
 def _mount(request: Request, source: Source) -> int:

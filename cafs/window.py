@@ -55,18 +55,25 @@ class Windows:
                 with self._cache.single_flight((hashlib.sha256(f"{place[0]} {block[1]}".encode()).digest(), _BLOCK)):
                     is_here = self._cache.is_there(digest, PLAIN)  # another process has brought it
                     future.set_result(([], b"") if is_here else self._fetch(locator, place))
+                    self._put_first(digest, future.result())
             except (CafsError, OSError):
-                future.set_result(([], b""))
+                if not future.done():
+                    future.set_result(([], b""))
             except BaseException as error:
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
                 raise
             finally:
                 self._behind.submit(self._finish, block, future, digest)
         try:
-            frames, data = future.result(self._cache.limit_s)
-            self._put([frame for frame in frames if frame[0] == digest], frames, data)
+            self._put_first(digest, future.result(self._cache.limit_s))
         except (CafsError, OSError, TimeoutError):
             pass
+
+    def _put_first(self, digest: bytes, fetched: Fetched) -> None:
+        """Put what was asked for, unless it is here."""
+        frames, data = fetched
+        self._put([frame for frame in frames if frame[0] == digest and not self._is_here(frame)], frames, data)
 
     def _finish(self, block: Block, future: Future[Fetched], first: bytes) -> None:
         """Put the rest of a block, and forget it."""

@@ -47,8 +47,7 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     files.brought = cache.evicted = lambda: look_anew(cache.root)
     is_lazy = columns < 0
     keeper = Keeper(cache, quota.quota(cache.root), is_synced=is_lazy, trimmed=cache.evicted)
-    if is_lazy:
-        keeper.also = lambda: _end_if_unused(state)
+    keeper.also = lambda: _look_after(state, cache.root, is_lazy=is_lazy)
     ready()
     server.take_over()
     threading.Thread(target=holder.start, daemon=True).start()  # the store may take its time, or be away
@@ -79,10 +78,12 @@ def _files(
     return files
 
 
-def _end_if_unused(state: str) -> None:
-    from cafs import overlay
+def _look_after(state: str, cache_root: str, *, is_lazy: bool) -> None:
+    quota.still_used(cache_root, images(state))
+    if is_lazy:
+        from cafs import overlay
 
-    overlay.end_if_unused(state)
+        overlay.end_if_unused(state)
 
 
 def _held(state: str) -> set[tuple[str, int]]:

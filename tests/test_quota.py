@@ -234,3 +234,11 @@ def test_fsck_of_the_cache_finds_what_neither_size_nor_times_betray(home: Path, 
     for name in ("small", "large", "holes"):
         assert (point / name).read_bytes() == (tree / name).read_bytes()
     assert cmd("cafs-mount", "--unmount", point).returncode == 0
+
+
+def test_a_pinned_image_stays_also_when_it_was_not_used_for_long(filled: Filled, cmd: Run) -> None:
+    assert cmd("cafs-store", "pin", "old:1").returncode == 0
+    for path in (Path(filled.root) / "used").iterdir():
+        os.utime(path, (time.time() - 91 * 86400,) * 2)
+    quota.trim(filled.root, 6 * EACH)
+    assert filled.held("old") == [True] * 10

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -302,3 +303,98 @@ def test_a_directory_of_somebody_else_is_not_used_for_live_state(monkeypatch: py
 def test_fstab_with_wrong_options_is_refused(tmp_path: Path, option: str) -> None:
     done = subprocess.run([BIN / "mount.cafs", "x:1", tmp_path, "-o", option], capture_output=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith(b"mount.cafs: ") and b"Traceback" not in done.stderr
+
+
+def test_what_stands_in_for_a_server_leaves_nothing_for_the_kernel_to_remember(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run
+) -> None:
+    """Neither an empty directory nor that there are no attributes; and it is looked after as a server is."""
+    os.setxattr(tree / "1", "user.mark", b"x")
+    cmd("cafs-index", "create", tree, "-t", "y:1")
+    point = tmp_path / "mnt"
+    assert cmd("cafs-mount", "--engine", "fuse", "y:1", point).returncode == 0
+    (state,) = (home / "run" / "fuse").iterdir()
+    os.rename(state / "config.json", state / "away")
+    os.kill(pid_of(home, "worker"), signal.SIGKILL)
+    wait_until(lambda: (state / "log").exists())
+    for look in (os.listdir, lambda path: os.getxattr(path / "1", "user.mark"), lambda path: os.stat(path / "2")):
+        with pytest.raises(OSError) as caught:
+            look(point)
+        assert caught.value.errno == errno.EIO
+    os.kill(pid_of(home, "supervisor"), signal.SIGKILL)
+    time.sleep(0.5)  # for the stand-in to start another
+    os.rename(state / "away", state / "config.json")
+
+    def is_back() -> bool:
+        try:
+            return len(os.listdir(point)) == 48
+        except OSError:
+            return False
+
+    wait_until(is_back, 30)
+    assert os.getxattr(point / "1", "user.mark") == b"x"
+    assert (point / "1").read_bytes() == (tree / "1").read_bytes()
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+
+
+def test_two_mounts_at_once_are_one(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    for engine in ("kernel", "fuse"):
+        command = [BIN / "cafs-mount", "--engine", engine, "x:1", tmp_path / "mnt"]
+        both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+        assert [one.wait(60) for one in both] == [0, 0]
+        assert cmd("cafs-mount", "--unmount", tmp_path / "mnt").returncode == 0
+        assert not os.path.ismount(tmp_path / "mnt")
+
+
+def test_an_image_that_was_unmounted_lazily_is_held_on(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    (tree / "1").write_bytes(b"other")
+    cmd("cafs-index", "create", tree, "-t", "x:2")
+    for number in (1, 2):
+        assert kernel(f"x:{number}", tmp_path / f"k{number}").returncode == 0
+    (state,) = (home / "run" / "lazy").iterdir()
+    with open(tmp_path / "k1" / "2", "rb") as file:
+        subprocess.run(["umount", "-l", tmp_path / "k1"], check=True)
+        assert kernel("x:2", tmp_path / "k3").returncode == 0
+        assert cmd("cafs-mount", "--unmount", tmp_path / "k3").returncode == 0
+        assert len(list((state / "images").iterdir())) == 2
+        assert file.read() == (tree / "2").read_bytes()
+
+
+def test_a_mount_point_with_a_carriage_return_elsewhere_does_no_harm(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    odd = tmp_path / "a\rb"
+    odd.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", odd], check=True)
+    try:
+        assert kernel("x:1", tmp_path / "k").returncode == 0
+        assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    finally:
+        subprocess.run(["umount", odd], check=True)
+
+
+def test_reloading_again_and_again_needs_no_more_descriptors(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "--engine", "fuse", "x:1", tmp_path / "mnt").returncode == 0
+    counts = []
+    for _ in range(4):
+        worker = pid_of(home, "worker")
+        assert cmd("cafs-mount", "--reload").returncode == 0
+        wait_until(lambda worker=worker: pid_of(home, "worker") != worker)
+        counts.append(len(os.listdir(f"/proc/{pid_of(home, 'supervisor')}/fd")))
+    assert max(counts) - min(counts) <= 1
+    assert cmd("cafs-mount", "--unmount", tmp_path / "mnt").returncode == 0
+
+
+def test_looking_whether_a_file_is_open_does_not_end_who_looks(tmp_path: Path) -> None:
+    """Somebody opens it in the moment in which we have a lease on it."""
+    (tmp_path / "file").touch()
+    opening = "import sys\nwhile True:\n    open(sys.argv[1]).close()"
+    with subprocess.Popen([sys.executable, "-c", opening, tmp_path / "file"]) as other:
+        looking = (
+            "import sys, time\nfrom cafs.quota import _is_open\nuntil = time.monotonic() + 3\n"
+            "while time.monotonic() < until:\n    _is_open(sys.argv[1])"
+        )
+        try:
+            assert subprocess.run([sys.executable, "-c", looking, tmp_path / "file"], check=False).returncode == 0
+        finally:
+            other.kill()
