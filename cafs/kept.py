@@ -204,7 +204,7 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     except OSError:
         pass
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    atomic.replace_hint(path, data or store.get_meta(metadata, METADATA), 0o400)
+    atomic.replace_hint(path, data or store.get_meta(metadata, METADATA, is_kept=False), 0o400)
     return path
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,11 +41,22 @@ def umount(target: str, flags: int = 0) -> None:
 
 
 def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], attributes: int = 0) -> None:
-    """Mount overlayfs by fsopen(2), fsconfig(2), fsmount(2) and move_mount(2).
+    """Mount overlayfs.
 
-    settings: (key, value) in order; a value is taken as it stands, so no character in a path means anything, and there is no
-    limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError with the kernel's own words where it has some.
+    settings: (key, value) in order; a value is taken as it stands, so no character in a path means anything, and (Linux 6.8)
+    there is no limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError, with the kernel's own words where it
+    has some.
     """
+    try:
+        _mount_overlay_by_keys(source, target, settings, attributes)
+    except OSError as error:
+        if (error.errno, error.filename) != (errno.EINVAL, "lowerdir+"):
+            raise
+        mount(source, target, "overlay", attributes, _overlay_options(settings))  # before Linux 6.8
+
+
+def _mount_overlay_by_keys(source: str, target: str, settings: list[tuple[str, str]], attributes: int) -> None:
+    """By fsopen(2), fsconfig(2), fsmount(2) and move_mount(2)."""
     fs = _check(_libc.syscall(_SYS_FSOPEN, b"overlay", 1), "fsopen")
     mount_fd = -1
     try:
@@ -57,6 +70,14 @@ def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], att
         os.close(fs)
         if mount_fd >= 0:
             os.close(mount_fd)
+
+
+def _overlay_options(settings: list[tuple[str, str]]) -> str:
+    """The same for mount(2): lowerdir=A:B::DATA1::DATA2, with what means something in it behind a backslash."""
+    spelled = [(key, re.sub(r"([\\:,])", r"\\\1", value)) for key, value in settings]
+    lowers = ":".join(value for key, value in spelled if key == "lowerdir+")
+    lowers += "".join(f"::{value}" for key, value in spelled if key == "datadir+")
+    return ",".join([f"lowerdir={lowers}", *(f"{k}={v}" for k, v in spelled if k not in ("lowerdir+", "datadir+"))])
 
 
 def reconfigure(path: str, *, is_read_only: bool) -> None:

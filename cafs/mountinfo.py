@@ -37,14 +37,25 @@ class Mount:
 
     @property
     def layers(self) -> list[tuple[str, str]]:
-        """The lower layers of an overlay that was mounted by fsconfig(2), topmost first: (key, path)."""
-        pairs = [one.partition(b"=") for one in self.options.split(b",")]
-        return [(key.decode(), os.fsdecode(_unescape(path))) for key, _, path in pairs if key in (b"lowerdir+", b"datadir+")]
+        """The lower layers of an overlay, topmost first: (key, path), the keys as fsconfig(2) has them."""
+        pairs = [(key, _unescape(path)) for key, _, path in (one.partition(b"=") for one in self.options.split(b","))]
+        found = [(key.decode(), os.fsdecode(path)) for key, path in pairs if key in (b"lowerdir+", b"datadir+")]
+        for key, path in pairs:
+            if key == b"lowerdir":  # Linux 6.7, or whoever mounts by mount(2)
+                lowers, *data = re.split(rb"(?<!\\)::", path)
+                found += [("lowerdir+", _plain(one)) for one in re.split(rb"(?<!\\):", lowers)]
+                found += [("datadir+", _plain(one)) for one in data]
+        return found
 
     @property
     def digest(self) -> str:
         """Image or index digest of one of our mounts."""
         return self.source.removeprefix(b"cafs:").decode("latin-1")
+
+
+def _plain(path: bytes) -> str:
+    """A path of lowerdir= without the backslashes before what means something there."""
+    return os.fsdecode(re.sub(rb"\\(.)", rb"\1", path))
 
 
 def _unescape(text: bytes) -> bytes:

@@ -67,12 +67,12 @@ class Store(Packs):
             return False
         return True
 
-    def get_meta(self, digest: bytes, kind: str) -> bytes:
+    def get_meta(self, digest: bytes, kind: str, *, is_kept: bool = True) -> bytes:
         """The verified bytes of an index, a metadata image or a manifest.  Raises NotFound, CorruptError.
 
-        What is far away is kept in the cache: it never changes.
+        What is far away is kept in the cache, unless the caller does: it never changes.
         """
-        if self.backend.is_local or self.is_checked:
+        if self.backend.is_local or self.is_checked or not is_kept:
             return self._fetch_meta(digest, kind)
         path = os.path.join(paths.cache(), "meta", f"{digest.hex()}.{kind}")
         try:

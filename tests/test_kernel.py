@@ -299,3 +299,36 @@ def test_a_metadata_image_is_mounted_through_a_loop_device_where_a_file_cannot_b
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     assert any("/dev/loop" in line for line in lines if f"{home}/run/" in line)
     assert describe(tmp_path / "k") == describe(tree)
+
+
+OLDER_KERNEL = """
+import errno
+from cafs import linux
+from cli.cafs_mount import entry
+real = linux._configure
+def configure(fs, command, key, value):
+    if key == "lowerdir+":
+        raise OSError(errno.EINVAL, "Invalid argument", key)
+    real(fs, command, key, value)
+linux._configure = configure
+entry()
+"""
+
+
+@pytest.mark.parametrize("name", ["k", "odd , : \\\\ :: name"])
+def test_an_overlay_is_mounted_by_options_where_it_cannot_be_by_keys(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As before Linux 6.8: the key lowerdir+ of fsconfig(2) is made to fail as it did there."""
+    monkeypatch.setenv("CAFS_CACHE", str(tmp_path / name / "cache"))
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tree / "b").write_bytes(b"changed")
+    cmd("cafs-index", "create", tree, "--base", "x:1", "-t", "x:2")
+    (tmp_path / "mnt").mkdir()
+    command = [sys.executable, "-c", OLDER_KERNEL, "--engine", "kernel", "x:2", tmp_path / "mnt"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (mount,) = [one for one in mountinfo.mounts() if one.point == os.fsencode(tmp_path / "mnt")]
+    assert b"lowerdir=" in mount.options and len(mount.layers) == 4
+    assert mount.layers[2] == ("datadir+", str(tmp_path / name / "cache" / "data"))
+    assert describe(tmp_path / "mnt") == describe(tree)
