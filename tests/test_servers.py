@@ -398,3 +398,23 @@ def test_looking_whether_a_file_is_open_does_not_end_who_looks(tmp_path: Path) -
             assert subprocess.run([sys.executable, "-c", looking, tmp_path / "file"], check=False).returncode == 0
         finally:
             other.kill()
+
+
+def test_a_kernel_that_sends_nothing_again_is_said_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before Linux 6.9, which answers the notification with EINVAL."""
+    from cafs.fusedev import Server
+
+    reader, writer = os.pipe()
+    server = Server(writer, None, 1)
+
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        server.take_over()
+    assert "before 6.9" in caplog.text
+    os.close(reader)
+    os.close(writer)
