@@ -93,10 +93,11 @@ class Locator:
 
     def objects(self) -> Iterator[tuple[bytes, int]]:
         """(digest, kind) of every file's object."""
-        for number in range(self._count):
-            digest, kind, _, _ = self.record(number)
+        width, data = self._key - 1, self.data
+        for at in range(self._start, self._order, self._row):
+            kind = data[at + width]
             if kind != CHUNK:
-                yield digest, kind
+                yield data[at : at + width], kind
 
     def block(self, pack: str, start: int, size: int) -> list[tuple[bytes, int, int]]:
         """(digest, offset, size of the frame) of the plain objects that begin in a part of a pack, by offset."""
