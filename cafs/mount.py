@@ -28,8 +28,10 @@ def mount(request: Request) -> str | None:
         done, note = _with_kernel(request)
         if done:
             return note
-    if request.upper or (request.record and request.engine == "pyfuse3"):
+    if request.upper:
         raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel shows why not")
+    if request.record and request.engine == "pyfuse3":
+        raise UnsupportedError("the pyfuse3 engine cannot record", hint="--engine fuse")
     from cafs import treemount
 
     source = treemount.find(request)

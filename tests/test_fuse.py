@@ -143,3 +143,12 @@ def test_fstab_can_name_an_image(home: Path, tree: Path, point: Path, cmd: Run) 
     assert cmd("cafs-mount", "--unmount", point).returncode == 0
     done = subprocess.run([BIN / "mount.cafs", "x:1", point, "-o", "engin=fuse"], capture_output=True, check=False)
     assert done.returncode == 1 and b"unknown option 'engin'" in done.stderr
+
+
+def test_what_an_engine_cannot_do_is_said(home: Path, tmp_path: Path, tree: Path, point: Path, cmd: Run) -> None:
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    done = cmd("cafs-mount", "--engine", "pyfuse3", "x:1", point, "--record", tmp_path / "record")
+    assert done.returncode == 8 and b"the pyfuse3 engine cannot record" in done.stderr
+    done = cmd("cafs-mount", "--engine", "fuse", "x:1", point, "--rw", tmp_path / "upper")
+    assert done.returncode == 8 and b"only the kernel engine can be written to" in done.stderr
+    assert not (tmp_path / "record").exists() and not os.path.ismount(point)
