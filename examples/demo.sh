@@ -16,7 +16,7 @@ if [ ! -d "$tree" ] && [ "$tree" = "$base/debian-python" ]; then
 fi
 now() { date +%s%N; }
 ms() { echo $((($2 - $1) / 1000000)); }
-rm -rf "$CAFS_CACHE/.cafs-objects" "$CAFS_CACHE/partial" # so that what is read can be counted
+rm -rf "$CAFS_CACHE/data/.cafs-objects" "$CAFS_CACHE/partial" # so that what is read can be counted
 
 a=$(now); cafs-index create "$tree" -t demo:1 >/dev/null; b=$(now); index_ms=$(ms "$a" "$b")
 a=$(now); cafs-mount demo:1 "$point"; b=$(now); mount_ms=$(ms "$a" "$b")
@@ -27,8 +27,8 @@ b=$(now); run_ms=$(ms "$a" "$b")
 files=$(cafs-index ls --json demo:1 | grep -c '"type":"[fF]"')
 bytes=$(cafs-index ls --json demo:1 | sed -n 's/.*"size":\([0-9]*\).*/\1/p' | awk '{s += $1} END {print s}')
 # Files are there whole, or, if large, with holes for what was not read.
-read_files=$(find "$CAFS_CACHE/.cafs-objects" "$CAFS_CACHE/partial" -type f ! -name '*.map' | wc -l)
-read_bytes=$(find "$CAFS_CACHE/.cafs-objects" "$CAFS_CACHE/partial" -type f ! -name '*.map' -printf '%s %b\n' |
+read_files=$(find "$CAFS_CACHE/data/.cafs-objects" "$CAFS_CACHE/partial" -type f ! -name '*.map' | wc -l)
+read_bytes=$(find "$CAFS_CACHE/data/.cafs-objects" "$CAFS_CACHE/partial" -type f ! -name '*.map' -printf '%s %b\n' |
 	awk '{s += $1 < 512 * $2 ? $1 : 512 * $2} END {print s}')
 printf '\n%-22s %12s %14s\n' '' files bytes
 printf '%-22s %12s %14s\n' 'in the image' "$files" "$bytes" 'fetched by that run' "$read_files" "$read_bytes"
