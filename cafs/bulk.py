@@ -30,15 +30,30 @@ MANY_AT_ONCE = 16
 """For objects that are few and far between."""
 
 
-def read_frames(store: Store, pack_name: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """The frames of a pack at these (offset, size), in order, unchecked; short where it ends.  Raises OSError, RemoteError."""
+def read_frames(store: Store, path: str, places: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The frames of a pack at these (offset, size), in order, unchecked; short where it ends.  Raises OSError, RemoteError.
+
+    path: of the pack in the store.
+    """
 
     def fetch(window: list[Frame]) -> list[bytes]:
-        return [bytes(frame) for _, frame in _fetch(store, pack_name, window)]
+        return [bytes(frame) for _, frame in _fetch(store, path, window)]
 
     frames: list[Frame] = [((b"", 0), offset, size) for offset, size in places]
     for found in ordered_map(fetch, _windows(frames), AT_ONCE, window=2 * AT_ONCE):
         yield from found
+
+
+def all_frames(store: Store, path: str, records: pack.Records) -> Iterator[bytes]:
+    """Every frame of a pack in order, each the one of its record.  Raises CorruptError, also if there is room between them."""
+    rows = sorted(records.rows(), key=lambda row: row[2])
+    at = len(pack.PACK_MAGIC)
+    for row, frame in zip(rows, read_frames(store, path, [row[2:4] for row in rows]), strict=True):
+        if row[2] != at:
+            raise CorruptError(f"{path} has gaps")
+        store.check_record(frame, *row[:2])
+        yield frame
+        at += row[3]
 
 
 def by_pack(store: Store, keys: Iterable[Key], find: Find | None = None) -> tuple[dict[str, list[Frame]], list[Key]]:
@@ -72,7 +87,7 @@ def read_objects(
         """The objects of a window, and those beyond _RAW_MAX as frames: a window of zeros may be a thousand times as large."""
         pack_name, window = task
         try:
-            fetched = _fetch(store, pack_name, window)
+            fetched = _fetch(store, f"packs/{pack_name}", window)
         except (CafsError, OSError):
             return [(key, None) for key, _, _ in window], []
         sizes = accumulate(pack.frame_raw_size(frame) if len(frame) >= pack.FRAME.size else 0 for _, frame in fetched)
@@ -125,10 +140,10 @@ def _one(store: Store, key: Key) -> memoryview | CafsError:
         return error
 
 
-def _fetch(store: Store, pack_name: str, window: list[Frame]) -> list[tuple[Key, memoryview]]:
+def _fetch(store: Store, path: str, window: list[Frame]) -> list[tuple[Key, memoryview]]:
     start = window[0][1]
     end = max(offset + size for _, offset, size in window)
-    data = memoryview(store.backend.read_range(f"packs/{pack_name}", start, end - start))
+    data = memoryview(store.backend.read_range(path, start, end - start))
     return [(key, data[offset - start : offset - start + size]) for key, offset, size in window]
 
 

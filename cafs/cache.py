@@ -82,9 +82,8 @@ class Cache:
         name = object_name(digest, kind)
         return os.path.join(paths.objects(self.root), name[:2], name[2:])
 
-    def is_verified(self, digest: bytes, kind: int) -> bool:
-        """Whether this process has verified the object in the cache.  It may be gone by now."""
-        return (digest, kind) in self._verified
+    def _list_path(self, digest: bytes) -> str:
+        return os.path.join(self.root, "lists", digest.hex())
 
     def open(self, digest: bytes, kind: int, hint: Place | None = None) -> int:
         """A descriptor of the whole, verified object; the caller closes it.  hint: where in the store.  Raises CafsError."""
@@ -161,7 +160,7 @@ class Cache:
         """The verified bytes of a chunk list.  It is kept in lists/: the name of the object is for the whole file."""
         from cafs.chunks import LIST_MAX
 
-        path = os.path.join(self.root, "lists", digest.hex())
+        path = self._list_path(digest)
         try:
             data = atomic.read_file(path, LIST_MAX)
             if self.store.hash(data) == digest:
@@ -178,7 +177,7 @@ class Cache:
         from cafs import chunks
 
         try:
-            data = atomic.read_file(os.path.join(self.root, "lists", digest.hex()), chunks.LIST_MAX)
+            data = atomic.read_file(self._list_path(digest), chunks.LIST_MAX)
             listed = chunks.decode(data, self.store.hash_name, self.store.chunk_size)
         except (OSError, CafsError):
             return set()
@@ -186,7 +185,7 @@ class Cache:
 
     def keep_list(self, digest: bytes, data: bytes) -> None:
         """Put a chunk list that was verified, if that can be done."""
-        path = os.path.join(self.root, "lists", digest.hex())
+        path = self._list_path(digest)
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             atomic.replace_hint(path, data, 0o444)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 
-from cafs import atomic, chunks, columns, locator
+from cafs import atomic, chunks, columns, locator, paths
 from cafs.digest import DIGEST_SIZES, hash_function
 from cafs.errors import CafsError
 from cafs.fsck import Finding
@@ -69,7 +69,7 @@ def _checks(root: str) -> Iterator[Check]:
         yield f"locators {name}", path, _loads(locator.load, path)
     for name in _listed(os.path.join(root, "columns")):
         path = os.path.join(root, "columns", name)
-        yield f"columns {name}", path, _loads(lambda path: os.close(columns.open_checked(path)), path)
+        yield f"columns {name}", path, _loads(lambda path: os.close(columns.open_checked(path)[0]), path)
 
 
 def _object(ledger: Ledger, key: Key, path: str) -> Callable[[], bool]:
@@ -89,7 +89,5 @@ def _loads(load: Callable[[str], object], path: str) -> Callable[[], bool]:
 
 
 def _listed(path: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(path) if not name.startswith("tmp."))
-    except OSError:
-        return []
+    """Without what is being written."""
+    return sorted(name for name in paths.listed(path) if not name.startswith("tmp."))

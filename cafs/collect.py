@@ -192,7 +192,7 @@ class _Pass:
             self.store.hide(name.removeprefix("packs/") for name in dead)
             for name, rows in mostly.items():
                 places = [row[2:4] for row in rows]
-                for row, frame in zip(rows, read_frames(self.store, name, places), strict=True):
+                for row, frame in zip(rows, read_frames(self.store, f"packs/{name}", places), strict=True):
                     writer.put(self.store.check_record(frame, row[0], row[1]), row[1], frame)
             writer.flush()
         return writer.made

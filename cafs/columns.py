@@ -136,15 +136,14 @@ def load(fd: int) -> Index:
     return index
 
 
-def open_checked(path: str) -> int:
-    """A descriptor of a file of columns that is sound.  Raises OSError, FormatError."""
+def open_checked(path: str) -> tuple[int, Index]:
+    """A descriptor of a file of columns that is sound, and what `load` makes of it.  Raises OSError, FormatError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        load(fd)
+        return fd, load(fd)
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
 def _open(data: mmap.mmap) -> Index:

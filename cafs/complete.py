@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 import time
 
+from cafs import kept, paths, quota
 from cafs.bulk import read_objects
+from cafs.cache import Cache
 from cafs.digest import CHUNK_LIST, PLAIN
-from cafs.errors import CafsError
+from cafs.errors import CafsError, UnsupportedError, os_error, quote
+from cafs.locator import locate
 from cafs.ordered import ordered_map
 from cafs.partial import ChunkedFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-    from cafs.cache import Cache
     from cafs.locator import Locator
 
     Key = tuple[bytes, int]
@@ -69,8 +71,7 @@ def complete(
         throttle.take(data.nbytes)
 
     def grow(digest: bytes) -> None:
-        where = next((one for one in locators if one.find(digest, CHUNK_LIST) is not None), None)
-        place = where.place(digest, CHUNK_LIST) if where else None
+        place, where = locate(locators, digest, CHUNK_LIST)
         file = large(digest) if large else ChunkedFile(cache, digest, place, where)
         try:
             file.locator = file.locator or where
@@ -84,3 +85,44 @@ def complete(
     lists = (digest for digest, kind in wanted if kind == CHUNK_LIST and not cache.is_there(digest, CHUNK_LIST))
     for _ in ordered_map(grow, lists, 1 if rate else _THREADS, window=2 * _THREADS):
         pass
+
+
+def pull(address: str, name: str, rate: int) -> None:
+    """Have the cache hold all of an image, and what mounts of it need, for use without the store.  Raises CafsError."""
+    from cafs import treemount
+
+    found, locators = _known(address, name)
+    store, image = found.store, found.image
+    treemount.keep(store, image, address)
+    cache = Cache(paths.cache(), store)
+    try:
+        for layer, metadata in zip(image.layers, image.metadata, strict=True):
+            kept.get_metadata(store, layer, metadata)
+    except UnsupportedError:
+        pass  # what only the fuse engine can mount
+    except OSError as error:
+        raise os_error(f"cannot write to cache {quote(cache.root)}", error) from error
+    quota.note_use(cache.root, image.digest, _objects(locators))
+    complete(cache, _objects(locators), locators, rate=rate)
+
+
+def pin(address: str, name: str) -> None:
+    """Let what the cache has of an image stay there.  Raises CafsError."""
+    found, locators = _known(address, name)
+    try:
+        quota.pin(paths.cache(), found.image.digest, _objects(locators))
+    except OSError as error:
+        raise os_error("cannot pin the image", error) from error
+
+
+def _known(address: str, name: str) -> tuple[kept.Found, list[Locator]]:
+    """An image, and the locators of its layers."""
+    found = kept.find(address, name)
+    try:
+        return found, [kept.get_locator(found.store, layer) for layer in found.image.layers]
+    except OSError as error:
+        raise os_error(f"cannot write to cache {quote(paths.cache())}", error) from error
+
+
+def _objects(locators: list[Locator]) -> Iterator[Key]:
+    return (key for one in locators for key in one.objects())

@@ -146,7 +146,7 @@ def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterat
     whole: Whole = []
     rows = sorted(records.rows(), key=lambda row: row[2])
     try:
-        for row, frame in zip(rows, read_frames(store, name, [row[2:4] for row in rows]), strict=True):
+        for row, frame in zip(rows, read_frames(store, f"packs/{name}", [row[2:4] for row in rows]), strict=True):
             name_of, kind, offset, stored, _ = row
             try:
                 digest = store.check_record(frame, name_of, kind)

@@ -17,6 +17,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from cafs.fusemount import READAHEAD
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -37,10 +39,10 @@ _HAS_RESEND = 1 << (39 - 32)
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 _ATTR = struct.Struct("<6Q10I")
+_ENTRY = struct.Struct("<QQQQII")
 _INIT_IN = struct.Struct("<IIIII")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 _MAX_WRITE = 1 << 16
-_READAHEAD = 1 << 20
 _PAGES = 256
 _READERS = 2
 _THREADS, _NEAR_THREADS = 32, 4
@@ -50,16 +52,25 @@ _INTERRUPT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def attr(node: int, mode: int, size: int, links: int = 1, mtime_ns: int = 0) -> bytes:
-    """struct fuse_attr of a file of root's."""
+def attr(
+    node: int, mode: int, size: int, links: int = 1, mtime_ns: int = 0, uid: int = 0, gid: int = 0, device: int = 0
+) -> bytes:
+    """struct fuse_attr; if nothing else is said of a file of root's."""
     seconds, ns = divmod(mtime_ns, 10**9)
+    seconds &= 0xFFFF_FFFF_FFFF_FFFF
     blocks = (size + 511) // 512
-    return _ATTR.pack(node, size, blocks, *(seconds & 0xFFFF_FFFF_FFFF_FFFF,) * 3, ns, ns, ns, mode, links, 0, 0, 0, 4096, 0)
+    times = seconds, seconds, seconds, ns, ns, ns
+    return _ATTR.pack(node, size, blocks, *times, mode, links, uid, gid, device & 0xFFFF_FFFF, 4096, 0)
 
 
 def entry_out(node: int, attributes: bytes) -> bytes:
     """struct fuse_entry_out that holds for ever."""
-    return struct.pack("<QQQQII", node, 0, FOREVER_S, FOREVER_S, 0, 0) + attributes
+    return _ENTRY.pack(node, 0, FOREVER_S, FOREVER_S, 0, 0) + attributes
+
+
+def no_entry_out(valid_s: int = 0) -> bytes:
+    """The same without a node: in a listing of what is not to be looked up; to a LOOKUP, for so long there is no such name."""
+    return _ENTRY.pack(0, 0, valid_s, 0, 0, 0) + bytes(_ATTR.size)
 
 
 def attr_out(attributes: bytes) -> bytes:
@@ -328,6 +339,4 @@ def _init(body: bytes, more: int) -> bytes:
     _, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
     wanted = flags & (_FLAGS | more)
     wanted2 = flags2 & _HAS_RESEND if flags & _INIT_EXT else 0
-    return _INIT_OUT.pack(
-        7, min(minor, 40), min(readahead, _READAHEAD), wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0
-    )
+    return _INIT_OUT.pack(7, min(minor, 40), min(readahead, READAHEAD), wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _FOREVER = 1e9
-_BLOCKS_MAX = (1 << 63) - 1
 Result = TypeVar("Result")
 Given = ParamSpec("Given")
 
@@ -59,7 +58,6 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.limit_s = limit_s
         self.threads = trio.CapacityLimiter(16)
-        self._blocks = min(sum(tree.index.size) // BLOCK_SIZE, _BLOCKS_MAX)
 
     def _entry(self, inode: int) -> Any:
         found = pyfuse3.EntryAttributes()
@@ -154,7 +152,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: Any = None) -> Any:
         found = pyfuse3.StatvfsData()
         found.f_bsize = found.f_frsize = BLOCK_SIZE
-        found.f_blocks = self._blocks
+        found.f_blocks = self.tree.blocks
         found.f_files = len(self.tree.index)
         found.f_namemax = fmt.NAME_MAX
         return found

@@ -8,6 +8,8 @@ from cafs import linux, mountinfo
 from cafs.errors import CafsError, UnsupportedError, os_error, quote
 
 READAHEAD = 1 << 20
+"""Bytes that the kernel may ask for at once, ahead of who reads."""
+
 _COMMFD = "_FUSE_COMMFD"
 """fusermount3(1) sends the descriptor through the socket whose number this variable holds."""
 

@@ -15,7 +15,7 @@ import time
 from cafs import atomic, locator, paths
 from cafs.digest import CHUNK_SIZE, DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UsageError, quote
-from cafs.image import METADATA, decode, get, load_layer, resolve
+from cafs.image import METADATA, decode, load_layer, resolve
 from cafs.packs import is_chunk_size
 from cafs.refs import is_ref
 from cafs.store import IMAGE_MAX, Store
@@ -54,7 +54,7 @@ def find(root: str, name: str) -> Found:
     known = _known_format(root)
     store = Store(root, known or _LIKELY)
     asked = begin(store, store.read_format)
-    resolved = begin(store, lambda: _resolve(store, name))
+    resolved = begin(store, lambda: resolve(store, name))
     try:
         format_now = asked()
     except (RemoteError, NotFound) as error:
@@ -63,19 +63,11 @@ def find(root: str, name: str) -> Found:
         _write("stores", _name_of(root), {"chunk_size": format_now[1], "hash": format_now[0]})
     if format_now != (known or _LIKELY):
         store = Store(root, format_now)
-        return Found(store, _note(root, name, _resolve(store, name)))
+        return Found(store, _note(root, name, resolve(store, name)))
     try:
         return Found(store, _note(root, name, resolved()))
     except RemoteError as error:
         return _without_store(store, root, name, error)
-
-
-def _resolve(store: Store, name: str) -> Image:
-    """As image.resolve, but a manifest that is here is not asked for."""
-    digest = store.get_ref(name) if is_ref(name) and not re.fullmatch("[0-9a-f]{8,}", name) else None
-    if digest is None:
-        return resolve(store, name)
-    return _kept_image(store, digest) or get(store, digest)
 
 
 def begin(store: Store, task: Callable[[], Result]) -> Callable[[], Result]:
@@ -100,7 +92,9 @@ def begin(store: Store, task: Callable[[], Result]) -> Callable[[], Result]:
 def _note(root: str, name: str, image: Image) -> Image:
     """Keep the manifest, and what NAME means."""
     path = _image_path(image.digest)
-    if not os.path.exists(path):
+    try:
+        os.utime(path)  # what is not used for long goes
+    except OSError:
         try:
             paths.make_private(paths.cache(), os.path.dirname(path))
             atomic.replace_hint(path, image.encode(), 0o600)
@@ -116,7 +110,8 @@ def _without_store(store: Store, root: str, name: str, error: CafsError) -> Foun
     ref, at, digest = name.partition("@")
     wanted = digest.removeprefix(store.hash_name + ":") if at else name
     if re.fullmatch(r"[0-9a-f]{8,128}", wanted):
-        near = sorted(one.partition(".")[0] for one in _listed("meta") if one.startswith(wanted) and one.endswith(".image"))
+        kept = paths.listed(os.path.join(paths.cache(), "meta"))
+        near = sorted(one.partition(".")[0] for one in kept if one.startswith(wanted) and one.endswith(".image"))
         if len(near) > 1:
             raise UsageError(f"{quote(wanted)} is the beginning of {len(near)} image digests")
         image = _kept_image(store, bytes.fromhex(near[0])) if near else None
@@ -142,7 +137,6 @@ def _age(seconds: int) -> str:
 def _kept_image(store: Store, digest: bytes) -> Image | None:
     try:
         data = atomic.read_file(_image_path(digest), IMAGE_MAX)
-        os.utime(_image_path(digest))
         return decode(data, digest) if store.hash(data) == digest else None
     except (OSError, FormatError):
         return None
@@ -181,13 +175,6 @@ def _write(kind: str, name: str, what: dict[str, Any]) -> None:
         _log.debug("cannot keep %s: %s", kind, error)
 
 
-def _listed(kind: str) -> list[str]:
-    try:
-        return os.listdir(os.path.join(paths.cache(), kind))
-    except OSError:
-        return []
-
-
 def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     """Path of a layer's metadata image, verified; it is made if the image names none.  Raises OSError, CafsError."""
     data = b""
@@ -199,7 +186,7 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     path = os.path.join(paths.cache(), "metadata", metadata.hex())
     try:
         if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
-            os.utime(path)  # what is not used for long goes
+            os.utime(path)
             return path
     except OSError:
         pass

@@ -249,12 +249,14 @@ def _stand_in(fd: int) -> None:
 
 def _main(role: str, state: str, fd: int, peer: int, columns: int) -> None:
     try:
-        (supervise if role == "supervisor" else _work)(state, fd, peer, columns)
-    except Exception as error:
         if role == "supervisor":
-            raise
+            supervise(state, fd, peer, columns)
+        else:
+            _work(state, fd, peer, columns)
+    except Exception as error:
         _complain(state, error)
-        _stand_in(fd)
+        if role == "worker":
+            _stand_in(fd)
     finally:
         os._exit(0)  # not waiting for threads that wait for a store
 

@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from cafs import atomic, fusemount, lazyd, linux, locator, mountinfo, serving
+from cafs import fusemount, lazyd, linux, locator, mountinfo, serving
 from cafs.errors import CafsError
 from cafs.holder import held
 
@@ -33,7 +33,7 @@ class LazyMount:
 
     def announce(self, image: bytes, profile: list[str]) -> None:
         """Have an image held, and a hot pack brought into the cache.  profile: where it may be in the store, [] for none."""
-        _note(self.state, image, profile)
+        serving.announce(self.state, image, profile)
         self._look()
 
     def _look(self) -> None:
@@ -60,19 +60,13 @@ class LazyMount:
         known = {_index_of(os.path.join(directory, str(number))) for number in numbers}
         for number, one in enumerate([one for one in locators if one.index not in known], max(numbers, default=0) + 1):
             locator.save(os.path.join(directory, str(number)), one.data)
-        _note(self.state, image, [])  # another command may have tidied it away
+        serving.announce(self.state, image, [])  # another command may have let it go
         if rate >= 0:
             serving.note_prefetch(self.state, layers=[one.index.hex() for one in locators], rate=rate)
         self._look()
         deadline = time.monotonic() + _HELD_WAIT_S
         while image.hex() not in held(os.path.join(self.state, serving.LEASES)) and time.monotonic() < deadline:
             time.sleep(0.002)
-
-
-def _note(state: str, image: bytes, profile: list[str]) -> None:
-    atomic.replace_hint(os.path.join(state, serving.IMAGES, image.hex()), b"")
-    if profile:
-        serving.note_prefetch(state, profile=profile)
 
 
 def _index_of(path: str) -> bytes:
@@ -102,7 +96,7 @@ def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, p
     for directory in ("", serving.MOUNT_POINT, serving.IMAGES, serving.LOCATORS, serving.PREFETCH):
         os.makedirs(os.path.join(state, directory), mode=0o700)
     serving.write_config(state, store, cache, request)
-    _note(state, image, profile)
+    serving.announce(state, image, profile)
     return _start(state)
 
 

@@ -108,7 +108,7 @@ class Ledger:
         is_name = re.compile("[0-9a-f]{%d}" % (2 * len(self._hash(b"")) - 2)).match
         suffix = len(CHUNK_LIST_SUFFIX)
         top = paths.objects(self.root)
-        for shard in filter(_SHARD.fullmatch, _listed(top)):
+        for shard in filter(_SHARD.fullmatch, paths.listed(top)):
             with os.scandir(os.path.join(top, shard)) as entries:
                 for entry in entries:
                     name, kind = entry.name, PLAIN
@@ -187,13 +187,6 @@ def set_aside(root: str, path: str) -> None:
         os.rename(path, os.path.join(aside, f"{os.path.basename(path)}.{os.urandom(4).hex()}"))
     except OSError:
         atomic.unlink_quietly(path)
-
-
-def _listed(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
 
 
 def _stamp(status: os.stat_result) -> Stamp:

@@ -20,7 +20,7 @@ from cafs.pack import FRAME, RAW_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from typing_extensions import Buffer
 
@@ -141,6 +141,12 @@ class Locator:
     def chunk(self, digest: bytes) -> Place | None:
         """Where a chunk may be."""
         return self.place(digest, CHUNK)
+
+
+def locate(locators: Iterable[Locator], digest: bytes, kind: int) -> tuple[Place | None, Locator | None]:
+    """Where an object is, by the first of these that knows it, and which that is."""
+    found = next((one for one in locators if one.find(digest, kind) is not None), None)
+    return (found.place(digest, kind), found) if found else (None, None)
 
 
 def encode(store: Store, index: Index, lists: Store | None = None) -> bytes:

@@ -66,6 +66,8 @@ def _with_kernel(request: Request) -> tuple[bool, str | None]:
             raise UnsupportedError("the kernel engine mounts images of a store, not a bare index")
         if request.foreground:
             raise UnsupportedError("the kernel engine has nothing to stay for in the foreground")
+        if os.geteuid():
+            raise UnsupportedError("the kernel engine needs root")
         found = kept.find(request.store, request.name)
         note = check_point(request.point, found.image.digest.hex())
         if note is None:

@@ -47,6 +47,10 @@ class Mount:
                 found += [("datadir+", _plain(one)) for one in data]
         return found
 
+    def has_data(self, path: str) -> bool:
+        """Whether it is an overlay that has PATH as a layer of data."""
+        return ("datadir+", path) in self.layers
+
     @property
     def digest(self) -> str:
         """Image or index digest of one of our mounts."""
@@ -70,7 +74,7 @@ def is_used_elsewhere(point: str) -> bool:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
-                if any(("datadir+", point) in mount.layers for mount in mounts(pid)):
+                if any(mount.has_data(point) for mount in mounts(pid)):
                     return True
         except OSError:
             continue  # it ended
@@ -97,7 +101,7 @@ def is_kernel(mount: Mount) -> bool:
 
 def over(cache: str) -> list[Mount]:
     """The mounts of the kernel engine over a cache directory."""
-    return [mount for mount in mounts() if is_kernel(mount) and ("datadir+", paths.data(cache)) in mount.layers]
+    return [mount for mount in mounts() if is_kernel(mount) and mount.has_data(paths.data(cache))]
 
 
 def ours() -> list[Mount]:

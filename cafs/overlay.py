@@ -7,11 +7,9 @@ LAZY by all of a store and a cache.  Source: Documentation/filesystems/overlayfs
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
-from contextlib import contextmanager
 from functools import partial
 
 from cafs import atomic, kept, lazymount, linux, mountinfo, paths, profile, quota, serving
@@ -21,7 +19,7 @@ from cafs.errors import CafsError, UnsupportedError, os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from cafs.image import Image
     from cafs.lazymount import LazyMount
@@ -38,8 +36,6 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
     """Mount an image; a note if it was mounted there meanwhile.  Raises BusyError, UnsupportedError if this engine cannot."""
     from cafs.mount import check_point
 
-    if os.geteuid():
-        raise UnsupportedError("the kernel engine needs root")
     cache = paths.cache()
     try:
         ledger = Cache(cache, store).ledger
@@ -110,7 +106,7 @@ def _let_go(digest: str) -> None:
 def end_if_unused(state: str) -> None:
     """Unmount a LAZY, and all else that nobody uses, after umount(8) has taken away what was mounted over it."""
     point = os.path.join(state, serving.MOUNT_POINT)
-    if not any(("datadir+", point) in mount.layers for mount in mountinfo.mounts()):
+    if not any(mount.has_data(point) for mount in mountinfo.mounts()):
         with _lock():
             tidy()
 
@@ -181,16 +177,9 @@ def run_directory(name: str) -> str:
     return os.path.join(paths.run(), name)
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
+def _lock() -> AbstractContextManager[None]:
     """One process at a time changes what is mounted here."""
-    paths.make_private(paths.run(), "erofs")
-    fd = os.open(run_directory("kernel.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    return serving.locked("kernel", "erofs")
 
 
 def _fetch(store: Store, found: Image) -> tuple[list[str], list[Locator]]:
@@ -239,10 +228,8 @@ def _mount_overlay(request: Request, digest: bytes, layers: list[str], data: lis
         except OSError as error:
             raise os_error(f"cannot write to {quote(request.upper)}", error) from error
         settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
-    attributes |= 0 if "suid" in request.extra else linux.MOUNT_ATTR_NOSUID
-    attributes |= 0 if "dev" in request.extra else linux.MOUNT_ATTR_NODEV
     try:
-        linux.mount_overlay(f"cafs:{digest.hex()}", request.point, settings, attributes)
+        linux.mount_overlay(f"cafs:{digest.hex()}", request.point, settings, attributes | request.restrictions())
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise CafsError(f"cannot mount on {quote(request.point)}: {error.strerror}") from error

@@ -51,6 +51,14 @@ def objects(cache_root: str) -> str:
     return os.path.join(cache_root, "data", ".cafs-objects")
 
 
+def listed(path: str) -> list[str]:
+    """The names in a directory; none if it cannot be read."""
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
 def make_private(path: str, *below: str) -> None:
     """Make PATH, for its owner alone, and a directory below it.  Raises OSError."""
     os.makedirs(path, mode=0o700, exist_ok=True)

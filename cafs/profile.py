@@ -11,6 +11,7 @@ from functools import partial
 
 from cafs import atomic, pack
 from cafs.backend import CannotList
+from cafs.bulk import all_frames
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 from cafs.kept import begin
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
     Key = tuple[bytes, int]
+    Row = tuple[bytes, int, int, int, int]
 
 DEFAULT = "default"
 ALL, NONE = "all", "none"
 """No names of profiles: what a mount may be asked to bring instead."""
 
-_WINDOW = 8 << 20
 _LAYERS = 4
 """So many of an image's layers, from the top, are asked for a profile."""
 
@@ -49,28 +50,40 @@ def make(store: Store, image: Image, reads: Iterable[Read], name: str = DEFAULT)
     """Store the hot pack of an image's reads; returns how many objects are in it.  Raises CafsError."""
     target = file_name(store, image.digest, name)
     store.refresh()
-    fd, temporary = atomic.open_temporary(store.backend.scratch(), 0o444)
-    rows = []
+    rows: list[Row] = []
     try:
-        try:
-            offset = len(pack.PACK_MAGIC)
-            atomic.write_all(fd, pack.PACK_MAGIC)
-            for digest, kind in _keys(store, reads):
-                frame = store.read_frame(digest, kind)
-                rows.append((store.name_of(digest), kind, offset, len(frame), pack.frame_raw_size(frame)))
-                atomic.write_all(fd, frame)
-                offset += len(frame)
-            atomic.write_all(fd, pack.Records.build(store.hash_name, rows).encode_footer())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        store.backend.publish(temporary, target)
+        _write(store, target, _hot_pack(store, reads, rows))
         point(store, image, name)
     except OSError as error:
         raise os_error(f"cannot write to store {quote(store.root)}", error) from error
+    return len(rows)
+
+
+def _hot_pack(store: Store, reads: Iterable[Read], rows: list[Row]) -> Iterator[bytes]:
+    """The bytes of a profile.  rows: to which its records are added."""
+    yield pack.PACK_MAGIC
+    offset = len(pack.PACK_MAGIC)
+    for digest, kind in _keys(store, reads):
+        frame = store.read_frame(digest, kind)
+        rows.append((store.name_of(digest), kind, offset, len(frame), pack.frame_raw_size(frame)))
+        yield frame
+        offset += len(frame)
+    yield pack.Records.build(store.hash_name, rows).encode_footer()
+
+
+def _write(store: Store, file: str, pieces: Iterable[bytes]) -> None:
+    """Put a profile into a store, in place of one that is there.  Raises OSError, CafsError."""
+    fd, temporary = atomic.open_temporary(store.backend.scratch(), 0o444)
+    try:
+        try:
+            for piece in pieces:
+                atomic.write_all(fd, piece)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        store.backend.publish(temporary, file)
     finally:
         atomic.unlink_quietly(temporary)
-    return len(rows)
 
 
 def _keys(store: Store, reads: Iterable[Read]) -> Iterator[Key]:
@@ -179,17 +192,7 @@ def pieces(store: Store, file: str) -> Iterator[bytes]:
     """The bytes of a profile, frame by frame, each verified.  Raises CorruptError, OSError, RemoteError."""
     records = store.read_footer_of(file)
     yield pack.PACK_MAGIC
-    at = start = len(pack.PACK_MAGIC)
-    data = b""
-    for name, kind, offset, size, _ in sorted(records.rows(), key=lambda row: row[2]):
-        if offset != at:
-            raise CorruptError(f"profile {file} has gaps")
-        if offset + size > start + len(data):
-            start, data = offset, store.backend.read_range(file, offset, max(size, _WINDOW))
-        frame = data[offset - start : offset - start + size]
-        store.check_record(frame, name, kind)
-        yield frame
-        at += size
+    yield from all_frames(store, file, records)
     yield records.encode_footer()
 
 
@@ -204,20 +207,10 @@ def _is_same(source: Store, target: Store, file: str) -> bool:
 def copy(source: Store, target: Store, image: Image) -> None:
     """Bring an image's profiles to another store of the same scope; a damaged one stays behind.  Raises CafsError, OSError."""
     for name in names(source, image.digest):
-        if _is_same(source, target, file_name(source, image.digest, name)):
-            point(target, image, name)
-            continue
-        fd, temporary = atomic.open_temporary(target.backend.scratch(), 0o444)
+        file = file_name(source, image.digest, name)
         try:
-            try:
-                for piece in pieces(source, file_name(source, image.digest, name)):
-                    atomic.write_all(fd, piece)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            target.backend.publish(temporary, file_name(target, image.digest, name))
-            point(target, image, name)
+            if not _is_same(source, target, file):
+                _write(target, file, pieces(source, file))
         except CorruptError:
             continue
-        finally:
-            atomic.unlink_quietly(temporary)
+        point(target, image, name)

@@ -156,10 +156,10 @@ def _remove_leftovers(root: str) -> None:
     """Files that processes were writing when they were killed, and what was derived for images not used for a long time."""
     objects = paths.objects(root)
     for directory in () if pinned(root) else _DERIVED:  # which of it pinned images need is not known here
-        for name in _listed(os.path.join(root, directory)):
+        for name in paths.listed(os.path.join(root, directory)):
             _remove_if_older(os.path.join(root, directory, name), _UNUSED_AFTER_S)
-    for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in _listed(objects))]:
-        for name in _listed(directory):
+    for directory in [os.path.join(root, "partial"), *(os.path.join(objects, shard) for shard in paths.listed(objects))]:
+        for name in paths.listed(directory):
             if name.startswith("tmp."):
                 _remove_if_older(os.path.join(directory, name), _LEFT_AFTER_S)
 
@@ -191,7 +191,7 @@ def unpin(root: str, image: bytes) -> bool:
 
 def pinned(root: str) -> set[str]:
     """Digests of the images that are pinned."""
-    return set(_listed(os.path.join(root, _PINNED)))
+    return set(paths.listed(os.path.join(root, _PINNED)))
 
 
 def _pinned_names(root: str) -> set[str]:
@@ -202,22 +202,15 @@ def _pinned_names(root: str) -> set[str]:
 def _files(root: str) -> Iterator[tuple[str, str, int]]:
     """(object name, path, bytes on disk)."""
     objects = paths.objects(root)
-    for shard in _listed(objects):
-        for name in _listed(os.path.join(objects, shard)):
+    for shard in paths.listed(objects):
+        for name in paths.listed(os.path.join(objects, shard)):
             path = os.path.join(objects, shard, name)
             if not name.startswith("tmp."):
                 yield shard + name, path, _blocks(path)
-    for name in _listed(os.path.join(root, "partial")):
+    for name in paths.listed(os.path.join(root, "partial")):
         path = os.path.join(root, "partial", name)
         if not name.endswith(".map") and not name.startswith("tmp."):
             yield name, path, _blocks(path)
-
-
-def _listed(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
 
 
 def _blocks(path: str) -> int:
@@ -231,7 +224,7 @@ def _ages(root: str) -> dict[str, int]:
     """Object name -> rank of the last use, the oldest first."""
     used = os.path.join(root, "used")
     records = []
-    for name in _listed(used):
+    for name in paths.listed(used):
         try:
             records.append((os.stat(os.path.join(used, name)).st_mtime_ns, name))
         except OSError:

@@ -17,6 +17,7 @@ from cafs import atomic
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound
 from cafs.fusedev import FileSystem
+from cafs.locator import locate
 from cafs.packs import FORMAT_FILE
 from cafs.partial import ChunkedFile
 from cafs.serving import PREFETCH
@@ -49,7 +50,7 @@ class Reader(FileSystem):
         self.state = state
         self.cache = cache
         self.recorder = recorder
-        self.brought = _nothing
+        self.brought: Callable[[], None] = lambda: None
         """Called when a profile has come."""
         self.streams: list[Stream] = []
         self._asked: set[str] = set()
@@ -126,17 +127,16 @@ class Reader(FileSystem):
 
     def _large(self, digest: bytes) -> ChunkedFile:
         """The open large file of a chunk list, which the caller lets go."""
-        found = self._opened((digest, CHUNK_LIST), lambda: ChunkedFile(self.cache, digest, *self._locate(digest)))
+
+        def make() -> ChunkedFile:
+            return ChunkedFile(self.cache, digest, *locate(self.all_locators(), digest, CHUNK_LIST))
+
+        found = self._opened((digest, CHUNK_LIST), make)
         assert not isinstance(found, int)
         return found
 
     def _let_large_go(self, digest: bytes) -> None:
         self._let_go((digest, CHUNK_LIST))
-
-    def _locate(self, digest: bytes) -> tuple[Place | None, Locator | None]:
-        """Where a chunk list is; the list itself may be here."""
-        found = next((one for one in self.all_locators() if one.find(digest, CHUNK_LIST) is not None), None)
-        return (found.place(digest, CHUNK_LIST), found) if found else (None, None)
 
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         """What is at hand: of a file that is open here."""
@@ -296,7 +296,3 @@ class Reader(FileSystem):
             os.close(fd)
             raise CafsError("object is not of the size that the index says")
         return fd
-
-
-def _nothing() -> None:
-    pass

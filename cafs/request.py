@@ -6,13 +6,17 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 
 from cafs import atomic, linux, paths
 from cafs.errors import CafsError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 FETCH_LIMIT_S = 60.0
-ENGINES = ("auto", "kernel", "fuse", "pyfuse3")
 
 
 class Request:
@@ -53,6 +57,29 @@ class Request:
         self.rate = rate
         self.why = ""
         self.warnings: list[str] = []
+
+    def restrictions(self) -> int:
+        """MS_NOSUID and MS_NODEV unless they are not wanted; as MOUNT_ATTR_… they are the same bits."""
+        return sum(flag for word, flag in (("suid", linux.MS_NOSUID), ("dev", linux.MS_NODEV)) if word not in self.extra)
+
+
+def ask_child(work: Callable[[int], int]) -> bytes:
+    """Fork; what the child has written to the descriptor that WORK is called with, once nobody has that open any more.
+
+    What WORK returns is the exit status of the child.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        os._exit(work(writer))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read(65536)
+    os.waitpid(child, 0)
+    return answer
 
 
 def failure(answer: bytes) -> CafsError:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 from cafs import atomic, linux, locator, paths, quota
 from cafs.cache import Cache
 from cafs.holder import Holder
 from cafs.keeper import Keeper, log_to
-from cafs.request import failure, record_path, tell, unmount_quietly, write_record
+from cafs.request import ask_child, failure, record_path, tell, unmount_quietly, write_record
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -25,17 +24,7 @@ _CLOSE_UP_TO = 4096
 
 def start(request: Request, source: Source) -> None:
     """Fork a server in its own session; returns when it is mounted.  Its failure is raised here."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os._exit(_daemon(request, source, writer))
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read(65536)
-    os.waitpid(child, 0)
+    answer = ask_child(lambda writer: _daemon(request, source, writer))
     if answer != b"ok":
         raise failure(answer)
 
@@ -69,7 +58,7 @@ def _daemon(request: Request, source: Source, writer: int) -> int:
 
 def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
     """With pyfuse3, in this process, until it is unmounted."""
-    from cafs import columns, fusefs, kept
+    from cafs import fusefs, kept
     from cafs.tree import Tree
 
     record = record_path(request.point)
@@ -78,8 +67,8 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
     store = Store(request.store)
     cache = Cache(paths.cache(), store, limit_s=request.limit_s)
     limit = quota.quota(cache.root)
-    index, digest = columns.load(source.fd), source.digest.hex()
-    tree = Tree(index, cache, kept.find_locators(store, list(source.layers)))
+    digest = source.digest.hex()
+    tree = Tree(source.index, cache, kept.find_locators(store, list(source.layers)))
 
     def mounted() -> None:
         write_record(request, digest, "pyfuse3", os.getpid())
@@ -87,7 +76,7 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
         signal.signal(number, lambda *_: unmount_quietly(request.point))
-    quota.note_use(cache.root, source.digest, locator.contents(index))
+    quota.note_use(cache.root, source.digest, locator.contents(source.index))
     holder = Holder(store, lambda: {(digest, os.getpid())} if source.image else set())
     holder.start()
     keeper = Keeper(cache, limit)

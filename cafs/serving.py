@@ -13,11 +13,13 @@ import re
 import select
 import signal
 import time
+from contextlib import contextmanager
 
-from cafs import atomic
+from cafs import atomic, paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from cafs.request import Request
@@ -46,6 +48,25 @@ def write_config(state: str, store: Store, cache: str, request: Request, **more:
         "store": request.store,
     }
     atomic.create_file(os.path.join(state, CONFIG), json.dumps(config | more, sort_keys=True).encode(), 0o400)
+
+
+@contextmanager
+def locked(name: str, *below: str) -> Iterator[None]:
+    """Hold a lock in the directory of live state, which is made, and a directory below it.  Raises OSError."""
+    paths.make_private(paths.run(), *below)
+    fd = os.open(os.path.join(paths.run(), f"{name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def announce(state: str, image: bytes, profile: list[str]) -> None:
+    """Say that an image is, or is about to be, mounted.  profile: where one to bring may be in the store, [] for none."""
+    atomic.replace_hint(os.path.join(state, IMAGES, image.hex()), b"")
+    if profile:
+        note_prefetch(state, profile=profile)
 
 
 def note_prefetch(state: str, **what: object) -> None:
@@ -113,9 +134,13 @@ def hold(state: str) -> int:
 def pid(state: str) -> int:
     """Of the supervisor, 0 if there is none."""
     try:
-        return int(atomic.read_file(os.path.join(state, PID_FILE), 32))
+        return _read_pid(state)
     except (OSError, ValueError):
         return 0
+
+
+def _read_pid(state: str) -> int:
+    return int(atomic.read_file(os.path.join(state, PID_FILE), 32))
 
 
 def reload(state: str) -> None:
@@ -123,7 +148,7 @@ def reload(state: str) -> None:
     from cafs.errors import CafsError, quote
 
     try:
-        os.kill(int(atomic.read_file(os.path.join(state, PID_FILE), 32)), signal.SIGHUP)
+        os.kill(_read_pid(state), signal.SIGHUP)
     except (OSError, ValueError) as error:
         raise CafsError(f"what serves {quote(state)} cannot be reached: {error}") from error
 

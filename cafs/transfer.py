@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from cafs import atomic, candidates, chunks, erofs, locator, pack, profile
-from cafs.bulk import MANY_AT_ONCE, by_pack, read_frames, read_objects
+from cafs.bulk import MANY_AT_ONCE, all_frames, by_pack, read_frames, read_objects
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.errors import CafsError, CorruptError, NotFound, UsageError, os_error, quote
 from cafs.image import METADATA
@@ -124,7 +124,7 @@ class _Copy:
     def _frames(self, name: str, frames: list[Frame]) -> None:
         """Some objects of a pack."""
         places = [(offset, size) for _, offset, size in frames]
-        for (key, _, _), frame in zip(frames, read_frames(self.source, name, places), strict=True):
+        for (key, _, _), frame in zip(frames, read_frames(self.source, f"packs/{name}", places), strict=True):
             try:
                 self.source.check_frame(frame, *key)
             except CorruptError:
@@ -153,16 +153,10 @@ class _Copy:
 
     def _write_pack(self, name: str, fd: int) -> pack.Records:
         records = self.source.read_footer(name)
-        rows = sorted(records.rows(), key=lambda row: row[2])
-        at = len(pack.PACK_MAGIC)
         atomic.write_all(fd, pack.PACK_MAGIC)
-        for row, frame in zip(rows, read_frames(self.source, name, [row[2:4] for row in rows]), strict=True):
-            if row[2] != at:
-                raise CorruptError(f"pack {name} has gaps")
-            self.source.check_record(frame, *row[:2])
+        for frame in all_frames(self.source, f"packs/{name}", records):
             atomic.write_all(fd, frame)
             self._count(1, len(frame))
-            at += row[3]
         atomic.write_all(fd, records.encode_footer())
         return records
 

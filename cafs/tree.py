@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 
 from cafs import format as fmt
 from cafs.digest import CHUNK_LIST, PLAIN
@@ -54,6 +55,11 @@ class Tree(Reader):
     def links(self, inode: int) -> int:
         """st_nlink: names in this tree; for a directory 2 and one for each directory in it."""
         return self.index.links.get(inode - 1, 1)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Of BLOCK_SIZE bytes, in all files."""
+        return min(sum(self.index.size) // BLOCK_SIZE, (1 << 63) - 1)
 
     def device(self, inode: int) -> int:
         """st_rdev."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 import errno
 import struct
 
-from cafs.fusedev import FOREVER_S, TREE_FLAGS, entry_out, statfs_out
-from cafs.tree import BLOCK_SIZE, Tree
+from cafs.fusedev import FOREVER_S, TREE_FLAGS, attr, entry_out, no_entry_out, statfs_out
+from cafs.tree import Tree
 
-_ATTR = struct.Struct("<6Q10I")
-_ENTRY = struct.Struct("<QQQQII")
 _DIRENT = struct.Struct("<QQII")
-_MISSING = _ENTRY.pack(0, 0, FOREVER_S, 0, 0, 0) + bytes(_ATTR.size)
+_MISSING, _UNKNOWN = no_entry_out(FOREVER_S), no_entry_out()
 _DOTS = (b".", b"..")
-_U64, _U32 = 0xFFFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF
-_BLOCKS_MAX = (1 << 63) - 1
 
 
 class TreeFiles(Tree):
@@ -31,13 +27,8 @@ class TreeFiles(Tree):
 
     def getattr(self, node: int) -> bytes:
         index, at = self.index, node - 1
-        size = index.size[at]
-        seconds, ns = divmod(index.mtime_ns[at], 10**9)
-        seconds &= _U64
-        return _ATTR.pack(
-            node, size, (size + 511) // 512, seconds, seconds, seconds, ns, ns, ns,
-            self.mode(node), self.links(node), index.uid[at], index.gid[at], self.device(node) & _U32, BLOCK_SIZE, 0,
-        )  # fmt: skip
+        owner = index.uid[at], index.gid[at]
+        return attr(node, self.mode(node), index.size[at], self.links(node), index.mtime_ns[at], *owner, self.device(node))
 
     def readlink(self, node: int) -> bytes:
         try:
@@ -53,7 +44,7 @@ class TreeFiles(Tree):
         for position in range(offset, len(children) + len(_DOTS)):
             if position < len(_DOTS):
                 name, inode, mode = _DOTS[position], self._dot(node, position), 0o40000
-                plus = bytes(_ENTRY.size + _ATTR.size)
+                plus = _UNKNOWN
             else:
                 child = children[position - len(_DOTS)]
                 name, inode = self.index.name(child), self.inode(child)
@@ -81,4 +72,4 @@ class TreeFiles(Tree):
         return list(self.xattrs(node))
 
     def statfs(self) -> bytes:
-        return statfs_out(min(sum(self.index.size) // BLOCK_SIZE, _BLOCKS_MAX), len(self.index))
+        return statfs_out(self.blocks, len(self.index))

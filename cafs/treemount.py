@@ -5,9 +5,7 @@ Also for users without privileges.  cafs-mount(1), ENGINES.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import sys
 from contextlib import contextmanager
 
 from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, serving
@@ -18,6 +16,7 @@ from cafs.store import Store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from cafs.index import Index
     from cafs.request import Request
@@ -26,29 +25,26 @@ ENGINE = "fuse"
 
 
 class Source:
-    """What is mounted.  digest: of the image, or of a bare index, which has no image.  fd: of the columns of the tree."""
+    """What is mounted: an image, or an index by itself.  fd: of the columns of the tree; index: they, mapped."""
 
-    __slots__ = ("digest", "fd", "image", "layers", "store")
+    __slots__ = ("digest", "fd", "image", "index", "layers", "store")
 
-    def __init__(self, store: Store, digest: bytes, layers: tuple[bytes, ...], fd: int, image: image.Image | None) -> None:
+    def __init__(self, store: Store, opened: tuple[int, Index], image: image.Image | None) -> None:
         self.store = store
-        self.digest = digest
-        self.layers = layers
-        self.fd = fd
+        self.fd, self.index = opened
         self.image = image
+        self.digest = image.digest if image else self.index.identity
+        self.layers = image.layers if image else (self.index.identity,)
 
 
 def find(request: Request) -> Source:
     """What IMAGE is, with its columns.  Raises CafsError."""
     if image.is_bare(request.name, request.store):
         store = Store(request.store)
-        fd = _make(lambda: _load_bare(request.name, request.store, store))
-        identity = columns.load(fd).identity
-        return Source(store, identity, (identity,), fd, None)
+        return Source(store, _make(lambda: _load_bare(request.name, request.store, store)), None)
     found = kept.find(request.store, request.name)
     request.warnings += [found.warning] if found.warning else []
-    layers = found.image.layers
-    return Source(found.store, found.image.digest, layers, _columns(found.store, found.image, request.store), found.image)
+    return Source(found.store, _columns(found.store, found.image, request.store), found.image)
 
 
 def _load_bare(name: str, store_root: str, store: Store) -> Index:
@@ -59,16 +55,16 @@ def _load_bare(name: str, store_root: str, store: Store) -> Index:
 
 def keep(store: Store, found: image.Image, address: str) -> None:
     """Have the cache keep what a mount needs beside objects.  Raises CafsError."""
-    os.close(_columns(store, found, address))
+    os.close(_columns(store, found, address)[0])
 
 
-def _columns(store: Store, found: image.Image, address: str) -> int:
-    """A descriptor of the columns of an image, made if the cache does not have them."""
+def _columns(store: Store, found: image.Image, address: str) -> tuple[int, Index]:
+    """The columns of an image, and a descriptor of them; made if the cache does not have them."""
     path = columns.path_of(found.layers)
     try:
-        fd = columns.open_checked(path)
+        fd, index = columns.open_checked(path)
         os.utime(fd)
-        return fd
+        return fd, index
     except (OSError, FormatError):
         pass
 
@@ -81,33 +77,23 @@ def _columns(store: Store, found: image.Image, address: str) -> int:
     return _make(make, path)
 
 
-def _make(make: Callable[[], Index], path: str = "") -> int:
+def _make(make: Callable[[], Index], path: str = "") -> tuple[int, Index]:
     """Make columns in a child, for loading an index takes memory that a server would never give back.
 
     Kept at PATH (of the index by itself if none is given); in memory where that cannot be.
     """
     fd = os.memfd_create("cafs-columns", os.MFD_CLOEXEC)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if not child:
-        os._exit(_make_in_child(make, path, fd, writer))
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read(65536)
-    os.waitpid(child, 0)
+    answer = requests.ask_child(lambda writer: _make_in_child(make, path, fd, writer))
     if not answer.startswith(b"ok"):
         os.close(fd)
         raise requests.failure(answer)
     try:
         if answer[2:]:
-            kept_fd = columns.open_checked(os.fsdecode(answer[2:]))
             os.close(fd)
-            return kept_fd
+            return columns.open_checked(os.fsdecode(answer[2:]))
+        return fd, columns.load(fd)
     except (OSError, FormatError) as error:
         raise CafsError(f"cannot keep columns: {error}") from error
-    return fd
 
 
 def _make_in_child(make: Callable[[], Index], path: str, fd: int, writer: int) -> int:
@@ -134,8 +120,7 @@ def mount(request: Request, source: Source) -> str | None:
     """
     from cafs.mount import check_point
 
-    index = columns.load(source.fd)
-    quota.note_use(paths.cache(), source.digest, locator.contents(index))
+    quota.note_use(paths.cache(), source.digest, locator.contents(source.index))
     hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
         with _lock():
@@ -167,9 +152,7 @@ def mount(request: Request, source: Source) -> str | None:
 
 
 def _mount(request: Request, source: Source) -> int:
-    flags = linux.MS_RDONLY
-    flags |= 0 if "suid" in request.extra else linux.MS_NOSUID
-    flags |= 0 if "dev" in request.extra else linux.MS_NODEV
+    flags = linux.MS_RDONLY | request.restrictions()
     name = f"cafs:{source.digest.hex()}"
     return fusemount.mount(request.point, mountinfo.FSTYPE.decode(), name, flags, "allow_other")
 
@@ -183,22 +166,14 @@ def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
         for directory in ("", serving.IMAGES, serving.PREFETCH):
             os.makedirs(os.path.join(state, directory), mode=0o700)
         alive = serving.hold(state)
-    if source.image:
-        atomic.replace_hint(os.path.join(state, serving.IMAGES, source.digest.hex()), b"", 0o600)
-    if hot:
-        serving.note_prefetch(state, profile=hot)
-    if request.prefetch == profile.ALL:
-        serving.note_prefetch(state, layers=[layer.hex() for layer in source.layers], rate=request.rate)
-    serving.write_config(
-        state,
-        source.store,
-        paths.cache(),
-        request,
-        layers=[layer.hex() for layer in source.layers],
-        point=request.point,
-        notes=requests.record_path(request.point),
-    )
+    layers = [layer.hex() for layer in source.layers]
     try:
+        if source.image:
+            serving.announce(state, source.digest, hot)
+        if request.prefetch == profile.ALL:
+            serving.note_prefetch(state, layers=layers, rate=request.rate)
+        notes = requests.record_path(request.point)
+        serving.write_config(state, source.store, paths.cache(), request, layers=layers, point=request.point, notes=notes)
         yield state
     except BaseException:
         serving.remove_state(state)
@@ -211,16 +186,9 @@ def _run() -> str:
     return os.path.join(paths.run(), "fuse")
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
+def _lock() -> AbstractContextManager[None]:
     """While directories of mounts come and go."""
-    paths.make_private(paths.run(), "fuse")
-    fd = os.open(os.path.join(paths.run(), "fuse.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    return serving.locked("fuse", "fuse")
 
 
 def states() -> list[str]:

@@ -51,24 +51,31 @@ class Windows:
             if future is None:
                 future = self._flying[block] = Future()
         if is_mine:
-            try:
-                with self._cache.single_flight((hashlib.sha256(f"{place[0]} {block[1]}".encode()).digest(), _BLOCK)):
-                    is_here = self._cache.is_there(digest, PLAIN)  # another process has brought it
-                    future.set_result(([], b"") if is_here else self._fetch(locator, place))
-                    self._put_first(digest, future.result())
-            except (CafsError, OSError):
-                if not future.done():
-                    future.set_result(([], b""))
-            except BaseException as error:
-                if not future.done():
-                    future.set_exception(error)
-                raise
-            finally:
-                self._behind.submit(self._finish, block, future, digest)
+            self._bring_first(locator, digest, place, block, future)
+            return
         try:
             self._put_first(digest, future.result(self._cache.limit_s))
         except (CafsError, OSError, TimeoutError):
             pass
+
+    def _bring_first(
+        self, locator: Locator, digest: bytes, place: tuple[str, int, int], block: Block, future: Future[Fetched]
+    ) -> None:
+        """For all who ask for the block, also in other processes, which find it here when they have the lock."""
+        try:
+            with self._cache.single_flight((hashlib.sha256(f"{place[0]} {block[1]}".encode()).digest(), _BLOCK)):
+                is_here = self._cache.is_there(digest, PLAIN)
+                future.set_result(([], b"") if is_here else self._fetch(locator, place))
+                self._put_first(digest, future.result())
+        except (CafsError, OSError):
+            if not future.done():
+                future.set_result(([], b""))
+        except BaseException as error:
+            if not future.done():
+                future.set_exception(error)
+            raise
+        finally:
+            self._behind.submit(self._finish, block, future, digest)
 
     def _put_first(self, digest: bytes, fetched: Fetched) -> None:
         """Put what was asked for, unless it is here."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import click
 
 DEBUG = "CAFS_DEBUG"
+ENGINES = ("auto", "kernel", "fuse", "pyfuse3")
+"""What cafs-mount and mount.cafs can mount with."""
 
 
 def say(program: str, message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cli._app import is_terminal, run, say, write_json
+from cli._app import ENGINES, is_terminal, run, say, write_json
 from cli._options import CONTEXT, Size, json_option, quiet_option, store_option, store_root, version_option
 
 PROGRAM = "cafs-mount"
@@ -14,9 +14,7 @@ PROGRAM = "cafs-mount"
 @version_option(PROGRAM)
 @click.argument("image", required=False)
 @click.argument("directory", required=False, metavar="DIR")
-@click.option(
-    "--engine", type=click.Choice(["auto", "kernel", "fuse", "pyfuse3"]), default="auto", help="How to mount (default: auto)."
-)
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", help="How to mount (default: auto).")
 @click.option("--rw", "upper", metavar="UPPERDIR", help="Let it be written to; changes go to UPPERDIR/upper.")
 @click.option("--record", metavar="FILE", help="Write what is read to FILE, for cafs-index profile.")
 @click.option("--prefetch", metavar="PROFILE|all|none", default="", help="Bring this profile (default: 'default').")

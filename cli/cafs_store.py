@@ -202,9 +202,11 @@ def pull(image: str, url: str | None, tag: str | None, bwlimit: int, as_json: bo
     from cafs.store import Store, open_or_init
 
     if url is None:
+        from cafs import complete
+
         if tag:
             raise click.UsageError("--tag goes with URL")
-        _fill(image, store_root(store), bwlimit)
+        complete.pull(store_root(store), image, bwlimit)
         return
     if bwlimit:
         raise click.UsageError("--bwlimit goes without URL")
@@ -213,42 +215,15 @@ def pull(image: str, url: str | None, tag: str | None, bwlimit: int, as_json: bo
     _copy(image, source, target, tag, as_json, quiet)
 
 
-def _fill(name: str, store: str, rate: int) -> None:
-    from cafs import kept, paths, quota, treemount
-    from cafs.cache import Cache
-    from cafs.complete import complete
-    from cafs.errors import UnsupportedError, os_error, quote
-
-    found = kept.find(store, name)
-    locators = [kept.get_locator(found.store, layer) for layer in found.image.layers]
-    treemount.keep(found.store, found.image, store)
-    try:
-        for layer, metadata in zip(found.image.layers, found.image.metadata, strict=True):
-            kept.get_metadata(found.store, layer, metadata)
-    except UnsupportedError:
-        pass  # what only the fuse engine can mount
-    except OSError as error:
-        raise os_error(f"cannot write to cache {quote(paths.cache())}", error) from error
-    cache = Cache(paths.cache(), found.store)
-    quota.note_use(cache.root, found.image.digest, (key for one in locators for key in one.objects()))
-    complete(cache, (key for one in locators for key in one.objects()), locators, rate=rate)
-
-
 @main.command()
 @click.argument("image")
 @store_option()
 @quiet_option(used=False)
 def pin(image: str, store: str | None) -> None:
     """Let what the cache has of IMAGE stay, whatever the quota."""
-    from cafs import kept, paths, quota
-    from cafs.errors import os_error
+    from cafs import complete
 
-    found = kept.find(store_root(store), image)
-    locators = [kept.get_locator(found.store, layer) for layer in found.image.layers]
-    try:
-        quota.pin(paths.cache(), found.image.digest, (key for one in locators for key in one.objects()))
-    except OSError as error:
-        raise os_error("cannot pin the image", error) from error
+    complete.pin(store_root(store), image)
 
 
 @main.command()

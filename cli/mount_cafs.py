@@ -8,8 +8,7 @@ from __future__ import annotations
 import getopt
 import sys
 
-from cafs.request import ENGINES
-from cli._app import guarded, say
+from cli._app import ENGINES, guarded, say
 
 PROGRAM = "mount.cafs"
 USAGE = "usage: mount.cafs IMAGE DIR [-sfnv] [-o OPTION,...]"

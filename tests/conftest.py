@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,22 @@ def cmd(home: Path) -> Run:
         return subprocess.run([BIN / program, *map(str, arguments)], check=False, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
+
+
+def make_files(root: Path, count: int, large: int, smallest: int = 1, largest: int = 100_000) -> Path:
+    """A tree of files called 0, 1, ..., of random content and sizes, and one called large; always the same."""
+    root.mkdir()
+    rng = random.Random(1)
+    for number in range(count):
+        (root / f"{number}").write_bytes(rng.randbytes(rng.randint(smallest, largest)))
+    (root / "large").write_bytes(rng.randbytes(large))
+    return root
+
+
+def pid_of(home: Path, name: str, kind: str) -> int:
+    """Of the 'supervisor' or 'worker' of the only mount of a kind: 'lazy' or 'fuse'."""
+    (state,) = (home / "run" / kind).iterdir()
+    return int((state / name).read_text())
 
 
 def mounts_below(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, Run, wait_until
+from tests.conftest import BIN, Run, make_files, pid_of, wait_until
 from tests.test_lazy import READER, digests
 from tests.test_mount import server_pid
 
@@ -23,13 +23,7 @@ pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    root = tmp_path / "tree"
-    root.mkdir()
-    rng = random.Random(1)
-    for number in range(100):
-        (root / f"{number}").write_bytes(rng.randbytes(rng.randint(1, 100_000)))
-    (root / "large").write_bytes(rng.randbytes((9 << 20) + 5))
-    return root
+    return make_files(tmp_path / "tree", 100, (9 << 20) + 5)
 
 
 @pytest.fixture
@@ -43,16 +37,11 @@ def point(tmp_path: Path, tree: Path, cmd: Run) -> Path:
     return point
 
 
-def pid_of(home: Path, name: str) -> int:
-    (state,) = (home / "run" / "fuse").iterdir()
-    return int((state / name).read_text())
-
-
 def kill(home: Path, name: str) -> None:
     """Kill one of the two, and wait until the other has started another."""
-    pid = pid_of(home, name)
+    pid = pid_of(home, name, "fuse")
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: pid_of(home, name) != pid)
+    wait_until(lambda: pid_of(home, name, "fuse") != pid)
 
 
 def test_forty_kills_fail_no_read_of_a_tree(home: Path, tmp_path: Path, tree: Path, point: Path) -> None:
@@ -94,11 +83,11 @@ def test_damaged_columns_are_made_anew(home: Path, tree: Path, point: Path, cmd:
 
 
 def test_a_new_program_takes_over_a_tree(home: Path, tree: Path, point: Path, cmd: Run) -> None:
-    worker = pid_of(home, "worker")
+    worker = pid_of(home, "worker", "fuse")
     with open(point / "large", "rb", buffering=0) as file:
         head = file.read(1 << 20)
         assert cmd("cafs-mount", "--reload").returncode == 0
-        wait_until(lambda: pid_of(home, "worker") != worker)
+        wait_until(lambda: pid_of(home, "worker", "fuse") != worker)
         assert head + b"".join(iter(lambda: file.read(1 << 20), b"")) == (tree / "large").read_bytes()
 
 
@@ -119,7 +108,7 @@ def test_what_is_read_through_a_tree_can_be_recorded(home: Path, tmp_path: Path,
 
 
 def test_a_tree_ends_when_the_mount_does_and_leaves_nothing(home: Path, point: Path, cmd: Run) -> None:
-    pids = [pid_of(home, "worker"), server_pid(cmd, point)]
+    pids = [pid_of(home, "worker", "fuse"), server_pid(cmd, point)]
     assert cmd("cafs-mount", "--unmount", point).returncode == 0
     assert list((home / "run" / "fuse").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") and _is_live(pid) for pid in pids))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, Run, lazy_pids, wait_until
+from tests.conftest import BIN, Run, lazy_pids, make_files, pid_of, wait_until
 from tests.faultproxy import Proxy, free_port
 
 pytestmark = pytest.mark.needs("root", "fuse")
@@ -47,13 +47,7 @@ print(json.dumps([reads, wrong, failed, slowest]))
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    root = tmp_path / "tree"
-    root.mkdir()
-    rng = random.Random(1)
-    for number in range(300):
-        (root / f"{number}").write_bytes(rng.randbytes(rng.randint(1, 100_000)))
-    (root / "large").write_bytes(rng.randbytes((9 << 20) + 5))
-    return root
+    return make_files(tmp_path / "tree", 300, (9 << 20) + 5)
 
 
 def digests(tree: Path) -> dict[str, str]:
@@ -64,11 +58,6 @@ def cached(home: Path, path: Path) -> Path:
     """Where the content of a small file is in the cache."""
     name = hashlib.sha256(path.read_bytes()).hexdigest()
     return home / "cache" / "data" / ".cafs-objects" / name[:2] / name[2:]
-
-
-def pid_of(home: Path, name: str) -> int:
-    (state,) = (home / "run" / "lazy").iterdir()
-    return int((state / name).read_text())
 
 
 def test_a_hundred_kills_fail_no_read(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
@@ -91,14 +80,14 @@ def test_a_hundred_kills_fail_no_read(home: Path, tmp_path: Path, tree: Path, cm
     kills, rng = 0, random.Random(7)
     while kills < 100:
         for name in rng.choice([("worker",), ("worker",), ("supervisor",), ("worker", "supervisor"), ("supervisor", "worker")]):
-            pid = pid_of(home, name)
+            pid = pid_of(home, name, "lazy")
             time.sleep(rng.uniform(0, 0.1))
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
             kills += 1
-            wait_until(lambda name=name, pid=pid: pid_of(home, name) != pid)
+            wait_until(lambda name=name, pid=pid: pid_of(home, name, "lazy") != pid)
     done.touch()
     total = 0
     for reader in readers:
@@ -112,12 +101,12 @@ def test_a_hundred_kills_fail_no_read(home: Path, tmp_path: Path, tree: Path, cm
 def test_a_new_program_takes_over_a_live_mount(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
     cmd("cafs-index", "create", tree, "-t", "x:1")
     assert kernel("x:1", tmp_path / "k").returncode == 0
-    supervisor, worker = pid_of(home, "supervisor"), pid_of(home, "worker")
+    supervisor, worker = pid_of(home, "supervisor", "lazy"), pid_of(home, "worker", "lazy")
     with open(tmp_path / "k" / "large", "rb", buffering=0) as file:
         head = file.read(1 << 20)
         assert cmd("cafs-mount", "--reload").returncode == 0
-        wait_until(lambda: pid_of(home, "worker") != worker)
-        assert pid_of(home, "supervisor") == supervisor
+        wait_until(lambda: pid_of(home, "worker", "lazy") != worker)
+        assert pid_of(home, "supervisor", "lazy") == supervisor
         rest = b"".join(iter(lambda: file.read(1 << 20), b""))
     assert head + rest == (tree / "large").read_bytes()
 
@@ -173,7 +162,7 @@ def test_a_store_that_is_away_for_ten_seconds_is_waited_for(
     command = [sys.executable, "-c", "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read())"]
     reader = subprocess.Popen([*command, tmp_path / "k" / "2"], stdout=subprocess.PIPE)
     assert (tmp_path / "k" / "1").read_bytes() == (tree / "1").read_bytes()
-    os.kill(pid_of(home, "worker"), signal.SIGKILL)  # also a new server waits, and serves what is cached
+    os.kill(pid_of(home, "worker", "lazy"), signal.SIGKILL)  # also a new server waits, and serves what is cached
     with pytest.raises(subprocess.TimeoutExpired):
         reader.wait(10)
     os.rename(home / "away", home / "store")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 from cafs.collect import collect
 from cafs.store import Store
-from tests.conftest import Run, lazy_pids, mounts_below, wait_until
+from tests.conftest import Run, lazy_pids, make_files, mounts_below, wait_until
 from tests.faultproxy import Proxy, free_port
 
 pytestmark = pytest.mark.needs("root", "fuse", "busybox")
@@ -27,13 +26,7 @@ ORDER = ["90", "5", "33", "71", "2"]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    root = tmp_path / "tree"
-    root.mkdir()
-    rng = random.Random(1)
-    for number in range(100):
-        (root / f"{number}").write_bytes(rng.randbytes(60_000))
-    (root / "large").write_bytes(rng.randbytes(30 << 20))
-    return root
+    return make_files(tmp_path / "tree", 100, 30 << 20, 60_000, 60_000)
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from cafs.digest import checksum
 from cafs.errors import UnsupportedError
 from cafs.store import Store
 from cafs.stream import Stream
-from tests.conftest import BIN, Run, mounts_below, wait_until
-from tests.test_fuse import kill, pid_of
+from tests.conftest import BIN, Run, mounts_below, pid_of, wait_until
+from tests.test_fuse import kill
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
 ENGINES = pytest.mark.parametrize("engine", ["kernel", "fuse"])
@@ -110,11 +110,11 @@ def pid_in(state: Path, name: str) -> int:
 def test_two_hangups_in_a_row_lose_nothing(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "--engine", "fuse", "x:1", tmp_path / "mnt").returncode == 0
     for pause_s in (0.0, 0.01, 0.03, 0.06, 0.1):
-        worker = pid_of(home, "worker")
+        worker = pid_of(home, "worker", "fuse")
         for _ in range(2):
-            os.kill(pid_of(home, "supervisor"), signal.SIGHUP)
+            os.kill(pid_of(home, "supervisor", "fuse"), signal.SIGHUP)
             time.sleep(pause_s)  # the second one at different moments of a new start
-        wait_until(lambda worker=worker: pid_of(home, "worker") != worker)
+        wait_until(lambda worker=worker: pid_of(home, "worker", "fuse") != worker)
         assert (tmp_path / "mnt" / "1").read_bytes() == (tree / "1").read_bytes()
     assert cmd("cafs-mount", "--unmount", tmp_path / "mnt").returncode == 0
 
@@ -158,7 +158,7 @@ def test_what_is_cached_is_read_while_many_others_wait(home: Path, tmp_path: Pat
 def test_a_server_told_to_end_leaves_other_mounts_alone(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
     point = tmp_path / "mnt"
     assert cmd("cafs-mount", "--engine", "fuse", "x:1", point).returncode == 0
-    supervisor = pid_of(home, "supervisor")
+    supervisor = pid_of(home, "supervisor", "fuse")
     with open(point / "1", "rb"):
         subprocess.run(["umount", "-l", point], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
@@ -315,13 +315,13 @@ def test_what_stands_in_for_a_server_leaves_nothing_for_the_kernel_to_remember(
     assert cmd("cafs-mount", "--engine", "fuse", "y:1", point).returncode == 0
     (state,) = (home / "run" / "fuse").iterdir()
     os.rename(state / "config.json", state / "away")
-    os.kill(pid_of(home, "worker"), signal.SIGKILL)
+    os.kill(pid_of(home, "worker", "fuse"), signal.SIGKILL)
     wait_until(lambda: (state / "log").exists())
     for look in (os.listdir, lambda path: os.getxattr(path / "1", "user.mark"), lambda path: os.stat(path / "2")):
         with pytest.raises(OSError) as caught:
             look(point)
         assert caught.value.errno == errno.EIO
-    os.kill(pid_of(home, "supervisor"), signal.SIGKILL)
+    os.kill(pid_of(home, "supervisor", "fuse"), signal.SIGKILL)
     time.sleep(0.5)  # for the stand-in to start another
     os.rename(state / "away", state / "config.json")
 
@@ -377,10 +377,10 @@ def test_reloading_again_and_again_needs_no_more_descriptors(home: Path, tmp_pat
     assert cmd("cafs-mount", "--engine", "fuse", "x:1", tmp_path / "mnt").returncode == 0
     counts = []
     for _ in range(4):
-        worker = pid_of(home, "worker")
+        worker = pid_of(home, "worker", "fuse")
         assert cmd("cafs-mount", "--reload").returncode == 0
-        wait_until(lambda worker=worker: pid_of(home, "worker") != worker)
-        counts.append(len(os.listdir(f"/proc/{pid_of(home, 'supervisor')}/fd")))
+        wait_until(lambda worker=worker: pid_of(home, "worker", "fuse") != worker)
+        counts.append(len(os.listdir(f"/proc/{pid_of(home, 'supervisor', 'fuse')}/fd")))
     assert max(counts) - min(counts) <= 1
     assert cmd("cafs-mount", "--unmount", tmp_path / "mnt").returncode == 0
 
