@@ -160,7 +160,7 @@ class Server:
         self._far, self._near = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_NEAR_THREADS)
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = False
-        os.set_blocking(fd, False)  # of two readers that are woken by one request, one finds none
+        os.set_blocking(fd, False)  # one that is woken may find that another has taken the request
 
     def take_over(self) -> None:
         """Have the requests sent again that another server of this descriptor had taken and not answered."""
@@ -201,9 +201,9 @@ class Server:
 
     def _read_requests(self) -> None:
         buffer = bytearray(_MAX_WRITE + 4096)
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        poll = select.epoll()
+        poll.register(self.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)  # one request wakes one reader
+        poll.register(self._wake, select.EPOLLIN)
         while not self._stopping:
             poll.poll()
             if self._stopping:
@@ -261,9 +261,9 @@ class Server:
             return self.files.statfs()
         if operation == INIT:
             return _init(body, self.files.flags)
-        if operation in (RELEASE, RELEASEDIR, FLUSH, DESTROY):
+        if operation in (RELEASE, RELEASEDIR, DESTROY):
             return b""
-        return -errno.ENOSYS  # OPEN, OPENDIR, ACCESS: the kernel will not ask again
+        return -errno.ENOSYS  # OPEN, OPENDIR, FLUSH, ACCESS: the kernel will not ask again
 
     def _read(self, unique: int, node: int, pid: int, body: bytes) -> Buffer | None:
         offset, size = struct.unpack_from("<8xQI", body)

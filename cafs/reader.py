@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from itertools import islice
 
 from cafs import atomic
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
@@ -26,7 +27,7 @@ from cafs.window import Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from typing_extensions import Buffer
 
@@ -232,7 +233,7 @@ class Reader(FileSystem):
         with self._lock:
             found = self._open.setdefault(key, made)
             self._users[key] = self._users.get(key, 0) + 1
-            closing = [self._open.pop(one) for one in self._too_many()]
+            closing = [self._open.pop(one) for one in self._too_many(key[1])]
         for one in [*closing, *([made] if made is not found else [])]:
             if isinstance(one, int):
                 os.close(one)
@@ -240,11 +241,17 @@ class Reader(FileSystem):
                 self.cache.behind.submit(one.close)  # which may have much to write, or to verify
         return found
 
-    def _too_many(self) -> list[Key]:
-        """What was used longest ago of the files that nobody reads: over _OPEN_MAX in all, or _LARGE_MAX large ones."""
-        idle = [one for one in self._open if not self._users.get(one) and not self._is_busy(one)]
-        large = [one for one in idle if one[1] == CHUNK_LIST]
-        return list({*idle[: max(len(self._open) - _OPEN_MAX, 0)], *large[: max(len(large) - _LARGE_MAX, 0)]})
+    def _too_many(self, kind: int) -> set[Key]:
+        """After one of KIND was opened, what was used longest ago of the files that nobody reads."""
+        found = self._idle(self._open, len(self._open) - _OPEN_MAX)
+        if kind == CHUNK_LIST:
+            large = [one for one in self._open if one[1] == CHUNK_LIST]
+            found |= self._idle(large, len(large) - _LARGE_MAX)
+        return found
+
+    def _idle(self, keys: Iterable[Key], count: int) -> set[Key]:
+        """The first COUNT that nobody reads."""
+        return set(islice((one for one in keys if one not in self._users and not self._is_busy(one)), max(count, 0)))
 
     def _is_busy(self, key: Key) -> bool:
         found = self._open[key]

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     Frame = tuple[bytes, int, int]  # digest, offset, size of the frame
     Fetched = tuple[list[Frame], bytes]
 
-SIZE = 1 << 20
-"""Length of a block: in packs of a Debian tree with scikit-learn, its start took 756 reads without and 117 with this."""
+SIZE = 1 << 21
+"""Length of a block: what a line of 1 Gbit/s brings in 15 ms, so that a request and its bytes cost about the same.
+
+The start of scikit-learn in a Debian tree took 756 requests without blocks; 62 and 63 MB with 1 MiB, 42 and 78 MB with this, 30
+and 99 MB with 4 MiB.
+"""
 
 _GAP = 128 << 10
 _BLOCK = 9

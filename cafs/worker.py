@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cafs.reader import Reader
 
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.00005
 
 
 def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
