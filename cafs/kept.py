@@ -72,8 +72,11 @@ def find(root: str, name: str) -> Found:
 
 def begin(store: Store, task: Callable[[], Result]) -> Callable[[], Result]:
     """Begin a task, on a thread if the store is far away; returns how to have its result."""
-    if store.backend.is_local:
-        return task
+    return task if store.backend.is_local else on_thread(task)
+
+
+def on_thread(task: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a task; returns how to have its result."""
     import threading
     from concurrent.futures import Future
 

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
     Key = tuple[bytes, int]
     Stamp = tuple[int, int, int]
+    Present = tuple[Key, str, os.stat_result]
 
 NAME = "ledger"
 SYNCED = "synced"
 _RECORD = struct.Struct("<32sB7xqqq")
+_KEY_SIZE = 33
 _LEDGER_MAX = 1 << 32
 _PIECE = 1 << 20
 _WASTE = 4
@@ -58,12 +60,11 @@ class Ledger:
         except OSError:
             pass
 
-    def check(self, is_wanted: Callable[[Key], bool]) -> list[str]:
-        """Make sure of the cached objects that are wanted; returns the names of those that were set aside."""
-        known = self._load()
+    def check(self, unsure: list[Present], is_wanted: Callable[[Key], bool]) -> list[str]:
+        """Make sure of what `unsure` has found and is wanted; returns the names of the objects that were set aside."""
         bad = []
-        for key, path, status in self.present():
-            if known.get(key) == _stamp(status) or not is_wanted(key):
+        for key, path, status in unsure:
+            if not is_wanted(key):
                 continue
             if self.verify(key, path):
                 self.note(key, status)
@@ -71,6 +72,12 @@ class Ledger:
                 set_aside(self.root, path)
                 bad.append(object_name(*key))
         return bad
+
+    def unsure(self) -> list[Present]:
+        """What is present and was not verified as it is, or what is known of that may have been lost."""
+        known = self._load()
+        pack = _RECORD.pack
+        return [one for one in self.present() if pack(*one[0], *_stamp(one[2])) not in known]
 
     def verify(self, key: Key, path: str) -> bool:
         """Whether a cached object is what its name says."""
@@ -103,46 +110,47 @@ class Ledger:
                 at += count
         return True
 
-    def present(self) -> Iterator[tuple[Key, str, os.stat_result]]:
+    def present(self) -> Iterator[Present]:
         """What the cache has, with paths and what lstat(2) says."""
-        is_name = re.compile("[0-9a-f]{%d}" % (2 * len(self._hash(b"")) - 2)).match
-        suffix = len(CHUNK_LIST_SUFFIX)
+        width = len(self._hash(b""))
         top = paths.objects(self.root)
         for shard in filter(_SHARD.fullmatch, paths.listed(top)):
-            with os.scandir(os.path.join(top, shard)) as entries:
-                for entry in entries:
-                    name, kind = entry.name, PLAIN
-                    if name.endswith(CHUNK_LIST_SUFFIX):
-                        name, kind = name[:-suffix], CHUNK_LIST
-                    found = is_name(name)
-                    if not found or found.end() != len(name):
-                        continue
-                    try:
-                        yield (bytes.fromhex(shard + name), kind), entry.path, entry.stat(follow_symlinks=False)
-                    except OSError:
-                        continue  # it went meanwhile
+            directory = os.path.join(top, shard)
+            for name in paths.listed(directory):
+                key = _key(shard + name, width)
+                if key is None:
+                    continue
+                path = f"{directory}/{name}"
+                try:
+                    yield key, path, os.lstat(path)
+                except OSError:
+                    continue  # it went meanwhile
 
-    def _load(self) -> dict[Key, Stamp]:
-        """The latest record of each object; a ledger that is mostly out of date is written anew."""
+    def _load(self) -> set[bytes]:
+        """The records that can be relied on; a ledger that is mostly out of date is written anew."""
         path = os.path.join(self.root, NAME)
         try:
             data = atomic.read_file(path, _LEDGER_MAX)
         except OSError:
-            return {}
-        width = len(self._hash(b""))
-        rows = _RECORD.iter_unpack(data[: len(data) - len(data) % _RECORD.size])
-        found = {(digest[:width], kind): (size, mtime, ctime) for digest, kind, size, mtime, ctime in rows}
+            return set()
+        size = _RECORD.size
+        rows = [data[at : at + size] for at in range(0, len(data) - size + 1, size)]
         sure_ns = self._sure_until_ns()
-        kept = {key: stamp for key, stamp in found.items() if stamp[2] <= sure_ns}
         is_first = sure_ns < _FOREVER  # in this boot of the machine: what is unsure is forgotten, of all images
-        if is_first or len(data) > _RECORD.size * _WASTE * max(len(found), 1024):
-            try:
-                atomic.replace_file(path, b"".join(_RECORD.pack(*key, *stamp) for key, stamp in kept.items()), 0o600)
-                if is_first:
-                    sync(self.root)
-            except OSError:
-                pass
-        return kept
+        kept = [row for row in rows if _RECORD.unpack(row)[4] <= sure_ns] if is_first else rows
+        if is_first or len(rows) > _WASTE * 1024:
+            latest = {row[:_KEY_SIZE]: row for row in kept}
+            if is_first or len(rows) > _WASTE * len(latest):
+                self._write_anew(b"".join(latest.values()), is_first=is_first)
+        return set(kept)
+
+    def _write_anew(self, data: bytes, *, is_first: bool) -> None:
+        try:
+            atomic.replace_file(os.path.join(self.root, NAME), data, 0o600)
+            if is_first:
+                sync(self.root)
+        except OSError:
+            pass
 
     def _sure_until_ns(self) -> int:
         """What changed later may not have reached the disk before the machine went down; all is sure if it has not since."""
@@ -151,6 +159,16 @@ class Ledger:
             return _FOREVER if found["boot_id"] == boot_id() else int(found["time_ns"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+
+def _key(name: str, width: int) -> Key | None:
+    """The key of an object by its name in the cache, None if it is no such name."""
+    text = name.removesuffix(CHUNK_LIST_SUFFIX)
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return (digest, PLAIN if text == name else CHUNK_LIST) if len(digest) == width and digest.hex() == text else None
 
 
 def _is_zero(fd: int, start: int, end: int) -> bool:

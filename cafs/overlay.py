@@ -42,8 +42,10 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
         hot = [] if request.record else profile.chosen(store, found, request.prefetch)
         with _lock():
             lazy = _lazy(request, found, store, hot)  # it begins while we look for the rest
-        layers, locators = _fetch(store, found)
-        for name in ledger.check(lambda key: any(one.find(*key) is not None for one in locators)):
+        fetched = kept.on_thread(partial(_fetch, store, found))
+        unsure = ledger.unsure()
+        layers, locators = fetched()
+        for name in ledger.check(unsure, lambda key: any(one.find(*key) is not None for one in locators)):
             request.warnings.append(f"cached object {name} was damaged: set aside")
         with _lock():
             if mountinfo.at(lazy.point) is None:  # nobody used it yet, so another command has tidied it away
