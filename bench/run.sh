@@ -20,12 +20,12 @@ mkdir -p "$base/mnt" "$base/bundle"
 (cd "$base/bundle" && rm -f config.json && runc spec)
 sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"true"/; s|"path": "rootfs"|"path": "'"$tree"'"|' "$base/bundle/config.json"
 mkfifo "$base/keeper"
-crun run -i bench:1 cat <"$base/keeper" & # keeps the mount until the pipe is closed
+crun run --rm -i bench:1 cat <"$base/keeper" & # keeps the mount until the pipe is closed
 exec 9>"$base/keeper"
 trap 'exec 9>&-; wait; rm -rf "$CAFS_STORE" "$CAFS_CACHE" "$base/bundle" "$base/keeper"' EXIT
-crun run bench:1 true
+crun run --rm bench:1 true
 for run in $(seq "$runs"); do
-	echo "$(timed runc run -b "$base/bundle" "bench-$$-$run") $(timed crun run bench:1 true)"
+	echo "$(timed runc run -b "$base/bundle" "bench-$$-$run") $(timed crun run --rm bench:1 true)"
 done | medians "crun true" "runc true"
 for run in $(seq "$runs"); do
 	echo "$(timed "$python" -c 'import click') $(timed cafs-index --help)"

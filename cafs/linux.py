@@ -114,6 +114,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
+def setns(fd: int, flags: int) -> None:
+    """setns(2)."""
+    _check(_libc.setns(fd, flags), "setns")
+
+
 def become_subreaper() -> None:
     """prctl(2), PR_SET_CHILD_SUBREAPER: orphaned descendants become our children."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")

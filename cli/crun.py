@@ -1,4 +1,4 @@
-"""crun: run a command in an image.  man page: crun(1).  `run` loads no click; see the start-up test."""
+"""crun: run commands in images, and look after the containers.  man page: crun(1).  `run` and `exec` load no click."""
 
 from __future__ import annotations
 
@@ -10,34 +10,69 @@ from cli._app import DEBUG, describe, guarded
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.errors import CafsError
+    from runner.options import Options
 
 PROGRAM = "crun"
-USAGE = """Usage: crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]
+OLDEST_RUNC = ((1, 2, 8), (1, 3, 3))
+"""Without CVE-2025-31133, -52565 and -52881; of a later series every version is."""
 
-Run a command in an image, in a container of its own.
+USAGE = """Usage: crun COMMAND [FLAG]... [ARGUMENT]...
 
-  crun run demo:1 python3 -c 'print("hello")'
-  tar c . | crun run -i demo:1 sha256sum
+Run commands in images, in containers, and look after them.
 
-Flags:
-{flags}
-  -h, --help                  Show this.
-      --version               Show the version.
+  crun run --rm demo:1 python3 -c 'print("hello")'
+  tar c . | crun run -i --rm demo:1 sha256sum
+  crun run -d --name web demo:1 serve ; crun logs -f web ; crun stop web
 
-Exit status: the command's own; 125 crun failed, 126 the command cannot be
-executed, 127 it was not found, 8 missing privilege or program.
+Commands:
+{rows}
+
+crun COMMAND --help tells more.  Exit status of run and exec: the command's own;
+125 crun failed, 126 the command cannot be executed, 127 it was not found.
 Full manual: man crun
 """
 
 
 def _usage() -> str:
-    from runner.options import FLAGS
+    from runner.flags import VERBS
+    from runner.options import row
 
-    rows = []
-    for name, (_, letter, value, text) in FLAGS.items():
-        flag = f"  {'-' + letter + ',' if letter and name != 'hostname' else '   '} --{name} {value}".ljust(30)
-        rows.append(f"{flag}{text}" if len(flag) <= 30 else f"{flag}\n{'':30}{text}")
-    return USAGE.format(flags="\n".join(rows))
+    return USAGE.format(rows="\n".join(row(f"  {verb}", text, 12) for verb, (_, text, _) in VERBS.items()))
+
+
+def _help(verb: str) -> str:
+    from runner.flags import VERBS
+    from runner.options import usage
+
+    words, text, flags = VERBS[verb]
+    rows = f"\n{usage(flags)}\n" if flags else ""
+    return f"Usage: crun {verb} {words}\n\n{text}\n{rows}\nFull manual: man crun\n"
+
+
+def _version() -> str:
+    """Ours and runc's; a warning if runc's is known to let containers out."""
+    import re
+    import subprocess
+
+    from cafs import __version__
+    from cafs.errors import UnsupportedError
+    from runner.starting import find_runc
+
+    try:
+        done = subprocess.run([find_runc(), "--version"], capture_output=True, text=True, check=False)
+        said = done.stdout.partition("\n")[0]
+    except UnsupportedError:
+        said = "no runc"
+    found = re.search(r"([0-9]+)\.([0-9]+)\.([0-9]+)", said)
+    if found:
+        version = (int(found[1]), int(found[2]), int(found[3]))
+        same = [one for one in OLDEST_RUNC if one[:2] == version[:2]]
+        if version < (same[0] if same else OLDEST_RUNC[0] if version < OLDEST_RUNC[0] else version):
+            sys.stderr.write(
+                "crun: warning: this runc is older than 1.2.8 and 1.3.3: a hostile image may get out of its container"
+                " (CVE-2025-31133, -52565, -52881), unless your distribution has mended it\n"
+            )
+    return f"crun (cafs tools) {__version__}\n{said}\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -45,34 +80,58 @@ def main(arguments: list[str]) -> int:
     from cafs.errors import CafsError, UnsupportedError, UsageError
 
     if arguments[:1] == ["--version"]:
-        from cafs import __version__
-
-        sys.stdout.write(f"crun (cafs tools) {__version__}\n")
+        sys.stdout.write(_version())
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_usage())
         return 0 if arguments else 2
-    if arguments[0] != "run":
-        raise UsageError(f"unknown command '{arguments[0]}'", hint="crun --help")
-    if arguments[1:2] in (["-h"], ["--help"]):
-        sys.stdout.write(_usage())
-        return 0
-    from runner.container import Refused, run
-    from runner.options import parse
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "run":
+        from runner.flags import ALIASES, RUN
+        from runner.options import parse
 
+        flags, aliases, stop_at = RUN, ALIASES, 1
+    else:
+        from runner.flags import ALIASES, VERBS
+        from runner.options import parse
+
+        if verb not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
+            raise UsageError(f"unknown command '{verb}'", hint=f"did you mean {near[0]}?" if near else "crun --help")
+        flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 2}.get(verb, 0)
+    if rest[:1] in (["-h"], ["--help"]) or (verb not in ("run", "create", "exec") and "--help" in rest):
+        sys.stdout.write(_help(verb))
+        return 0
+    is_strict = verb in ("run", "exec", "create")
     try:
-        return run(parse(arguments[1:]))
-    except (UnsupportedError, Refused, BrokenPipeError):
+        return _call(verb, parse(rest, flags, aliases, verb=verb, stop_at=stop_at))
+    except (UnsupportedError, BrokenPipeError):
         raise
     except CafsError as error:
-        raise _ours(error) from None
+        if is_strict and error.exit_code not in (126, 127):
+            raise _ours(error) from None
+        raise
     except OSError as error:
-        raise _ours(CafsError(describe(error))) from error
+        if is_strict:
+            raise _ours(CafsError(describe(error))) from error
+        raise
     except Exception as error:
-        if os.environ.get(DEBUG):
+        if os.environ.get(DEBUG) or not is_strict:
             raise
         hint = f"{DEBUG}=1 shows where; please report it"
         raise _ours(CafsError(f"internal error: {type(error).__name__}: {error}", hint=hint)) from error
+
+
+def _call(verb: str, options: Options) -> int:
+    if verb == "run":
+        from runner.foreground import run
+
+        return run(options)
+    from runner.verbs import call
+
+    return call(verb, options)
 
 
 def _ours(error: CafsError) -> CafsError:

@@ -22,7 +22,7 @@ a=$(now); cafs-index create "$tree" -t demo:1 >/dev/null; b=$(now); index_ms=$(m
 a=$(now); cafs-mount demo:1 "$point"; b=$(now); mount_ms=$(ms "$a" "$b")
 trap 'cafs-mount --unmount "$point"' EXIT
 a=$(now)
-crun run demo:1 python3 -c 'import json; print(json.dumps({"hello": "from a container"}))'
+crun run --rm demo:1 python3 -c 'import json; print(json.dumps({"hello": "from a container"}))'
 b=$(now); run_ms=$(ms "$a" "$b")
 files=$(cafs-index ls --json demo:1 | grep -c '"type":"[fF]"')
 bytes=$(cafs-index ls --json demo:1 | sed -n 's/.*"size":\([0-9]*\).*/\1/p' | awk '{s += $1} END {print s}')

@@ -1,36 +1,11 @@
-"""Taking a container apart: processes, cgroups, runtime state, directories.  Everything here may be done twice."""
+"""Removing what a container leaves: runtime state, directories.  Everything here may be done twice."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 
 from cafs import atomic, mountinfo
-
-_CGROUP_WAIT_S = 5
-
-
-def kill_cgroup(container: str) -> None:
-    """Kill what is in the container's cgroups (v1 or v2) and remove them."""
-    from glob import glob
-
-    for pattern in (f"/sys/fs/cgroup/*/cafs/{container}", f"/sys/fs/cgroup/cafs/{container}"):
-        for path in glob(pattern):
-            deadline = time.monotonic() + _CGROUP_WAIT_S
-            while time.monotonic() < deadline:
-                try:
-                    with open(os.path.join(path, "cgroup.procs"), encoding="ascii") as file:
-                        pids = [int(line) for line in file]
-                    for pid in pids:
-                        os.kill(pid, signal.SIGKILL)
-                    os.rmdir(path)
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    time.sleep(0.01)  # EBUSY: they are dying
 
 
 def remove_state(state: str) -> bool:

@@ -1,4 +1,4 @@
-"""The flags of `crun run`: one table, and a parser that loads nothing.  Spelled as docker spells them."""
+"""A parser of flags that loads nothing: docker's and podman's way of spelling them, from one table a verb."""
 
 from __future__ import annotations
 
@@ -8,38 +8,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SWITCH, VALUE, LIST = "switch", "value", "list"
+    Flag = tuple[str, str, str, str, str]  # kind, letter, placeholder of the value, group in --help, text
+    Flags = dict[str, Flag]
 
-FLAGS = {
-    "env": (LIST, "e", "K[=V]", "Set a variable; K alone takes the caller's."),
-    "env-file": (LIST, "", "FILE", "Read variables from FILE, K=V a line."),
-    "workdir": (VALUE, "w", "DIR", "Working directory."),
-    "user": (VALUE, "u", "USER[:GROUP]", "User (name or id)."),
-    "volume": (LIST, "v", "SRC:DST[:ro]", "Bind-mount a host path."),
-    "rm": (SWITCH, "", "", "Accepted; nothing is kept in any case."),
-    "name": (VALUE, "", "NAME", "Name of the container."),
-    "hostname": (VALUE, "h", "NAME", "Host name (default: the container's id)."),
-    "read-only": (SWITCH, "", "", "No writable layer for the command."),
-    "entrypoint": (VALUE, "", "CMD", "Replace the image's entrypoint."),
-    "network": (VALUE, "", "none|host", "Network (default: none)."),
-    "interactive": (SWITCH, "i", "", "Pass standard input."),
-    "tty": (SWITCH, "t", "", "Give the command a terminal."),
-    "record": (VALUE, "", "FILE", "Write what is read of the image to FILE."),
-    "store": (VALUE, "", "URL", "Store to use."),
-    "scope": (VALUE, "", "SECRETFILE", "Only that part of the store."),
-}
-ALIASES = {"net": "network"}
+SWITCH, VALUE, LIST = "switch", "value", "list"
 
 
 class Options:
-    """Parsed flags.  image: IMAGE; command: what follows it, untouched."""
+    """Parsed flags.  words: what is no flag; of `run`, IMAGE and then the command's arguments, untouched."""
 
-    __slots__ = ("command", "flags", "image")
+    __slots__ = ("flags", "words")
 
-    def __init__(self, flags: dict[str, list[str]], image: str, command: list[str]) -> None:
+    def __init__(self, flags: dict[str, list[str]], words: list[str]) -> None:
         self.flags = flags
-        self.image = image
-        self.command = command
+        self.words = words
 
     def has(self, name: str) -> bool:
         """Whether a switch was given, and not as --NAME=false."""
@@ -54,50 +36,52 @@ class Options:
         return self.flags.get(name, [])
 
 
-def parse(arguments: list[str]) -> Options:
-    """Flags up to IMAGE; what follows is the command's.  Raises UsageError."""
-    flags: dict[str, list[str]] = {}
+def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, verb: str, stop_at: int = 0) -> Options:
+    """Split flags from words.  stop_at: after so many words all that follows is words too; 0: never.  Raises UsageError."""
+    found: dict[str, list[str]] = {}
+    words: list[str] = []
     left = iter(arguments)
     for word in left:
         if word == "--":
-            word = next(left, "")
+            words += left
         elif word.startswith("--"):
-            _long(word[2:], left, flags)
-            continue
+            _long(word[2:], left, found, flags, aliases, verb)
         elif word.startswith("-") and word != "-":
-            _short(word[1:], left, flags)
-            continue
-        if not word:
-            break
-        return Options(flags, word, list(left))
-    raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
+            _short(word[1:], left, found, flags, verb)
+        else:
+            words.append(word)
+        if stop_at and len(words) >= stop_at:
+            words += left
+    return Options(found, words)
 
 
-def _long(word: str, left: Iterator[str], flags: dict[str, list[str]]) -> None:
+def _long(
+    word: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, aliases: dict[str, str], verb: str
+) -> None:
     name, equals, value = word.partition("=")
-    name = ALIASES.get(name, name)
-    if name not in FLAGS:
-        raise UsageError(f"unknown flag {quote('--' + name)}", hint=_nearest(name))
-    if FLAGS[name][0] == SWITCH:
+    name = aliases.get(name, name)
+    if name not in flags:
+        raise UsageError(f"unknown flag {quote('--' + name)}", hint=_nearest(name, flags, verb))
+    if flags[name][0] == SWITCH:
         if equals and value not in ("true", "false"):
             raise UsageError(f"flag '--{name}' is true or false, not {quote(value)}")
         value = value or "true"
     elif not equals:
         value = _next(left, f"--{name}")
-    flags.setdefault(name, []).append(value)
+    found.setdefault(name, []).append(value)
 
 
-def _short(letters: str, left: Iterator[str], flags: dict[str, list[str]]) -> None:
-    by_letter = {flag[1]: name for name, flag in FLAGS.items() if flag[1]}
+def _short(letters: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, verb: str) -> None:
+    by_letter = {flag[1]: name for name, flag in flags.items() if flag[1]}
     for at, letter in enumerate(letters):
         if letter not in by_letter:
-            raise UsageError(f"unknown flag {quote('-' + letter)}", hint="crun run --help")
+            raise UsageError(f"unknown flag {quote('-' + letter)}", hint=f"crun {verb} --help")
         name = by_letter[letter]
-        if FLAGS[name][0] == SWITCH:
-            flags.setdefault(name, []).append("true")
+        if flags[name][0] == SWITCH:
+            found.setdefault(name, []).append("true")
             continue
         rest = letters[at + 1 :].removeprefix("=")
-        flags.setdefault(name, []).append(rest or _next(left, f"-{letter}"))
+        found.setdefault(name, []).append(rest or _next(left, f"-{letter}"))
         return
 
 
@@ -108,8 +92,26 @@ def _next(left: Iterator[str], flag: str) -> str:
     return value
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, flags: Flags, verb: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, FLAGS, 1, 0.5)
-    return f"did you mean --{near[0]}?" if near else "crun run --help"
+    near = difflib.get_close_matches(name, flags, 1, 0.5)
+    return f"did you mean --{near[0]}?" if near else f"crun {verb} --help"
+
+
+def usage(flags: Flags) -> str:
+    """The rows of --help, by group, for a terminal of 80 columns."""
+    groups: dict[str, list[str]] = {}
+    for name, (_, letter, value, group, text) in flags.items():
+        flag = f"  {'-' + letter + ',' if letter else '   '} --{name} {value}".rstrip()
+        groups.setdefault(group, []).append(row(flag, text, 32))
+    return "\n\n".join(f"{group}:\n" + "\n".join(rows) for group, rows in groups.items())
+
+
+def row(head: str, text: str, width: int) -> str:
+    """HEAD and, from column WIDTH on, TEXT."""
+    import textwrap
+
+    lines = textwrap.wrap(text, 79 - width)
+    first = head.ljust(width) + lines.pop(0) if len(head) < width else head
+    return "\n".join([first, *(" " * width + line for line in lines)])

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from runner.containers import Container
     from runner.options import Options
     from runner.users import User
 
@@ -58,13 +59,20 @@ READ_ONLY = [
 ]
 _DEVICES = ((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2))  # null zero full random urandom tty ptmx
 _ENV_FILE_MAX = 1 << 20
+_INFINITY = (1 << 64) - 1
+_CAPABILITY_NAMES = """
+CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST
+NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE
+SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM
+BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE
+"""
 
 
 def command_line(options: Options, config: dict[str, Any]) -> list[str]:
     """Entrypoint and command, as docker combines them.  Raises UsageError if nothing is left to run."""
     given = options.value("entrypoint")
     entrypoint = ([given] if given else []) if given is not None else _words(config, "Entrypoint")
-    command = options.command or ([] if given is not None else _words(config, "Cmd"))
+    command = options.words[1:] or ([] if given is not None else _words(config, "Cmd"))
     if not entrypoint + command:
         raise UsageError("no command: the image has none and none was given")
     return entrypoint + command
@@ -94,11 +102,16 @@ def section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def environment(options: Options, config: dict[str, Any]) -> dict[str, str]:
-    """PATH, the image's variables, --env-file, then -e.  HOME, HOSTNAME and TERM are added by `build`."""
+    """PATH, the image's variables, --env-file, then -e.  HOME, HOSTNAME and TERM are added when it starts."""
     found = {"PATH": DEFAULT_PATH}
     for word in _words(config, "Env"):
         name, _, value = word.partition("=")
         found[name] = value
+    return with_given(found, options)
+
+
+def with_given(found: dict[str, str], options: Options) -> dict[str, str]:
+    """Variables, and --env-file's and -e's over them."""
     for path in options.all("env-file"):
         for word in _env_file(path):
             _assign(found, word)
@@ -130,88 +143,212 @@ def _env_file(path: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def volume(text: str) -> dict[str, Any]:
-    """-v SRC:DST[:ro|rw] as an OCI mount.  SRC is made absolute; a SRC that is not there is made, as docker does."""
-    parts = text.split(":")
-    if len(parts) not in (2, 3) or not parts[0] or not parts[1].startswith("/") or os.path.normpath(parts[1]) == "/":
-        raise UsageError(f"volume {quote(text)} is not SRC:DST[:ro]", hint="DST is an absolute path")
-    mode = parts[2] if len(parts) == 3 else "rw"
-    if mode not in ("ro", "rw"):
-        raise UsageError(f"unknown volume option {quote(mode)}")
-    if "/" not in parts[0] and parts[0] not in (".", ".."):
-        raise UsageError(f"volume {quote(text)}: named volumes are not supported", hint=f"a directory here is ./{parts[0]}")
-    source = os.path.realpath(parts[0])
-    os.makedirs(source, exist_ok=True) if not os.path.lexists(source) else None
-    return bind(source, parts[1], mode)
+def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
+    """A recursive bind mount, private if nothing else is said."""
+    propagation = [] if any(one.endswith(("private", "shared", "slave")) for one in options) else ["rprivate"]
+    return {"destination": destination, "type": "bind", "source": source, "options": ["rbind", *propagation, *options]}
 
 
-def bind(source: str, destination: str, mode: str = "rw") -> dict[str, Any]:
-    """A private recursive bind mount."""
-    return {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", mode]}
+def capabilities(options: Container) -> list[str]:
+    """Docker's, and what --cap-add, --cap-drop and --privileged make of them.  Raises UsageError."""
+    known = set(known_capabilities())
+
+    def named(flag: str) -> set[str]:
+        found = set()
+        for text in options.all(flag):
+            name = text.upper()
+            name = name if name.startswith("CAP_") or name == "ALL" else f"CAP_{name}"
+            if name != "ALL" and name not in known:
+                raise UsageError(f"unknown capability {quote(text)}")
+            found |= known if name == "ALL" else {name}
+        return found
+
+    if options.has("privileged"):
+        return sorted(known)
+    add, drop = named("cap-add"), named("cap-drop")
+    if "ALL" in [text.upper() for text in options.all("cap-drop")]:
+        return sorted(add if not known <= add else known)
+    return sorted((set(CAPABILITIES) | add) - drop)
 
 
-def _mounts(files: str, volumes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Docker's mounts, /etc/{hostname,hosts,resolv.conf} from the directory FILES, then the volumes."""
+def known_capabilities() -> list[str]:
+    """Those of this kernel (capabilities(7); include/uapi/linux/capability.h)."""
+    try:
+        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+            last = int(file.read())
+    except (OSError, ValueError):
+        last = 40
+    return ["CAP_" + name for name in _CAPABILITY_NAMES.split()[: last + 1]]
 
-    def entry(destination: str, kind: str, *options: str) -> dict[str, Any]:
-        return {"destination": destination, "type": kind, "source": kind, "options": list(options)}
 
-    system = [
-        entry("/proc", "proc", "nosuid", "noexec", "nodev"),
-        entry("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
-        entry("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
-        entry("/sys", "sysfs", "nosuid", "noexec", "nodev", "ro"),
-        entry("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", "ro"),
-        entry("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
-        entry("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
-    ]
-    etc = [bind(os.path.join(files, name), f"/etc/{name}") for name in ("hostname", "hosts", "resolv.conf")]
-    taken = {os.path.normpath(one["destination"]) for one in volumes}
-    return [one for one in system + etc if one["destination"] not in taken] + volumes
+def ulimits(options: Container) -> list[dict[str, Any]]:
+    """--ulimit as rlimits; who may not raise a limit cannot give more than it has.  Raises UsageError, CafsError."""
+    import resource
+
+    found = {}
+    for text in options.all("ulimit"):
+        name, equals, value = text.partition("=")
+        soft, _, hard = value.partition(":")
+        number = getattr(resource, f"RLIMIT_{name.upper()}", None)
+        limits = [_limit(one) for one in (soft, hard or soft)]
+        if not equals or number is None or None in limits:
+            raise UsageError(f"{quote(text)} is not NAME=SOFT[:HARD]", hint="nofile=1024:2048")
+        low, high = (one if one is not None else 0 for one in limits)
+        if low > high:
+            raise UsageError(f"--ulimit {name}: the soft limit is over the hard one")
+        most = resource.getrlimit(number)[1]
+        most = _INFINITY if most == resource.RLIM_INFINITY else most
+        if high > most and not _may_raise():
+            raise CafsError(f"--ulimit {name}={value}: this host grants at most {most}")
+        found[name] = {"type": f"RLIMIT_{name.upper()}", "soft": low, "hard": high}
+    return list(found.values())
+
+
+def _limit(text: str) -> int | None:
+    if text in ("-1", "unlimited"):
+        return _INFINITY
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def _may_raise() -> bool:
+    return _has_capability(24)  # CAP_SYS_RESOURCE
+
+
+def _has_capability(number: int) -> bool:
+    with open("/proc/self/status", encoding="ascii") as file:
+        mask = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return bool(mask >> number & 1)
+
+
+def _oom_score(options: Container) -> dict[str, Any]:
+    text = options.value("oom-score-adj")
+    if text is None:
+        return {}
+    try:
+        score = int(text)
+    except ValueError:
+        score = 9999
+    if not -1000 <= score <= 1000:
+        raise UsageError(f"--oom-score-adj {text}: from -1000 to 1000")
+    with open("/proc/self/oom_score_adj", encoding="ascii") as file:
+        mine = int(file.read())
+    if score < mine and not _may_raise():
+        raise CafsError(f"--oom-score-adj {text}: this host grants no less than {mine}")
+    return {"oomScoreAdj": score}
+
+
+def namespaces(options: Container, joined: dict[str, str]) -> list[dict[str, str]]:
+    """Those of its own, and those of others.  joined: kind -> path of another's namespace."""
+    found = [{"type": "mount"}]
+    for kind, flag in (("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("network", "network")):
+        if kind in joined:
+            found.append({"type": kind, "path": joined[kind]})
+        elif options.value(flag) != "host":
+            found.append({"type": kind})
+    return found
+
+
+def sysctls(options: Container) -> dict[str, str]:
+    """--sysctl; only what belongs to a namespace of its own.  Raises UsageError."""
+    found = {}
+    for text in options.all("sysctl"):
+        name, equals, value = text.partition("=")
+        is_ipc = name.startswith(("kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue.")) and options.value("ipc") != "host"
+        is_net = name.startswith("net.") and options.value("network") != "host"
+        if not equals or not (is_ipc or is_net):
+            raise UsageError(f"--sysctl {quote(text)} is not of a namespace that the container has for itself")
+        found[name] = value
+    return found
+
+
+def no_new_privileges(options: Container) -> bool:
+    """By --security-opt.  Raises UsageError for an option that nobody knows."""
+    found = False
+    for text in options.all("security-opt"):
+        name, _, value = text.replace(":", "=", 1).partition("=")
+        if name not in ("seccomp", "no-new-privileges", "apparmor", "label", "systempaths"):
+            raise UsageError(f"unknown security option {quote(text)}")
+        if name == "no-new-privileges":
+            found = value in ("", "true")
+    return found
 
 
 def build(
+    container: Container,
     *,
-    container: str,
     arguments: list[str],
     variables: dict[str, str],
     cwd: str,
     user: User,
     hostname: str,
-    options: Options,
-    files: str,
-    volumes: list[dict[str, Any]],
+    mounts: list[dict[str, Any]],
+    devices: list[dict[str, Any]],
+    joined: dict[str, str],
+    is_386: bool = False,
 ) -> dict[str, Any]:
-    """The whole config.json."""
-    terminal = options.has("tty")
-    defaults = {"HOSTNAME": hostname, "HOME": user.home} | ({"TERM": "xterm"} if terminal else {})
-    everything = defaults | variables
-    held = CAPABILITIES if user.uid == 0 else []
-    namespaces = ["pid", "ipc", "uts", "mount"]
-    if options.value("network") != "host":
-        namespaces.append("network")
-    return {
+    """The whole config.json.  Raises CafsError."""
+    from runner import cgroups, seccomp
+
+    is_privileged = container.has("privileged")
+    held = capabilities(container)
+    effective = held if user.uid == 0 else []
+    rules = [{"allow": True, "access": "rwm"}] if is_privileged else _device_rules()
+    rules += [{"allow": True, "access": one["access"], **{k: one[k] for k in ("type", "major", "minor")}} for one in devices]
+    is_open = is_privileged or "systempaths=unconfined" in container.all("security-opt")
+    found: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "hostname": hostname,
-        "root": {"path": "rootfs", "readonly": options.has("read-only")},
+        "root": {"path": "rootfs", "readonly": container.has("read-only")},
         "process": {
-            "terminal": terminal,
+            "terminal": container.has("tty"),
             "args": arguments,
-            "env": [f"{name}={value}" for name, value in everything.items()],
+            "env": [f"{name}={value}" for name, value in variables.items()],
             "cwd": cwd,
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
-            "capabilities": {"bounding": CAPABILITIES, "effective": held, "permitted": held},
-            "noNewPrivileges": False,
+            "capabilities": {"bounding": held, "effective": effective, "permitted": effective},
+            "noNewPrivileges": no_new_privileges(container),
+            **_oom_score(container),
         },
-        "mounts": _mounts(files, volumes),
+        "mounts": mounts,
         "linux": {
-            "cgroupsPath": f"/cafs/{container}",
-            "namespaces": [{"type": name} for name in namespaces],
-            "maskedPaths": MASKED,
-            "readonlyPaths": READ_ONLY,
-            "resources": {"devices": _device_rules()},
+            "cgroupsPath": cgroups.path_for(container, container.id),
+            "namespaces": namespaces(container, joined),
+            "maskedPaths": [] if is_open else MASKED,
+            "readonlyPaths": [] if is_open else READ_ONLY,
+            "resources": {"devices": rules, **cgroups.resources(container)},
         },
     }
+    if limits := ulimits(container):
+        found["process"]["rlimits"] = limits
+    if container.value("uts") != "host" and "uts" not in joined:
+        found["hostname"] = hostname
+    if parameters := sysctls(container):
+        found["linux"]["sysctl"] = parameters
+    if devices:
+        found["linux"]["devices"] = [{k: v for k, v in one.items() if k != "access"} for one in devices]
+    if filters := seccomp.chosen(container, held, is_386=is_386):
+        found["linux"]["seccomp"] = filters
+    if profile := next((text[9:] for text in container.all("security-opt") if text.startswith(("apparmor=", "apparmor:"))), ""):
+        found["process"]["apparmorProfile"] = profile
+    if notes := _pairs(container, "annotation"):
+        found["annotations"] = notes
+    return found
+
+
+def _pairs(options: Container, flag: str) -> dict[str, str]:
+    pairs = (text.partition("=") for text in options.all(flag))
+    return {name: value for name, _, value in pairs}
+
+
+def labels(options: Options, config: dict[str, Any]) -> dict[str, str]:
+    """The image's, --label-file's and --label's."""
+    found = {str(name): str(value) for name, value in section(config, "Labels").items()}
+    lines = [line for path in options.all("label-file") for line in _env_file(path)]
+    for text in [*lines, *options.all("label")]:
+        name, _, value = text.partition("=")
+        if not name:
+            raise UsageError(f"label without a name: {quote(text)}")
+        found[name] = value
+    return found
 
 
 def _device_rules() -> list[dict[str, Any]]:

@@ -14,28 +14,35 @@ import select
 import signal
 import socket
 import stat
+import struct
 import termios
+from functools import partial
 
 from cafs import atomic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from threading import Thread
-    from typing import Any
+
+    from runner.joining import Detacher
+    from runner.logs import Log
 
 
 class Streams:
     """What runc gets as 0, 1, 2, and the threads that carry what cannot be passed."""
 
-    def __init__(self, interactive: bool, uid: int) -> None:
+    def __init__(self, interactive: bool, uid: int, log: Log | None = None) -> None:
+        """log: where what it prints is kept; then it is always carried."""
         self.child: list[int] = []
+        self._log = log
         self._outputs: list[Thread] = []
         self._owned: list[int] = []
         self._failures: list[OSError] = []
         for fd in (0, 1, 2):
             if fd == 0 and not interactive:
                 self.child.append(self._own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
-            elif _can_pass(fd, uid):
+            elif _can_pass(fd, uid) and (fd == 0 or log is None):
                 self.child.append(fd)
             else:
                 self.child.append(self._relay(fd))
@@ -49,9 +56,10 @@ class Streams:
 
         reader, writer = os.pipe2(os.O_CLOEXEC)
         if fd == 0:
-            Thread(target=_copy, args=(0, writer, True, []), daemon=True).start()
+            Thread(target=_copy, args=(0, writer, True, [], None), daemon=True).start()
             return self._own(reader)
-        thread = Thread(target=_copy, args=(reader, fd, False, self._failures), daemon=True)
+        write = None if self._log is None else partial(self._log.write, "stderr" if fd == 2 else "stdout")
+        thread = Thread(target=_copy, args=(reader, fd, False, self._failures, write), daemon=True)
         thread.start()
         self._outputs.append(thread)
         return self._own(writer)
@@ -83,9 +91,11 @@ def _can_pass(fd: int, uid: int) -> bool:
     return status.st_uid == uid or is_null or name.startswith(("pipe:[", "socket:["))
 
 
-def _copy(source: int, target: int, close_target: bool, failures: list[OSError]) -> None:
+def _copy(source: int, target: int, close_target: bool, failures: list[OSError], log: Callable[[bytes], None] | None) -> None:
     try:
         while data := os.read(source, 1 << 16):
+            if log:
+                log(data)
             atomic.write_all(target, data)
     except OSError as error:
         failures.append(error)
@@ -93,11 +103,56 @@ def _copy(source: int, target: int, close_target: bool, failures: list[OSError])
         os.close(target if close_target else source)
 
 
+class Fifos(Streams):
+    """Named pipes of a container in the background, so that another monitor finds them.  ours: our ends, by name.
+
+    What it writes goes into pipes that are open for reading and writing, so it never finds one broken.  What it reads ends when
+    nobody has our end any more.
+    """
+
+    def __init__(self, directory: str, interactive: bool, uid: int) -> None:
+        self.child = []
+        self.ours: dict[str, int] = {}
+        self._owned = []
+        self._outputs = []
+        self._failures = []
+        for name in ("stdin", "stdout", "stderr"):
+            path = os.path.join(directory, name)
+            if name == "stdin" and not interactive:
+                self.child.append(self._own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+                continue
+            try:
+                os.mkfifo(path, 0o600)
+            except FileExistsError:
+                pass
+            self.ours[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            flags = os.O_RDONLY if name == "stdin" else os.O_RDWR
+            self.child.append(self._own(os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)))
+            os.chown(path, uid, -1)
+        if interactive:  # only for writing, so that it ends with us
+            writer = os.open(os.path.join(directory, "stdin"), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            os.close(self.ours["stdin"])
+            self.ours["stdin"] = writer
+
+
+def reopen(directory: str) -> dict[str, int]:
+    """Our ends of the pipes that `Fifos` made, in another process."""
+    found = {}
+    for name in ("stdin", "stdout", "stderr"):
+        flags = os.O_WRONLY if name == "stdin" else os.O_RDWR
+        try:
+            found[name] = os.open(os.path.join(directory, name), flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+    return found
+
+
 class Console:
     """The socket on which runc sends the terminal, and the copying between it and ours."""
 
     def __init__(self, directory: str) -> None:
         self.directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        atomic.unlink_quietly(os.path.join(directory, "console"))
         self.socket = socket.socket(socket.AF_UNIX)
         # sun_path holds 107 bytes; a directory may be deeper, its descriptor never is
         self.socket.bind(f"/proc/self/fd/{self.directory}/console")
@@ -117,9 +172,9 @@ class Console:
         return fds[0]
 
 
-def run_terminal(master: int, interactive: bool) -> None:
-    """Copy between our terminal (or pipe) and the container's until it ends."""
-    saved = _raw(0) if interactive and os.isatty(0) else None
+def run_terminal(master: int, interactive: bool, log: Log | None = None, detacher: Detacher | None = None) -> bool:
+    """Copy between our terminal (or pipe) and the container's until it ends; False if the keys that end this were typed."""
+    restore = raw_terminal(0) if interactive and os.isatty(0) else None
     _resize(master)
     signal.signal(signal.SIGWINCH, lambda *_: _resize(master))
     poll = select.poll()
@@ -135,29 +190,42 @@ def run_terminal(master: int, interactive: bool) -> None:
                     data = b""
                 if fd == master:
                     if not data:
-                        return
+                        return True
+                    if log:
+                        log.write("stdout", data)
                     atomic.write_all(1, data)
                 elif data:
-                    atomic.write_all(master, data)
+                    passed, is_over = detacher.feed(data) if detacher else (data, False)
+                    atomic.write_all(master, passed)
+                    if is_over:
+                        return False
                 else:
                     poll.unregister(0)
                     atomic.write_all(master, b"\x04")  # end of file, as a terminal says it
     finally:
-        if saved is not None:
-            termios.tcsetattr(0, termios.TCSANOW, saved)
+        if restore:
+            restore()
 
 
-def _raw(fd: int) -> Any:
+def raw_terminal(fd: int) -> Callable[[], None]:
+    """Let every key through as it is typed; returns how to undo it."""
     import tty
 
     saved = termios.tcgetattr(fd)
     tty.setraw(fd, termios.TCSANOW)  # the default would throw away what was typed ahead
-    return saved
+    return lambda: termios.tcsetattr(fd, termios.TCSANOW, saved)
+
+
+def window_size() -> tuple[int, int] | None:
+    """Rows and columns of our terminal, None if we have none."""
+    for fd in (0, 1, 2):
+        if os.isatty(fd):
+            rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
+            return rows, columns
+    return None
 
 
 def _resize(master: int) -> None:
-    for fd in (0, 1, 2):
-        if os.isatty(fd):
-            size = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(master, termios.TIOCSWINSZ, size)
-            return
+    size = window_size()
+    if size:
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))

@@ -44,8 +44,8 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 10
 
 
-def resolve(root: int, wanted: str) -> User:
-    """USER[:GROUP] by the image's own tables.  A number is never looked up as a name.  Raises CafsError."""
+def resolve(root: int, wanted: str, more: list[str] | None = None) -> User:
+    """USER[:GROUP] by the image's own tables, and MORE groups.  A number is never looked up as a name.  Raises CafsError."""
     name, colon, group = (wanted or "0").partition(":")
     passwd = [row for row in read_table(root, "/etc/passwd") if len(row) >= 6 and is_number(row[2]) and is_number(row[3])]
     uid, row = _find(passwd, name, "user")
@@ -58,6 +58,7 @@ def resolve(root: int, wanted: str) -> User:
     else:
         member = row[0] if row else None
         groups = sorted({gid, *(int(line[2]) for line in table if member in line[3].split(","))})
+    groups += [number for number in (_find(table, text, "group")[0] for text in more or []) if number not in groups]
     return User(uid, gid, groups, home or "/")
 
 

@@ -80,7 +80,9 @@ def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def leftovers(base: Path) -> list[str]:
     found = [
-        str(p) for d in ("state/containers", "state/alive", "run/runc", "run/names", "run/images") for p in (base / d).glob("*")
+        str(p)
+        for d in ("state/containers", "state/alive", "run/runc", "state/names", "run/images")
+        for p in (base / d).glob("*")
     ]
     found += [
         line
@@ -92,7 +94,7 @@ def leftovers(base: Path) -> list[str]:
 
 
 def crun(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "crun"), "run", *map(str, arguments)]
+    command = [str(BIN / "crun"), "run", "--rm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
@@ -118,7 +120,7 @@ def test_what_cannot_be_run_is_126_and_what_is_not_there_127(image: Path, comman
         (["-Z", "b:1"], "unknown flag '-Z'"),
         (["b:9"], "no image 'b:9'"),
         (["-u", "nobody", "b:1", "true"], "no user 'nobody'"),
-        (["-v", "/a", "b:1", "true"], "is not SRC:DST[:ro]"),
+        (["-v", "/a:b", "b:1", "true"], "is not SRC:DST[:ro]"),
         (["-w", "/proc/self/fd/7", "b:1", "true"], "working directory"),
         (["--network", "bridge", "b:1", "true"], "unknown network"),
         (["-w", "//proc/self/fd/7", "b:1", "true"], "working directory"),
@@ -140,7 +142,9 @@ def test_arguments_after_the_image_are_the_commands(image: Path) -> None:
 
 def test_a_container_is_a_filter(image: Path) -> None:
     data = os.urandom(3 << 20)
-    done = subprocess.run([BIN / "crun", "run", "-i", "b:1", "cat"], input=data, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        [BIN / "crun", "run", "--rm", "-i", "b:1", "cat"], input=data, capture_output=True, timeout=60, check=True
+    )
     assert done.stdout == data
     assert crun("b:1", "cat", input="not read").stdout == ""
 
@@ -203,7 +207,7 @@ def test_a_terminal_is_given_with_t(image: Path) -> None:
     assert "not a tty" in crun("b:1", "tty").stdout
     master, slave = pty.openpty()
     with subprocess.Popen(
-        [BIN / "crun", "run", "-it", "b:1", "sh"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        [BIN / "crun", "run", "--rm", "-it", "b:1", "sh"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
     ) as child:
         os.close(slave)
         os.write(master, b"echo a$((40+2))z; exit 5\n")
@@ -216,7 +220,7 @@ def test_a_terminal_is_given_with_t(image: Path) -> None:
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([BIN / "crun", "run", *arguments], stdout=subprocess.PIPE)
+    child = subprocess.Popen([BIN / "crun", "run", "--rm", *arguments], stdout=subprocess.PIPE)
     assert child.stdout and child.stdout.readline() == b"ready\n"
     return child
 
@@ -253,7 +257,7 @@ def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: 
     """From before its first line to after the command runs: whoever is left tidies up."""
     for delay_ms in range(0, 200, 10):
         loop = "trap 'exit 0' TERM; while :; do sleep 0.05; done; true 4141.5"
-        child = subprocess.Popen([BIN / "crun", "run", "--name", "early", "b:1", "sh", "-c", loop])
+        child = subprocess.Popen([BIN / "crun", "run", "--rm", "--name", "early", "b:1", "sh", "-c", loop])
         time.sleep(delay_ms / 1000)  # the moment is what is tested
         for _ in range(30):
             child.send_signal(number)
@@ -288,8 +292,8 @@ def test_a_name_taken_over_from_a_killed_crun_stays_with_its_new_holder(image: P
             old.wait()
             assert until(lambda: crun("--name", "web", "b:1", "true").returncode == 0)
         with start("--name", "web", "b:1", "sh", "-c", "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done") as new:
-            assert os.path.lexists(image / "run" / "names" / "web")
-            assert "'web' is running" in crun("--name", "web", "b:1", "true").stderr
+            assert os.path.lexists(image / "state" / "names" / "web")
+            assert "'web' is in use" in crun("--name", "web", "b:1", "true").stderr
             new.terminate()
 
 
@@ -314,7 +318,7 @@ def test_output_that_cannot_be_written_is_an_error(image: Path, tmp_path: Path) 
         with open(tmp_path / "full" / "out", "wb") as out:
             os.write(out.fileno(), bytes(4096))
             done = subprocess.run(
-                [BIN / "crun", "run", "-u", "joe", "b:1", "sh", "-c", "echo important"],
+                [BIN / "crun", "run", "--rm", "-u", "joe", "b:1", "sh", "-c", "echo important"],
                 stdout=out, stderr=subprocess.PIPE, check=False, timeout=60,
             )  # fmt: skip
         assert done.returncode == 125 and b"No space left on device" in done.stderr
@@ -337,7 +341,9 @@ def test_the_root_directory_is_as_in_the_image(home: Path, tmp_path: Path, cmd: 
     (tmp_path / "rootfs").chmod(0o711)
     os.utime(tmp_path / "rootfs", (1_000_000_000, 1_000_000_000))
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
-    done = cmd("crun", "run", "--read-only", "--store", "./store", "b:1", "stat", "-c", "%a %u %g %Y", "/", cwd=tmp_path)
+    done = cmd(
+        "crun", "run", "--rm", "--read-only", "--store", "./store", "b:1", "stat", "-c", "%a %u %g %Y", "/", cwd=tmp_path
+    )
     assert done.stdout == b"711 1000 1001 1000000000\n", done.stderr
 
 
@@ -352,7 +358,7 @@ def test_a_container_dies_with_a_killed_crun_and_leaves_nothing(image: Path) -> 
 def test_a_name_is_taken_while_its_container_runs(image: Path) -> None:
     with start("--name", "web", "b:1", "sh", "-c", "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done") as child:
         done = crun("--name", "web", "b:1", "true")
-        assert done.returncode == 125 and "'web' is running" in done.stderr
+        assert done.returncode == 125 and "'web' is in use" in done.stderr
         child.terminate()
     assert crun("--name", "web", "b:1", "true").returncode == 0
 
@@ -361,7 +367,7 @@ def test_containers_share_one_mount_that_goes_with_the_last(home: Path, tmp_path
     """Nothing is mounted beforehand: eight at once mount once, all work, and nothing is left."""
     make_rootfs(tmp_path / "rootfs")
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
-    children = [subprocess.Popen([BIN / "crun", "run", "b:1", "sh", "-c", f"exit {n}"]) for n in range(8)]
+    children = [subprocess.Popen([BIN / "crun", "run", "--rm", "b:1", "sh", "-c", f"exit {n}"]) for n in range(8)]
     assert [child.wait(60) for child in children] == list(range(8))
     assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
 
@@ -371,8 +377,8 @@ def test_a_container_that_starts_beside_a_long_one_does_not_wait_for_it(home: Pa
     make_rootfs(tmp_path / "rootfs")
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
     for _ in range(5):
-        with subprocess.Popen([BIN / "crun", "run", "-i", "b:1", "cat"], stdin=subprocess.PIPE) as long:
-            others = [subprocess.Popen([BIN / "crun", "run", "b:1", "true"]) for _ in range(3)]
+        with subprocess.Popen([BIN / "crun", "run", "--rm", "-i", "b:1", "cat"], stdin=subprocess.PIPE) as long:
+            others = [subprocess.Popen([BIN / "crun", "run", "--rm", "b:1", "true"]) for _ in range(3)]
             assert [other.wait(30) for other in others] == [0] * 3
             assert long.stdin
             long.stdin.close()
@@ -386,7 +392,7 @@ def test_an_image_with_a_link_where_the_system_mounts_is_refused(home: Path, tmp
     (tmp_path / "rootfs" / name).rmdir()
     (tmp_path / "rootfs" / name).symlink_to("/tmp")
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
-    done = cmd("crun", "run", "b:1", "true")
+    done = cmd("crun", "run", "--rm", "b:1", "true")
     assert done.returncode == 125 and f"'/{name}' is not a directory".encode() in done.stderr
 
 
@@ -400,9 +406,9 @@ def test_an_image_whose_etc_is_a_link_out_of_the_root_touches_nothing_of_the_hos
     (outside / "hosts").write_text("the host's own\n")
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
-    done = cmd("crun", "run", "-u", "joe", "b:1", "true")
+    done = cmd("crun", "run", "--rm", "-u", "joe", "b:1", "true")
     assert done.returncode == 125 and b"no user 'joe'" in done.stderr, "the host's passwd is not read"
-    done = cmd("crun", "run", "--hostname", "box", "b:1", "cat", "/etc/hosts")
+    done = cmd("crun", "run", "--rm", "--hostname", "box", "b:1", "cat", "/etc/hosts")
     assert done.returncode == 0 and b"127.0.1.1\tbox" in done.stdout, done.stderr
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
 
@@ -431,14 +437,14 @@ def test_users_are_looked_up_inside_the_image_whatever_its_links_say(home: Path,
     (tmp_path / "rootfs" / "etc" / "passwd").unlink()
     (tmp_path / "rootfs" / "etc" / "passwd").symlink_to(f"../../../../../..{tmp_path}/secret")
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
-    done = cmd("crun", "run", "-u", "spy", "b:1", "true")
+    done = cmd("crun", "run", "--rm", "-u", "spy", "b:1", "true")
     assert done.returncode == 125 and b"no user 'spy'" in done.stderr
 
 
 def test_run_loads_neither_click_nor_other_slow_modules(image: Path) -> None:
     slow = ["click", "rich", "dataclasses", "inspect", "typing", "subprocess", "logging", "zstandard", "shutil"]
     code = (
-        "import sys; sys.argv = ['crun', 'run', 'b:1', 'true']\n"
+        "import sys; sys.argv = ['crun', 'run', '--rm', 'b:1', 'true']\n"
         "from cli.crun import entry\n"
         "try: entry()\n"
         "except SystemExit as end: assert not end.code\n"
@@ -455,7 +461,7 @@ def test_missing_runc_is_exit_8_with_a_hint(image: Path) -> None:
 
 @pytest.mark.needs("setpriv")
 def test_without_root_is_exit_8_with_a_hint(image: Path) -> None:
-    code = "import sys; sys.argv = ['crun', 'run', 'b:1', 'true']; from cli.crun import entry; entry()"
+    code = "import sys; sys.argv = ['crun', 'run', '--rm', 'b:1', 'true']; from cli.crun import entry; entry()"
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
@@ -473,7 +479,7 @@ def test_a_container_runs_on_either_engine_and_leaves_nothing(home: Path, tmp_pa
         (tmp_path / "rootfs" / ".cafs-objects").mkdir()  # what the kernel engine does not mount
     cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "x:1")
     script = "echo more >> /etc/group; mv /home /house; grep -c . /etc/group; stat -c %s /big; grep overlay /proc/mounts"
-    done = cmd("crun", "run", "x:1", "sh", "-c", script)
+    done = cmd("crun", "run", "--rm", "x:1", "sh", "-c", script)
     assert done.returncode == 0, done.stderr
     count, size, line = done.stdout.split(b"\n", 2)
     assert (count, size) == (b"4", b"9000000") and (b"datadir+" in line) == (engine == "kernel")

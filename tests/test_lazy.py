@@ -126,7 +126,7 @@ def test_containers_do_not_notice_a_hundred_kills(home: Path, tmp_path: Path, tr
     loop = "n=0; while [ ! -e /stop/done ]; do busybox sha256sum -c -s /sums || exit 1; n=$((n+1)); done; echo $n"
     command = ["--record", tmp_path / "record", "-v", f"{tmp_path}/stop:/stop:ro", "c:1", "/bin/busybox", "sh", "-c", loop]
     containers = [
-        subprocess.Popen([BIN / "crun", "run", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen([BIN / "crun", "run", "--rm", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
     wait_until(lambda: len(list((home / "run" / "lazy").glob("record.*/worker"))) == 2)

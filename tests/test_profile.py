@@ -167,7 +167,7 @@ def test_a_container_can_be_recorded(home: Path, tmp_path: Path, cmd: Run) -> No
     (tree / "unread").write_bytes(b"u" * 5000)
     assert cmd("cafs-index", "create", tree, "-t", "c:1").returncode == 0
     for number in range(2):
-        done = cmd("crun", "run", "--record", tmp_path / f"record{number}", "c:1", "/bin/busybox", "cat", "/read")
+        done = cmd("crun", "run", "--rm", "--record", tmp_path / f"record{number}", "c:1", "/bin/busybox", "cat", "/read")
         assert (done.returncode, done.stdout) == (0, b"r" * 5000), done.stderr
         text = (tmp_path / f"record{number}").read_text()
         assert hashlib.sha256(b"r" * 5000).hexdigest() in text and hashlib.sha256(b"u" * 5000).hexdigest() not in text

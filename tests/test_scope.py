@@ -109,7 +109,7 @@ def test_a_scoped_image_is_mounted_and_run(home: Path, tmp_path: Path, tree: Pat
     assert cmd("cafs-mount", "x:1", point, "--scope", "ann.key", cwd=tmp_path).returncode == 0
     assert (point / "large").read_bytes() == (tree / "large").read_bytes()
     assert cmd("cafs-mount", "--unmount", point).returncode == 0
-    done = cmd("crun", "run", "--scope", key, "x:1", "/bin/busybox", "cat", "/small")
+    done = cmd("crun", "run", "--rm", "--scope", key, "x:1", "/bin/busybox", "cat", "/small")
     assert done.stdout == (tree / "small").read_bytes(), done.stderr
 
 

@@ -1,0 +1,151 @@
+"""Who is attached to a container in the background: a Unix socket of its monitor, and frames both ways.  cafs-container(5).
+
+A frame is a letter, four bytes of length (big-endian) and data.  To the monitor: i (input), e (its end), r (rows and columns of
+the terminal, two bytes each).  From it: o (output), x (errors), q (the exit code in decimal, or nothing).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+
+from cafs import atomic
+
+HEAD = struct.Struct(">cI")
+_FRAME_MAX = 1 << 20
+_BACKLOG_MAX = 8 << 20
+_PIECE = 1 << 16
+
+
+class Attachments:
+    """The monitor's side.  input_fd: what the container reads, -1: nothing."""
+
+    def __init__(self, directory: str, input_fd: int, is_terminal: bool) -> None:
+        self._input = input_fd
+        self._is_terminal = is_terminal
+        self._clients: dict[int, _Client] = {}
+        self._socket = socket.socket(socket.AF_UNIX)
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            atomic.unlink_quietly(os.path.join(directory, "attach"))
+            self._socket.bind(f"/proc/self/fd/{fd}/attach")  # sun_path holds 107 bytes
+        finally:
+            os.close(fd)
+        self._socket.listen(16)
+        self._socket.setblocking(False)
+
+    @property
+    def are_full(self) -> bool:
+        """Whether somebody reads too slowly: what the container writes then waits in its pipe."""
+        return any(len(one.unsent) > _BACKLOG_MAX for one in self._clients.values())
+
+    def register(self, poll: select.poll) -> None:
+        """What to wait for."""
+        poll.register(self._socket, select.POLLIN)
+        for fd, one in self._clients.items():
+            poll.register(fd, select.POLLIN | (select.POLLOUT if one.unsent else 0))
+
+    def serve(self, ready: dict[int, int]) -> None:
+        """Accept, read and write what is ready."""
+        if self._socket.fileno() in ready:
+            try:
+                connection, _ = self._socket.accept()
+                connection.setblocking(False)
+                self._clients[connection.fileno()] = _Client(connection)
+            except OSError:
+                pass
+        for fd in [fd for fd in ready if fd in self._clients]:
+            one = self._clients[fd]
+            if (ready[fd] & select.POLLOUT and not one.flush()) or (ready[fd] & ~select.POLLOUT and not self._receive(one)):
+                del self._clients[fd]
+                one.connection.close()
+
+    def send(self, name: str, data: bytes) -> None:
+        """To all."""
+        for one in self._clients.values():
+            one.unsent += HEAD.pack(b"x" if name == "stderr" else b"o", len(data)) + data
+            one.flush()
+
+    def end(self, code: int | None) -> None:
+        """The container has ended: say so to all, and wait a little for those who are slow."""
+        text = b"" if code is None else str(code).encode()
+        for one in self._clients.values():
+            one.unsent += HEAD.pack(b"q", len(text)) + text
+            one.connection.settimeout(2)
+            try:
+                one.connection.sendall(one.unsent)
+            except OSError:
+                pass
+            one.connection.close()
+        self._socket.close()
+
+    def _receive(self, one: _Client) -> bool:
+        try:
+            data = one.connection.recv(_PIECE)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        one.received += data
+        while len(one.received) >= HEAD.size:
+            kind, size = HEAD.unpack_from(one.received)
+            if size > _FRAME_MAX:
+                return False
+            if len(one.received) < HEAD.size + size:
+                break
+            body = bytes(one.received[HEAD.size : HEAD.size + size])
+            del one.received[: HEAD.size + size]
+            self._take(kind, body)
+        return True
+
+    def _take(self, kind: bytes, body: bytes) -> None:
+        if kind == b"r" and len(body) == 4 and self._is_terminal:
+            import fcntl
+            import termios
+
+            rows, columns = struct.unpack(">HH", body)
+            fcntl.ioctl(self._input, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        elif kind == b"i" and self._input >= 0:
+            self._write(body)
+        elif kind == b"e" and self._input >= 0:
+            if self._is_terminal:
+                self._write(b"\x04")
+            else:
+                os.close(self._input)
+                self._input = -1
+
+    def _write(self, data: bytes) -> None:
+        """Input of the container; a container that does not read keeps the others waiting for at most a second."""
+        poll = select.poll()
+        poll.register(self._input, select.POLLOUT)
+        os.set_blocking(self._input, False)
+        while data and poll.poll(1000):
+            try:
+                data = data[os.write(self._input, data) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+
+
+class _Client:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.received = bytearray()
+        self.unsent = bytearray()
+
+    def flush(self) -> bool:
+        """Send what can be sent; whether it still listens."""
+        try:
+            while self.unsent:
+                del self.unsent[: self.connection.send(self.unsent[:_PIECE])]
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.unsent.clear()
+            return False
+        return True

@@ -1,0 +1,199 @@
+"""`crun cp`: files into a container and out of it, by descriptors below its root; none of its links is followed out of it.
+
+A container that runs is frozen meanwhile.  One that does not is mounted for the while, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import tarfile
+
+from cafs import linux
+from cafs.errors import CafsError, NotFound, UsageError, os_error, quote
+from runner import cgroups, containers, starting
+from runner.treecopy import Copier, add_to_tar, extract_tar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runner.containers import Container
+    from runner.options import Options
+
+
+def copy(options: Options) -> None:
+    """SOURCE to TARGET, of which one is CONTAINER:PATH.  Raises CafsError."""
+    source, target = options.words
+    one, other = _split(source), _split(target)
+    if (one is None) == (other is None):
+        raise UsageError("one of the two is CONTAINER:PATH, the other is not")
+    keep, follow = options.has("archive"), options.has("follow-link")
+    if one is not None:
+        container, path = containers.find(one[0]), one[1]
+        _with_root(container, lambda root: _copy_out(root, path, target, keep=keep, follow=follow))
+    elif other is not None:
+        container, path = containers.find(other[0]), other[1]
+        _with_root(container, lambda root: _copy_in(root, source, path, keep=keep, follow=follow))
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """CONTAINER and PATH; None for a path of the host, which has a '/' before any ':'."""
+    name, colon, path = text.partition(":")
+    if not colon or "/" in name or name in ("", ".", "..") or text == "-":
+        return None
+    return name, "/" + path.lstrip("/") if path else "/"
+
+
+def _with_root(container: Container, work: Callable[[int], None]) -> None:
+    state = container.state()
+    pidfd = containers.open_process(state)
+    if pidfd is not None:
+        os.close(pidfd)
+        was_frozen = cgroups.is_frozen(container)
+        try:
+            cgroups.freeze(container, is_on=True)
+            root = os.open(f"/proc/{state['pid']}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                work(root)
+            finally:
+                os.close(root)
+        finally:
+            if not was_frozen:
+                cgroups.freeze(container, is_on=False)
+        return
+    _in_child(container, work)
+
+
+def _in_child(container: Container, work: Callable[[int], None]) -> None:
+    """Mount the container's root in a mount namespace that ends with a child."""
+    low = starting.get_lower(container)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            starting.mount_root(container, low)
+            root = os.open(container.path("rootfs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            work(root)
+            sys.stdout.flush()
+            code = 0
+        except CafsError as error:
+            os.write(writer, f"{error.exit_code} {error}".encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            os.write(writer, f"1 {error.strerror or error}".encode())
+        finally:
+            os._exit(code)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as pipe:
+            said = pipe.read(1 << 16).decode("utf-8", "surrogateescape")
+        _, status = os.waitpid(child, 0)
+    finally:
+        low.let_go()
+        from runner import lower
+
+        lower.release(starting.lower_key(container))
+    if status:
+        number, _, message = said.partition(" ")
+        failure = CafsError(message or "cannot copy")
+        failure.exit_code = int(number or 1)
+        raise failure
+
+
+def _copy_out(root: int, path: str, target: str, *, keep: bool, follow: bool) -> None:
+    parent, name = _open_parent(root, path, follow=follow)
+    try:
+        if target == "-":
+            with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
+                add_to_tar(tar, parent, name, name)
+            return
+        where, new_name = _host_target(target, name, path, is_directory=_is_directory(parent, name))
+        try:
+            Copier(keep_owner=keep).copy(parent, name, where, new_name)
+        finally:
+            os.close(where)
+    except OSError as error:
+        raise os_error(f"cannot copy {quote(path)}", error) from error
+    finally:
+        os.close(parent)
+
+
+def _copy_in(root: int, source: str, path: str, *, keep: bool, follow: bool) -> None:
+    if source == "-":
+        try:
+            top = linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise os_error(f"cannot extract to {quote(path)}", error) from error
+        try:
+            extract_tar(sys.stdin.buffer, top)
+        finally:
+            os.close(top)
+        return
+    wants_content = source.endswith("/.") or source == "."
+    real = os.path.realpath(source) if follow or wants_content else os.path.abspath(source)
+    try:
+        parent = os.open(os.path.dirname(real), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_error(f"cannot open {quote(source)}", error) from error
+    name = os.path.basename(real) or "."
+    try:
+        where, new_name = _container_target(root, path, name, wants_content=wants_content)
+        try:
+            Copier(keep_owner=keep).copy(parent, name, where, new_name)
+        finally:
+            os.close(where)
+    except OSError as error:
+        raise os_error(f"cannot copy {quote(source)} to {quote(path)}", error) from error
+    finally:
+        os.close(parent)
+
+
+def _open_parent(root: int, path: str, *, follow: bool) -> tuple[int, str]:
+    """The directory that holds PATH, and its last name; '.' for a directory itself.  Raises NotFound."""
+    clean = path.rstrip("/") or "/"
+    try:
+        if clean == "/" or clean.endswith("/.") or (follow and _leads_to_directory(root, clean)):
+            return linux.open_in_root(root, clean, os.O_RDONLY | os.O_DIRECTORY), "."
+        parent = linux.open_in_root(root, os.path.dirname(clean), os.O_RDONLY | os.O_DIRECTORY)
+        os.stat(os.path.basename(clean), dir_fd=parent, follow_symlinks=False)
+        return parent, os.path.basename(clean)
+    except OSError as error:
+        raise NotFound(f"no {quote(path)} in the container: {error.strerror}") from error
+
+
+def _leads_to_directory(root: int, path: str) -> bool:
+    try:
+        os.close(linux.open_in_root(root, path, os.O_PATH | os.O_DIRECTORY))
+        return True
+    except OSError:
+        return False
+
+
+def _is_directory(parent: int, name: str) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+
+
+def _host_target(target: str, name: str, path: str, *, is_directory: bool) -> tuple[int, str]:
+    """As cp does: into a directory that is there, else by the name that is given."""
+    if os.path.isdir(target):
+        last = os.path.basename(path.rstrip("/")) if not path.endswith("/.") else "."
+        last = last if last not in ("", ".") else "."
+        return os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), last
+    if target.endswith("/") and not is_directory:
+        raise NotFound(f"no directory {quote(target)}")
+    clean = target.rstrip("/")
+    return os.open(os.path.dirname(clean) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), os.path.basename(clean)
+
+
+def _container_target(root: int, path: str, name: str, *, wants_content: bool) -> tuple[int, str]:
+    try:
+        return linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY), "." if wants_content else name
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        if path.endswith("/"):
+            raise
+    clean = path.rstrip("/")
+    return linux.open_in_root(root, os.path.dirname(clean), os.O_RDONLY | os.O_DIRECTORY), os.path.basename(clean)

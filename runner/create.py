@@ -1,0 +1,253 @@
+"""Making a container: from an image and flags to its record on disk.  What depends on the caller is settled here:
+environment, paths, names.  What depends on the image's files is settled whenever it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from cafs import atomic, image, mountinfo, paths
+from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
+from cafs.store import Store
+from runner import alive, cgroups, containers, mounts, spec, volumes
+from runner.containers import Container
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from runner.options import Options
+
+_STOP_TIMEOUT_S = 10
+_LOG_SIZE, _LOG_FILES = 128 << 20, 2
+_DRIVERS = ("json-file", "none", "k8s-file", "local")
+_POLICIES = ("no", "on-failure", "always", "unless-stopped")
+_MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
+_CONFIG_MAX = 1 << 22
+
+
+def create(options: Options, *, is_foreground: bool) -> Container:
+    """Make it, held by us from its first file on.  Raises CafsError; then nothing of it is left."""
+    if not options.words or not options.words[0]:
+        raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
+    _check(options)
+    root = paths.located(options.value("store") or paths.store(), options.value("scope"))
+    found = _image(root, options)
+    config = spec.section(found.config, "config") if "config" in found.config else found.config
+    asked = _asked(options, config, is_foreground=is_foreground)
+    asked |= {"digest": found.digest.hex(), "store": root, "is_386": found.config.get("architecture") == "386"}
+    identity = os.urandom(32).hex()
+    try:
+        _check_state()
+        lock = alive.hold(identity, is_new=True)
+        container = Container(identity, asked, -1 if lock is None else lock)
+        try:
+            _write(container, options)
+        except BaseException:
+            discard(container)
+            raise
+    except OSError as error:
+        raise os_error(f"cannot make a container in {quote(containers.root())}", error) from error
+    containers.event(container, "create")
+    return container
+
+
+def _write(container: Container, options: Options) -> None:
+    os.makedirs(container.path("rootfs"), mode=0o700)
+    for name in ("upper", "work"):
+        os.mkdir(container.path(name), 0o755)
+    _write_cidfile(options.value("cidfile"), container.id)
+    container.asked["name"] = containers.take_name(options.value("name"), container.id)
+    for one in container.asked["mounts"]:
+        if one["type"] == "volume":
+            is_anonymous = not one["name"]
+            one["name"] = volumes.create(one["name"])
+            one["anonymous"] = is_anonymous
+    data = json.dumps(container.asked, sort_keys=True).encode("utf-8", "surrogateescape")
+    atomic.replace_hint(container.path("container.json"), data, 0o600)
+
+
+def _write_cidfile(path: str | None, identity: str) -> None:
+    if path is None:
+        return
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise CafsError(f"container id file {quote(path)} is there already", hint="remove it, or name another") from None
+    except OSError as error:
+        raise os_error(f"cannot write container id file {quote(path)}", error) from error
+    try:
+        atomic.write_all(fd, identity.encode())
+    finally:
+        os.close(fd)
+
+
+def discard(container: Container) -> None:
+    """Remove all there is of a container that does not run: files, name, anonymous volumes, mark of life."""
+    from runner.cleanup import remove_directory
+
+    marked = [one["name"] for one in container.asked.get("mounts", []) if one.get("anonymous")]
+    remove_directory(container.directory)
+    if "name" in container.asked:
+        containers.drop_name(container.name, container.id)
+    for name in marked:
+        remove_directory(os.path.join(volumes.root(), name))
+    alive.forget(container.id)
+    if container.lock >= 0:
+        os.close(container.lock)
+        container.lock = -1
+
+
+def _check_state() -> None:
+    os.makedirs(containers.root(), mode=0o700, exist_ok=True)
+    if mountinfo.fstype(containers.root()) == "overlay":
+        raise UnsupportedError(
+            f"{quote(paths.state())} is on overlayfs, which cannot hold a writable layer",
+            hint="set CAFS_STATE to a directory on another file system",
+        )
+
+
+def _image(root: str, options: Options) -> Any:
+    name, when = options.words[0], options.value("pull") or "missing"
+    if when not in ("missing", "never", "always"):
+        raise UsageError(f"--pull {quote(when)}", hint="missing, never or always")
+    if not name.startswith("docker://"):
+        return image.resolve(Store(root), name)
+    from runner import pull
+
+    return pull.get(root, name, when)
+
+
+def _check(options: Options) -> None:
+    """What can be seen to be wrong before anything is made.  Raises UsageError, CafsError."""
+    network = options.value("network")
+    if network not in (None, "none", "host") and not str(network).startswith("container:"):
+        raise UsageError(f"unknown network {quote(network or '')}", hint="none, host or container:NAME")
+    if (options.value("ipc") or "private") not in ("private", "host", "shareable", "none"):
+        _check_other(options, "ipc")
+    for flag in ("pid", "uts"):
+        if options.value(flag) not in (None, "", "host"):
+            _check_other(options, flag)
+    cgroups.resources(options)
+    cgroups.path_for(options, "x")
+    platform = options.value("platform")
+    if platform is not None:
+        parts = platform.split("/")
+        if parts[0] != "linux" or (len(parts) > 1 and parts[1] not in _MACHINES.get(os.uname().machine, ())):
+            raise UsageError(f"platform {quote(platform)} is not this host's", hint="nothing is emulated")
+    driver = options.value("log-driver")
+    if driver is not None and driver not in _DRIVERS:
+        raise UsageError(f"unknown log driver {quote(driver)}", hint="json-file or none")
+
+
+def _check_other(options: Options, flag: str) -> None:
+    kind, _, name = str(options.value(flag)).partition(":")
+    if kind != "container" or not name:
+        raise UsageError(f"--{flag} is host or container:NAME, not {quote(str(options.value(flag)))}")
+
+
+def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> dict[str, Any]:
+    return {
+        "image": options.words[0],
+        "created_ns": time.time_ns(),
+        "flags": {name: values for name, values in options.flags.items() if name not in ("env", "env-file")},
+        "arguments": spec.command_line(options, config),
+        "env": spec.environment(options, config),
+        "cwd": _cwd(options.value("workdir") or spec.text(config, "WorkingDir") or "/"),
+        "user": spec.text(config, "User") if options.value("user") is None else options.value("user"),
+        "labels": spec.labels(options, config),
+        "mounts": mounts.asked(options, config),
+        "foreground": is_foreground,
+        "restart": _restart(options, is_foreground=is_foreground),
+        "stop_signal": containers.signal_number(options.value("stop-signal") or spec.text(config, "StopSignal") or "TERM"),
+        "stop_timeout_s": _seconds(options, "stop-timeout", _STOP_TIMEOUT_S),
+        "timeout_s": _seconds(options, "timeout", 0),
+        "log": _log(options),
+        "health": _health(options, config),
+    }
+
+
+def _cwd(text: str) -> str:
+    if not text.startswith("/") or os.path.normpath(text).lstrip("/").split("/")[0] == "proc":
+        raise UsageError(f"working directory {quote(text)} is not an absolute path outside /proc")
+    return text
+
+
+def _seconds(options: Options, flag: str, default: int) -> int:
+    text = options.value(flag)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UsageError(f"--{flag} is a number of seconds, not {quote(text)}")
+    return int(text)
+
+
+def _restart(options: Options, *, is_foreground: bool) -> dict[str, Any]:
+    """policy, and how often at most (0: no limit)."""
+    policy, colon, most = (options.value("restart") or "no").partition(":")
+    if policy not in _POLICIES or (colon and (policy != "on-failure" or not most.isdigit())):
+        raise UsageError(f"unknown restart policy {quote(options.value('restart') or '')}", hint="no, on-failure[:N], always")
+    if policy != "no" and options.has("rm"):
+        raise UsageError("--restart and --rm go not together")
+    if policy != "no" and is_foreground:
+        raise UsageError("--restart needs -d: what runs in the foreground ends with its crun")
+    return {"policy": policy, "most": int(most or 0)}
+
+
+def _log(options: Options) -> dict[str, Any]:
+    found: dict[str, Any] = {"driver": "none" if options.value("log-driver") == "none" else "json-file"}
+    found |= {"max_size": _LOG_SIZE, "max_files": _LOG_FILES}
+    for text in options.all("log-opt"):
+        name, _, value = text.partition("=")
+        if name == "max-size":
+            found["max_size"] = max(cgroups.size(value), 4096)
+        elif name == "max-file" and value.isdigit() and 0 < int(value) <= 100:
+            found["max_files"] = int(value)
+        else:
+            raise UsageError(f"unknown log option {quote(text)}", hint="max-size=10m, max-file=3")
+    return found
+
+
+def _health(options: Options, config: dict[str, Any]) -> dict[str, Any] | None:
+    """test (arguments), interval_s, timeout_s, retries, start_period_s; None if there is no check."""
+    given = spec.section(config, "Healthcheck")
+    test = given.get("Test") or []
+    command = options.value("health-cmd")
+    if options.has("no-healthcheck") or command == "none":
+        return None
+    if command:
+        test = ["CMD-SHELL", command]
+    is_words = isinstance(test, list) and all(isinstance(word, str) for word in test)
+    if not is_words or test[:1] not in (["CMD"], ["CMD-SHELL"]):
+        return None
+    arguments = ["/bin/sh", "-c", *test[1:2]] if test[0] == "CMD-SHELL" else test[1:]
+
+    def seconds(flag: str, key: str, default: float) -> float:
+        text = options.value(flag)
+        if text is not None:
+            return duration(text)
+        value = given.get(key) or 0
+        return value / 1e9 if isinstance(value, int) and value > 0 else default
+
+    retries = options.value("health-retries") or str(given.get("Retries") or 3)
+    if not retries.isdigit():
+        raise UsageError(f"--health-retries is a number, not {quote(retries)}")
+    return {
+        "test": arguments,
+        "interval_s": max(seconds("health-interval", "Interval", 30.0), 0.05),
+        "timeout_s": seconds("health-timeout", "Timeout", 30.0),
+        "start_period_s": seconds("health-start-period", "StartPeriod", 0.0),
+        "retries": max(int(retries), 1),
+    }
+
+
+def duration(text: str) -> float:
+    """Seconds of 1m30s, 500ms, 2h, 10.  Raises UsageError."""
+    import re
+
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise UsageError(f"{quote(text)} is not a time", hint="1m30s, 500ms")
+    return float(sum(float(number) * units[unit] for number, unit in parts))

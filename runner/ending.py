@@ -1,0 +1,92 @@
+"""After process 1 has ended: what is read before the cgroup goes, what is given back, what is noted.  All may be done twice."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from cafs import atomic, linux
+from runner import alive, cgroups, cleanup, containers, create, lower, starting
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from runner.containers import Container
+
+_DELETE_TRIES = 20
+_DYING_S = 2
+KILLED = 137
+
+
+def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
+    """Kill what is left of it, and remove its cgroups, runtime state and mount; returns what state.json is to say of it."""
+    cgroup = cgroups.path_for(container, container.id)
+    found = {"oom_killed": cgroups.was_oom_killed(cgroup), "usage": cgroups.usage(cgroup)}
+    state = os.path.join(starting.runtime_root(), container.id)
+    for _ in range(_DELETE_TRIES):
+        if not os.path.exists(state):
+            cgroups.kill(cgroup)  # somebody removed the state of a running container
+            break
+        if has_ended and cleanup.remove_state(state):
+            break
+        starting.spawn([starting.find_runc(), "--root", starting.runtime_root(), "delete", "--force", container.id], [], [])
+    try:
+        linux.umount(container.path("rootfs"), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    except OSError:
+        pass  # never mounted, or in another namespace that is gone
+    return found
+
+
+def settle(container: Container, code: int | None, *, error: str = "", **more: Any) -> None:
+    """Note that it has ended, and with what; None: nobody knows.  With --rm, remove it."""
+    if container.has("rm"):
+        containers.event(container, "die", exit_code=code)
+        create.discard(container)
+        containers.event(container, "destroy")
+        return
+    cleanup.remove_tree(container.path("work"))
+    os.makedirs(container.path("work"), exist_ok=True)
+    for name in ("stdin", "stdout", "stderr", "attach", "console", "pid"):
+        atomic.unlink_quietly(container.path(name))
+    container.note(status=containers.EXITED, exit_code=code, finished_ns=time.time_ns(), error=error, restarting=False, **more)
+    containers.event(container, "die", exit_code=code)
+
+
+def release(container: Container, *, is_sudden: bool = False) -> None:
+    """Give back the mount of its image, and let nobody watch it any more; in the host's mount namespace."""
+    # A killed crun may not have given up its own hold yet: its pipe is closed before the last of its files is.
+    lower.release(starting.lower_key(container), _DYING_S if is_sudden else 0)
+    alive.forget(container.id)
+
+
+def tidy() -> None:
+    """See to containers whose watchers were killed: those in the background go on, all others are ended."""
+    for identity, lock in alive.abandoned():
+        container = containers.load(identity)
+        if container is None:
+            container = containers.Container(identity, {"flags": {}, "mounts": [], "digest": ""}, lock)
+            cgroups.kill(cgroups.path_for(container, identity))
+            create.discard(container)
+            continue
+        container.lock = lock
+        state = container.state()
+        pidfd = containers.open_process(state)
+        if pidfd is not None:
+            os.close(pidfd)
+            if not container.asked["foreground"]:
+                from runner import launching
+
+                launching.succeed(container)
+                continue
+        if state["status"] == containers.CREATED and not container.asked["foreground"] and not container.has("detach"):
+            alive.forget(identity)  # made, to be started some time
+        elif state["status"] == containers.EXITED and not container.has("rm"):
+            release(container)
+        else:
+            more = take_down(container, has_ended=pidfd is None)
+            settle(container, KILLED if pidfd is not None else None, error="its watcher was killed", **more)
+            release(container)
+        if container.lock >= 0:
+            os.close(container.lock)
+            container.lock = -1

@@ -1,0 +1,120 @@
+"""`crun exec`: one more command in a container that runs, with the same streams and exit codes as `crun run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+from cafs import atomic, linux
+from cafs.errors import CafsError, UsageError, quote
+from runner import containers, spec, starting, stdio, users
+from runner.foreground import Forwarder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from runner.containers import Container
+    from runner.options import Options
+
+
+def enter(container: Container, options: Options) -> int:
+    """Run the command; returns its exit code.  Raises CafsError."""
+    state = container.state()
+    pidfd = containers.open_process(state)
+    if pidfd is None:
+        raise CafsError(f"container {quote(container.name)} does not run", hint=f"crun start {container.name}")
+    os.close(pidfd)
+    if container.status() == "paused":
+        raise CafsError(f"container {quote(container.name)} is paused", hint=f"crun unpause {container.name}")
+    name = f"exec-{os.urandom(8).hex()}"
+    directory = container.path(name)
+    os.mkdir(directory, 0o700)
+    try:
+        return _run(container, options, directory, int(state["pid"]))
+    finally:
+        for one in os.listdir(directory):
+            atomic.unlink_quietly(os.path.join(directory, one))
+        os.rmdir(directory)
+
+
+def _process(container: Container, options: Options, pid: int) -> tuple[dict[str, Any], int]:
+    """process.json, and the uid it runs as; users and programs are looked up in the container as it is now."""
+    arguments = options.words[1:]
+    if not arguments:
+        raise UsageError("COMMAND is missing", hint="crun exec [FLAG]... CONTAINER COMMAND [ARGUMENT]...")
+    base = json.loads(atomic.read_file(container.path("config.json"), 1 << 24))["process"]
+    cwd = options.value("workdir") or base["cwd"]
+    if not cwd.startswith("/") or os.path.normpath(cwd).lstrip("/").split("/")[0] == "proc":
+        raise UsageError(f"working directory {quote(cwd)} is not an absolute path outside /proc")
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        wanted = options.value("user")
+        user = users.resolve(root, container.asked["user"] if wanted is None else wanted, container.all("group-add"))
+        variables = spec.with_given(dict(word.split("=", 1) for word in base["env"]), options)
+        if wanted is not None and "HOME" not in container.asked["env"]:
+            variables["HOME"] = user.home
+        reason = users.find_program(root, arguments[0], variables.get("PATH", ""), cwd)
+    finally:
+        os.close(root)
+    if reason == "ENOENT":
+        raise starting.Refused(f"cannot run {quote(arguments[0])}: not found in the container", 127)
+    if reason:
+        raise starting.Refused(f"cannot run {quote(arguments[0])}: it is not an executable file", 126)
+    held = spec.known_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
+    effective = held if user.uid == 0 else []
+    return base | {
+        "terminal": options.has("tty"),
+        "args": arguments,
+        "cwd": cwd,
+        "env": [f"{name}={value}" for name, value in variables.items()],
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
+        "capabilities": {"bounding": held, "effective": effective, "permitted": effective},
+    }, user.uid
+
+
+def _run(container: Container, options: Options, directory: str, init: int) -> int:
+    process, uid = _process(container, options, init)
+    if options.has("tty"):
+        process["env"] += [] if any(word.startswith("TERM=") for word in process["env"]) else ["TERM=xterm"]
+    path = os.path.join(directory, "process.json")
+    atomic.replace_hint(path, json.dumps(process).encode("utf-8", "surrogateescape"), 0o600)
+    linux.become_subreaper()
+    forward = Forwarder()
+    is_detached = options.has("detach")
+    console = stdio.Console(directory) if options.has("tty") and not is_detached else None
+    if is_detached and options.has("tty"):
+        raise UsageError("-t needs somebody to hold the terminal: not with -d")
+    streams = None if console or is_detached else stdio.Streams(options.has("interactive"), uid)
+    log = os.path.join(directory, "runc.log")
+    arguments = [starting.find_runc(), "--root", starting.runtime_root(), "--log", log, "--log-format", "json"]
+    arguments += ["exec", "--detach", "--process", path, "--pid-file", os.path.join(directory, "pid")]
+    if console:
+        arguments += ["--console-socket", f"/proc/self/fd/{console.directory}/console"]
+    child, inherit = streams.child if streams else [], [console.directory] if console else []
+    status = starting.spawn([*arguments, container.id], child, inherit)
+    if streams:
+        streams.started()
+    if status:
+        raise starting.explain(log, "exec failed: ", "cannot run the command")
+    if is_detached:
+        return 0
+    with open(os.path.join(directory, "pid"), encoding="ascii") as file:
+        pid = int(file.read())
+    forward.to(pid)
+    if console:
+        from runner.joining import Detacher, keys
+
+        master = console.receive()
+        detacher = Detacher(keys(options.value("detach-keys")) if os.isatty(0) else b"")
+        if not stdio.run_terminal(master, options.has("interactive"), detacher=detacher):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            return 0
+        os.close(master)
+    _, status = os.waitpid(pid, 0)
+    forward.stop()
+    if streams:
+        streams.drain()
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code

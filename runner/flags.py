@@ -1,0 +1,221 @@
+"""The flags of every verb, spelled as docker and podman spell them.  crun(1) says of each docker flag what it does here."""
+
+from __future__ import annotations
+
+from runner.options import LIST, SWITCH, VALUE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.options import Flag, Flags
+
+_COMMAND, _FILES, _LIMITS, _SAFETY, _NET, _LIFE, _OURS = (
+    "Command",
+    "Files",
+    "Limits",
+    "Security",
+    "Network",
+    "Life",
+    "Images",
+)
+
+RUN: Flags = {
+    "env": (LIST, "e", "K[=V]", _COMMAND, "Set a variable; K alone takes the caller's."),
+    "env-file": (LIST, "", "FILE", _COMMAND, "Read variables from FILE, K=V a line."),
+    "workdir": (VALUE, "w", "DIR", _COMMAND, "Working directory."),
+    "user": (VALUE, "u", "USER[:GROUP]", _COMMAND, "User (name or id)."),
+    "group-add": (LIST, "", "GROUP", _COMMAND, "One more group (name or id)."),
+    "entrypoint": (VALUE, "", "CMD", _COMMAND, "Replace the image's entrypoint."),
+    "interactive": (SWITCH, "i", "", _COMMAND, "Pass standard input."),
+    "tty": (SWITCH, "t", "", _COMMAND, "Give the command a terminal."),
+    "init": (SWITCH, "", "", _COMMAND, "Run tini or catatonit of the host as process 1."),
+    "detach-keys": (VALUE, "", "KEYS", _COMMAND, "What detaches from a terminal (default: ctrl-p,ctrl-q)."),
+    "volume": (LIST, "v", "SRC:DST[:OPTS]", _FILES, "Bind-mount a host path or a named volume; ro, rw."),
+    "mount": (LIST, "", "type=T,...", _FILES, "A mount: bind, volume or tmpfs."),
+    "tmpfs": (LIST, "", "DST[:OPTS]", _FILES, "A file system in memory."),
+    "read-only": (SWITCH, "", "", _FILES, "No writable layer for the command."),
+    "shm-size": (VALUE, "", "SIZE", _FILES, "Size of /dev/shm (default: 64m)."),
+    "device": (LIST, "", "DEV[:DST[:rwm]]", _FILES, "A device of the host, or of a CDI specification."),
+    "gpus": (VALUE, "", "all|N|device=..", _FILES, "GPUs, by CDI specifications."),
+    "memory": (VALUE, "m", "SIZE", _LIMITS, "Memory."),
+    "memory-swap": (VALUE, "", "SIZE", _LIMITS, "Memory and swap together; -1: no limit."),
+    "memory-reservation": (VALUE, "", "SIZE", _LIMITS, "Memory that is kept when it gets scarce."),
+    "cpus": (VALUE, "", "N", _LIMITS, "Processors, as 1.5."),
+    "cpu-shares": (VALUE, "c", "N", _LIMITS, "Weight where processors are scarce (default: 1024)."),
+    "cpu-period": (VALUE, "", "US", _LIMITS, "Period of the processor limit."),
+    "cpu-quota": (VALUE, "", "US", _LIMITS, "Processor time a period."),
+    "cpuset-cpus": (VALUE, "", "LIST", _LIMITS, "Processors to run on, as 0-2,4."),
+    "cpuset-mems": (VALUE, "", "LIST", _LIMITS, "Memory nodes to use."),
+    "pids-limit": (VALUE, "", "N", _LIMITS, "Processes; -1: no limit."),
+    "ulimit": (LIST, "", "NAME=SOFT[:HARD]", _LIMITS, "A resource limit; the others are the caller's."),
+    "oom-score-adj": (VALUE, "", "N", _LIMITS, "How readily it is killed without memory."),
+    "cgroup-parent": (VALUE, "", "PATH", _LIMITS, "The cgroup in which its own is made (default: /cafs)."),
+    "cap-add": (LIST, "", "CAP", _SAFETY, "One more capability, or ALL."),
+    "cap-drop": (LIST, "", "CAP", _SAFETY, "One less, or ALL."),
+    "security-opt": (LIST, "", "OPT", _SAFETY, "seccomp=unconfined|FILE, no-new-privileges, apparmor=PROFILE."),
+    "privileged": (SWITCH, "", "", _SAFETY, "All capabilities and devices, nothing masked, no seccomp."),
+    "pid": (VALUE, "", "host|container:X", _SAFETY, "Whose processes it sees."),
+    "ipc": (VALUE, "", "private|host|..", _SAFETY, "Whose shared memory it uses: host, container:X."),
+    "uts": (VALUE, "", "host", _SAFETY, "The host's name and domain."),
+    "sysctl": (LIST, "", "K=V", _SAFETY, "A kernel parameter of its namespaces."),
+    "network": (VALUE, "", "MODE", _NET, "none, host or container:X (default: none)."),
+    "hostname": (VALUE, "h", "NAME", _NET, "Host name (default: the container's id)."),
+    "add-host": (LIST, "", "NAME:IP", _NET, "A line for /etc/hosts."),
+    "dns": (LIST, "", "IP", _NET, "A name server for /etc/resolv.conf."),
+    "dns-search": (LIST, "", "DOMAIN", _NET, "A search domain."),
+    "dns-option": (LIST, "", "OPT", _NET, "An option of the resolver."),
+    "name": (VALUE, "", "NAME", _LIFE, "Name of the container."),
+    "detach": (SWITCH, "d", "", _LIFE, "Run it in the background and print its id."),
+    "rm": (SWITCH, "", "", _LIFE, "Remove it when it ends."),
+    "restart": (VALUE, "", "POLICY", _LIFE, "no, on-failure[:N], always or unless-stopped; needs -d."),
+    "stop-signal": (VALUE, "", "SIGNAL", _LIFE, "What `stop` sends (default: the image's, or TERM)."),
+    "stop-timeout": (VALUE, "", "S", _LIFE, "How long `stop` waits before KILL (default: 10)."),
+    "timeout": (VALUE, "", "S", _LIFE, "Kill it after so many seconds."),
+    "cidfile": (VALUE, "", "FILE", _LIFE, "Write the id to FILE, which must not be there."),
+    "label": (LIST, "l", "K[=V]", _LIFE, "A label."),
+    "label-file": (LIST, "", "FILE", _LIFE, "Labels, one a line."),
+    "annotation": (LIST, "", "K=V", _LIFE, "An annotation of the runtime's configuration."),
+    "log-driver": (VALUE, "", "DRIVER", _LIFE, "json-file or none."),
+    "log-opt": (LIST, "", "K=V", _LIFE, "max-size=SIZE, max-file=N."),
+    "health-cmd": (VALUE, "", "CMD", _LIFE, "A command that fails if the container is not well."),
+    "health-interval": (VALUE, "", "TIME", _LIFE, "How often it runs (default: 30s)."),
+    "health-timeout": (VALUE, "", "TIME", _LIFE, "How long it may take (default: 30s)."),
+    "health-retries": (VALUE, "", "N", _LIFE, "Failures in a row that count (default: 3)."),
+    "health-start-period": (VALUE, "", "TIME", _LIFE, "How long failures do not count at first."),
+    "no-healthcheck": (SWITCH, "", "", _LIFE, "Not even the image's."),
+    "pull": (VALUE, "", "WHEN", _OURS, "missing, never or always: for docker:// images."),
+    "platform": (VALUE, "", "OS/ARCH", _OURS, "Only the host's own is there."),
+    "record": (VALUE, "", "FILE", _OURS, "Write what is read of the image to FILE."),
+    "store": (VALUE, "", "URL", _OURS, "Store to use."),
+    "scope": (VALUE, "", "SECRETFILE", _OURS, "Only that part of the store."),
+}
+ALIASES = {"net": "network", "dns-opt": "dns-option"}
+
+_WHAT = "Flags"
+
+
+def _as_what(name: str) -> Flag:
+    """A flag of `run` in a table without groups."""
+    return (*RUN[name][:3], _WHAT, RUN[name][4])
+
+
+_DETACH_KEYS = _as_what("detach-keys")
+_TIME = (VALUE, "t", "S", _WHAT, "Seconds to wait before KILL (default: the container's, or 10).")
+_FORMAT = (VALUE, "", "json", _WHAT, "Print JSON, a line each.")
+_SIGNAL = (VALUE, "s", "SIGNAL", _WHAT, "Signal to send.")
+
+VERBS: dict[str, tuple[str, str, Flags]] = {
+    "run": ("[FLAG]... IMAGE [COMMAND [ARGUMENT]...]", "Run a command in an image, in a container of its own.", RUN),
+    "create": ("[FLAG]... IMAGE [COMMAND [ARGUMENT]...]", "Make a container, to be started later.", RUN),
+    "start": (
+        "[FLAG]... CONTAINER...",
+        "Start containers that do not run.",
+        {
+            "attach": (SWITCH, "a", "", _WHAT, "Stay, and pass on what it prints."),
+            "interactive": (SWITCH, "i", "", _WHAT, "Pass standard input too."),
+            "detach-keys": _DETACH_KEYS,
+        },
+    ),
+    "stop": ("[FLAG]... CONTAINER...", "Ask containers to end; kill them after a while.", {"time": _TIME, "signal": _SIGNAL}),
+    "restart": ("[FLAG]... CONTAINER...", "Stop containers and start them again.", {"time": _TIME, "signal": _SIGNAL}),
+    "kill": ("[FLAG]... CONTAINER...", "Send a signal (KILL).", {"signal": _SIGNAL}),
+    "rm": (
+        "[FLAG]... CONTAINER...",
+        "Remove containers that do not run.",
+        {
+            "force": (SWITCH, "f", "", _WHAT, "Kill those that run; ignore those that are not there."),
+            "volumes": (SWITCH, "v", "", _WHAT, "Remove their anonymous volumes too."),
+        },
+    ),
+    "ps": (
+        "[FLAG]...",
+        "List containers.",
+        {
+            "all": (SWITCH, "a", "", _WHAT, "Also those that do not run."),
+            "quiet": (SWITCH, "q", "", _WHAT, "Ids only."),
+            "no-trunc": (SWITCH, "", "", _WHAT, "Whole ids and commands."),
+            "filter": (LIST, "f", "K=V", _WHAT, "name, id, label, status or ancestor."),
+            "format": _FORMAT,
+            "last": (VALUE, "n", "N", _WHAT, "The N that were made last."),
+        },
+    ),
+    "logs": (
+        "[FLAG]... CONTAINER",
+        "Print what a container has printed.",
+        {
+            "follow": (SWITCH, "f", "", _WHAT, "Go on until it ends."),
+            "tail": (VALUE, "n", "N", _WHAT, "The last N lines only."),
+            "since": (VALUE, "", "TIME", _WHAT, "From then on: 10m, 2026-01-31T12:00:00Z, or seconds."),
+            "until": (VALUE, "", "TIME", _WHAT, "Up to then."),
+            "timestamps": (SWITCH, "t", "", _WHAT, "When, before each line."),
+        },
+    ),
+    "exec": (
+        "[FLAG]... CONTAINER COMMAND [ARGUMENT]...",
+        "Run one more command in a container.",
+        {
+            **{name: _as_what(name) for name in ("env", "env-file", "workdir", "user", "interactive", "tty")},
+            "detach": (SWITCH, "d", "", _WHAT, "Do not wait for it."),
+            "privileged": (SWITCH, "", "", _WHAT, "With all capabilities."),
+            "detach-keys": _DETACH_KEYS,
+        },
+    ),
+    "attach": (
+        "[FLAG]... CONTAINER",
+        "Take part in a container's input and output.",
+        {
+            "no-stdin": (SWITCH, "", "", _WHAT, "Do not pass standard input."),
+            "detach-keys": _DETACH_KEYS,
+        },
+    ),
+    "wait": ("CONTAINER...", "Wait until containers end; print their exit codes.", {}),
+    "inspect": (
+        "[FLAG]... CONTAINER...",
+        "All that is known of containers, as JSON.",
+        {"format": (VALUE, "f", "json", _WHAT, "A line each.")},
+    ),
+    "pause": ("CONTAINER...", "Let containers stand still.", {}),
+    "unpause": ("CONTAINER...", "Let them go on.", {}),
+    "rename": ("CONTAINER NAME", "Give a container another name.", {}),
+    "port": ("CONTAINER [PORT]", "Which ports are published.", {}),
+    "top": ("CONTAINER", "The processes of a container.", {}),
+    "stats": (
+        "[FLAG]... [CONTAINER]...",
+        "What containers use.",
+        {
+            "no-stream": (SWITCH, "", "", _WHAT, "Once."),
+            "format": _FORMAT,
+            "all": (SWITCH, "a", "", _WHAT, "Accepted; those that do not run use nothing."),
+        },
+    ),
+    "diff": ("CONTAINER", "What a container has changed in its files.", {}),
+    "cp": (
+        "[FLAG]... CONTAINER:PATH PATH | PATH CONTAINER:PATH",
+        "Copy files; - is a tar archive.",
+        {
+            "archive": (SWITCH, "a", "", _WHAT, "Keep owners."),
+            "follow-link": (SWITCH, "L", "", _WHAT, "Follow a link that PATH is."),
+            "quiet": (SWITCH, "q", "", _WHAT, "Accepted."),
+        },
+    ),
+    "events": (
+        "[FLAG]...",
+        "What has happened to containers.",
+        {
+            "since": (VALUE, "", "TIME", _WHAT, "From then on."),
+            "until": (VALUE, "", "TIME", _WHAT, "Up to then, and end."),
+            "follow": (SWITCH, "f", "", _WHAT, "Go on."),
+            "filter": (LIST, "", "K=V", _WHAT, "container or event."),
+        },
+    ),
+    "volume": (
+        "ls|create|inspect|rm|prune [FLAG]... [NAME]...",
+        "Named volumes.",
+        {
+            "quiet": (SWITCH, "q", "", _WHAT, "Names only."),
+            "force": (SWITCH, "f", "", _WHAT, "Do not ask; ignore those that are not there."),
+            "label": (LIST, "", "K[=V]", _WHAT, "A label."),
+            "all": (SWITCH, "a", "", _WHAT, "Prune: named ones too."),
+        },
+    ),
+    "gc": ("", "Tidy up after what was killed.", {}),
+}

@@ -1,0 +1,199 @@
+"""`crun run` in the foreground: from start to end, in this process.
+
+A guard is forked before anything is set up.  It holds the read end of a pipe; when that closes without a word, crun has died,
+and the guard kills the container and cleans up in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from cafs import linux
+from cafs.errors import CafsError, UnsupportedError, os_error
+from runner import containers, create, ending, logs, starting, stdio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from runner.containers import Container
+    from runner.options import Options
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(options: Options) -> int:
+    """Run a command in an image; returns its exit code.  Raises CafsError before it started."""
+    if os.geteuid():
+        raise UnsupportedError("crun needs root in this version", hint="run it with sudo")
+    starting.find_runc()
+    ending.tidy()
+    is_foreground = not options.has("detach")
+    container = create.create(options, is_foreground=is_foreground)
+    if not is_foreground:
+        from runner import launching
+
+        launching.launch(container)
+        os.write(1, container.id.encode() + b"\n")
+        return 0
+    return Foreground(container).run()
+
+
+class Foreground:
+    """One container that dies with this process."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self._guard = self._pipe = -1
+
+    def run(self) -> int:
+        """Start it, wait, give everything back."""
+        self._start_guard()
+        container, code, error = self.container, 125, ""
+        has_ended, low = False, None
+        try:
+            low = starting.get_lower(container)
+            code = self._run(starting.prepare(container, low))
+            has_ended = True
+        except CafsError as failure:
+            code, error = failure.exit_code if isinstance(failure, starting.Refused) else 125, str(failure)
+            raise
+        finally:
+            more = ending.take_down(container, has_ended=has_ended)
+            ending.settle(container, code, error=error, **more)
+            if low:
+                low.let_go()
+            self._end_guard()
+        return code
+
+    def _start_guard(self) -> None:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        self._guard = os.fork()
+        if self._guard:
+            os.close(reader)
+            self._pipe = writer
+            return
+        os.close(writer)
+        try:
+            os.setsid()
+            for number in _FORWARDED:
+                signal.signal(number, signal.SIG_IGN)
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            self._watch(reader)
+        finally:
+            os._exit(0)
+
+    def _watch(self, pipe: int) -> None:
+        """In the guard.  Each step is done whatever becomes of the one before."""
+        is_done = bool(os.read(pipe, 1))
+        if not is_done:
+            more: dict[str, Any] = {}
+            _quietly(lambda: more.update(ending.take_down(self.container, has_ended=False)))
+            _quietly(lambda: ending.settle(self.container, ending.KILLED, error="crun was killed", **more))
+        _quietly(lambda: ending.release(self.container, is_sudden=not is_done))
+
+    def _end_guard(self) -> None:
+        os.write(self._pipe, b"d")
+        os.close(self._pipe)
+        os.waitpid(self._guard, 0)
+
+    def _run(self, uid: int) -> int:
+        container = self.container
+        forward = Forwarder()
+        has_terminal, interactive = container.has("tty"), container.has("interactive")
+        log = None
+        if not container.has("rm") and container.asked["log"]["driver"] != "none":
+            log = logs.Log(container.path("log"), container.asked["log"]["max_size"], container.asked["log"]["max_files"])
+        console = stdio.Console(container.directory) if has_terminal else None
+        streams = None if console else stdio.Streams(interactive, uid, log)
+        pid = starting.start(container, streams, console.directory if console else -1)
+        if not container.has("rm"):
+            container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
+        else:
+            container.note(status=containers.RUNNING, **containers.identify(pid))
+        forward.to(pid)
+        deadline = _Deadline(pid, container.asked["timeout_s"])
+        if console:
+            master = console.receive()
+            stdio.run_terminal(master, interactive, log)
+            os.close(master)
+        _, status = os.waitpid(pid, 0)
+        forward.stop()
+        deadline.stop()
+        if streams:
+            try:
+                streams.drain()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise os_error("cannot write what the command printed", error) from error
+        code = os.waitstatus_to_exitcode(status)
+        return 128 - code if code < 0 else code
+
+
+class _Deadline:
+    """--timeout: a process of ours that kills the command in time; it ends with us."""
+
+    def __init__(self, pid: int, seconds: int) -> None:
+        self._child = 0
+        if seconds:
+            fd = os.pidfd_open(pid)
+            self._child = os.fork()
+            if not self._child:
+                linux._libc.prctl(starting._PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                import select
+
+                poll = select.poll()
+                poll.register(fd, select.POLLIN)
+                poll.poll(seconds * 1000)
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                os._exit(0)
+            os.close(fd)
+
+    def stop(self) -> None:
+        """The command has ended."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+
+
+def _quietly(step: Callable[[], object]) -> None:
+    try:
+        step()
+    except Exception:  # nobody is left to tell, and the next step matters as much
+        return
+
+
+class Forwarder:
+    """Passes our signals on to the command; those that come before it runs wait for it."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._waiting: list[int] = []
+        for number in _FORWARDED:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if not self._pid:
+            self._waiting.append(number)
+            return
+        try:
+            os.kill(self._pid, number)
+        except ProcessLookupError:
+            pass
+
+    def to(self, pid: int) -> None:
+        """From now on to this process."""
+        self._pid = pid
+        for number in self._waiting:
+            self._on_signal(number, None)
+
+    def stop(self) -> None:
+        """The command has ended, and its pid may soon be another's."""
+        for number in _FORWARDED:
+            signal.signal(number, signal.SIG_IGN)

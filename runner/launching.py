@@ -1,0 +1,163 @@
+"""Starting a container that goes on without us: a process of its own starts it and then becomes its monitor, by execve(2).
+
+So the monitor is small, and still the parent of process 1 (PR_SET_CHILD_SUBREAPER survives execve(2)).  For a restart the
+monitor becomes this program again.
+
+usage: python -m runner.launching again ID LOCK_FD HOST_NAMESPACE_FD
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from cafs import linux
+from cafs.errors import CafsError
+from runner import containers, ending, starting
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+
+_ANSWER_MAX = 1 << 16
+
+
+def launch(container: Container) -> None:
+    """Start it, and return when its command runs; its lock is the monitor's then.  Raises CafsError."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        _become_another(container, writer)
+    os.close(writer)
+    os.close(container.lock)
+    container.lock = -1
+    with open(reader, "rb") as pipe:
+        answer = pipe.read(_ANSWER_MAX)
+    if answer == b"ok":
+        return
+    os.waitpid(child, 0)
+    message, hint, code = json.loads(answer or b'["its monitor was killed", null, 125]')
+    error = CafsError(message, hint=hint)
+    error.exit_code = code
+    raise error
+
+
+def _become_another(container: Container, writer: int) -> None:
+    """In the child.  Never returns."""
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/")
+        host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        _start(container, host, writer)
+    except BaseException as error:  # the only way out of this process
+        _tell(writer, error)
+    finally:
+        os._exit(1)
+
+
+def _tell(writer: int, error: BaseException) -> None:
+    known = error if isinstance(error, CafsError) else CafsError(f"internal error: {type(error).__name__}: {error}")
+    code = known.exit_code if isinstance(error, starting.Refused) or known.exit_code == 8 else 125
+    os.write(writer, json.dumps([str(known), known.hint, code]).encode())
+
+
+def _start(container: Container, host: int, writer: int) -> None:
+    """Start it and become its monitor; if it cannot be started, note that, and raise."""
+    has_ended, low = False, None
+    try:
+        low = starting.get_lower(container)
+        uid = starting.prepare(container, low)
+        descriptors = _run(container, uid)
+    except BaseException as error:
+        more = ending.take_down(container, has_ended=has_ended)
+        code = error.exit_code if isinstance(error, starting.Refused) else 125
+        linux.setns(host, linux.CLONE_NEWNS)
+        if low:
+            low.let_go()
+        ending.settle(container, code, error=str(error), **more)
+        ending.release(container)
+        raise
+    containers.event(container, "start")
+    os.write(writer, b"ok") if writer >= 0 else None
+    become_monitor(container, {**descriptors, "host": host, "lower": low.lock})
+
+
+def _run(container: Container, uid: int) -> dict[str, int]:
+    """Run runc; returns the descriptors that the monitor needs: of process 1, and of our ends of its standard streams."""
+    from runner import stdio
+
+    has_terminal = container.has("tty")
+    console = stdio.Console(container.directory) if has_terminal else None
+    pipes = None if console else stdio.Fifos(container.directory, container.has("interactive"), uid)
+    pid = starting.start(container, pipes, console.directory if console else -1)
+    found = pipes.ours if pipes else {}
+    if console:
+        found = {"terminal": console.receive()}
+    restarts = container.state().get("restarts", 0)
+    container.note(
+        status=containers.RUNNING, started_ns=time.time_ns(), exit_code=None, restarts=restarts, restarting=False,
+        health="starting" if container.asked["health"] else "", **containers.identify(pid),
+    )  # fmt: skip
+    return found | {"process": os.pidfd_open(pid)}
+
+
+def become_monitor(container: Container, descriptors: dict[str, int]) -> None:
+    """Run the monitor's program in this process."""
+    descriptors = {"lock": container.lock} | {name: fd for name, fd in descriptors.items() if fd >= 0}
+    for fd in descriptors.values():
+        os.set_inheritable(fd, True)
+    words = [f"{name}={fd}" for name, fd in descriptors.items()]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "runner.monitor", container.id, *words])
+
+
+def succeed(container: Container) -> None:
+    """Start another monitor for a container that runs: the one it had was killed."""
+    from runner import stdio
+
+    child = os.fork()
+    if child:
+        os.close(container.lock)
+        container.lock = -1
+        os.waitpid(child, 0)
+        return
+    try:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        pidfd = containers.open_process(container.state())
+        descriptors = stdio.reopen(container.directory) | {"process": -1 if pidfd is None else pidfd}
+        host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        linux.become_subreaper()
+        become_monitor(container, descriptors | {"host": host})
+    finally:
+        os._exit(1)
+
+
+def main(identity: str, lock: int, host: int) -> None:
+    """Start it again: the monitor's program has become this one."""
+    linux.setns(host, linux.CLONE_NEWNS)
+    container = containers.load(identity)
+    if container is None:
+        return
+    for fd in (lock, host):
+        os.set_inheritable(fd, False)
+    container.lock = lock
+    container.note(restarts=container.state().get("restarts", 0) + 1)
+    _start(container, host, -1)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    finally:
+        os._exit(1)

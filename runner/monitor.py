@@ -1,0 +1,216 @@
+"""The monitor of a container that runs in the background: its log, who is attached, its health, its end.  Small, no threads.
+
+It may be killed at any time.  The next crun command starts another, which finds the container's pipes by their names and its
+process 1 by state.json; what the container writes meanwhile waits in the pipes.
+
+usage: python -m runner.monitor ID NAME=FD...    lock, lower, host (mount namespace), process (pidfd), stdin, stdout, stderr or
+       terminal
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+from runner import containers
+from runner.attachment import Attachments
+from runner.logs import Log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+    from runner.health import Health
+
+_PIECE = 1 << 16
+_FIRST_WAIT_S, _WAIT_MAX_S = 0.1, 60.0
+_STEADY_S = 10.0
+_GONE_POLL_S = 0.2
+
+
+class Monitor:
+    """Watches one container to its end."""
+
+    def __init__(self, container: Container, fds: dict[str, int]) -> None:
+        self.container = container
+        self.fds = fds
+        state = container.state()
+        self.pid = int(state.get("pid", 0))
+        self.status: int | None = None
+        self.health: Health | None = None
+        log = container.asked["log"]
+        self.log = Log(container.path("log"), log["max_size"], log["max_files"]) if log["driver"] != "none" else None
+        self.sources = {fds[name]: name for name in ("stdout", "stderr", "terminal") if name in fds}
+        for fd in self.sources:
+            os.set_blocking(fd, False)
+        self.attachments = Attachments(container.directory, fds.get("stdin", fds.get("terminal", -1)), "terminal" in fds)
+        self.deadline = self._deadline(state)
+        if container.asked["health"]:
+            from runner.health import Health
+
+            self.health = Health(container)
+
+    def _deadline(self, state: dict[str, object]) -> float | None:
+        seconds = self.container.asked["timeout_s"]
+        started = state.get("started_ns")
+        return int(str(started)) / 1e9 + seconds if seconds and started else None
+
+    def run(self) -> None:
+        """Returns once process 1 has ended and all that it wrote is in the log."""
+        process = self.fds.get("process", -1)
+        while process >= 0:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            if not self.attachments.are_full:
+                for fd in self.sources:
+                    poll.register(fd, select.POLLIN)
+            self.attachments.register(poll)
+            ready = dict(poll.poll(self._wait_ms()))
+            for fd in [fd for fd in ready if fd in self.sources]:
+                self._pass_on(fd)
+            self.attachments.serve(ready)
+            self._check_time()
+            self._reap()
+            if process in ready:
+                break
+        for fd in list(self.sources):
+            while self._pass_on(fd):
+                pass
+        self._reap()
+
+    def _wait_ms(self) -> int:
+        ends = [one for one in (self.deadline, self.health.next_s if self.health else None) if one is not None]
+        return max(int((min(ends) - time.time()) * 1000) + 1, 0) if ends else 60_000
+
+    def _check_time(self) -> None:
+        if self.deadline is not None and time.time() >= self.deadline:
+            self.deadline = None
+            signal.pidfd_send_signal(self.fds["process"], signal.SIGKILL)
+        if self.health:
+            self.health.tick()
+
+    def _pass_on(self, fd: int) -> bool:
+        """Some of what it wrote to the log, and to who is attached; whether there was any."""
+        try:
+            data = os.read(fd, _PIECE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""  # a terminal that nobody has open any more
+        if not data:
+            self.sources.pop(fd, None)
+            return False
+        name = "stderr" if self.sources[fd] == "stderr" else "stdout"
+        if self.log:
+            try:
+                self.log.write(name, data)
+            except OSError:
+                pass  # a full disk must not stop it
+        self.attachments.send(name, data)
+        return True
+
+    def _reap(self) -> None:
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                if pid == self.pid:
+                    self.status = status
+                elif self.health:
+                    self.health.ended(pid, status)
+        except ChildProcessError:
+            return
+
+    def code(self) -> int | None:
+        """The exit code; None if nobody knows it."""
+        status = self.status
+        if status is None and "process" in self.fds:
+            from runner.pidinfo import exit_status
+
+            status = exit_status(self.fds["process"], self.pid)
+        if status is None:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        return 128 - code if code < 0 else code
+
+    def finish(self) -> None:
+        """Note the end, and start it again if it is to be."""
+        from cafs import linux
+        from runner import ending
+
+        container, code = self.container, self.code()
+        started = int(container.state().get("started_ns", 0))
+        more = ending.take_down(container, has_ended=True)
+        self.attachments.end(code)
+        if "lower" in self.fds:
+            os.close(self.fds["lower"])
+        os.chdir("/")
+        linux.setns(self.fds["host"], linux.CLONE_NEWNS)
+        if self._is_wanted_again(code):
+            container.note(status=containers.EXITED, exit_code=code, finished_ns=time.time_ns(), restarting=True, **more)
+            containers.event(container, "die", exit_code=code)
+            if self._wait_for_restart(started):
+                self._start_again()
+            container.note(restarting=False)
+        else:
+            ending.settle(container, code, **more)
+        ending.release(container)
+
+    def _is_wanted_again(self, code: int | None) -> bool:
+        restart, state = self.container.asked["restart"], self.container.state()
+        if os.path.exists(self.container.path("stopped")) or restart["policy"] == "no":
+            return False
+        if restart["policy"] == "on-failure":
+            return code != 0 and (not restart["most"] or int(state.get("restarts", 0)) < restart["most"])
+        return True
+
+    def _wait_for_restart(self, started_ns: int) -> bool:
+        """Longer each time, unless it ran for a while; False if it is stopped meanwhile."""
+        again = int(self.container.state().get("restarts", 0))
+        is_steady = time.time() - started_ns / 1e9 > _STEADY_S
+        until = time.monotonic() + (_FIRST_WAIT_S if is_steady else min(_FIRST_WAIT_S * 2 ** min(again, 20), _WAIT_MAX_S))
+        while time.monotonic() < until:
+            if os.path.exists(self.container.path("stopped")) or not os.path.exists(self.container.path("container.json")):
+                return False
+            time.sleep(min(_GONE_POLL_S, max(until - time.monotonic(), 0)))
+        return True
+
+    def _start_again(self) -> None:
+        for name in ("lock", "host"):
+            os.set_inheritable(self.fds[name], True)
+        words = [self.container.id, str(self.fds["lock"]), str(self.fds["host"])]
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "runner.launching", "again", *words])
+
+
+def main(identity: str, words: list[str]) -> None:
+    """Watch a container, and what is to be done at its end."""
+    fds = {name: int(fd) for name, _, fd in (word.partition("=") for word in words)}
+    for fd in fds.values():
+        os.set_inheritable(fd, False)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    container = containers.load(identity)
+    if container is None:
+        return
+    container.lock = fds["lock"]
+    monitor = Monitor(container, fds)
+    monitor.run()
+    monitor.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except Exception:
+        import traceback
+
+        try:
+            with open(os.path.join(containers.root(), sys.argv[1], "monitor.error"), "w", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+        except OSError:
+            pass
+    finally:
+        os._exit(0)

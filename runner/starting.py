@@ -1,0 +1,298 @@
+"""Starting a container: lower mount, overlay in a mount namespace of its own, config.json, runc.
+
+Whoever calls `start` is the child subreaper: process 1 of the container is our child once runc has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+from cafs import atomic, linux, paths
+from cafs.errors import CafsError, UnsupportedError, UsageError, quote
+from runner import containers, lower, mounts, spec, users
+from runner.containers import Container
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.stdio import Streams
+
+_PR_SET_PDEATHSIG = 1
+_INIT = "/dev/.init"
+_INITS = ("tini", "tini-static", "catatonit", "docker-init")
+
+
+class Refused(CafsError):
+    """The command cannot be started: 127 if it is not there, else 126."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def find_runc() -> str:
+    """Path of runc.  Never looks for 'crun', which is also our own name.  Raises UnsupportedError."""
+    found = _program("runc")
+    if found is None:
+        raise UnsupportedError("no runc", hint="apt install runc")
+    return found
+
+
+def _program(name: str) -> str | None:
+    for directory in os.get_exec_path():
+        path = os.path.join(directory, name)
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def runtime_root() -> str:
+    """runc's --root: ours alone."""
+    return os.path.join(paths.run(), "runc")
+
+
+def lower_key(container: Container) -> str:
+    """What names the mount of its image."""
+    return lower.key_of(bytes.fromhex(container.asked["digest"]), container.id, container.value("record"))
+
+
+def get_lower(container: Container) -> lower.Lower:
+    """Mount its image, or find it mounted.  Raises CafsError."""
+    asked = container.asked
+    return lower.find(bytes.fromhex(asked["digest"]), asked["store"], lower_key(container), container.value("record"))
+
+
+def prepare(container: Container, low: lower.Lower) -> int:
+    """Mount its root, and write its bundle; returns the uid of its command.  This process changes its mount namespace."""
+    linux.become_subreaper()
+    os.makedirs(runtime_root(), mode=0o700, exist_ok=True)
+    mount_root(container, low)
+    rootfs = os.open(container.path("rootfs"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _write_bundle(container, rootfs)
+    finally:
+        os.close(rootfs)
+
+
+def mount_root(container: Container, low: lower.Lower) -> None:
+    """In a mount namespace of our own, so that the overlay goes with the last process in it."""
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
+    target, up, work = (container.path(name) for name in ("rootfs", "upper", "work"))
+    if not container.state().get("started_ns"):
+        _copy_attributes(low.path, up)
+    try:
+        if settings := low.settings():
+            linux.mount_overlay("overlay", target, [*settings, ("upperdir", up), ("workdir", work)])
+        else:
+            _overlay_on(low.path, up, work, target)
+    except OSError as error:
+        raise UnsupportedError(f"cannot mount the writable layer: {error.strerror}", hint="modprobe overlay") from error
+    # The overlay has its own hold on the lower mount; our copy of it would keep the server alive until we end.
+    linux.umount(low.path, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
+def _overlay_on(low: str, up: str, work: str, target: str) -> None:
+    """Over one mounted directory, by descriptor: ':', ',' and '\\' in a path would be read as option syntax."""
+    fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (low, up, work)]
+    try:
+        names = ("lowerdir", "upperdir", "workdir")
+        options = ",".join(f"{name}=/proc/self/fd/{fd}" for name, fd in zip(names, fds, strict=True))
+        linux.mount("overlay", target, "overlay", 0, options)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _copy_attributes(source: str, target: str) -> None:
+    """The container's root is the upper directory: give it what the image's root has."""
+    status = os.stat(source)
+    os.chown(target, status.st_uid, status.st_gid)
+    os.chmod(target, status.st_mode & 0o7777)
+    for name in os.listxattr(source):
+        os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
+def _write_bundle(container: Container, rootfs: int) -> int:
+    """Write config.json and the files of /etc; returns the uid of the command."""
+    asked = container.asked
+    users.refuse_links(rootfs)
+    user = users.resolve(rootfs, asked["user"], container.all("group-add"))
+    hostname = container.value("hostname") or _default_hostname(container)
+    defaults = {"HOSTNAME": hostname, "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
+    variables, arguments = defaults | asked["env"], list(asked["arguments"])
+    mounts.check_sources(container)
+    everything = mounts.build(container, rootfs)
+    if not asked["mounts"]:  # a volume may bring the program
+        _check_program(rootfs, arguments[0], variables.get("PATH", ""), asked["cwd"])
+    if container.has("init"):
+        everything.append(spec.bind(_find_init(), _INIT, "ro"))
+        arguments = [_INIT, "--", *arguments]
+    joined, devices = _joined(container), []
+    if container.all("device") or container.value("gpus") or container.has("privileged"):
+        from runner import devices as finding
+
+        found = finding.find(container)
+        devices, everything = found.nodes, everything + found.mounts
+        variables |= found.env
+        user.groups += [gid for gid in found.groups if gid not in user.groups]
+    _write_etc(container, hostname)
+    document = spec.build(
+        container, arguments=arguments, variables=variables, cwd=asked["cwd"], user=user, hostname=hostname,
+        mounts=everything, devices=devices, joined=joined, is_386=asked["is_386"],
+    )  # fmt: skip
+    atomic.replace_hint(container.path("config.json"), json.dumps(document).encode("utf-8", "surrogateescape"), 0o600)
+    return user.uid
+
+
+def _default_hostname(container: Container) -> str:
+    is_hosts = "host" in (container.value("network"), container.value("uts"))
+    return os.uname().nodename if is_hosts else container.id[:12]
+
+
+def _check_program(rootfs: int, name: str, path: str, cwd: str) -> None:
+    reason = users.find_program(rootfs, name, path, cwd)
+    if reason == "ENOENT":
+        raise Refused(f"cannot run {quote(name)}: not found in the image", 127)
+    if reason:
+        raise Refused(f"cannot run {quote(name)}: it is not an executable file", 126)
+
+
+def _find_init() -> str:
+    for name in _INITS:
+        if found := _program(name):
+            return os.path.realpath(found)
+    raise UnsupportedError("--init: no tini or catatonit on this host", hint="apt install tini")
+
+
+def _joined(container: Container) -> dict[str, str]:
+    """Paths of the namespaces of other containers.  Raises CafsError."""
+    found = {}
+    for flag, name in (("network", "net"), ("pid", "pid"), ("ipc", "ipc"), ("uts", "uts")):
+        kind, _, other = (container.value(flag) or "").partition(":")
+        if kind == "container":
+            state = containers.find(other).state()
+            fd = containers.open_process(state)
+            if fd is None:
+                raise CafsError(f"--{flag} container:{other}: it does not run")
+            os.close(fd)
+            found["network" if name == "net" else name] = f"/proc/{state['pid']}/ns/{name}"
+    return found
+
+
+def _write_etc(container: Container, hostname: str) -> None:
+    kind, _, other = (container.value("network") or "").partition(":")
+    if kind == "container":
+        container.asked["etc"] = containers.find(other).directory
+    for name, data in (
+        ("hostname", hostname.encode() + b"\n"),
+        ("hosts", _hosts(container, hostname)),
+        ("resolv.conf", _resolv(container)),
+    ):
+        path = container.path(name)
+        atomic.unlink_quietly(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            atomic.write_all(fd, data)
+        finally:
+            os.close(fd)
+
+
+def _hosts(container: Container, hostname: str) -> bytes:
+    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", f"127.0.1.1\t{hostname}"]
+    for text in container.all("add-host"):
+        name, separator, address = text.partition("=" if "=" in text else ":")
+        if not separator or not name or not _is_address(address):
+            raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
+        lines.append(f"{address.strip('[]')}\t{name}")
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def _is_address(text: str) -> bool:
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text.strip("[]"))
+            return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def _resolv(container: Container) -> bytes:
+    servers, domains, options = (container.all(name) for name in ("dns", "dns-search", "dns-option"))
+    for server in servers:
+        if not _is_address(server):
+            raise UsageError(f"--dns {quote(server)} is not an address")
+    if servers or domains or options:
+        lines = [f"nameserver {server}" for server in servers]
+        lines += [f"search {' '.join(domains)}"] * bool(domains) + [f"options {' '.join(options)}"] * bool(options)
+        return "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    if container.value("network") == "host":
+        try:
+            return atomic.read_file("/etc/resolv.conf", 1 << 16)
+        except OSError:
+            pass
+    return b""
+
+
+def start(container: Container, streams: Streams | None, console: int = -1) -> int:
+    """Run runc until process 1 runs; returns its pid.  console: directory with its socket, -1: none.  Raises CafsError."""
+    directory = container.directory
+    arguments = [find_runc(), "--root", runtime_root(), "--log", f"{directory}/runc.log", "--log-format", "json"]
+    arguments += ["run", "--detach", "--bundle", directory, "--pid-file", f"{directory}/pid"]
+    atomic.unlink_quietly(f"{directory}/runc.log")
+    if console >= 0:
+        arguments += ["--console-socket", f"/proc/self/fd/{console}/console"]
+    child = streams.child if streams else []
+    status = spawn([*arguments, container.id], child, [console] if console >= 0 else [])
+    if streams:
+        streams.started()
+    if status:
+        raise _start_error(container)
+    with open(f"{directory}/pid", encoding="ascii") as file:
+        return int(file.read())
+
+
+def spawn(arguments: list[str], streams: list[int], inherit: list[int]) -> int:
+    """Run runc to its end; returns its exit code.  It dies with us, so that who tidies up finds a quiet place."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        linux._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        high = [os.dup(fd) for fd in streams]
+        for to, fd in enumerate(high):
+            os.dup2(fd, to, inheritable=True)
+        if not streams:
+            null = os.open(os.devnull, os.O_RDWR)
+            for to in (0, 1, 2):
+                os.dup2(null, to, inheritable=True)
+        for fd in inherit:
+            os.set_inheritable(fd, True)
+        os.execv(arguments[0], arguments)
+    finally:
+        os._exit(125)
+
+
+def _start_error(container: Container) -> CafsError:
+    return explain(container.path("runc.log"), "runc create failed: ", "cannot start the container")
+
+
+def explain(log: str, prefix: str, what: str) -> CafsError:
+    """What runc logged, as our error: 127 or 126 where it is about the command, else 125."""
+    message = "runc failed"
+    try:
+        for line in atomic.read_file(log, 1 << 20).splitlines():
+            message = str(json.loads(line).get("msg", message))
+    except (OSError, ValueError, AttributeError):
+        pass
+    short = message.rpartition(prefix)[2]
+    if "exec" in short and ("not found" in short or "no such file" in short):
+        return Refused(f"cannot run the command: {short}", 127)
+    if "exec" in short and ("permission denied" in short or "exec format error" in short):
+        return Refused(f"cannot run the command: {short}", 126)
+    return CafsError(f"{what}: {short}")

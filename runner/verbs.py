@@ -1,0 +1,241 @@
+"""What each command of crun but `run` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError
+from runner import containers, control, ending
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runner.containers import Container
+    from runner.options import Options
+
+_FEW = {"logs": 1, "attach": 1, "top": 1, "diff": 1, "rename": 2, "cp": 2}
+_NONE_OK = ("ps", "stats", "events", "gc", "volume")
+
+
+def call(verb: str, options: Options) -> int:
+    """Run a command; returns its exit code.  Raises CafsError."""
+    if os.geteuid():
+        raise UnsupportedError("crun needs root in this version", hint="run it with sudo")
+    words = options.words
+    if verb not in (*_NONE_OK, "create") and not words:
+        raise UsageError("CONTAINER is missing", hint=f"crun {verb} --help")
+    if verb in _FEW and len(words) != _FEW[verb]:
+        raise UsageError(f"crun {verb} takes {_FEW[verb]} argument{'s' * (_FEW[verb] > 1)}", hint=f"crun {verb} --help")
+    if verb in ("ps", "events", "gc") and words:
+        raise UsageError(f"crun {verb} takes no arguments", hint=f"crun {verb} --help")
+    ending.tidy()
+    return _VERBS[verb](options)
+
+
+def _create(options: Options) -> int:
+    from runner import alive, create
+
+    container = create.create(options, is_foreground=False)
+    alive.forget(container.id)
+    os.close(container.lock)
+    sys.stdout.write(container.id + "\n")
+    return 0
+
+
+def _each(options: Options, what: Callable[[Container], object], *, prints: bool = True) -> int:
+    """Do it for every container, go on after a failure, and fail in the end."""
+    code = 0
+    for word in options.words:
+        try:
+            what(containers.find(word))
+        except CafsError as error:
+            sys.stderr.write(f"crun: {error}\n" + (f"crun: hint: {error.hint}\n" if error.hint else ""))
+            code = code or error.exit_code
+        else:
+            if prints:
+                sys.stdout.write(word + "\n")
+                sys.stdout.flush()
+    return code
+
+
+def _start(options: Options) -> int:
+    if not options.has("attach") and not options.has("interactive"):
+        return _each(options, control.start)
+    if len(options.words) != 1:
+        raise UsageError("only one container can be attached to")
+    from runner import joining
+
+    detach = joining.keys(options.value("detach-keys"))
+    container = containers.find(options.words[0])
+    control.start(container)
+    return _join(container, with_input=options.has("interactive"), detach=detach)
+
+
+def _join(container: Container, *, with_input: bool, detach: bytes) -> int:
+    from runner import joining
+
+    connection = joining.connect(container)
+    code = joining.join(container, connection, with_input=with_input and container.has("interactive"), detach=detach)
+    return 0 if code is None else code
+
+
+def _attach(options: Options) -> int:
+    from runner import joining
+
+    detach = joining.keys(options.value("detach-keys"))
+    return _join(containers.find(options.words[0]), with_input=not options.has("no-stdin"), detach=detach)
+
+
+def _time(options: Options) -> int | None:
+    text = options.value("time")
+    if text is None:
+        return None
+    if not text.removeprefix("-").isdigit():
+        raise UsageError(f"--time is a number of seconds, not '{text}'")
+    return int(text)
+
+
+def _stop(options: Options) -> int:
+    return _each(options, lambda one: control.stop(one, _time(options), options.value("signal")))
+
+
+def _restart(options: Options) -> int:
+    def again(container: Container) -> None:
+        control.stop(container, _time(options), options.value("signal"))
+        control.start(container)
+
+    return _each(options, again)
+
+
+def _kill(options: Options) -> int:
+    return _each(options, lambda one: control.kill(one, options.value("signal") or "KILL"))
+
+
+def _rm(options: Options) -> int:
+    force = options.has("force")
+
+    def remove(container: Container) -> None:
+        control.remove(container, force=force, with_volumes=options.has("volumes"))
+
+    if force:
+        options.words = [word for word in options.words if _is_there(word)]
+    return _each(options, remove)
+
+
+def _is_there(word: str) -> bool:
+    try:
+        containers.find(word)
+    except NotFound:
+        return False
+    return True
+
+
+def _wait(options: Options) -> int:
+    def wait(container: Container) -> None:
+        sys.stdout.write(control.wait(container) + "\n")
+        sys.stdout.flush()
+
+    return _each(options, wait, prints=False)
+
+
+def _exec(options: Options) -> int:
+    from runner.entering import enter
+
+    return enter(containers.find(options.words[0]), options)
+
+
+def _ps(options: Options) -> int:
+    from runner import listing
+
+    listing.ps(options)
+    return 0
+
+
+def _inspect(options: Options) -> int:
+    from runner import listing
+
+    listing.inspect([containers.find(word) for word in options.words], options)
+    return 0
+
+
+def _show(name: str) -> Callable[[Options], int]:
+    def show(options: Options) -> int:
+        from runner import listing
+
+        getattr(listing, name)(containers.find(options.words[0]))
+        return 0
+
+    return show
+
+
+def _logs(options: Options) -> int:
+    from runner import listing
+
+    listing.show_logs(containers.find(options.words[0]), options)
+    return 0
+
+
+def _stats(options: Options) -> int:
+    from runner import listing
+
+    listing.stats(options.words, options)
+    return 0
+
+
+def _events(options: Options) -> int:
+    from runner import listing
+
+    listing.events(options)
+    return 0
+
+
+def _port(options: Options) -> int:
+    containers.find(options.words[0])  # no network here publishes ports
+    return 0
+
+
+def _rename(options: Options) -> int:
+    control.rename(containers.find(options.words[0]), options.words[1])
+    return 0
+
+
+def _cp(options: Options) -> int:
+    from runner.copying import copy
+
+    copy(options)
+    return 0
+
+
+def _volume(options: Options) -> int:
+    from runner.volumeverbs import call as call_volume
+
+    return call_volume(options)
+
+
+_VERBS: dict[str, Callable[[Options], int]] = {
+    "create": _create,
+    "start": _start,
+    "stop": _stop,
+    "restart": _restart,
+    "kill": _kill,
+    "rm": _rm,
+    "ps": _ps,
+    "logs": _logs,
+    "exec": _exec,
+    "attach": _attach,
+    "wait": _wait,
+    "inspect": _inspect,
+    "pause": lambda options: _each(options, lambda one: control.pause(one, is_on=True)),
+    "unpause": lambda options: _each(options, lambda one: control.pause(one, is_on=False)),
+    "rename": _rename,
+    "port": _port,
+    "top": _show("top"),
+    "stats": _stats,
+    "diff": _show("diff"),
+    "cp": _cp,
+    "events": _events,
+    "volume": _volume,
+    "gc": lambda _: 0,
+}
