@@ -10,7 +10,7 @@ import time
 from cafs import atomic, image, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from cafs.store import Store
-from runner import alive, cgroups, containers, mounts, spec, volumes
+from runner import alive, cgroups, connecting, containers, mounts, networks, spec, volumes
 from runner.containers import Container
 
 TYPE_CHECKING = False
@@ -121,9 +121,12 @@ def _image(root: str, options: Options) -> Any:
 
 def _check(options: Options) -> None:
     """What can be seen to be wrong before anything is made.  Raises UsageError, CafsError."""
-    network = options.value("network")
-    if network not in (None, "none", "host") and not str(network).startswith("container:"):
-        raise UsageError(f"unknown network {quote(network or '')}", hint="none, host or container:NAME")
+    network = options.value("network") or networks.DEFAULT
+    is_bridge = network not in ("none", "host") and not network.startswith("container:")
+    if is_bridge:
+        networks.find(network)
+    elif options.all("publish"):
+        raise UsageError(f"-p needs a network of its own, not --network {network}")
     if (options.value("ipc") or "private") not in ("private", "host", "shareable", "none"):
         _check_other(options, "ipc")
     for flag in ("pid", "uts"):
@@ -159,6 +162,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "labels": spec.labels(options, config),
         "mounts": mounts.asked(options, config),
         "foreground": is_foreground,
+        "ports": _ports(options, config),
         "restart": _restart(options, is_foreground=is_foreground),
         "stop_signal": containers.signal_number(options.value("stop-signal") or spec.text(config, "StopSignal") or "TERM"),
         "stop_timeout_s": _seconds(options, "stop-timeout", _STOP_TIMEOUT_S),
@@ -166,6 +170,11 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "log": _log(options),
         "health": _health(options, config),
     }
+
+
+def _ports(options: Options, config: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    exposed = list(spec.section(config, "ExposedPorts")) if options.has("publish-all") else []
+    return connecting.parse_ports(options.all("publish"), exposed)
 
 
 def _cwd(text: str) -> str:

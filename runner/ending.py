@@ -6,7 +6,7 @@ import os
 import time
 
 from cafs import atomic, linux
-from runner import alive, cgroups, cleanup, containers, create, lower, starting
+from runner import alive, cgroups, cleanup, connecting, containers, create, lower, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         if has_ended and cleanup.remove_state(state):
             break
         starting.spawn([starting.find_runc(), "--root", starting.runtime_root(), "delete", "--force", container.id], [], [])
+    connecting.disconnect(container)
     try:
         linux.umount(container.path("rootfs"), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     except OSError:

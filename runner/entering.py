@@ -62,7 +62,7 @@ def _process(container: Container, options: Options, pid: int) -> tuple[dict[str
         raise starting.Refused(f"cannot run {quote(arguments[0])}: not found in the container", 127)
     if reason:
         raise starting.Refused(f"cannot run {quote(arguments[0])}: it is not an executable file", 126)
-    held = spec.known_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
+    held = spec.granted_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
     effective = held if user.uid == 0 else []
     return base | {
         "terminal": options.has("tty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import time
 
@@ -27,6 +28,7 @@ class Health:
         self.began = time.time()
         self.next_s = self.began + self.check["interval_s"]
         self._child = 0
+        self._pidfd = -1
         self._started = 0.0
         self._is_late = False
         self._streak = 0
@@ -38,6 +40,11 @@ class Health:
         document = json.loads(atomic.read_file(self.container.path("config.json"), 1 << 24))
         process = document["process"] | {"args": self.check["test"], "terminal": False}
         atomic.replace_hint(self.container.path("health.json"), json.dumps(process).encode(), 0o600)
+
+    def register(self, poll: select.poll) -> None:
+        """What to wait for: the end of a check."""
+        if self._pidfd >= 0:
+            poll.register(self._pidfd, select.POLLIN)
 
     def tick(self) -> None:
         """Begin a check, or end one that takes too long, if it is time."""
@@ -62,6 +69,7 @@ class Health:
         finally:
             os.close(out)
             os.close(null)
+        self._pidfd = os.pidfd_open(self._child)
         self._started, self._is_late = time.time(), False
         self.next_s = self._started + self.check["timeout_s"]
 
@@ -69,7 +77,8 @@ class Health:
         """A child of the monitor has ended: note it if it was the check."""
         if pid != self._child:
             return
-        self._child = 0
+        os.close(self._pidfd)
+        self._child, self._pidfd = 0, -1
         code = -1 if self._is_late else os.waitstatus_to_exitcode(status)
         output = atomic.read_file(self.container.path("health.out"), 1 << 24)[:_OUTPUT_MAX].decode(errors="replace")
         if self._is_late:

@@ -11,7 +11,7 @@ import time
 
 from cafs import atomic
 from cafs.errors import UsageError, quote
-from runner import alive, cgroups, containers, logs
+from runner import alive, cgroups, connecting, containers, logs
 from runner.create import duration
 
 TYPE_CHECKING = False
@@ -54,6 +54,7 @@ def summary(container: Container) -> dict[str, Any]:
         "CreatedAt": logs.stamp(container.asked["created_ns"]),
         "State": status,
         "Status": text,
+        "Ports": ", ".join(_short_ports(container)) if status in ("running", "paused") else "",
         "Labels": container.asked["labels"],
         "ExitCode": code,
         "Pid": state.get("pid", 0) if status in ("running", "paused") else 0,
@@ -80,12 +81,12 @@ def ps(options: Options) -> None:
     if options.has("quiet"):
         sys.stdout.write("".join(f"{row['Id'] if is_whole else row['Id'][:12]}\n" for row in rows))
         return
-    table = [("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAMES")]
+    table = [("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES")]
     for row in rows:
         command = row["Command"] if is_whole or len(row["Command"]) <= 20 else row["Command"][:19] + "…"
         identity = row["Id"] if is_whole else row["Id"][:12]
         created = ago(int(logs.parse_stamp(row["CreatedAt"]))) + " ago"
-        table.append((identity, row["Image"], f'"{command}"', created, row["Status"], row["Names"]))
+        table.append((identity, row["Image"], f'"{command}"', created, row["Status"], row["Ports"], row["Names"]))
     print_table(table)
 
 
@@ -177,13 +178,14 @@ def document(container: Container) -> dict[str, Any]:
             "Healthcheck": asked["health"],
         },
         "HostConfig": {
-            "NetworkMode": container.value("network") or "none",
+            "NetworkMode": connecting.network_name(container),
             "RestartPolicy": {"Name": asked["restart"]["policy"], "MaximumRetryCount": asked["restart"]["most"]},
             "AutoRemove": container.has("rm"),
             "Privileged": container.has("privileged"),
             "ReadonlyRootfs": container.has("read-only"),
             "Memory": cgroups.size(container.value("memory") or "0"),
         },
+        "NetworkSettings": _network_settings(container, state, status),
         "Mounts": asked["mounts"],
         "Usage": state.get("usage") or {},
     }
@@ -194,6 +196,40 @@ def document(container: Container) -> dict[str, Any]:
             "Log": state.get("health_log", []),
         }
     return found
+
+
+def _network_settings(container: Container, state: dict[str, Any], status: str) -> dict[str, Any]:
+    about = (state.get("network") or {}) if status in ("running", "paused") else {}
+    found: dict[str, list[dict[str, str]]] = {}
+    for kind, at, number, _, inner in about.get("ports", []):
+        found.setdefault(f"{inner}/{kind}", []).append({"HostIp": at or "0.0.0.0", "HostPort": str(number)})
+    name, address = connecting.network_name(container), about.get("address", "")
+    return {"IPAddress": address, "Ports": found, "Networks": {name: {"IPAddress": address}} if about else {}}
+
+
+def _published(container: Container) -> list[str]:
+    """80/tcp -> 0.0.0.0:8080, as docker writes it."""
+    about = container.state().get("network") or {}
+    return [f"{inner}/{kind} -> {at or '0.0.0.0'}:{number}" for kind, at, number, _, inner in about.get("ports", [])]
+
+
+def _short_ports(container: Container) -> list[str]:
+    return ["->".join(reversed(line.split(" -> "))) for line in _published(container)]
+
+
+def ports(container: Container, wanted: list[str]) -> int:
+    """All published ports, or where one is; 1 if that is not."""
+    code = 0 if not wanted else 1
+    for line in _published(container) if container.is_running() else []:
+        inner, _, outer = line.partition(" -> ")
+        if not wanted:
+            sys.stdout.write(line + "\n")
+        elif inner in (wanted[0], f"{wanted[0]}/tcp"):
+            sys.stdout.write(outer + "\n")
+            code = 0
+    if code:
+        sys.stderr.write(f"crun: no port {quote(wanted[0])} of container {quote(container.name)} is published\n")
+    return code
 
 
 def top(container: Container) -> None:
@@ -358,8 +394,17 @@ def events(options: Options) -> None:
 
 def diff(container: Container) -> None:
     """A: added, C: changed, D: removed; as docker prints it."""
-    for kind, path in sorted(_changes(container.path("upper"), "/"), key=lambda pair: pair[1]):
-        sys.stdout.write(f"{kind} {path}\n")
+    try:
+        config = json.loads(atomic.read_file(container.path("config.json"), 1 << 24))
+        targets = {one["destination"] for one in config["mounts"]}
+    except (OSError, ValueError, KeyError):
+        targets = set()
+    made = targets | {os.path.dirname(target) for target in targets}  # by the runtime, to mount on
+    shown: list[str] = []
+    for kind, path in sorted(_changes(container.path("upper"), "/"), key=lambda pair: pair[1], reverse=True):
+        if path not in made or any(below.partition(" ")[2].startswith(path + "/") for below in shown):
+            shown.append(f"{kind} {path}\n")
+    sys.stdout.write("".join(reversed(shown)))
 
 
 def _changes(directory: str, path: str) -> Iterator[tuple[str, str]]:

@@ -67,6 +67,8 @@ class Monitor:
                 for fd in self.sources:
                     poll.register(fd, select.POLLIN)
             self.attachments.register(poll)
+            if self.health:
+                self.health.register(poll)
             ready = dict(poll.poll(self._wait_ms()))
             for fd in [fd for fd in ready if fd in self.sources]:
                 self._pass_on(fd)

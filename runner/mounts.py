@@ -146,7 +146,8 @@ def build(container: Container, rootfs: int) -> list[dict[str, Any]]:
                 raise os_error(f"cannot use volume {quote(one['name'])}", error) from error
             found.append(bind(source, one["target"], *one["options"]))
     taken = {one["destination"] for one in found}
-    return [one for one in _system(container) if one["destination"] not in taken] + found
+    found = [one for one in _system(container) if one["destination"] not in taken] + found
+    return sorted(found, key=lambda one: str(one["destination"]).count("/"))  # what is mounted on comes before what is in it
 
 
 def _tmpfs_options(given: list[str]) -> list[str]:

@@ -151,7 +151,7 @@ def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
 
 def capabilities(options: Container) -> list[str]:
     """Docker's, and what --cap-add, --cap-drop and --privileged make of them.  Raises UsageError."""
-    known = set(known_capabilities())
+    known, granted = set(known_capabilities()), set(granted_capabilities())
 
     def named(flag: str) -> set[str]:
         found = set()
@@ -160,15 +160,23 @@ def capabilities(options: Container) -> list[str]:
             name = name if name.startswith("CAP_") or name == "ALL" else f"CAP_{name}"
             if name != "ALL" and name not in known:
                 raise UsageError(f"unknown capability {quote(text)}")
-            found |= known if name == "ALL" else {name}
+            if flag == "cap-add" and name != "ALL" and name not in granted:
+                raise CafsError(f"--cap-add {text}: this host does not grant it")
+            found |= granted if name == "ALL" else {name}
         return found
 
     if options.has("privileged"):
-        return sorted(known)
+        return sorted(granted)
     add, drop = named("cap-add"), named("cap-drop")
     if "ALL" in [text.upper() for text in options.all("cap-drop")]:
-        return sorted(add if not known <= add else known)
-    return sorted((set(CAPABILITIES) | add) - drop)
+        return sorted(add)
+    return sorted((set(CAPABILITIES) & granted | add) - drop)
+
+
+def granted_capabilities() -> list[str]:
+    """Those that we may pass on: of our bounding set."""
+    mask = _mask("CapBnd")
+    return [name for at, name in enumerate(known_capabilities()) if mask >> at & 1]
 
 
 def known_capabilities() -> list[str]:
@@ -215,9 +223,12 @@ def _may_raise() -> bool:
 
 
 def _has_capability(number: int) -> bool:
+    return bool(_mask("CapEff") >> number & 1)
+
+
+def _mask(name: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
-        mask = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    return bool(mask >> number & 1)
+        return next(int(line.split()[1], 16) for line in file if line.startswith(name + ":"))
 
 
 def _oom_score(options: Container) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import json
 import os
 import signal
 
-from cafs import atomic, linux, paths
+from cafs import atomic, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, quote
-from runner import containers, lower, mounts, spec, users
+from runner import connecting, containers, lower, mounts, networks, spec, users
 from runner.containers import Container
 
 TYPE_CHECKING = False
@@ -89,8 +89,13 @@ def mount_root(container: Container, low: lower.Lower) -> None:
             _overlay_on(low.path, up, work, target)
     except OSError as error:
         raise UnsupportedError(f"cannot mount the writable layer: {error.strerror}", hint="modprobe overlay") from error
-    # The overlay has its own hold on the lower mount; our copy of it would keep the server alive until we end.
-    linux.umount(low.path, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    # The overlay has its own hold on what is below it; our copies of those mounts would keep their servers alive until we end.
+    for point in {low.path, *(os.fsdecode(one.point) for one in mountinfo.mounts() if one.point.startswith(_live_mounts()))}:
+        linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
+def _live_mounts() -> bytes:
+    return os.fsencode(paths.run()) + b"/"
 
 
 def _overlay_on(low: str, up: str, work: str, target: str) -> None:
@@ -120,7 +125,7 @@ def _write_bundle(container: Container, rootfs: int) -> int:
     asked = container.asked
     users.refuse_links(rootfs)
     user = users.resolve(rootfs, asked["user"], container.all("group-add"))
-    hostname = container.value("hostname") or _default_hostname(container)
+    hostname = hostname_of(container)
     defaults = {"HOSTNAME": hostname, "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
     variables, arguments = defaults | asked["env"], list(asked["arguments"])
     mounts.check_sources(container)
@@ -131,6 +136,8 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         everything.append(spec.bind(_find_init(), _INIT, "ro"))
         arguments = [_INIT, "--", *arguments]
     joined, devices = _joined(container), []
+    if connecting.is_bridge(container):
+        joined["network"] = connecting.connect(container)
     if container.all("device") or container.value("gpus") or container.has("privileged"):
         from runner import devices as finding
 
@@ -139,6 +146,8 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         variables |= found.env
         user.groups += [gid for gid in found.groups if gid not in user.groups]
     _write_etc(container, hostname)
+    if connecting.is_bridge(container):
+        connecting.tell_neighbours(connecting.network_name(container), but=container.id)
     document = spec.build(
         container, arguments=arguments, variables=variables, cwd=asked["cwd"], user=user, hostname=hostname,
         mounts=everything, devices=devices, joined=joined, is_386=asked["is_386"],
@@ -147,9 +156,10 @@ def _write_bundle(container: Container, rootfs: int) -> int:
     return user.uid
 
 
-def _default_hostname(container: Container) -> str:
+def hostname_of(container: Container) -> str:
+    """As it was asked for, else the beginning of the id; the host's where it shares that."""
     is_hosts = "host" in (container.value("network"), container.value("uts"))
-    return os.uname().nodename if is_hosts else container.id[:12]
+    return container.value("hostname") or (os.uname().nodename if is_hosts else container.id[:12])
 
 
 def _check_program(rootfs: int, name: str, path: str, cwd: str) -> None:
@@ -188,7 +198,7 @@ def _write_etc(container: Container, hostname: str) -> None:
         container.asked["etc"] = containers.find(other).directory
     for name, data in (
         ("hostname", hostname.encode() + b"\n"),
-        ("hosts", _hosts(container, hostname)),
+        ("hosts", hosts_of(container)),
         ("resolv.conf", _resolv(container)),
     ):
         path = container.path(name)
@@ -200,10 +210,15 @@ def _write_etc(container: Container, hostname: str) -> None:
             os.close(fd)
 
 
-def _hosts(container: Container, hostname: str) -> bytes:
-    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", f"127.0.1.1\t{hostname}"]
+def hosts_of(container: Container) -> bytes:
+    """Its /etc/hosts: itself, who is on its network, --add-host."""
+    hostname = hostname_of(container)
+    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
+    lines += connecting.host_lines(container, hostname) or [f"127.0.1.1\t{hostname}"]
     for text in container.all("add-host"):
         name, separator, address = text.partition("=" if "=" in text else ":")
+        if address == "host-gateway" and connecting.is_bridge(container):
+            address = networks.find(connecting.network_name(container)).gateway
         if not separator or not name or not _is_address(address):
             raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
         lines.append(f"{address.strip('[]')}\t{name}")
@@ -231,12 +246,12 @@ def _resolv(container: Container) -> bytes:
         lines = [f"nameserver {server}" for server in servers]
         lines += [f"search {' '.join(domains)}"] * bool(domains) + [f"options {' '.join(options)}"] * bool(options)
         return "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
-    if container.value("network") == "host":
-        try:
-            return atomic.read_file("/etc/resolv.conf", 1 << 16)
-        except OSError:
-            pass
-    return b""
+    if connecting.is_bridge(container):
+        return connecting.resolvers()
+    try:
+        return atomic.read_file("/etc/resolv.conf", 1 << 16) if container.value("network") == "host" else b""
+    except OSError:
+        return b""
 
 
 def start(container: Container, streams: Streams | None, console: int = -1) -> int:

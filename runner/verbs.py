@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runner.options import Options
 
 _FEW = {"logs": 1, "attach": 1, "top": 1, "diff": 1, "rename": 2, "cp": 2}
-_NONE_OK = ("ps", "stats", "events", "gc", "volume")
+_NONE_OK = ("ps", "stats", "events", "gc", "volume", "network")
 
 
 def call(verb: str, options: Options) -> int:
@@ -192,8 +192,15 @@ def _events(options: Options) -> int:
 
 
 def _port(options: Options) -> int:
-    containers.find(options.words[0])  # no network here publishes ports
-    return 0
+    from runner import listing
+
+    return listing.ports(containers.find(options.words[0]), options.words[1:])
+
+
+def _network(options: Options) -> int:
+    from runner.networkverbs import call as call_network
+
+    return call_network(options)
 
 
 def _rename(options: Options) -> int:
@@ -205,6 +212,13 @@ def _cp(options: Options) -> int:
     from runner.copying import copy
 
     copy(options)
+    return 0
+
+
+def _gc(_: Options) -> int:
+    from runner import networks
+
+    networks.free_stale()
     return 0
 
 
@@ -237,5 +251,6 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "cp": _cp,
     "events": _events,
     "volume": _volume,
-    "gc": lambda _: 0,
+    "network": _network,
+    "gc": _gc,
 }

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.crunning import image, shared  # noqa: F401  (fixtures)
+
 BIN = Path(sys.executable).parent
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
@@ -98,9 +100,9 @@ def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
 def kernel(home: Path, cmd: Run) -> Iterator[Run]:
     """Mount with the kernel engine; at the end nothing may be left mounted or running."""
 
-    def run(image: str, point: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
+    def run(name: str, point: Path, *options: object) -> subprocess.CompletedProcess[bytes]:
         point.mkdir(exist_ok=True)
-        return cmd("cafs-mount", "--engine", "kernel", image, point, *options)
+        return cmd("cafs-mount", "--engine", "kernel", name, point, *options)
 
     yield run
     for mount in json.loads(b"[" + b",".join(cmd("cafs-mount", "--list", "--json").stdout.splitlines()) + b"]"):

@@ -4,98 +4,20 @@ from __future__ import annotations
 
 import os
 import pty
-import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import BIN, Run, lazy_pids, mounts_below, wait_until
+from tests.crunning import crun, leftovers, make_rootfs, until
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
-TOOLS = (
-    "sh",
-    "cat",
-    "id",
-    "env",
-    "pwd",
-    "sleep",
-    "true",
-    "kill",
-    "ls",
-    "touch",
-    "hostname",
-    "grep",
-    "tty",
-    "stat",
-    "ip",
-    "head",
-)
-
-
-def make_rootfs(root: Path) -> None:
-    """A small image: busybox, users, a file that cannot be executed."""
-    for name in ("bin", "etc", "proc", "sys", "dev", "tmp", "home/joe"):
-        (root / name).mkdir(parents=True)
-    busybox = shutil.which("busybox")
-    assert busybox
-    shutil.copy(busybox, root / "bin" / "busybox")
-    for name in TOOLS:
-        (root / "bin" / name).symlink_to("busybox")
-    (root / "bin" / "data").write_text("not a program")
-    (root / "etc" / "passwd").write_text(
-        "root:x:0:0::/root:/bin/sh\njoe:x:1000:1001::/home/joe:/bin/sh\n7:x:42:42::/:/bin/sh\n"
-    )
-    (root / "etc" / "group").write_text("root:x:0:\njoe:x:1001:\nextra:x:2000:joe\n")
-    (root / "tmp").chmod(0o1777)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One store with the image b:1, mounted once, so that each test starts warm."""
-    base = tmp_path_factory.mktemp("crun")
-    environment = {f"CAFS_{n}": str(base / n.lower()) for n in ("STORE", "CACHE", "RUN", "STATE")}
-    make_rootfs(base / "rootfs")
-    (base / "mnt").mkdir()
-    subprocess.run([BIN / "cafs-index", "create", base / "rootfs", "-t", "b:1"], env=os.environ | environment, check=True)
-    subprocess.run([BIN / "cafs-mount", "b:1", base / "mnt"], env=os.environ | environment, check=True)
-    yield base
-    subprocess.run([BIN / "cafs-mount", "--unmount", base / "mnt"], env=os.environ | environment, check=True)
-
-
-@pytest.fixture
-def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The environment of `shared`; afterwards nothing of a container may be left."""
-    for name in ("STORE", "CACHE", "RUN", "STATE"):
-        monkeypatch.setenv(f"CAFS_{name}", str(shared / name.lower()))
-    yield shared
-    assert leftovers(shared) == []
-
-
-def leftovers(base: Path) -> list[str]:
-    found = [
-        str(p)
-        for d in ("state/containers", "state/alive", "run/runc", "state/names", "run/images")
-        for p in (base / d).glob("*")
-    ]
-    found += [
-        line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if f"{base}/" in line and not re.search(f" {base}/(mnt|run/lazy|run/erofs)", line)  # those are below mnt
-    ]
-    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir()]
-    return found
-
-
-def crun(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "crun"), "run", "--rm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
 def test_output_and_exit_code_are_the_commands(image: Path) -> None:
@@ -234,15 +156,6 @@ def test_signals_reach_the_command(image: Path, number: signal.Signals) -> None:
 
 def test_a_command_ended_by_a_signal_is_128_and_its_number(image: Path) -> None:
     assert crun("b:1", "sh", "-c", "sh -c 'kill -9 $$'; exit $?").returncode == 137
-
-
-def until(condition: object, timeout_s: float = 20) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_container_whose_state_was_removed_dies_with_its_crun_all_the_same(image: Path) -> None:

@@ -1,0 +1,265 @@
+"""A container's part of a network: its namespace, its address, its published ports, and names in hosts files.
+
+The namespace is made by a child of ours, which sets up the inner side; it lives by our descriptor until the runtime has joined.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+from cafs import atomic, linux, paths
+from cafs.errors import BusyError, CafsError, UnsupportedError, UsageError, quote
+from runner import containers, firewall, networks
+from runner.netlink import Netlink
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+    from runner.firewall import Port
+
+_INNER = "eth0"
+_RANDOM_PORTS = range(49153, 65536)
+_PORT = re.compile(
+    r"(?:(?P<at>[0-9.]*):)?(?:(?P<outer>[0-9]{0,5}(?:-[0-9]{1,5})?):)?(?P<inner>[0-9]{1,5}(?:-[0-9]{1,5})?)(?:/(?P<kind>tcp|udp))?"
+)
+
+
+def is_bridge(container: Container) -> bool:
+    """Whether it is on a network of ours."""
+    name = network_name(container)
+    return name not in ("none", "host") and not name.startswith("container:")
+
+
+def network_name(container: Container) -> str:
+    """none, host, container:X, or the name of a network."""
+    return container.value("network") or networks.DEFAULT
+
+
+def parse_ports(texts: list[str], exposed: list[str] | None = None) -> list[tuple[str, str, int, int]]:
+    """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host or 0, port).  Raises UsageError."""
+    found = []
+    for text in [*texts, *(exposed or [])]:
+        match = _PORT.fullmatch(text)
+        if not match:
+            raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
+        at = match["at"] or ""
+        if match["at"] is not None and match["outer"] is None:
+            if "." in at:
+                raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
+            outer, at = at, ""
+        else:
+            outer = match["outer"] or ""
+        if at:
+            try:
+                socket.inet_aton(at)
+            except OSError:
+                raise UsageError(f"port {quote(text)}: {quote(at)} is not an address") from None
+        inner_ports, outer_ports = _range(match["inner"]), _range(outer) if outer else []
+        if outer_ports and len(outer_ports) != len(inner_ports):
+            raise UsageError(f"port {quote(text)}: the ranges differ in length")
+        pairs = zip(outer_ports or [0] * len(inner_ports), inner_ports, strict=True)
+        found += [(match["kind"] or "tcp", "" if at == "0.0.0.0" else at, one, other) for one, other in pairs]
+    return found
+
+
+def _range(text: str) -> list[int]:
+    first, _, last = text.partition("-")
+    low, high = int(first), int(last or first)
+    if not 0 < low <= high < 65536:
+        raise UsageError(f"{quote(text)} is not a port")
+    return list(range(low, high + 1))
+
+
+def connect(container: Container) -> str:
+    """Make its network namespace and set it up; a path by which the runtime finds it, as long as we live.  Raises CafsError."""
+    network = networks.find(network_name(container))
+    child, namespace, go = _new_namespace()
+    veth = f"veth{container.id[:10]}"
+    ports: list[Port] = []
+    try:
+        with networks.locked():
+            networks.ensure(network)
+            address = networks.lease(network, container.id)
+            try:
+                link = Netlink()
+                try:
+                    link.add_veth(veth, network.link, _INNER, namespace)
+                finally:
+                    link.close()
+                ports = _take_ports(container, address)
+                firewall.publish(ports)
+            except BaseException:
+                firewall.unpublish(ports)
+                networks.give_back(network, container.id)
+                _drop_ports(container.id)
+                raise
+        os.write(go, f"{address} {network.subnet.prefixlen} {network.gateway}".encode())
+    except OSError as error:
+        raise UnsupportedError(
+            f"cannot connect to network {quote(network.name)}: {error.strerror}", hint="--network host or --network none"
+        ) from error
+    finally:
+        os.close(go)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise CafsError("cannot set up the network inside the container")
+    container.note(network={"name": network.name, "address": address, "ports": ports})
+    return f"/proc/{os.getpid()}/fd/{namespace}"
+
+
+def _new_namespace() -> tuple[int, int, int]:
+    """(child, descriptor of its network namespace, where to write what it is to set up)."""
+    reader, go = os.pipe2(os.O_CLOEXEC)
+    ready, done = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(go)
+            linux.unshare(linux.CLONE_NEWNET)
+            os.write(done, b"r")
+            _set_up(os.read(reader, 100).decode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(reader)
+    os.close(done)
+    is_ready = os.read(ready, 1)
+    os.close(ready)
+    if not is_ready:
+        os.close(go)
+        os.waitpid(child, 0)
+        raise UnsupportedError("cannot make a network namespace", hint="--network host")
+    return child, os.open(f"/proc/{child}/ns/net", os.O_RDONLY | os.O_CLOEXEC), go
+
+
+def _set_up(text: str) -> None:
+    """In the child: the inner side.  As in docker, anybody may ping, and use ports below 1024."""
+    address, width, gateway = text.split()
+    link = Netlink()
+    link.set_up("lo")
+    link.add_address(_INNER, address, int(width))
+    link.set_up(_INNER)
+    link.add_default_route(_INNER, gateway)
+    for name, value in (("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")):
+        try:
+            with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError:
+            continue
+
+
+def _take_ports(container: Container, address: str) -> list[Port]:
+    """Under the lock.  Raises BusyError."""
+    found: list[Port] = []
+    os.makedirs(_ports_directory(), mode=0o700, exist_ok=True)
+    for kind, at, outer, inner in container.asked["ports"]:
+        for number in [outer] if outer else _RANDOM_PORTS:
+            if _take_port(container.id, kind, at, number):
+                found.append((kind, at, number, address, inner))
+                break
+            if outer:
+                raise BusyError(f"port {number}/{kind} of the host is in use")
+        else:
+            raise BusyError("no port of the host is free")
+    return found
+
+
+def _take_port(container: str, kind: str, at: str, number: int) -> bool:
+    """Whether nobody of ours, and no process of the host, has it; noted then."""
+    taken = paths.listed(_ports_directory())
+    mine = f"{kind}-{number}-{at}"
+    if any(name.startswith(f"{kind}-{number}-") and (name == mine or not at or name.endswith("-")) for name in taken):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as probe:
+        if kind == "tcp":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((at, number))
+        except OSError:
+            return False
+    atomic.replace_hint(os.path.join(_ports_directory(), mine), container.encode(), 0o600)
+    return True
+
+
+def _drop_ports(container: str) -> None:
+    for name in paths.listed(_ports_directory()):
+        path = os.path.join(_ports_directory(), name)
+        try:
+            if atomic.read_file(path, 256) == container.encode():
+                atomic.unlink_quietly(path)
+        except OSError:
+            continue
+
+
+def _ports_directory() -> str:
+    return os.path.join(paths.run(), "ports")
+
+
+def disconnect(container: Container) -> None:
+    """Give back address and ports; the links went with the namespace.  May be done twice."""
+    if not is_bridge(container):
+        return
+    about = container.state().get("network") or {}
+    try:
+        network = networks.find(network_name(container))
+    except CafsError:
+        return  # it was removed
+    with networks.locked():
+        had_address = container.id in networks.leases(network).values()
+        firewall.unpublish([tuple(port) for port in about.get("ports", [])])
+        _drop_ports(container.id)
+        networks.give_back(network, container.id)
+    if had_address:
+        tell_neighbours(network.name, but=container.id)
+
+
+def neighbours(network: str, *, but: str = "") -> list[tuple[str, Container]]:
+    """(address, container) of all who are on a network."""
+    found = []
+    for address, identity in networks.leases(networks.find(network)).items():
+        one = containers.load(identity) if identity != but else None
+        if one is not None:
+            found.append((address, one))
+    return found
+
+
+def host_lines(container: Container, hostname: str) -> list[str]:
+    """For its /etc/hosts: itself and its neighbours."""
+    about = container.state().get("network") or {}
+    lines = [f"{about['address']}\t{hostname} {container.name}"] if about else []
+    if about:
+        pairs = neighbours(about["name"], but=container.id)
+        lines += [f"{address}\t{one.name} {one.id[:12]}" for address, one in pairs]
+    return lines
+
+
+def tell_neighbours(network: str, *, but: str) -> None:
+    """Write the hosts files of all who are on a network anew, in place, for they are mounted."""
+    from runner.starting import hosts_of
+
+    for _, one in neighbours(network, but=but):
+        try:
+            fd = os.open(one.path("hosts"), os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            atomic.write_all(fd, hosts_of(one))
+        finally:
+            os.close(fd)
+
+
+def resolvers() -> bytes:
+    """The host's resolv.conf; resolvers on its loopback, which the container cannot reach, are replaced by their upstreams."""
+    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
+        try:
+            lines = atomic.read_file(path, 1 << 16).splitlines()
+        except OSError:
+            continue
+        servers = [line.split()[1] for line in lines if line.startswith(b"nameserver") and len(line.split()) > 1]
+        if servers and not all(server.startswith((b"127.", b"::1")) for server in servers):
+            kept = [line for line in lines if not re.match(rb"nameserver\s+(127\.|::1)", line)]
+            return b"".join(line + b"\n" for line in kept)
+    return b""

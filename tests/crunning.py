@@ -1,0 +1,126 @@
+"""A small image of busybox for containers, and what may be left of one afterwards: nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+TOOLS = (
+    "date",
+    "httpd",
+    "mkdir",
+    "mount",
+    "mknod",
+    "rm",
+    "seq",
+    "tar",
+    "tr",
+    "wget",
+    "yes",
+    "ping",
+    "wc",
+    "sort",
+    "chmod",
+    "cp",
+    "sh",
+    "cat",
+    "id",
+    "env",
+    "pwd",
+    "sleep",
+    "true",
+    "kill",
+    "ls",
+    "touch",
+    "hostname",
+    "grep",
+    "tty",
+    "stat",
+    "ip",
+    "head",
+    "echo",
+    "cut",
+    "ln",
+)
+
+
+def make_rootfs(root: Path) -> None:
+    """A small image: busybox, users, a file that cannot be executed."""
+    for name in ("bin", "etc", "proc", "sys", "dev", "tmp", "home/joe"):
+        (root / name).mkdir(parents=True)
+    busybox = shutil.which("busybox")
+    assert busybox
+    shutil.copy(busybox, root / "bin" / "busybox")
+    for name in TOOLS:
+        (root / "bin" / name).symlink_to("busybox")
+    (root / "bin" / "data").write_text("not a program")
+    (root / "etc" / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\njoe:x:1000:1001::/home/joe:/bin/sh\n7:x:42:42::/:/bin/sh\n"
+    )
+    (root / "etc" / "group").write_text("root:x:0:\njoe:x:1001:\nextra:x:2000:joe\n")
+    (root / "tmp").chmod(0o1777)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One store with the image b:1, mounted once, so that each test starts warm."""
+    base = tmp_path_factory.mktemp("crun")
+    environment = {f"CAFS_{n}": str(base / n.lower()) for n in ("STORE", "CACHE", "RUN", "STATE")}
+    make_rootfs(base / "rootfs")
+    (base / "mnt").mkdir()
+    subprocess.run([BIN / "cafs-index", "create", base / "rootfs", "-t", "b:1"], env=os.environ | environment, check=True)
+    subprocess.run([BIN / "cafs-mount", "b:1", base / "mnt"], env=os.environ | environment, check=True)
+    yield base
+    subprocess.run([BIN / "cafs-mount", "--unmount", base / "mnt"], env=os.environ | environment, check=True)
+
+
+@pytest.fixture
+def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The environment of `shared`; afterwards nothing of a container may be left."""
+    for name in ("STORE", "CACHE", "RUN", "STATE"):
+        monkeypatch.setenv(f"CAFS_{name}", str(shared / name.lower()))
+    yield shared
+    try:
+        assert leftovers(shared) == []
+    finally:
+        left = subprocess.run([BIN / "crun", "ps", "-aq"], capture_output=True, text=True, check=False).stdout.split()
+        if left:
+            subprocess.run([BIN / "crun", "rm", "-f", *left], capture_output=True, check=False)
+
+
+def leftovers(base: Path) -> list[str]:
+    found = [
+        str(p)
+        for d in ("state/containers", "state/alive", "run/runc", "state/names", "run/images")
+        for p in (base / d).glob("*")
+    ]
+    found += [
+        line
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if f"{base}/" in line and not re.search(f" {base}/(mnt|run/lazy|run/erofs)", line)  # those are below mnt
+    ]
+    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir()]
+    return found
+
+
+def crun(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "crun"), "run", "--rm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False

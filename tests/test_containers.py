@@ -1,0 +1,484 @@
+"""Containers that outlive the command that made them: log, exit code, exec, attach, stop, restarts; and whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN
+from tests.crunning import leftovers, until
+
+pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
+LOOP = "trap 'echo bye; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def cr(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "crun"), *map(str, words)]
+    options.setdefault("timeout", 60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def ok(*words: object, **options: object) -> str:
+    done = cr(*words, **options)
+    assert done.returncode == 0, (words, done.stderr)
+    return str(done.stdout)
+
+
+def background(name: str, *words: object) -> str:
+    identity = ok("run", "-d", "--name", name, "--network", "none", *words).strip()
+    assert re.fullmatch("[0-9a-f]{64}", identity)
+    return identity
+
+
+def state(name: str) -> dict[str, object]:
+    found = json.loads(ok("inspect", name))["State"]
+    assert isinstance(found, dict)
+    return found
+
+
+def monitors(identity: str) -> list[int]:
+    """Pids of monitor processes of a container."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"runner.monitor" in words and identity.encode() in words:
+            found.append(int(pid))
+    return found
+
+
+def kill_monitor(identity: str) -> None:
+    for pid in monitors(identity):
+        os.kill(pid, signal.SIGKILL)
+    assert until(lambda: not monitors(identity))
+
+
+def test_a_container_in_the_background_keeps_log_and_exit_code(image: Path) -> None:
+    identity = background("web", "b:1", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert ok("wait", "web") == "7\n"
+    done = cr("logs", "web")
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")
+    assert state("web")["ExitCode"] == 7 and state("web")["Status"] == "exited"
+    assert ok("ps", "-q") == "" and ok("ps", "-aq", "--no-trunc") == identity + "\n"
+    assert "Exited (7)" in ok("ps", "-a")
+    assert ok("rm", identity[:6]) == identity[:6] + "\n"
+    assert cr("inspect", "web").returncode == 4
+
+
+def test_without_rm_a_foreground_container_keeps_its_layer_and_its_log(image: Path) -> None:
+    done = cr("run", "--name", "kept", "--network", "none", "b:1", "sh", "-c", "echo said; echo x > /new; exit 4")
+    assert (done.stdout, done.returncode) == ("said\n", 4)
+    assert ok("logs", "kept") == "said\n" and state("kept")["ExitCode"] == 4
+    assert ok("diff", "kept") == "A /new\n"
+    assert (
+        subprocess.run(["tar", "xO"], input=cr_bytes("cp", "kept:/new", "-"), capture_output=True, check=True).stdout == b"x\n"
+    )
+    ok("start", "kept")
+    ok("wait", "kept")
+    assert ok("logs", "kept") == "said\nsaid\n"
+    ok("rm", "kept")
+
+
+def cr_bytes(*words: str, **options: object) -> bytes:
+    return subprocess.run([BIN / "crun", *words], stdout=subprocess.PIPE, check=True, timeout=60, **options).stdout  # type: ignore[call-overload,no-any-return]
+
+
+def test_logged_bytes_come_back_unchanged_whatever_they_are(image: Path, tmp_path: Path) -> None:
+    data = random.Random(3).randbytes(400_000)
+    (tmp_path / "data").write_bytes(data)
+    background("bin", "-v", f"{tmp_path}:/in:ro", "b:1", "cat", "/in/data")
+    ok("wait", "bin")
+    assert cr_bytes("logs", "bin") == data
+    ok("rm", "bin")
+
+
+def test_logs_follow_tail_since_and_times(image: Path) -> None:
+    background("log", "b:1", "sh", "-c", "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.1; done")
+    assert ok("logs", "-f", "log") == "".join(f"line {n}\n" for n in range(1, 7))
+    assert ok("logs", "--tail", "2", "log") == "line 5\nline 6\n" and ok("logs", "-n", "0", "log") == ""
+    lines = ok("logs", "-t", "log").splitlines()
+    stamps = [line.split(" ")[0] for line in lines]
+    assert len(lines) == 6 and stamps == sorted(stamps) and lines[0].endswith(" line 1")
+    since = ok("logs", "--since", stamps[3], "log").splitlines()
+    assert since == ["line 4", "line 5", "line 6"]
+    assert cr("logs", "--since", "yesterday", "log").returncode == 2
+    ok("rm", "log")
+
+
+def test_a_log_is_rotated_and_keeps_the_newest(image: Path) -> None:
+    background("rot", "--log-opt", "max-size=20k", "--log-opt", "max-file=3", "b:1", "sh", "-c", "seq 1 20000")
+    ok("wait", "rot")
+    numbers = ok("logs", "rot").split()
+    assert numbers[-1] == "20000" and [int(n) for n in numbers[1:]] == list(range(int(numbers[1]), 20001))
+    assert len(list((image / "state" / "containers").glob("*/log*"))) == 3
+    ok("rm", "rot")
+
+
+def test_exec_has_its_own_streams_environment_and_exit_code(image: Path) -> None:
+    background("ex", "-e", "A=outer", "-w", "/tmp", "b:1", "sh", "-c", LOOP)
+    assert ok("exec", "ex", "sh", "-c", "echo $A; pwd; id -u") == "outer\n/tmp\n0\n"
+    done = cr(
+        "exec", "-i", "-e", "A=inner", "-u", "joe", "-w", "/", "ex", "sh", "-c", "cat; echo $A $HOME; pwd; exit 9", input="in\n"
+    )
+    assert (done.stdout, done.returncode) == ("in\ninner /home/joe\n/\n", 9)
+    assert cr("exec", "ex", "nothing").returncode == 127 and cr("exec", "ex", "/bin/data").returncode == 126
+    assert cr("exec", "nobody", "true").returncode == 125
+    assert ok("exec", "-t", "ex", "tty").startswith("/dev/pts/")
+    ok("exec", "-d", "ex", "sh", "-c", "echo side > /side")
+    assert until(lambda: cr("exec", "ex", "cat", "/side").stdout == "side\n")
+    assert ok("stop", "ex") == "ex\n" and state("ex")["ExitCode"] == 3
+    done = cr("exec", "ex", "true")
+    assert done.returncode == 125 and "does not run" in done.stderr
+    ok("rm", "ex")
+
+
+def test_stop_sends_the_signal_waits_and_kills(image: Path) -> None:
+    background(
+        "soft", "--stop-signal", "USR1", "b:1", "sh", "-c", "trap 'exit 11' USR1; echo ready; while :; do sleep 0.05; done"
+    )
+    background("hard", "--stop-timeout", "1", "b:1", "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done")
+    assert until(lambda: all(cr("logs", name).stdout == "ready\n" for name in ("soft", "hard")))
+    ok("stop", "soft")
+    assert state("soft")["ExitCode"] == 11
+    began = time.monotonic()
+    ok("stop", "hard")
+    assert 0.9 < time.monotonic() - began < 9 and state("hard")["ExitCode"] == 137
+    assert cr("kill", "hard").returncode == 1
+    done = cr("stop", "nobody", "soft")
+    assert done.returncode == 4 and done.stdout == "soft\n" and "no container 'nobody'" in done.stderr
+    ok("rm", "soft", "hard")
+
+
+def test_kill_pause_and_wait(image: Path) -> None:
+    background("one", "b:1", "sh", "-c", "trap 'echo hup' HUP; echo ready; while :; do sleep 0.05; done")
+    assert until(lambda: cr("logs", "one").stdout == "ready\n")
+    ok("kill", "-s", "HUP", "one")
+    assert until(lambda: cr("logs", "one").stdout == "ready\nhup\n")
+    ok("pause", "one")
+    assert state("one")["Paused"] is True and "(Paused)" in ok("ps") and cr("exec", "one", "true").returncode == 125
+    ok("unpause", "one")
+    assert ok("exec", "one", "echo", "on") == "on\n"
+    ok("pause", "one")
+    with subprocess.Popen([BIN / "crun", "wait", "one"], stdout=subprocess.PIPE, text=True) as waiting:
+        ok("kill", "one")  # also if it is paused
+        assert waiting.communicate(timeout=20)[0] == "137\n"
+    done = cr("rm", "one")
+    assert done.returncode == 0
+
+
+def test_rm_refuses_what_runs_unless_forced(image: Path) -> None:
+    background("busy", "b:1", "sleep", "60")
+    done = cr("rm", "busy")
+    assert done.returncode == 6 and "rm -f" in done.stderr
+    ok("rm", "-f", "busy", "nobody")
+    assert ok("ps", "-aq") == ""
+
+
+def test_restart_policies(image: Path) -> None:
+    background("fail", "--restart", "on-failure:2", "b:1", "sh", "-c", "echo run; exit 5")
+    background("fine", "--restart", "on-failure", "b:1", "true")
+    background("always", "--restart", "always", "b:1", "sh", "-c", "echo run; sleep 0.2")
+    assert ok("wait", "fail") == "5\n" and ok("logs", "fail") == "run\n" * 3
+    assert json.loads(ok("inspect", "fail"))["RestartCount"] == 2
+    assert ok("wait", "fine") == "0\n" and json.loads(ok("inspect", "fine"))["RestartCount"] == 0
+    assert until(lambda: ok("logs", "always").count("run") >= 3)
+    ok("stop", "always")
+    count = ok("logs", "always")
+    assert state("always")["Status"] == "exited"
+    ok("restart", "always")
+    assert until(lambda: ok("logs", "always") > count)
+    ok("rm", "-f", "fail", "fine", "always")
+    assert cr("run", "-d", "--rm", "--restart", "always", "b:1", "true").returncode == 125
+
+
+def test_a_killed_monitor_costs_no_byte_and_not_the_exit_code(image: Path) -> None:
+    """Its successor carries on: what is written meanwhile waits in the pipes."""
+    identity = background(
+        "mm", "b:1", "sh", "-c", "i=0; while [ $i -lt 300 ]; do echo $i; i=$((i+1)); sleep 0.01; done; sleep 2; exit 6"
+    )
+    for _ in range(8):
+        time.sleep(0.3)  # the moment is what is tested
+        kill_monitor(identity)
+        ok("ps")
+        assert len(monitors(identity)) == 1 or not json.loads(ok("inspect", "mm"))["State"]["Running"]
+    code = ok("wait", "mm")
+    assert ok("logs", "mm").split() == [str(n) for n in range(300)]
+    assert code == ("6\n" if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 15) else code)
+    ok("rm", "mm")
+
+
+def test_what_nobody_saw_the_end_of_has_an_unknown_exit_code(image: Path) -> None:
+    identity = background("uu", "b:1", "sh", "-c", "sleep 0.5; echo late; exit 6")
+    kill_monitor(identity)
+    pid = int(json.loads((image / "state" / "containers" / identity / "state.json").read_text())["pid"])
+    assert until(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert "Exited (unknown)" in ok("ps", "-a") and ok("wait", "uu") == "unknown\n"
+    ok("rm", "uu")
+
+
+def test_two_commands_that_find_a_dead_monitor_start_one_successor(image: Path) -> None:
+    identity = background("two", "b:1", "sh", "-c", LOOP)
+    for _ in range(3):
+        kill_monitor(identity)
+        commands = [subprocess.Popen([BIN / "crun", "ps", "-q"], stdout=subprocess.PIPE) for _ in range(6)]
+        assert all(command.communicate(timeout=30)[0] == identity[:12].encode() + b"\n" for command in commands)
+        assert until(lambda: len(monitors(identity)) == 1)
+    ok("stop", "two")
+    assert state("two")["ExitCode"] == 3
+    ok("rm", "two")
+
+
+def test_a_monitor_is_small(image: Path) -> None:
+    identity = background("small", "b:1", "sleep", "60")
+    (pid,) = monitors(identity)
+    assert until(lambda: monitors(identity) == [pid])
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    rss_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+    assert rss_kb <= 15_000
+    ok("rm", "-f", "small")
+
+
+def test_a_command_killed_while_it_starts_a_container_leaves_all_or_nothing(image: Path) -> None:
+    for delay_ms in range(0, 240, 12):
+        child = subprocess.Popen(
+            [BIN / "crun", "run", "-d", "--name", "early", "--network", "none", "b:1", "sleep", "0.4"], stdout=-3
+        )
+        time.sleep(delay_ms / 1000)  # the moment is what is tested
+        child.kill()
+        child.wait()
+        assert until(lambda: "Up" not in ok("ps")), delay_ms
+        found = ok("ps", "-aq").split()
+        assert len(found) <= 1
+        if found:
+            ok("rm", "-f", *found)
+    assert [one for one in leftovers(image) if "/alive/" in one or "/containers/" in one or "cgroup" in one] == []
+
+
+def test_attach_carries_input_output_and_the_exit_code(image: Path) -> None:
+    background("cat", "-i", "b:1", "sh", "-c", "while read x; do echo got $x; done; echo end >&2; exit 6")
+    done = cr("attach", "cat", input="one\ntwo\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("got one\ngot two\n", "end\n", 6)
+    ok("rm", "cat")
+    ok("create", "-i", "--name", "made", "--network", "none", "b:1", "cat")
+    assert ok("start", "-ai", "made", input="through\n") == "through\n"
+    ok("rm", "made")
+
+
+def read_until(master: int, wanted: bytes) -> bytes:
+    seen, deadline = b"", time.monotonic() + 15
+    while wanted not in seen:
+        assert select.select([master], [], [], max(deadline - time.monotonic(), 0))[0], seen
+        seen += os.read(master, 4096)
+    return seen
+
+
+@pytest.mark.parametrize("keys", [(None, b"\x10\x11"), ("ctrl-a,d", b"\x01d")])
+def test_a_terminal_can_be_left_by_its_keys_and_attached_again(image: Path, keys: tuple[str | None, bytes]) -> None:
+    background("tty", "-it", "b:1", "sh")
+    for round_number in range(2):
+        master, slave = pty.openpty()
+        command = [BIN / "crun", "attach", *(["--detach-keys", keys[0]] if keys[0] else []), "tty"]
+        with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as child:
+            os.close(slave)
+            os.write(master, b"echo a$((40+%d))z\n" % round_number)
+            read_until(master, b"a%dz" % (40 + round_number))
+            os.write(master, keys[1])
+            assert child.wait(20) == 0
+        os.close(master)
+        assert state("tty")["Running"] is True
+    ok("rm", "-f", "tty")
+
+
+def test_a_terminal_gets_the_size_of_ours(image: Path) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    background("size", "b:1", "sleep", "60")
+    command = [BIN / "crun", "exec", "-it", "size", "sleep", "61"]
+
+    def size() -> bytes:
+        lines = [line.split() for line in ok("top", "size").splitlines() if line.endswith("sleep 61")]
+        try:
+            with open(f"/proc/{lines[0][0]}/fd/0", "rb", buffering=0) as terminal:
+                return fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))[:4]
+        except (OSError, IndexError):
+            return b""
+
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as child:
+        assert until(lambda: size() == struct.pack("HH", 33, 77))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 44, 99, 0, 0))
+        child.send_signal(signal.SIGWINCH)
+        assert until(lambda: size() == struct.pack("HH", 44, 99))
+        ok("rm", "-f", "size")
+        child.wait(20)
+    os.close(slave)
+    os.close(master)
+
+
+def test_names_are_unique_can_be_changed_and_found_by_prefix(image: Path) -> None:
+    identity = ok("create", "--name", "first", "b:1", "true").strip()
+    assert cr("create", "--name", "first", "b:1", "true").returncode == 125
+    ok("rename", "first", "second")
+    assert json.loads(ok("inspect", identity[:10]))["Name"] == "second" and cr("inspect", "first").returncode == 4
+    given = json.loads(ok("inspect", ok("create", "b:1", "true").strip()))["Name"]
+    assert re.fullmatch("[a-z]+_[a-z]+[0-9]*", given)
+    assert ok("ps", "-a", "--filter", "name=second", "-q", "--no-trunc") == identity + "\n"
+    ok("rm", "second", given)
+
+
+def test_a_cidfile_is_written_once(image: Path, tmp_path: Path) -> None:
+    identity = ok("create", "--cidfile", tmp_path / "cid", "b:1", "true").strip()
+    assert (tmp_path / "cid").read_text() == identity
+    done = cr("create", "--cidfile", tmp_path / "cid", "b:1", "true")
+    assert done.returncode == 125 and "is there already" in done.stderr
+    assert ok("ps", "-aq", "--no-trunc") == identity + "\n"
+    ok("rm", identity)
+
+
+def test_healthchecks_tell_well_from_unwell(image: Path) -> None:
+    check = ["--health-cmd", "cat /fine", "--health-interval", "200ms", "--health-retries", "2"]
+    background("ill", *check, "b:1", "sleep", "60")
+    assert until(lambda: state("ill")["Health"]["Status"] == "unhealthy")  # type: ignore[index]
+    assert "(unhealthy)" in ok("ps") and "can't open" in str(state("ill")["Health"])
+    ok("exec", "ill", "touch", "/fine")
+    assert until(lambda: state("ill")["Health"]["Status"] == "healthy")  # type: ignore[index]
+    ok("rm", "-f", "ill")
+    background(
+        "slow", "--health-cmd", "sleep 9", "--health-interval", "100ms", "--health-timeout", "200ms", "b:1", "sleep", "60"
+    )
+    assert until(lambda: "took longer" in str(state("slow")))
+    ok("rm", "-f", "slow")
+
+
+def test_a_timeout_ends_a_container_in_both_places(image: Path) -> None:
+    background("late", "--timeout", "1", "b:1", "sleep", "60")
+    assert ok("wait", "late") == "137\n"
+    assert cr("run", "--rm", "--network", "none", "--timeout", "1", "b:1", "sleep", "60").returncode == 137
+    ok("rm", "late")
+
+
+def test_memory_that_runs_out_is_told(image: Path) -> None:
+    background("oom", "--memory", "16m", "b:1", "sh", "-c", "x=$(cat /dev/zero | tr '\\0' a)")
+    assert ok("wait", "oom") == "137\n"
+    assert state("oom")["OOMKilled"] is True
+    usage = json.loads(ok("inspect", "oom"))["Usage"]
+    assert usage["memory_limit"] == 16 << 20 and usage["cpu_ns"] > 0
+    ok("rm", "oom")
+
+
+def test_cp_goes_both_ways_as_files_and_as_tar(image: Path, tmp_path: Path) -> None:
+    for name, words in (("up", ("run", "-d")), ("down", ("create",))):
+        ok(*words, "--name", name, "--network", "none", "b:1", "sleep", "60")
+        (tmp_path / "in" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "deep" / "f").write_text("content")
+        (tmp_path / "in" / "link").symlink_to("deep") if not (tmp_path / "in" / "link").is_symlink() else None
+        ok("cp", tmp_path / "in", f"{name}:/tmp")
+        ok("cp", tmp_path / "in" / "deep" / "f", f"{name}:/etc/other")
+        ok("cp", f"{name}:/tmp/in", tmp_path / f"out-{name}")
+        assert (tmp_path / f"out-{name}" / "deep" / "f").read_text() == "content"
+        assert os.readlink(tmp_path / f"out-{name}" / "link") == "deep"
+        ok("cp", f"{name}:/etc/other", tmp_path / f"file-{name}")
+        assert (tmp_path / f"file-{name}").read_text() == "content"
+        archive = cr_bytes("cp", f"{name}:/tmp/in", "-")
+        listed = subprocess.run(["tar", "t"], input=archive, capture_output=True, check=True).stdout.split()
+        assert sorted(listed) == [b"in/", b"in/deep/", b"in/deep/f", b"in/link"]
+        subprocess.run([BIN / "crun", "cp", "-", f"{name}:/home"], input=archive, check=True, timeout=30)
+        assert b"content" in cr_bytes("cp", f"{name}:/home/in/deep/f", "-")
+        assert cr("cp", f"{name}:/nothing", tmp_path).returncode == 4
+    assert cr("cp", "up:/a", "down:/b").returncode == 2
+    ok("rm", "-f", "up", "down")
+
+
+def test_cp_follows_no_link_out_of_the_container(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the host")
+    (tmp_path / "victim").mkdir()
+    background(
+        "evil",
+        "b:1",
+        "sh",
+        "-c",
+        f"ln -s {tmp_path} /out; ln -s {tmp_path}/secret /file; ln -s / /tmp/root; echo ready; sleep 60",
+    )
+    assert until(lambda: cr("logs", "evil").stdout == "ready\n")
+    assert cr("cp", "evil:/out/secret", tmp_path / "got").returncode == 4
+    assert cr("cp", "-L", "evil:/file", tmp_path / "got").returncode == 0  # the link itself, for what it names is not there
+    assert os.path.islink(tmp_path / "got")
+    assert cr("cp", "/etc/hostname", "evil:/out/victim/x").returncode != 0
+    assert list((tmp_path / "victim").iterdir()) == []
+    tar = subprocess.run(
+        ["tar", "c", "-C", tmp_path, "--transform", "s,^victim,out/victim/new,", "victim"], capture_output=True, check=True
+    )
+    subprocess.run([BIN / "crun", "cp", "-", "evil:/"], input=tar.stdout, check=False, timeout=30, capture_output=True)
+    assert list((tmp_path / "victim").iterdir()) == [] and (tmp_path / "secret").read_text() == "of the host"
+    ok("rm", "-f", "evil")
+
+
+def test_volumes_are_kept_seeded_shared_and_removed(image: Path) -> None:
+    def run(*words: object) -> str:
+        return ok("run", "--rm", "--network", "none", *words)
+
+    run("-v", "data:/etc", "b:1", "sh", "-c", "echo more >> /etc/group")
+    assert "more" in run("-v", "data:/x", "b:1", "cat", "/x/group") and "joe" in run("-v", "data:/x", "b:1", "cat", "/x/group")
+    assert run("-v", "empty:/etc:nocopy", "b:1", "sh", "-c", "cd /etc; echo *").split() == ["hostname", "hosts", "resolv.conf"]
+    assert ok("volume", "ls", "-q").split() == ["data", "empty"]
+    ok("create", "--name", "user", "-v", "data:/x", "-v", "/anonymous", "b:1", "true")
+    assert cr("volume", "rm", "data").returncode == 6 and len(ok("volume", "ls", "-q").split()) == 3
+    ok("rm", "-v", "user")
+    assert ok("volume", "ls", "-q").split() == ["data", "empty"]
+    assert json.loads(ok("volume", "inspect", "data"))[0]["Mountpoint"].endswith("/volumes/data/_data")
+    run("-v", "/gone", "b:1", "true")
+    assert ok("volume", "rm", "data", "empty") == "data\nempty\n" and ok("volume", "ls", "-q") == ""
+
+
+def test_events_tell_what_happened_in_order(image: Path) -> None:
+    background("ev", "--rm", "b:1", "true")
+    assert until(lambda: ok("ps", "-aq") == "")
+    rows = [json.loads(line) for line in ok("events", "--filter", "container=ev").splitlines()]
+    assert [row["event"] for row in rows] == ["create", "start", "die", "destroy"] and rows[2]["exit_code"] == 0
+
+
+def test_stats_and_top_show_what_runs(image: Path) -> None:
+    background("st", "--memory", "32m", "b:1", "sh", "-c", LOOP)
+    row = json.loads(ok("stats", "--no-stream", "--format", "json", "st"))
+    assert row["Name"] == "st" and row["memory_limit"] == 32 << 20
+    assert "sh -c trap" in ok("top", "st")
+    ok("rm", "-f", "st")
+
+
+def test_a_monitor_loads_nothing_that_is_slow(image: Path) -> None:
+    slow = ["click", "rich", "dataclasses", "inspect", "typing", "subprocess", "asyncio", "logging", "zstandard", "shutil"]
+    code = f"import sys, runner.monitor; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_many_containers_at_once_leave_nothing(image: Path) -> None:
+    def run(number: int) -> None:
+        codes.append(cr("run", "--rm", "--network", "none", "b:1", "sh", "-c", f"exit {number}").returncode)
+
+    codes: list[int] = []
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == list(range(16))
