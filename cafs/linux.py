@@ -104,6 +104,12 @@ def _configure(fs: int, command: int, key: str | None, value: str | None) -> Non
         raise OSError(number, "; ".join(said) or os.strerror(number), key)
 
 
+def tee(source: int, target: int, size: int) -> int:
+    """tee(2), without waiting: copy what is in one pipe to another, and leave it there; how many bytes.  Raises BlockingIOError."""
+    non_block = 2
+    return _check(_libc.tee(source, target, ctypes.c_size_t(size), non_block), "tee")
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2)."""
     _check(_libc.syncfs(fd), "syncfs")

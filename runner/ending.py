@@ -48,7 +48,7 @@ def settle(container: Container, code: int | None, *, error: str = "", **more: A
         return
     cleanup.remove_tree(container.path("work"))
     os.makedirs(container.path("work"), exist_ok=True)
-    for name in ("stdin", "stdout", "stderr", "attach", "console", "pid"):
+    for name in ("stdin", "stdout", "stderr", "taking", "attach", "console", "pid"):
         atomic.unlink_quietly(container.path(name))
     container.note(status=containers.EXITED, exit_code=code, finished_ns=time.time_ns(), error=error, restarting=False, **more)
     containers.event(container, "die", exit_code=code)

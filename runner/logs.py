@@ -32,6 +32,16 @@ class Log:
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
+    def size(self) -> int:
+        """Bytes of the file that grows."""
+        return os.fstat(self._fd).st_size
+
+    def last(self, stream: str) -> bytes | None:
+        """What the last record of a stream holds, None if there is none in the file that grows."""
+        with open(self.path, "rb") as file:
+            records = [one for one in map(decode, file) if one and one[1] == stream]
+        return records[-1][2] if records else None
+
     def write(self, stream: str, data: bytes) -> None:
         """One record, by one write(2).  Raises OSError."""
         row: dict[str, object] = {"time": stamp(time.time_ns()), "stream": stream}

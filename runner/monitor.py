@@ -18,13 +18,13 @@ import time
 from runner import containers
 from runner.attachment import Attachments
 from runner.logs import Log
+from runner.tap import PIECE, Taps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runner.containers import Container
     from runner.health import Health
 
-_PIECE = 1 << 16
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.1, 60.0
 _STEADY_S = 10.0
 _GONE_POLL_S = 0.2
@@ -45,6 +45,10 @@ class Monitor:
         self.sources = {fds[name]: name for name in ("stdout", "stderr", "terminal") if name in fds}
         for fd in self.sources:
             os.set_blocking(fd, False)
+        self.taps = Taps(container.path("taking"), self.log)
+        for fd, name in self.sources.items():
+            if name != "terminal":
+                self.taps.recover(fd, name)
         self.attachments = Attachments(container.directory, fds.get("stdin", fds.get("terminal", -1)), "terminal" in fds)
         self.deadline = self._deadline(state)
         if container.asked["health"]:
@@ -78,7 +82,7 @@ class Monitor:
             if process in ready:
                 break
         for fd in list(self.sources):
-            while self._pass_on(fd):
+            while fd in self.sources and self._pass_on(fd):
                 pass
         self._reap()
 
@@ -95,23 +99,27 @@ class Monitor:
 
     def _pass_on(self, fd: int) -> bool:
         """Some of what it wrote to the log, and to who is attached; whether there was any."""
+        name = self.sources[fd]
+        data = self._read_terminal(fd) if name == "terminal" else self.taps.take(fd, name)
+        if data:
+            self.attachments.send("stderr" if name == "stderr" else "stdout", data)
+        return bool(data)
+
+    def _read_terminal(self, fd: int) -> bytes | None:
         try:
-            data = os.read(fd, _PIECE)
+            data = os.read(fd, PIECE)
         except BlockingIOError:
-            return False
+            return None
         except OSError:
-            data = b""  # a terminal that nobody has open any more
+            data = b""
         if not data:
-            self.sources.pop(fd, None)
-            return False
-        name = "stderr" if self.sources[fd] == "stderr" else "stdout"
-        if self.log:
+            del self.sources[fd]  # nobody has it open any more
+        elif self.log:
             try:
-                self.log.write(name, data)
+                self.log.write("stdout", data)
             except OSError:
                 pass  # a full disk must not stop it
-        self.attachments.send(name, data)
-        return True
+        return data
 
     def _reap(self) -> None:
         try:
