@@ -105,7 +105,7 @@ def _configure(fs: int, command: int, key: str | None, value: str | None) -> Non
 
 
 def tee(source: int, target: int, size: int) -> int:
-    """tee(2), without waiting: copy what is in one pipe to another, and leave it there; how many bytes.  Raises BlockingIOError."""
+    """tee(2), without waiting: copy from one pipe to another what stays in it; how many bytes.  Raises BlockingIOError."""
     non_block = 2
     return _check(_libc.tee(source, target, ctypes.c_size_t(size), non_block), "tee")
 

@@ -42,7 +42,7 @@ def parse_ports(texts: list[str], exposed: list[str] | None = None) -> list[tupl
     found = []
     for text in [*texts, *(exposed or [])]:
         match = _PORT.fullmatch(text)
-        if not match:
+        if not match or match["at"] == "":
             raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
         at = match["at"] or ""
         if match["at"] is not None and match["outer"] is None:
@@ -86,6 +86,7 @@ def connect(container: Container) -> str:
                 link = Netlink()
                 try:
                     link.add_veth(veth, network.link, _INNER, namespace)
+                    link.let_return(veth)
                 finally:
                     link.close()
                 ports = _take_ports(container, address)
@@ -97,9 +98,8 @@ def connect(container: Container) -> str:
                 raise
         os.write(go, f"{address} {network.subnet.prefixlen} {network.gateway}".encode())
     except OSError as error:
-        raise UnsupportedError(
-            f"cannot connect to network {quote(network.name)}: {error.strerror}", hint="--network host or --network none"
-        ) from error
+        why = f"cannot connect to network {quote(network.name)}: {error.strerror or error}"
+        raise UnsupportedError(why, hint="--network host or --network none") from error
     finally:
         os.close(go)
         _, status = os.waitpid(child, 0)

@@ -39,7 +39,7 @@ def asked(options: Options, config: dict[str, Any]) -> list[dict[str, Any]]:
             raise UsageError(f"two mounts on {quote(one['target'])}")
         found[one["target"]] = one
     for target in section(config, "Volumes"):
-        path = os.path.normpath("/" + target)
+        path = "/" + os.path.normpath("/" + target).lstrip("/")
         if path != "/" and path not in found:
             found[path] = {"type": "volume", "name": "", "target": path, "options": [], "copy": True}
     return [found[path] for path in sorted(found)]

@@ -9,9 +9,11 @@ import os
 import socket
 import struct
 
-_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE = 16, 17, 20, 24
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE = 16, 17, 19, 20, 24
+_PROTINFO, _NESTED, _BRPORT_MODE = 12, 0x8000, 4
 _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
 _ERROR = 2
+_AF_BRIDGE = 7
 _UP = 1
 _HEAD = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
@@ -21,6 +23,15 @@ _IFNAME, _MASTER, _LINKINFO, _NETNS_FD = 3, 10, 18, 28
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_OIF, _RTA_GATEWAY = 4, 5
+
+
+def has_link(name: str) -> bool:
+    """Whether there is a link of that name; /sys may show those of another network namespace."""
+    try:
+        socket.if_nametoindex(name)
+        return True
+    except OSError:
+        return False
 
 
 class Netlink:
@@ -63,6 +74,12 @@ class Netlink:
         body = _LINK.pack(0, 0, 0, _UP, _UP) + _attribute(_IFNAME, _name(name))
         body += _attribute(_MASTER, struct.pack("=I", socket.if_nametoindex(bridge))) + _attribute(_LINKINFO, info)
         self._ask(_NEWLINK, _CREATE | _EXCL, body)
+
+    def let_return(self, name: str) -> None:
+        """Let a port of a bridge send back what came by it: a container that asks for its own published port."""
+        hairpin = _attribute(_BRPORT_MODE, b"\1")
+        body = _LINK.pack(_AF_BRIDGE, 0, socket.if_nametoindex(name), 0, 0)
+        self._ask(_SETLINK, 0, body + _attribute(_PROTINFO | _NESTED, hairpin))
 
     def set_up(self, name: str) -> None:
         """Bring a link up."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from cafs import atomic, paths
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from runner import firewall
-from runner.netlink import Netlink
+from runner.netlink import Netlink, has_link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def remove(name: str) -> None:
 
 def ensure(network: Network) -> None:
     """Make the bridge and what belongs to it, if it is not there; under the lock.  Raises UnsupportedError."""
-    if os.path.isdir(f"/sys/class/net/{network.link}"):
+    if has_link(network.link):
         return
     hint = "--network host or --network none"
     try:

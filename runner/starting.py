@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 _INIT = "/dev/.init"
-_INITS = ("tini", "tini-static", "catatonit", "docker-init")
+_INITS = ("tini-static", "catatonit", "docker-init", "tini")  # the last may need a C library that the image lacks
 
 
 class Refused(CafsError):

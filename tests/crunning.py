@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -90,7 +91,7 @@ def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(f"CAFS_{name}", str(shared / name.lower()))
     yield shared
     try:
-        assert leftovers(shared) == []
+        assert leftovers(shared) == [], leftovers(shared)
     finally:
         left = subprocess.run([BIN / "crun", "ps", "-aq"], capture_output=True, text=True, check=False).stdout.split()
         if left:
@@ -108,7 +109,9 @@ def leftovers(base: Path) -> list[str]:
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
         if f"{base}/" in line and not re.search(f" {base}/(mnt|run/lazy|run/erofs)", line)  # those are below mnt
     ]
-    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir()]
+    events = base / "state" / "events"
+    ours = {json.loads(line)["id"] for line in events.read_text().splitlines()} if events.exists() else set()
+    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir() and p.name in ours]
     return found
 
 

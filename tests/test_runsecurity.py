@@ -1,0 +1,187 @@
+"""Attempts from inside a container, each a real one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, Run
+from tests.crunning import crun, make_rootfs, until
+
+pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo x > /proc/sysrq-trigger",
+        "echo x > /proc/sys/kernel/core_pattern",
+        "echo x > /sys/kernel/uevent_helper",
+        "cat /proc/kcore | head -c 1 | grep .",
+        "ls /sys/firmware | grep .",
+        "grep . /proc/timer_list",
+        "mount -t tmpfs none /tmp",
+        "mount -o remount,rw /proc/sys",
+        "mount -t proc proc /tmp",
+        "echo 1 > /sys/fs/cgroup/memory/cgroup.procs",
+        "mkdir /sys/fs/cgroup/memory/new",
+        "mknod /tmp/disk b 254 0 && cat /tmp/disk",
+        "mknod /tmp/kmsg c 1 11 && cat /tmp/kmsg",
+        "ls /dev/kmsg /dev/mem",
+        "hostname changed",
+        "date -s 2000-01-01; date +%Y | grep 2000",
+    ],
+)
+def test_what_a_container_may_not_do_fails(image: Path, script: str) -> None:
+    done = crun("--network", "none", "b:1", "sh", "-c", script)
+    assert done.returncode not in (0, 125, 126, 127), done.stdout
+
+
+def test_processes_of_the_host_cannot_be_seen_or_touched(image: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        done = crun("b:1", "sh", "-c", f"kill -9 {victim.pid}; cat /proc/{victim.pid}/environ; ls -d /proc/[0-9]*")
+        assert victim.poll() is None
+        assert len(done.stdout.split()) <= 3, "its own alone"
+        victim.kill()
+
+
+def test_the_runtimes_program_is_not_changed_by_running_it(image: Path) -> None:
+    """CVE-2019-5736: the command is the runtime itself."""
+    runc = shutil.which("runc")
+    assert runc
+    before = hashlib.sha256(Path(runc).read_bytes()).hexdigest()
+    for command in (["/proc/self/exe", "init"], ["sh", "-c", "exec 9>>/proc/1/exe"], ["sh", "-c", "echo x > /proc/self/exe"]):
+        crun("b:1", *command)
+    assert hashlib.sha256(Path(runc).read_bytes()).hexdigest() == before
+
+
+def test_no_descriptor_is_leaked_by_any_way_in(image: Path) -> None:
+    """And nothing is reached by the descriptors of others: run, exec, in the background, with a terminal."""
+    fd = os.open("/etc", os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    try:
+        assert crun("b:1", "ls", "/proc/self/fd", pass_fds=(fd,)).stdout.split() == ["0", "1", "2", "3"]
+        subprocess.run(
+            [BIN / "crun", "run", "-d", "--name", "fds", "b:1", "sleep", "60"], pass_fds=(fd,), capture_output=True, check=True
+        )
+        done = subprocess.run(
+            [BIN / "crun", "exec", "fds", "ls", "/proc/self/fd"], pass_fds=(fd,), capture_output=True, check=True
+        )
+        assert done.stdout.split() == [b"0", b"1", b"2", b"3"]
+        assert subprocess.run(
+            [BIN / "crun", "exec", "fds", "ls", "/proc/1/fd"], capture_output=True, check=True
+        ).stdout.split() == [b"0", b"1", b"2"]
+        done = subprocess.run(
+            [BIN / "crun", "exec", "-t", "fds", "ls", "/proc/self/fd"], pass_fds=(fd,), capture_output=True, check=True
+        )
+        assert done.stdout.split() == [b"0", b"1", b"2", b"3"]
+        for where in ("/proc/self/fd/5", "/proc/self/cwd", "//proc/1/root"):
+            assert (
+                subprocess.run([BIN / "crun", "exec", "-w", where, "fds", "true"], capture_output=True, check=False).returncode
+                == 125
+            )
+    finally:
+        os.close(fd)
+        subprocess.run([BIN / "crun", "rm", "-f", "fds"], capture_output=True, check=True)
+
+
+def test_set_user_id_bits_count_unless_new_privileges_are_forbidden(home: Path, tmp_path: Path, cmd: Run) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    (tmp_path / "rootfs" / "bin" / "grep").unlink()
+    shutil.copy(tmp_path / "rootfs" / "bin" / "busybox", tmp_path / "rootfs" / "bin" / "grep")
+    (tmp_path / "rootfs" / "bin" / "grep").chmod(0o4755)
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "s:1").returncode == 0
+    run = ["crun", "run", "--rm", "--network", "none", "-u", "joe"]
+    look = ["s:1", "/bin/grep", "Uid:", "/proc/self/status"]
+    assert cmd(*run, *look).stdout.split()[1:3] in ([b"1000", b"0"], [b"1000", b"1000"])
+    assert cmd(*run, "--security-opt", "no-new-privileges", *look).stdout.split()[1:3] == [b"1000", b"1000"]
+    assert b"NoNewPrivs:\t1" in cmd(*run, "--security-opt", "no-new-privileges", "s:1", "cat", "/proc/self/status").stdout
+
+
+def test_links_of_the_image_lead_no_mount_out_of_it(home: Path, tmp_path: Path, cmd: Run) -> None:
+    """Targets of volumes, of /etc/resolv.conf and of the working directory are links to the host's paths."""
+    make_rootfs(tmp_path / "rootfs")
+    outside = tmp_path / "outside"
+    (outside / "sub").mkdir(parents=True)
+    (outside / "file").write_text("the host's")
+    up = "../../../../../../.."
+    for name, target in (
+        ("data", f"{up}{outside}"),
+        ("etc/resolv.conf", f"{up}{outside}/file"),
+        ("work", f"{up}{outside}/sub"),
+    ):
+        (tmp_path / "rootfs" / name).symlink_to(target)
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "h:1").returncode == 0
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "f").write_text("given")
+    script = "cat /data/f; echo new > /data/made; mkdir -p /work; cd /work; touch here; cat /etc/resolv.conf > /dev/null"
+    done = cmd("crun", "run", "--rm", "-v", f"{tmp_path}/given:/data", "-v", "vol:/work/deep", "h:1", "sh", "-c", script)
+    assert done.stdout == b"given", done.stderr
+    assert sorted(str(path.relative_to(outside)) for path in outside.rglob("*")) == ["file", "sub"]
+    assert (outside / "file").read_text() == "the host's" and (tmp_path / "given" / "made").exists()
+
+
+def test_a_volume_is_not_seeded_through_a_link(home: Path, tmp_path: Path, cmd: Run) -> None:
+    make_rootfs(tmp_path / "rootfs")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("secret")
+    (tmp_path / "rootfs" / "data").mkdir()
+    (tmp_path / "rootfs" / "data" / "in").symlink_to(f"{tmp_path}/secret")
+    (tmp_path / "rootfs" / "link").symlink_to(f"../../../../../../..{tmp_path}/secret")
+    assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "v:1").returncode == 0
+    for name in ("data", "link"):
+        assert cmd("crun", "run", "--rm", "--network", "none", "-v", f"{name}:/{name}", "v:1", "true").returncode == 0
+        kept = tmp_path / "state" / "volumes" / name / "_data"
+        assert not any(path.name == "key" for path in kept.iterdir())
+    assert os.readlink(tmp_path / "state" / "volumes" / "data" / "_data" / "in") == f"{tmp_path}/secret"
+
+
+def test_others_cannot_look_into_containers(image: Path) -> None:
+    subprocess.run(
+        [BIN / "crun", "run", "-d", "--name", "priv", "-e", "SECRET=x", "b:1", "sleep", "60"], capture_output=True, check=True
+    )
+    for path in (image / "state" / "containers", image / "state" / "names", image / "run" / "runc"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    for path in (image / "state" / "containers").glob("*/*.json"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    environment = {**os.environ, "SECRET": "x"}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        assert b"SECRET=x" not in words or b"crun" not in words, "secrets are in no arguments"
+    del environment
+    subprocess.run([BIN / "crun", "rm", "-f", "priv"], capture_output=True, check=True)
+
+
+def test_the_version_tells_runcs_and_warns_if_it_is_old(image: Path, tmp_path: Path) -> None:
+    for version, warns in (
+        ("1.1.5", True),
+        ("1.2.7", True),
+        ("1.2.8", False),
+        ("1.3.2", True),
+        ("1.3.3", False),
+        ("1.4.0", False),
+    ):
+        (tmp_path / "runc").write_text(f"#!/bin/sh\necho runc version {version}\n")
+        (tmp_path / "runc").chmod(0o755)
+        done = subprocess.run(
+            [BIN / "crun", "--version"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        )
+        assert f"runc version {version}" in done.stdout and ("CVE-2025-31133" in done.stderr) == warns, version
+
+
+def test_a_container_that_fills_its_processes_does_not_fill_the_hosts(image: Path) -> None:
+    done = crun("--pids-limit", "20", "b:1", "sh", "-c", "i=0; while [ $i -lt 100 ]; do sleep 5 & i=$((i+1)); done; echo all")
+    assert "all" not in done.stdout or "can't fork" in done.stderr
+    assert until(lambda: subprocess.run(["pgrep", "-xc", "busybox"], capture_output=True, check=False).stdout.strip() == b"0")
