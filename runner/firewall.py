@@ -7,7 +7,6 @@ Source: nft(8); iptables-extensions(8).
 from __future__ import annotations
 
 import os
-import subprocess
 
 from cafs.errors import CafsError, UnsupportedError
 
@@ -56,22 +55,29 @@ def _program(name: str) -> str | None:
     return None
 
 
-def _nft(text: str, *, may_fail: bool = False) -> bool:
-    program = _program("nft")
-    if program is None:
-        return False
-    done = subprocess.run([program, "-f", "-"], input=text, capture_output=True, text=True, check=False)
-    if done.returncode and not may_fail:
-        raise UnsupportedError(f"cannot set up address translation: {done.stderr.strip().partition(chr(10))[0]}")
-    return True
+def _call(words: list[str], text: str = "") -> tuple[int, str]:
+    """Run a program to its end; its exit code, and what it said."""
+    given, said = os.memfd_create("input", os.MFD_CLOEXEC), os.memfd_create("output", os.MFD_CLOEXEC)
+    try:
+        os.write(given, text.encode())
+        os.lseek(given, 0, os.SEEK_SET)
+        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((given, 0), (said, 1), (said, 2))]
+        child = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code, os.pread(said, 1 << 16, 0).decode(errors="replace")
+    finally:
+        os.close(given)
+        os.close(said)
+
+
+def _nft(text: str, *, may_fail: bool = False) -> None:
+    code, said = _call([str(_program("nft")), "-f", "-"], text)
+    if code and not may_fail:
+        raise UnsupportedError(f"cannot set up address translation: {said.strip().partition(chr(10))[0]}")
 
 
 def _has_table() -> bool:
-    program = _program("nft")
-    return (
-        bool(program)
-        and not subprocess.run([str(program), "list", "table", "ip", "cafs"], capture_output=True, check=False).returncode
-    )
+    return not _call([str(_program("nft")), "list", "table", "ip", "cafs"])[0]
 
 
 def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
@@ -101,7 +107,7 @@ def _let_through(link: str) -> None:
     program = _program("iptables")
     if program is None:
         return
-    policy = subprocess.run([program, "-S", "FORWARD"], capture_output=True, text=True, check=False).stdout
+    policy = _call([program, "-S", "FORWARD"])[1]
     if policy.startswith("-P FORWARD DROP") and f"-i {link} " not in policy:
         _iptables("-I", "FORWARD", "-i", link, "-j", "ACCEPT")
         _iptables("-I", "FORWARD", "-o", link, "-j", "ACCEPT")
@@ -124,11 +130,10 @@ def _make_chains() -> None:
 
 
 def _iptables(*words: str, may_fail: bool = False) -> bool:
-    program = _program("iptables")
-    done = subprocess.run([str(program), "-w", *words], capture_output=True, text=True, check=False)
-    if done.returncode and not may_fail:
-        raise UnsupportedError(f"cannot set up address translation: {done.stderr.strip().partition(chr(10))[0]}")
-    return not done.returncode
+    code, said = _call([str(_program("iptables")), "-w", *words])
+    if code and not may_fail:
+        raise UnsupportedError(f"cannot set up address translation: {said.strip().partition(chr(10))[0]}")
+    return not code
 
 
 def publish(ports: list[Port]) -> None:

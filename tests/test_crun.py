@@ -44,7 +44,7 @@ def test_what_cannot_be_run_is_126_and_what_is_not_there_127(image: Path, comman
         (["-u", "nobody", "b:1", "true"], "no user 'nobody'"),
         (["-v", "/a:b", "b:1", "true"], "is not SRC:DST[:ro]"),
         (["-w", "/proc/self/fd/7", "b:1", "true"], "working directory"),
-        (["--network", "bridge", "b:1", "true"], "unknown network"),
+        (["--network", "nowhere", "b:1", "true"], "no network"),
         (["-w", "//proc/self/fd/7", "b:1", "true"], "working directory"),
         (["-v", "/proc/nothing/x:/x", "b:1", "true"], "cannot use '/proc/nothing"),
         (["-u", "\u00b2", "b:1", "true"], "no user '\u00b2'"),
@@ -101,6 +101,8 @@ def test_the_image_is_writable_for_the_container_only(image: Path) -> None:
 
 def test_the_defaults_are_dockers(image: Path) -> None:
     done = crun(
+        "--network",
+        "none",
         "b:1",
         "sh",
         "-c",
@@ -322,7 +324,7 @@ def test_an_image_whose_etc_is_a_link_out_of_the_root_touches_nothing_of_the_hos
     done = cmd("crun", "run", "--rm", "-u", "joe", "b:1", "true")
     assert done.returncode == 125 and b"no user 'joe'" in done.stderr, "the host's passwd is not read"
     done = cmd("crun", "run", "--rm", "--hostname", "box", "b:1", "cat", "/etc/hosts")
-    assert done.returncode == 0 and b"127.0.1.1\tbox" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"\tbox " in done.stdout, done.stderr
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
 
 
