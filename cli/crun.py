@@ -141,5 +141,7 @@ def _ours(error: CafsError) -> CafsError:
 
 
 def entry() -> None:
-    """The console script."""
-    sys.exit(guarded(PROGRAM, lambda: main(sys.argv[1:])))
+    """The console script.  It ends without taking the interpreter apart, which takes 5 ms."""
+    code = guarded(PROGRAM, lambda: main(sys.argv[1:]))
+    sys.stderr.flush()
+    os._exit(code)

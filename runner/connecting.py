@@ -26,17 +26,6 @@ _PORT = re.compile(
 )
 
 
-def is_bridge(container: Container) -> bool:
-    """Whether it is on a network of ours."""
-    name = network_name(container)
-    return name not in ("none", "host") and not name.startswith("container:")
-
-
-def network_name(container: Container) -> str:
-    """none, host, container:X, or the name of a network."""
-    return container.value("network") or networks.DEFAULT
-
-
 def parse_ports(texts: list[str], exposed: list[str] | None = None) -> list[tuple[str, str, int, int]]:
     """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host or 0, port).  Raises UsageError."""
     found = []
@@ -74,7 +63,7 @@ def _range(text: str) -> list[int]:
 
 def connect(container: Container) -> str:
     """Make its network namespace and set it up; a path by which the runtime finds it, as long as we live.  Raises CafsError."""
-    network = networks.find(network_name(container))
+    network = networks.find(container.network)
     child, namespace, go = _new_namespace()
     veth = f"veth{container.id[:10]}"
     ports: list[Port] = []
@@ -200,11 +189,11 @@ def _ports_directory() -> str:
 
 def disconnect(container: Container) -> None:
     """Give back address and ports; the links went with the namespace.  May be done twice."""
-    if not is_bridge(container):
+    if not container.is_on_bridge:
         return
     about = container.state().get("network") or {}
     try:
-        network = networks.find(network_name(container))
+        network = networks.find(container.network)
     except CafsError:
         return  # it was removed
     with networks.locked():

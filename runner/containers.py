@@ -19,7 +19,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from runner.options import Options
+
 CREATED, RUNNING, EXITED = "created", "running", "exited"
+BRIDGE = "bridge"
 _LEFT = "amber bold brisk calm clear cosy crisp eager fair fleet fond gentle glad keen lucid mild neat quick quiet wise"
 _RIGHT = "alder aspen birch cedar elm fern finch heron ibis larch linden lynx marten otter plover robin rowan tern wren yew"
 _JSON_MAX = 1 << 24
@@ -39,6 +42,16 @@ class Container:
     @property
     def name(self) -> str:
         return str(self.asked["name"])
+
+    @property
+    def network(self) -> str:
+        """none, host, container:X, or the name of a network."""
+        return network_of(self)
+
+    @property
+    def is_on_bridge(self) -> bool:
+        """Whether it is on a network of ours."""
+        return is_bridge(self.network)
 
     def path(self, name: str) -> str:
         """Of a file or directory of its own."""
@@ -99,6 +112,16 @@ class Container:
         from runner import cgroups
 
         return "paused" if cgroups.is_frozen(self) else RUNNING
+
+
+def network_of(options: Options | Container) -> str:
+    """What --network means."""
+    return options.value("network") or BRIDGE
+
+
+def is_bridge(network: str) -> bool:
+    """Whether that is a network of ours, and not one of somebody else."""
+    return network not in ("none", "host") and not network.startswith("container:")
 
 
 def root() -> str:

@@ -10,7 +10,7 @@ import time
 from cafs import atomic, image, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from cafs.store import Store
-from runner import alive, cgroups, connecting, containers, mounts, networks, spec, volumes
+from runner import alive, cgroups, containers, mounts, spec, volumes
 from runner.containers import Container
 
 TYPE_CHECKING = False
@@ -121,9 +121,10 @@ def _image(root: str, options: Options) -> Any:
 
 def _check(options: Options) -> None:
     """What can be seen to be wrong before anything is made.  Raises UsageError, CafsError."""
-    network = options.value("network") or networks.DEFAULT
-    is_bridge = network not in ("none", "host") and not network.startswith("container:")
-    if is_bridge:
+    network = containers.network_of(options)
+    if containers.is_bridge(network):
+        from runner import networks
+
         networks.find(network)
     elif options.all("publish"):
         raise UsageError(f"-p needs a network of its own, not --network {network}")
@@ -174,6 +175,10 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
 
 def _ports(options: Options, config: dict[str, Any]) -> list[tuple[str, str, int, int]]:
     exposed = list(spec.section(config, "ExposedPorts")) if options.has("publish-all") else []
+    if not exposed and not options.all("publish"):
+        return []
+    from runner import connecting
+
     return connecting.parse_ports(options.all("publish"), exposed)
 
 

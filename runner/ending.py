@@ -6,7 +6,7 @@ import os
 import time
 
 from cafs import atomic, linux
-from runner import alive, cgroups, cleanup, connecting, containers, create, lower, starting
+from runner import alive, cgroups, cleanup, containers, create, lower, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ KILLED = 137
 def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
     """Kill what is left of it, and remove its cgroups, runtime state and mount; returns what state.json is to say of it."""
     cgroup = cgroups.path_for(container, container.id)
-    found = {"oom_killed": cgroups.was_oom_killed(cgroup), "usage": cgroups.usage(cgroup)}
+    found = {} if container.has("rm") else {"oom_killed": cgroups.was_oom_killed(cgroup), "usage": cgroups.usage(cgroup)}
     state = os.path.join(starting.runtime_root(), container.id)
     for _ in range(_DELETE_TRIES):
         if not os.path.exists(state):
@@ -31,7 +31,10 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         if has_ended and cleanup.remove_state(state):
             break
         starting.spawn([starting.find_runc(), "--root", starting.runtime_root(), "delete", "--force", container.id], [], [])
-    connecting.disconnect(container)
+    if container.is_on_bridge:
+        from runner import connecting
+
+        connecting.disconnect(container)
     try:
         linux.umount(container.path("rootfs"), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     except OSError:

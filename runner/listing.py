@@ -11,7 +11,7 @@ import time
 
 from cafs import atomic
 from cafs.errors import UsageError, quote
-from runner import alive, cgroups, connecting, containers, logs
+from runner import alive, cgroups, containers, logs
 from runner.create import duration
 
 TYPE_CHECKING = False
@@ -178,7 +178,7 @@ def document(container: Container) -> dict[str, Any]:
             "Healthcheck": asked["health"],
         },
         "HostConfig": {
-            "NetworkMode": connecting.network_name(container),
+            "NetworkMode": container.network,
             "RestartPolicy": {"Name": asked["restart"]["policy"], "MaximumRetryCount": asked["restart"]["most"]},
             "AutoRemove": container.has("rm"),
             "Privileged": container.has("privileged"),
@@ -203,7 +203,7 @@ def _network_settings(container: Container, state: dict[str, Any], status: str) 
     found: dict[str, list[dict[str, str]]] = {}
     for kind, at, number, _, inner in about.get("ports", []):
         found.setdefault(f"{inner}/{kind}", []).append({"HostIp": at or "0.0.0.0", "HostPort": str(number)})
-    name, address = connecting.network_name(container), about.get("address", "")
+    name, address = container.network, about.get("address", "")
     return {"IPAddress": address, "Ports": found, "Networks": {name: {"IPAddress": address}} if about else {}}
 
 

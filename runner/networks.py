@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from cafs import atomic, paths
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from runner import firewall
+from runner.containers import BRIDGE
 from runner.netlink import Netlink, has_link
 
 TYPE_CHECKING = False
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-DEFAULT = "bridge"
+DEFAULT = BRIDGE
 _DEFAULT_SUBNET, _DEFAULT_LINK = "10.87.0.0/16", "cafs0"
 _MORE = "10.88.0.0/16"
 _NAME = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")

@@ -11,7 +11,7 @@ import signal
 
 from cafs import atomic, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, quote
-from runner import connecting, containers, lower, mounts, networks, spec, users
+from runner import containers, lower, mounts, spec, users
 from runner.containers import Container
 
 TYPE_CHECKING = False
@@ -136,7 +136,9 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         everything.append(spec.bind(_find_init(), _INIT, "ro"))
         arguments = [_INIT, "--", *arguments]
     joined, devices = _joined(container), []
-    if connecting.is_bridge(container):
+    if container.is_on_bridge:
+        from runner import connecting
+
         joined["network"] = connecting.connect(container)
     if container.all("device") or container.value("gpus") or container.has("privileged"):
         from runner import devices as finding
@@ -146,8 +148,10 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         variables |= found.env
         user.groups += [gid for gid in found.groups if gid not in user.groups]
     _write_etc(container, hostname)
-    if connecting.is_bridge(container):
-        connecting.tell_neighbours(connecting.network_name(container), but=container.id)
+    if container.is_on_bridge:
+        from runner import connecting
+
+        connecting.tell_neighbours(container.network, but=container.id)
     document = spec.build(
         container, arguments=arguments, variables=variables, cwd=asked["cwd"], user=user, hostname=hostname,
         mounts=everything, devices=devices, joined=joined, is_386=asked["is_386"],
@@ -214,11 +218,18 @@ def hosts_of(container: Container) -> bytes:
     """Its /etc/hosts: itself, who is on its network, --add-host."""
     hostname = hostname_of(container)
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
-    lines += connecting.host_lines(container, hostname) or [f"127.0.1.1\t{hostname}"]
+    neighbours = []
+    if container.is_on_bridge:
+        from runner import connecting
+
+        neighbours = connecting.host_lines(container, hostname)
+    lines += neighbours or [f"127.0.1.1\t{hostname}"]
     for text in container.all("add-host"):
         name, separator, address = text.partition("=" if "=" in text else ":")
-        if address == "host-gateway" and connecting.is_bridge(container):
-            address = networks.find(connecting.network_name(container)).gateway
+        if address == "host-gateway" and container.is_on_bridge:
+            from runner import networks
+
+            address = networks.find(container.network).gateway
         if not separator or not name or not _is_address(address):
             raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
         lines.append(f"{address.strip('[]')}\t{name}")
@@ -246,7 +257,9 @@ def _resolv(container: Container) -> bytes:
         lines = [f"nameserver {server}" for server in servers]
         lines += [f"search {' '.join(domains)}"] * bool(domains) + [f"options {' '.join(options)}"] * bool(options)
         return "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
-    if connecting.is_bridge(container):
+    if container.is_on_bridge:
+        from runner import connecting
+
         return connecting.resolvers()
     try:
         return atomic.read_file("/etc/resolv.conf", 1 << 16) if container.value("network") == "host" else b""
