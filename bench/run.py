@@ -2,7 +2,8 @@
 
 usage: run.py TREE [RUNS]    from the top of the project; works in $CAFS_BENCH (default /var/tmp/cafs-bench)
 
-Needs root.  docker and ctr are measured if dockerd and containerd are installed: both are started here, on directories of their own.
+Needs root.  docker and ctr are measured if dockerd and containerd are installed: both are started here, on directories of
+their own.
 """
 
 import contextlib
@@ -76,7 +77,8 @@ def daemons(base: str) -> Iterator[bool]:
         "--pidfile",
         f"{base}/docker.pid",
     ]
-    settings = f'version = 2\nroot = "{base}/ctd"\nstate = "{base}/containerd"\n[grpc]\n address = "{base}/containerd/containerd.sock"\n'
+    settings = f'version = 2\nroot = "{base}/ctd"\nstate = "{base}/containerd"\n'
+    settings += f'[grpc]\n address = "{base}/containerd/containerd.sock"\n'
     with open(f"{base}/containerd.toml", "w") as file:
         file.write(settings)
     containerd = subprocess.Popen(["containerd", "--config", f"{base}/containerd.toml"], stdout=log, stderr=log)
