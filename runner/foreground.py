@@ -47,7 +47,8 @@ class Foreground:
 
     def __init__(self, container: Container) -> None:
         self.container = container
-        self._guard = self._pipe = -1
+        self._guard = self._pipe = self._host = -1
+        self._is_left = False
 
     def run(self) -> int:
         """Start it, wait, give everything back."""
@@ -55,19 +56,44 @@ class Foreground:
         container, code, error = self.container, 125, ""
         has_ended, low = False, None
         try:
+            self._host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             low = starting.get_lower(container)
             code = self._run(starting.prepare(container, low))
             has_ended = True
+        except _Left as left:
+            self._hand_over(left.master, low.lock if low else -1)
+            return 0
         except CafsError as failure:
             code, error = failure.exit_code if isinstance(failure, starting.Refused) else 125, str(failure)
             raise
         finally:
-            more = ending.take_down(container, has_ended=has_ended)
-            ending.settle(container, code, error=error, **more)
-            if low:
-                low.let_go()
-            self._end_guard()
+            if not self._is_left:
+                more = ending.take_down(container, has_ended=has_ended)
+                ending.settle(container, code, error=error, **more)
+                if low:
+                    low.let_go()
+                self._end_guard(b"d")
         return code
+
+    def _hand_over(self, master: int, lower: int) -> None:
+        """The keys that leave a terminal were typed: the container goes on, with a monitor instead of us."""
+        from runner import launching
+
+        container = self.container
+        pidfd = container.pidfd()
+        self._is_left = True
+        container.asked["foreground"] = False
+        container.save()
+        self._end_guard(b"h")
+        child = os.fork()
+        if child:
+            return
+        try:
+            launching.leave_terminal()
+            fds = {"terminal": master, "process": -1 if pidfd is None else pidfd, "host": self._host, "lower": lower}
+            launching.become_monitor(container, fds)
+        finally:
+            os._exit(1)
 
     def _start_guard(self) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -90,15 +116,18 @@ class Foreground:
 
     def _watch(self, pipe: int) -> None:
         """In the guard.  Each step is done whatever becomes of the one before."""
-        is_done = bool(os.read(pipe, 1))
+        said = os.read(pipe, 1)
+        if said == b"h":
+            return  # it has a monitor now
+        is_done = bool(said)
         if not is_done:
             more: dict[str, Any] = {}
             _quietly(lambda: more.update(ending.take_down(self.container, has_ended=False)))
             _quietly(lambda: ending.settle(self.container, ending.KILLED, error="crun was killed", **more))
         _quietly(lambda: ending.release(self.container, is_sudden=not is_done))
 
-    def _end_guard(self) -> None:
-        os.write(self._pipe, b"d")
+    def _end_guard(self, word: bytes) -> None:
+        os.write(self._pipe, word)
         os.close(self._pipe)
         os.waitpid(self._guard, 0)
 
@@ -120,7 +149,13 @@ class Foreground:
         deadline = _Deadline(pid, container.asked["timeout_s"])
         if console:
             master = console.receive()
-            stdio.run_terminal(master, interactive, log)
+            detacher = None
+            if interactive and os.isatty(0):
+                from runner.joining import Detacher, keys
+
+                detacher = Detacher(keys(container.value("detach-keys")))
+            if not stdio.run_terminal(master, interactive, log, detacher):
+                raise _Left(master)
             os.close(master)
         _, status = os.waitpid(pid, 0)
         forward.stop()
@@ -134,6 +169,14 @@ class Foreground:
                 raise os_error("cannot write what the command printed", error) from error
         code = os.waitstatus_to_exitcode(status)
         return 128 - code if code < 0 else code
+
+
+class _Left(Exception):
+    """Its terminal was left by the keys for that."""
+
+    def __init__(self, master: int) -> None:
+        super().__init__()
+        self.master = master
 
 
 class _Deadline:

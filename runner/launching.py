@@ -48,17 +48,22 @@ def launch(container: Container) -> None:
 def _become_another(container: Container, writer: int) -> None:
     """In the child.  Never returns."""
     try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.chdir("/")
+        leave_terminal()
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         _start(container, host, writer)
     except BaseException as error:  # the only way out of this process
         _tell(writer, error)
     finally:
         os._exit(1)
+
+
+def leave_terminal() -> None:
+    """Nothing of the caller's session is ours any more."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.chdir("/")
 
 
 def _tell(writer: int, error: BaseException) -> None:
@@ -129,11 +134,7 @@ def succeed(container: Container) -> None:
     try:
         if os.fork():
             os._exit(0)
-        os.setsid()
-        os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
+        leave_terminal()
         pidfd = containers.open_process(container.state())
         descriptors = stdio.reopen(container.directory) | {"process": -1 if pidfd is None else pidfd}
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

@@ -303,6 +303,36 @@ def test_a_terminal_can_be_left_by_its_keys_and_attached_again(image: Path, keys
     ok("rm", "-f", "tty")
 
 
+@pytest.mark.parametrize("flags", [(), ("--rm",)])
+def test_a_foreground_terminal_that_is_left_goes_on_in_the_background(image: Path, flags: tuple[str, ...]) -> None:
+    master, slave = pty.openpty()
+    command = [BIN / "crun", "run", *flags, "-it", "--name", "left", "--network", "none", "b:1", "sh"]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as child:
+        os.close(slave)
+        os.write(master, b"echo a$((40+2))z\n")
+        read_until(master, b"a42z")
+        os.write(master, b"\x10\x11")
+        assert child.wait(20) == 0
+    os.close(master)
+    assert state("left")["Running"] is True
+    assert ok("exec", "left", "echo", "on") == "on\n"
+    identity = json.loads(ok("inspect", "left"))["Id"]
+    assert len(monitors(identity)) == 1
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [BIN / "crun", "attach", "left"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    ) as child:
+        os.close(slave)
+        os.write(master, b"exit 5\n")
+        assert child.wait(20) == 5
+    os.close(master)
+    if flags:
+        assert until(lambda: ok("ps", "-aq") == "")
+    else:
+        assert ok("wait", "left") == "5\n" and "a42z" in ok("logs", "left")
+        ok("rm", "left")
+
+
 def test_a_terminal_gets_the_size_of_ours(image: Path) -> None:
     import fcntl
     import struct
