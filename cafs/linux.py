@@ -104,6 +104,18 @@ def _configure(fs: int, command: int, key: str | None, value: str | None) -> Non
         raise OSError(number, "; ".join(said) or os.strerror(number), key)
 
 
+def close_on_exec() -> None:
+    """close_range(2): whatever our caller had open is not for the programs that we become or start."""
+    close_range_cloexec = 4
+    if _libc.syscall(436, 3, ctypes.c_uint(0xFFFF_FFFF), close_range_cloexec) < 0:
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if int(name) > 2:
+                    os.set_inheritable(int(name), False)
+            except OSError:
+                continue  # the listing's own
+
+
 def tee(source: int, target: int, size: int) -> int:
     """tee(2), without waiting: copy from one pipe to another what stays in it; how many bytes.  Raises BlockingIOError."""
     non_block = 2

@@ -101,10 +101,11 @@ def main(arguments: list[str]) -> int:
             near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
             raise UsageError(f"unknown command '{verb}'", hint=f"did you mean {near[0]}?" if near else "crun --help")
         flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 2}.get(verb, 0)
-    if rest[:1] in (["-h"], ["--help"]) or (verb not in ("run", "create", "exec") and "--help" in rest):
+    is_strict = verb in ("run", "exec", "create")
+    asked = {"--help"} if verb in ("run", "create") else {"-h", "--help"}  # -h is their --hostname
+    if asked & set(rest[:1] if is_strict else rest):
         sys.stdout.write(_help(verb))
         return 0
-    is_strict = verb in ("run", "exec", "create")
     try:
         return _call(verb, parse(rest, flags, aliases, verb=verb, stop_at=stop_at))
     except (UnsupportedError, BrokenPipeError):

@@ -17,6 +17,7 @@ HEAD = struct.Struct(">cI")
 _FRAME_MAX = 1 << 20
 _BACKLOG_MAX = 8 << 20
 _PIECE = 1 << 16
+_INPUT_MAX = 1 << 20
 
 
 class Attachments:
@@ -25,6 +26,10 @@ class Attachments:
     def __init__(self, directory: str, input_fd: int, is_terminal: bool) -> None:
         self._input = input_fd
         self._is_terminal = is_terminal
+        self._unsent = bytearray()
+        self._is_over = False
+        if input_fd >= 0:
+            os.set_blocking(input_fd, False)
         self._clients: dict[int, _Client] = {}
         self._socket = socket.socket(socket.AF_UNIX)
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -44,8 +49,27 @@ class Attachments:
     def register(self, poll: select.poll) -> None:
         """What to wait for."""
         poll.register(self._socket, select.POLLIN)
+        takes_input = len(self._unsent) < _INPUT_MAX  # what the container does not read waits with who sends it
         for fd, one in self._clients.items():
-            poll.register(fd, select.POLLIN | (select.POLLOUT if one.unsent else 0))
+            poll.register(fd, (select.POLLIN if takes_input else 0) | (select.POLLOUT if one.unsent else 0))
+
+    @property
+    def input_waits(self) -> int:
+        """A descriptor into which there is something to be written, -1 if there is nothing."""
+        return self._input if self._unsent else -1
+
+    def feed(self) -> None:
+        """Write what the container is to read, as much as goes."""
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._input, self._unsent[:_PIECE])]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()  # nobody reads it any more
+        if self._is_over and not self._is_terminal:
+            os.close(self._input)
+            self._input = -1
 
     def serve(self, ready: dict[int, int]) -> None:
         """Accept, read and write what is ready."""
@@ -109,27 +133,10 @@ class Attachments:
 
             rows, columns = struct.unpack(">HH", body)
             fcntl.ioctl(self._input, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        elif kind == b"i" and self._input >= 0:
-            self._write(body)
-        elif kind == b"e" and self._input >= 0:
-            if self._is_terminal:
-                self._write(b"\x04")
-            else:
-                os.close(self._input)
-                self._input = -1
-
-    def _write(self, data: bytes) -> None:
-        """Input of the container; a container that does not read keeps the others waiting for at most a second."""
-        poll = select.poll()
-        poll.register(self._input, select.POLLOUT)
-        os.set_blocking(self._input, False)
-        while data and poll.poll(1000):
-            try:
-                data = data[os.write(self._input, data) :]
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
+        elif self._input >= 0 and not self._is_over and kind in (b"i", b"e"):
+            self._unsent += body if kind == b"i" else b"\x04" if self._is_terminal else b""
+            self._is_over = kind == b"e" and not self._is_terminal
+            self.feed()
 
 
 class _Client:

@@ -196,6 +196,15 @@ def processes(cgroup: str) -> list[int]:
     return sorted({int(pid) for path in directories(cgroup) for pid in _read(path, "cgroup.procs").split()})
 
 
+def kill_processes(cgroup: str) -> None:
+    """Send KILL to all that is in it."""
+    for pid in processes(cgroup):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
 def kill(cgroup: str) -> None:
     """Kill all that is in it, and remove it."""
     for path in directories(cgroup):

@@ -81,9 +81,8 @@ def connect(container: Container) -> str:
                 ports = _take_ports(container, address)
                 firewall.publish(ports)
             except BaseException:
-                firewall.unpublish(ports)
+                _give_back_ports(container.id)
                 networks.give_back(network, container.id)
-                _drop_ports(container.id)
                 raise
         os.write(go, f"{address} {network.subnet.prefixlen} {network.gateway}".encode())
     except OSError as error:
@@ -146,7 +145,7 @@ def _take_ports(container: Container, address: str) -> list[Port]:
     os.makedirs(_ports_directory(), mode=0o700, exist_ok=True)
     for kind, at, outer, inner in container.asked["ports"]:
         for number in [outer] if outer else _RANDOM_PORTS:
-            if _take_port(container.id, kind, at, number):
+            if _take_port(container.id, (kind, at, number, address, inner)):
                 found.append((kind, at, number, address, inner))
                 break
             if outer:
@@ -156,8 +155,9 @@ def _take_ports(container: Container, address: str) -> list[Port]:
     return found
 
 
-def _take_port(container: str, kind: str, at: str, number: int) -> bool:
-    """Whether nobody of ours, and no process of the host, has it; noted then."""
+def _take_port(container: str, port: Port) -> bool:
+    """Whether nobody of ours, and no process of the host, has it; noted then, with all that is needed to give it back."""
+    kind, at, number, address, inner = port
     taken = paths.listed(_ports_directory())
     mine = f"{kind}-{number}-{at}"
     if any(name.startswith(f"{kind}-{number}-") and (name == mine or not at or name.endswith("-")) for name in taken):
@@ -169,17 +169,22 @@ def _take_port(container: str, kind: str, at: str, number: int) -> bool:
             probe.bind((at, number))
         except OSError:
             return False
-    atomic.replace_hint(os.path.join(_ports_directory(), mine), container.encode(), 0o600)
+    note = f"{container} {address} {inner}"
+    atomic.replace_hint(os.path.join(_ports_directory(), mine), note.encode(), 0o600)
     return True
 
 
-def _drop_ports(container: str) -> None:
+def _give_back_ports(container: str) -> None:
+    """Those that are its own, and no others, whatever it had once; under the lock."""
     for name in paths.listed(_ports_directory()):
         path = os.path.join(_ports_directory(), name)
         try:
-            if atomic.read_file(path, 256) == container.encode():
+            holder, address, inner = atomic.read_file(path, 256).decode().split()
+            kind, number, at = name.split("-", 2)
+            if holder == container:
+                firewall.unpublish([(kind, at, int(number), address, int(inner))])
                 atomic.unlink_quietly(path)
-        except OSError:
+        except (OSError, ValueError):
             continue
 
 
@@ -191,16 +196,16 @@ def disconnect(container: Container) -> None:
     """Give back address and ports; the links went with the namespace.  May be done twice."""
     if not container.is_on_bridge:
         return
-    about = container.state().get("network") or {}
     try:
         network = networks.find(container.network)
     except CafsError:
         return  # it was removed
     with networks.locked():
         had_address = container.id in networks.leases(network).values()
-        firewall.unpublish([tuple(port) for port in about.get("ports", [])])
-        _drop_ports(container.id)
+        _give_back_ports(container.id)
         networks.give_back(network, container.id)
+    if container.state().get("network"):
+        container.note(network=None)
     if had_address:
         tell_neighbours(network.name, but=container.id)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SETTLE_S = 30.0
 _POLL_S = 0.01
+_POLL_MAX_S = 2_000_000.0
 
 
 def start(container: Container) -> None:
@@ -40,27 +41,35 @@ def start(container: Container) -> None:
 
 def stop(container: Container, seconds: int | None, text: str | None = None) -> None:
     """Ask it to end, kill it after a while, and wait until all of it is given back.  Raises CafsError."""
+    number = containers.signal_number(text) if text else int(container.asked["stop_signal"])
+    wait_s = container.asked["stop_timeout_s"] if seconds is None else seconds
     with open(container.path("stopped"), "wb"):
         pass  # not to be started again by its monitor
-    fd = container.pidfd()
-    if fd is not None:
+    deadline = time.monotonic() + _SETTLE_S
+    while (fd := container.pidfd()) is not None or alive.is_watched(container.id):
+        if fd is None:
+            if time.monotonic() > deadline:
+                raise BusyError(f"container {quote(container.name)} does not end")
+            time.sleep(_POLL_S)  # it is being started, or all of it is given back just now
+            continue
         try:
-            number = containers.signal_number(text) if text else int(container.asked["stop_signal"])
             _send(container, fd, number)
-            wait_s = container.asked["stop_timeout_s"] if seconds is None else seconds
             if not _has_ended(fd, wait_s if wait_s >= 0 else None):
                 _send(container, fd, signal.SIGKILL)
                 _has_ended(fd, _SETTLE_S)
         finally:
             os.close(fd)
-    settled(container)
+        deadline = time.monotonic() + _SETTLE_S
+        if not alive.is_watched(container.id):
+            break
+    ending.tidy()
     containers.event(container, "stop")
 
 
 def _has_ended(pidfd: int, seconds: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else int(seconds * 1000)))
+    return bool(poll.poll(None if seconds is None else int(min(seconds, _POLL_MAX_S) * 1000)))
 
 
 def _send(container: Container, pidfd: int, number: int) -> None:
@@ -70,16 +79,6 @@ def _send(container: Container, pidfd: int, number: int) -> None:
             cgroups.freeze(container, is_on=False)
     except ProcessLookupError:
         pass
-
-
-def settled(container: Container) -> None:
-    """Wait until its watcher has noted its end.  Raises BusyError."""
-    deadline = time.monotonic() + _SETTLE_S
-    while alive.is_watched(container.id):
-        if time.monotonic() > deadline:
-            raise BusyError(f"container {quote(container.name)} does not end")
-        time.sleep(_POLL_S)
-    ending.tidy()
 
 
 def kill(container: Container, text: str) -> None:
@@ -150,6 +149,7 @@ def remove(container: Container, *, force: bool, with_volumes: bool) -> None:
     if lock is None:
         raise BusyError(f"container {quote(container.name)} is being started")
     container.lock = lock
+    ending.take_down(container, has_ended=False)
     if not with_volumes:
         for one in container.asked["mounts"]:
             one.pop("anonymous", None)

@@ -6,9 +6,13 @@ A container that runs is frozen meanwhile.  One that does not is mounted for the
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import stat
 import sys
 import tarfile
+import tempfile
+from contextlib import contextmanager
 
 from cafs import linux
 from cafs.errors import CafsError, NotFound, UsageError, os_error, quote
@@ -17,7 +21,8 @@ from runner.treecopy import Copier, add_to_tar, extract_tar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import IO
 
     from runner.containers import Container
     from runner.options import Options
@@ -35,7 +40,11 @@ def copy(options: Options) -> None:
         _with_root(container, lambda root: _copy_out(root, path, target, keep=keep, follow=follow))
     elif other is not None:
         container, path = containers.find(other[0]), other[1]
-        _with_root(container, lambda root: _copy_in(root, source, path, keep=keep, follow=follow))
+        with tempfile.TemporaryFile() as archive:
+            if source == "-":  # before it stands still: who sends may be slow
+                shutil.copyfileobj(sys.stdin.buffer, archive, 1 << 20)
+                archive.seek(0)
+            _with_root(container, lambda root: _copy_in(root, source, path, archive, keep=keep, follow=follow))
 
 
 def _split(text: str) -> tuple[str, str] | None:
@@ -51,19 +60,40 @@ def _with_root(container: Container, work: Callable[[int], None]) -> None:
     pidfd = containers.open_process(state)
     if pidfd is not None:
         os.close(pidfd)
-        was_frozen = cgroups.is_frozen(container)
-        try:
-            cgroups.freeze(container, is_on=True)
+        with _frozen(container):
             root = os.open(f"/proc/{state['pid']}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 work(root)
             finally:
                 os.close(root)
-        finally:
-            if not was_frozen:
-                cgroups.freeze(container, is_on=False)
         return
     _in_child(container, work)
+
+
+@contextmanager
+def _frozen(container: Container) -> Iterator[None]:
+    """It stands still meanwhile.  A child lets it go on when we end, however that is."""
+    if cgroups.is_frozen(container):
+        yield
+        return
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        try:
+            os.close(writer)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            os.read(reader, 1)
+            cgroups.freeze(container, is_on=False)
+        finally:
+            os._exit(0)
+    os.close(reader)
+    try:
+        cgroups.freeze(container, is_on=True)
+        yield
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
 
 
 def _in_child(container: Container, work: Callable[[int], None]) -> None:
@@ -120,14 +150,14 @@ def _copy_out(root: int, path: str, target: str, *, keep: bool, follow: bool) ->
         os.close(parent)
 
 
-def _copy_in(root: int, source: str, path: str, *, keep: bool, follow: bool) -> None:
+def _copy_in(root: int, source: str, path: str, archive: IO[bytes], *, keep: bool, follow: bool) -> None:
     if source == "-":
         try:
             top = linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise os_error(f"cannot extract to {quote(path)}", error) from error
         try:
-            extract_tar(sys.stdin.buffer, top)
+            extract_tar(archive, top)
         finally:
             os.close(top)
         return

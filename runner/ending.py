@@ -84,8 +84,10 @@ def tidy() -> None:
                 launching.succeed(container)
                 continue
         if state["status"] == containers.CREATED and not container.asked["foreground"] and not container.has("detach"):
-            alive.forget(identity)  # made, to be started some time
+            take_down(container, has_ended=False)  # a start may have been cut off
+            release(container)  # made, to be started some time
         elif state["status"] == containers.EXITED and not container.has("rm"):
+            take_down(container, has_ended=False)
             release(container)
         else:
             more = take_down(container, has_ended=pidfd is None)

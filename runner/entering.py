@@ -39,8 +39,8 @@ def enter(container: Container, options: Options) -> int:
         os.rmdir(directory)
 
 
-def _process(container: Container, options: Options, pid: int) -> tuple[dict[str, Any], int]:
-    """process.json, and the uid it runs as; users and programs are looked up in the container as it is now."""
+def _process(container: Container, options: Options, pid: int) -> dict[str, Any]:
+    """process.json; users and programs are looked up in the container as it is now."""
     arguments = options.words[1:]
     if not arguments:
         raise UsageError("COMMAND is missing", hint="crun exec [FLAG]... CONTAINER COMMAND [ARGUMENT]...")
@@ -64,18 +64,34 @@ def _process(container: Container, options: Options, pid: int) -> tuple[dict[str
         raise starting.Refused(f"cannot run {quote(arguments[0])}: it is not an executable file", 126)
     held = spec.granted_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
     effective = held if user.uid == 0 else []
-    return base | {
+    changed: dict[str, Any] = {
         "terminal": options.has("tty"),
         "args": arguments,
         "cwd": cwd,
         "env": [f"{name}={value}" for name, value in variables.items()],
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
         "capabilities": {"bounding": held, "effective": effective, "permitted": effective},
-    }, user.uid
+    }
+    return {**base, **changed}
+
+
+def null_of(pid: int) -> int:
+    """/dev/null of a container, opened.  Raises CafsError if it is something else there."""
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = linux.open_in_root(root, "/dev/null", os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        raise CafsError(f"cannot open '/dev/null' of the container: {error.strerror}") from error
+    finally:
+        os.close(root)
+    if os.fstat(fd).st_rdev != os.makedev(1, 3):
+        os.close(fd)
+        raise CafsError("'/dev/null' of the container is something else")
+    return fd
 
 
 def _run(container: Container, options: Options, directory: str, init: int) -> int:
-    process, uid = _process(container, options, init)
+    process = _process(container, options, init)
     if options.has("tty"):
         process["env"] += [] if any(word.startswith("TERM=") for word in process["env"]) else ["TERM=xterm"]
     path = os.path.join(directory, "process.json")
@@ -86,14 +102,16 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     console = stdio.Console(directory) if options.has("tty") and not is_detached else None
     if is_detached and options.has("tty"):
         raise UsageError("-t needs somebody to hold the terminal: not with -d")
-    streams = None if console or is_detached else stdio.Streams(options.has("interactive"), uid)
+    streams = None if console or is_detached else stdio.Streams(options.has("interactive"))
     log = os.path.join(directory, "runc.log")
     arguments = [starting.find_runc(), "--root", starting.runtime_root(), "--log", log, "--log-format", "json"]
     arguments += ["exec", "--detach", "--process", path, "--pid-file", os.path.join(directory, "pid")]
     if console:
         arguments += ["--console-socket", f"/proc/self/fd/{console.directory}/console"]
-    child, inherit = streams.child if streams else [], [console.directory] if console else []
+    null = null_of(init)  # for the host's would be theirs to change
+    child, inherit = streams.child if streams else [null] * 3, [console.directory] if console else []
     status = starting.spawn([*arguments, container.id], child, inherit)
+    os.close(null)
     if streams:
         streams.started()
     if status:

@@ -35,6 +35,10 @@ table ip cafs {
     ip saddr @subnets oifname @bridges ct status dnat masquerade
     ip saddr @subnets oifname != @bridges masquerade
   }
+  chain guard {
+    type filter hook prerouting priority raw;
+    iifname @bridges ip daddr 127.0.0.0/8 drop
+  }
   chain forward {
     type filter hook forward priority filter;
     ct status dnat accept
@@ -89,11 +93,24 @@ def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
     elif _program("iptables"):
         _make_chains()
         _iptables("-t", "nat", "-A", "CAFS-POST", "-s", str(subnet), "!", "-o", link, "-j", "MASQUERADE")
+        _iptables("-t", "raw", "-I", "PREROUTING", "-i", link, "-d", "127.0.0.0/8", "-j", "DROP")
         _iptables("-t", "nat", "-A", "CAFS-POST", "-s", "127.0.0.0/8", "-o", link, "-j", "MASQUERADE")
         _iptables("-t", "nat", "-A", "CAFS-POST", "-s", str(subnet), "-d", str(subnet), "-o", link, "-j", "MASQUERADE")
     else:
         raise UnsupportedError("neither nft nor iptables is here")
     _let_through(link)
+
+
+def _make_anew() -> None:
+    """The table, where somebody has flushed all rules, with the bridges that there are; a port that nobody has goes."""
+    from runner import networks
+    from runner.netlink import has_link
+
+    if not _has_table():
+        _nft(_TABLE)
+        for one in networks.every():
+            if has_link(one.link):
+                _nft(_elements("add", one.link, one.subnet))
 
 
 def _elements(verb: str, link: str, subnet: ipaddress.IPv4Network) -> str:
@@ -141,10 +158,15 @@ def publish(ports: list[Port]) -> None:
     if not ports:
         return
     if _program("nft"):
+        text = "".join(f"add element ip cafs {_element(port)}\n" for port in ports)
         try:
-            _nft("".join(f"add element ip cafs {_element(port)}\n" for port in ports))
-        except UnsupportedError as error:
-            raise CafsError(str(error)) from None
+            _nft(text)
+        except UnsupportedError:
+            _make_anew()
+            try:
+                _nft(text)
+            except UnsupportedError as error:
+                raise CafsError(str(error)) from None
         return
     for port in ports:
         _iptables("-t", "nat", "-A", "CAFS-PORTS", *_rule(port))

@@ -12,7 +12,7 @@ import time
 
 from cafs import linux
 from cafs.errors import CafsError, UnsupportedError, os_error
-from runner import containers, create, ending, logs, starting, stdio
+from runner import cgroups, containers, create, ending, logs, starting, stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def run(options: Options) -> int:
     """Run a command in an image; returns its exit code.  Raises CafsError before it started."""
     if os.geteuid():
         raise UnsupportedError("crun needs root in this version", hint="run it with sudo")
+    linux.close_on_exec()
     starting.find_runc()
     ending.tidy()
     is_foreground = not options.has("detach")
@@ -58,7 +59,8 @@ class Foreground:
         try:
             self._host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             low = starting.get_lower(container)
-            code = self._run(starting.prepare(container, low))
+            starting.prepare(container, low)
+            code = self._run()
             has_ended = True
         except _Left as left:
             self._hand_over(left.master, low.lock if low else -1)
@@ -131,7 +133,7 @@ class Foreground:
         os.close(self._pipe)
         os.waitpid(self._guard, 0)
 
-    def _run(self, uid: int) -> int:
+    def _run(self) -> int:
         container = self.container
         forward = Forwarder()
         has_terminal, interactive = container.has("tty"), container.has("interactive")
@@ -139,7 +141,7 @@ class Foreground:
         if not container.has("rm") and container.asked["log"]["driver"] != "none":
             log = logs.Log(container.path("log"), container.asked["log"]["max_size"], container.asked["log"]["max_files"])
         console = stdio.Console(container.directory) if has_terminal else None
-        streams = None if console else stdio.Streams(interactive, uid, log)
+        streams = None if console else stdio.Streams(interactive, log)
         pid = starting.start(container, streams, console.directory if console else -1)
         if not container.has("rm"):
             container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
@@ -160,6 +162,8 @@ class Foreground:
         _, status = os.waitpid(pid, 0)
         forward.stop()
         deadline.stop()
+        if container.value("pid"):  # processes may outlive the first, and hold what we wait for
+            cgroups.kill_processes(cgroups.path_for(container, container.id))
         if streams:
             try:
                 streams.drain()
@@ -188,14 +192,12 @@ class _Deadline:
             fd = os.pidfd_open(pid)
             self._child = os.fork()
             if not self._child:
-                linux._libc.prctl(starting._PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                import select
-
-                poll = select.poll()
-                poll.register(fd, select.POLLIN)
-                poll.poll(seconds * 1000)
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-                os._exit(0)
+                try:
+                    linux._libc.prctl(starting._PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                    time.sleep(seconds)
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                finally:
+                    os._exit(0)
             os.close(fd)
 
     def stop(self) -> None:

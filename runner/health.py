@@ -9,7 +9,9 @@ import signal
 import time
 
 from cafs import atomic
+from cafs.errors import CafsError
 from runner import starting
+from runner.entering import null_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ class Health:
         self.began = time.time()
         self.next_s = self.began + self.check["interval_s"]
         self._child = 0
-        self._pidfd = -1
+        self._pidfd = self._output_fd = -1
+        self._output = b""
         self._started = 0.0
         self._is_late = False
         self._streak = 0
@@ -42,47 +45,83 @@ class Health:
         atomic.replace_hint(self.container.path("health.json"), json.dumps(process).encode(), 0o600)
 
     def register(self, poll: select.poll) -> None:
-        """What to wait for: the end of a check."""
-        if self._pidfd >= 0:
-            poll.register(self._pidfd, select.POLLIN)
+        """What to wait for: what a check prints, and its end."""
+        for fd in (self._pidfd, self._output_fd):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+
+    def serve(self, ready: dict[int, int]) -> None:
+        """Keep the beginning of what it prints."""
+        if self._output_fd in ready:
+            try:
+                data = os.read(self._output_fd, 1 << 16)
+            except BlockingIOError:
+                return
+            self._output = (self._output + data)[:_OUTPUT_MAX]
+            if not data:
+                os.close(self._output_fd)
+                self._output_fd = -1
 
     def tick(self) -> None:
         """Begin a check, or end one that takes too long, if it is time."""
         if time.time() < self.next_s:
             return
-        if self._child:
+        if self._pidfd >= 0:
             self._is_late = True
-            os.kill(self._child, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except OSError:
+                pass
             self.next_s = time.time() + 1
             return
-        self._begin()
+        try:
+            self._begin()
+        except (OSError, CafsError):
+            self.next_s = time.time() + self.check["interval_s"]  # it is ending, or there is no room for a process
 
     def _begin(self) -> None:
-        path = self.container.path("health.out")
-        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        arguments = [starting.find_runc(), "--root", starting.runtime_root(), "exec"]
-        arguments += ["--process", self.container.path("health.json"), self.container.id]
+        """By runc exec in the background, which ends at once: the check is our child then, and can be killed."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        null = -1
         try:
-            actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2)]
-            self._child = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=actions)
+            null = null_of(int(self.container.state()["pid"]))
+            pid_path = self.container.path("health.pid")
+            atomic.unlink_quietly(pid_path)
+            arguments = [starting.find_runc(), "--root", starting.runtime_root(), "exec", "--detach", "--pid-file", pid_path]
+            arguments += ["--process", self.container.path("health.json"), self.container.id]
+            code = starting.spawn(arguments, [null, writer, writer], [])
         finally:
-            os.close(out)
-            os.close(null)
-        self._pidfd = os.pidfd_open(self._child)
-        self._started, self._is_late = time.time(), False
+            os.close(writer)
+            if null >= 0:
+                os.close(null)
+        self._started, self._is_late, self._output = time.time(), False, b""
+        os.set_blocking(reader, False)
+        self._output_fd = reader
         self.next_s = self._started + self.check["timeout_s"]
+        if code:
+            self._note(code)
+            return
+        self._child = int(atomic.read_file(pid_path, 64))
+        self._pidfd = os.pidfd_open(self._child)
 
     def ended(self, pid: int, status: int) -> None:
         """A child of the monitor has ended: note it if it was the check."""
-        if pid != self._child:
-            return
-        os.close(self._pidfd)
-        self._child, self._pidfd = 0, -1
-        code = -1 if self._is_late else os.waitstatus_to_exitcode(status)
-        output = atomic.read_file(self.container.path("health.out"), 1 << 24)[:_OUTPUT_MAX].decode(errors="replace")
+        if pid == self._child:
+            self._note(os.waitstatus_to_exitcode(status))
+
+    def _note(self, code: int) -> None:
+        while self._output_fd >= 0 and len(self._output) < _OUTPUT_MAX:
+            before = len(self._output)
+            self.serve({self._output_fd: select.POLLIN})
+            if len(self._output) == before:
+                break
+        for fd in (self._pidfd, self._output_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._child, self._pidfd, self._output_fd = 0, -1, -1
+        output = self._output.decode(errors="replace")
         if self._is_late:
-            output = f"the check took longer than {self.check['timeout_s']:g} s"
+            code, output = -1, f"the check took longer than {self.check['timeout_s']:g} s"
         now = time.time()
         self.next_s = now + self.check["interval_s"]
         self._log = [*self._log, {"start_s": self._started, "end_s": now, "exit_code": code, "output": output}][-_KEPT:]

@@ -92,9 +92,12 @@ def join(container: Container, connection: socket.socket, *, with_input: bool, d
         while True:
             for fd, _ in poll.poll():
                 if fd == connection.fileno():
-                    data = connection.recv(_PIECE)
+                    try:
+                        data = connection.recv(_PIECE)
+                    except OSError:
+                        data = b""
                     if not data:
-                        return None
+                        return _code(container)
                     received += data
                     code = _take(received)
                     if code is not None:
@@ -127,11 +130,15 @@ def _pass_input(connection: socket.socket, detacher: Detacher, poll: select.poll
     except OSError:
         data = b""
     passed, is_over = detacher.feed(data)
-    if passed:
-        connection.sendall(HEAD.pack(b"i", len(passed)) + passed)
-    if not data:
-        poll.unregister(0)
-        connection.sendall(HEAD.pack(b"e", 0))
+    try:
+        if passed:
+            connection.sendall(HEAD.pack(b"i", len(passed)) + passed)
+        if not data:
+            poll.unregister(0)
+            connection.sendall(HEAD.pack(b"e", 0))
+    except OSError:
+        if data:
+            poll.unregister(0)  # it has ended; what it has said last is still to be read
     return not is_over
 
 
@@ -142,3 +149,46 @@ def _send_size(connection: socket.socket) -> None:
             connection.sendall(HEAD.pack(b"r", 4) + struct.pack(">HH", *size))
         except OSError:
             pass  # it has ended, as the reader will see
+
+
+def follow(container: Container, since_ns: int) -> int:
+    """Print what it logs from then on, to its end; its exit code.  Nothing is missed, however short it is."""
+    from runner import alive, logs
+
+    for when, stream, data in logs.follow(container.path("log"), lambda: not alive.is_watched(container.id)):
+        if when >= since_ns:
+            atomic.write_all(2 if stream == "stderr" else 1, data)
+    return _code(container) or 0
+
+
+def feed_and_follow(container: Container, since_ns: int) -> int:
+    """The same, while a child passes our standard input."""
+    child = os.fork()
+    if not child:
+        try:
+            connection = connect(container)
+            while data := os.read(0, _PIECE):
+                connection.sendall(HEAD.pack(b"i", len(data)) + data)
+            connection.sendall(HEAD.pack(b"e", 0))
+            while connection.recv(_PIECE):  # so that it stays attached until the end
+                pass
+        except (OSError, CafsError):
+            pass  # it has ended
+        finally:
+            os._exit(0)
+    try:
+        return follow(container, since_ns)
+    finally:
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(child, 0)
+
+
+def _code(container: Container) -> int | None:
+    """Its exit code once its watcher has noted it; None if nobody knows."""
+    from runner import control
+
+    text = control.wait(container)
+    return int(text) if text.isdigit() else None

@@ -153,6 +153,10 @@ def main(identity: str, lock: int, host: int) -> None:
     for fd in (lock, host):
         os.set_inheritable(fd, False)
     container.lock = lock
+    if os.path.exists(container.path("stopped")):
+        container.note(restarting=False)
+        ending.release(container)
+        return
     container.note(restarts=container.state().get("restarts", 0) + 1)
     _start(container, host, -1)
 

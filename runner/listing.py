@@ -309,7 +309,7 @@ def show_logs(container: Container, options: Options) -> None:
     path = container.path("log")
     if options.has("follow"):
         skip = _LastLines(path, tail)
-        for when, stream, data in _followed(container, path):
+        for when, stream, data in logs.follow(path, lambda: not alive.is_watched(container.id)):
             kept = skip.cut(data)
             if kept and when >= since and (until is None or when <= until):
                 printer.write(when, stream, kept)
@@ -319,14 +319,6 @@ def show_logs(container: Container, options: Options) -> None:
         kept = skip.cut(data)
         if kept and when >= since and (until is None or when <= until):
             printer.write(when, stream, kept)
-
-
-def _followed(container: Container, path: str) -> Iterator[logs.Record]:
-    older = [f"{path}.{number}" for number in range(100, 0, -1) if os.path.exists(f"{path}.{number}")]
-    for one in older:
-        with open(one, "rb") as file:
-            yield from filter(None, map(logs.decode, file))
-    yield from logs.follow(path, lambda: not alive.is_watched(container.id))
 
 
 class _LastLines:
@@ -369,10 +361,12 @@ def events(options: Options) -> None:
     since = moment(options.value("since") or "0")
     until = moment(str(options.value("until"))) if options.value("until") else None
     wanted = dict(text.partition("=")[::2] for text in options.all("filter"))
-    path, at = containers.events_path(), 0
+    path, at, inode = containers.events_path(), 0, 0
     while True:
         try:
             with open(path, "rb") as file:
+                at = at if os.fstat(file.fileno()).st_ino == inode else 0  # it was begun anew
+                inode = os.fstat(file.fileno()).st_ino
                 file.seek(at)
                 for line in file:
                     at += len(line)
@@ -399,25 +393,45 @@ def diff(container: Container) -> None:
         targets = {one["destination"] for one in config["mounts"]}
     except (OSError, ValueError, KeyError):
         targets = set()
+    shown: list[tuple[str, str]] = []
     made = targets | {os.path.dirname(target) for target in targets}  # by the runtime, to mount on
-    shown: list[str] = []
-    for kind, path in sorted(_changes(container.path("upper"), "/"), key=lambda pair: pair[1], reverse=True):
-        if path not in made or any(below.partition(" ")[2].startswith(path + "/") for below in shown):
-            shown.append(f"{kind} {path}\n")
-    sys.stdout.write("".join(reversed(shown)))
+    for kind, path in sorted(_changes(container.path("upper")), key=lambda pair: pair[1], reverse=True):
+        if path not in made or any(below.startswith(path + "/") for _, below in shown):
+            shown.append((kind, path))
+    for kind, path in reversed(shown):
+        sys.stdout.write(f"{kind} {quote(path)[1:-1]}\n")  # a name must not look like another line
 
 
-def _changes(directory: str, path: str) -> Iterator[tuple[str, str]]:
-    """Of an upper directory of overlayfs: a character device 0:0 is a removal; what is from below says so (overlay.origin)."""
-    for entry in os.scandir(directory):
-        status = entry.stat(follow_symlinks=False)
-        where = os.path.join(path, entry.name)
-        if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
-            yield "D", where
-            continue
-        yield ("C" if _has_origin(entry.path) else "A"), where
-        if entry.is_dir(follow_symlinks=False):
-            yield from _changes(entry.path, where)
+def _changes(upper: str) -> Iterator[tuple[str, str]]:
+    """Of an upper directory of overlayfs: a character device 0:0 is a removal; what is from below says so (overlay.origin).
+
+    By descriptors, however deep: the container may put links where directories were.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(upper, flags)
+    levels = [("/", fd, iter(os.listdir(fd)))]
+    try:
+        while levels:
+            top, fd, names = levels[-1]
+            name = next(names, None)
+            if name is None:
+                os.close(levels.pop()[1])
+                continue
+            where = os.path.join(top, name)
+            try:
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                    yield "D", where
+                    continue
+                yield ("C" if _has_origin(f"/proc/self/fd/{fd}/{name}") else "A"), where
+                if stat.S_ISDIR(status.st_mode):
+                    inner = os.open(name, flags, dir_fd=fd)
+                    levels.append((where, inner, iter(os.listdir(inner))))
+            except OSError:
+                continue  # it was changed just now
+    finally:
+        for _, fd, _ in levels:
+            os.close(fd)
 
 
 def _has_origin(path: str) -> bool:

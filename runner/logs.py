@@ -13,9 +13,12 @@ import time
 
 from cafs import atomic
 
+_FILES_MAX = 100
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import IO
 
     Record = tuple[int, str, bytes]  # nanoseconds since 1970, stream, bytes
 
@@ -54,16 +57,21 @@ class Log:
             self._rotate()
 
     def _rotate(self) -> None:
+        """Where that cannot be done it goes on in the same file."""
+        try:
+            for number in range(self._max_files - 1, 0, -1):
+                older = f"{self.path}.{number - 1}" if number > 1 else self.path
+                try:
+                    os.rename(older, f"{self.path}.{number}")
+                except FileNotFoundError:
+                    continue
+            if self._max_files == 1:
+                os.unlink(self.path)
+            new = self._open()
+        except OSError:
+            return
         os.close(self._fd)
-        for number in range(self._max_files - 1, 0, -1):
-            older = f"{self.path}.{number - 1}" if number > 1 else self.path
-            try:
-                os.rename(older, f"{self.path}.{number}")
-            except FileNotFoundError:
-                continue
-        if self._max_files == 1:
-            os.unlink(self.path)
-        self._fd = self._open()
+        self._fd = new
 
 
 def stamp(ns: int) -> str:
@@ -82,7 +90,7 @@ def parse_stamp(text: str) -> int:
 
 def read(path: str) -> Iterator[Record]:
     """All records, the oldest first; a last one that is not whole is left out."""
-    for number in range(100, -1, -1):
+    for number in range(_FILES_MAX, -1, -1):
         try:
             with open(f"{path}.{number}" if number else path, "rb") as file:
                 for line in file:
@@ -102,42 +110,63 @@ def decode(line: bytes) -> Record | None:
         return None
 
 
-def follow(path: str, is_over: object, pause_s: float = 0.05) -> Iterator[Record]:
-    """Records from now on, also after the file was rotated, until IS_OVER() and nothing is left."""
+def follow(path: str, is_over: Callable[[], bool], pause_s: float = 0.05) -> Iterator[Record]:
+    """All records, the oldest first, and those that come, also when files are rotated, until IS_OVER() and nothing is left."""
     file, rest = None, b""
     try:
         while True:
-            ended = is_over()  # type: ignore[operator]
+            ended = is_over()
             if file is None:
-                try:
-                    file = open(path, "rb")
-                except FileNotFoundError:
+                file = _open_oldest(path)
+                if file is None:
                     if ended:
                         return
                     time.sleep(pause_s)
                     continue
+            newer = _newer(file.fileno(), path)  # asked before the end is read: nothing is added after that
             is_any = False
             while chunk := file.read(1 << 16):
                 is_any = True
                 *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    if record := decode(line):
-                        yield record
-            if not is_any:
-                if _is_rotated(file.fileno(), path):
-                    file.close()
-                    file, rest = None, b""
-                elif ended:
+                yield from filter(None, map(decode, lines))
+            if newer:
+                file.close()
+                file, rest = newer, b""
+            elif not is_any:
+                if ended:
                     return
-                else:
-                    time.sleep(pause_s)
+                time.sleep(pause_s)
     finally:
         if file is not None:
             file.close()
 
 
-def _is_rotated(fd: int, path: str) -> bool:
-    try:
-        return os.stat(path).st_ino != os.fstat(fd).st_ino
-    except FileNotFoundError:
-        return False
+def _open_oldest(path: str) -> IO[bytes] | None:
+    for number in range(_FILES_MAX, -1, -1):
+        try:
+            return open(f"{path}.{number}" if number else path, "rb")
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _newer(fd: int, path: str) -> IO[bytes] | None:
+    """The file that comes after an open one, None if that is the one that grows.  Looks again if it was rotated meanwhile."""
+    mine = os.fstat(fd).st_ino
+    for _ in range(_FILES_MAX):
+        try:
+            if os.stat(path).st_ino == mine:
+                return None
+            for number in range(1, _FILES_MAX + 1):
+                if os.stat(f"{path}.{number}").st_ino != mine:
+                    continue
+                found = open(f"{path}.{number - 1}" if number > 1 else path, "rb")
+                if os.stat(f"{path}.{number}").st_ino == mine:
+                    return found
+                found.close()
+                break
+        except FileNotFoundError:
+            pass
+        if not os.path.exists(path):
+            return None  # just being rotated, or removed
+    return _open_oldest(path)  # it is gone itself: what is left begins with the oldest

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.1, 60.0
 _STEADY_S = 10.0
 _GONE_POLL_S = 0.2
+_IDLE_S = 3600.0
 
 
 class Monitor:
@@ -67,20 +68,29 @@ class Monitor:
         while process >= 0:
             poll = select.poll()
             poll.register(process, select.POLLIN)
-            if not self.attachments.are_full:
-                for fd in self.sources:
-                    poll.register(fd, select.POLLIN)
+            waits = self.attachments.input_waits
+            for fd in self.sources.keys() | {waits} - {-1}:
+                reads = fd in self.sources and not self.attachments.are_full
+                poll.register(fd, (select.POLLIN if reads else 0) | (select.POLLOUT if fd == waits else 0))
             self.attachments.register(poll)
             if self.health:
                 self.health.register(poll)
             ready = dict(poll.poll(self._wait_ms()))
-            for fd in [fd for fd in ready if fd in self.sources]:
+            if ready.get(waits, 0) & select.POLLOUT:
+                self.attachments.feed()
+            for fd in [fd for fd in ready if fd in self.sources and ready[fd] & ~select.POLLOUT]:
                 self._pass_on(fd)
             self.attachments.serve(ready)
+            if self.health:
+                self.health.serve(ready)
             self._check_time()
             self._reap()
             if process in ready:
                 break
+        if self.container.value("pid"):  # processes may outlive the first, and write for ever
+            from runner import cgroups
+
+            cgroups.kill_processes(cgroups.path_for(self.container, self.container.id))
         for fd in list(self.sources):
             while fd in self.sources and self._pass_on(fd):
                 pass
@@ -88,7 +98,8 @@ class Monitor:
 
     def _wait_ms(self) -> int:
         ends = [one for one in (self.deadline, self.health.next_s if self.health else None) if one is not None]
-        return max(int((min(ends) - time.time()) * 1000) + 1, 0) if ends else 60_000
+        left_s = min(ends) - time.time() if ends else _IDLE_S
+        return int(min(max(left_s, 0), _IDLE_S) * 1000) + 1
 
     def _check_time(self) -> None:
         if self.deadline is not None and time.time() >= self.deadline:

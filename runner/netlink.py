@@ -5,6 +5,7 @@ Sources: rtnetlink(7), netlink(7), include/uapi/linux/{rtnetlink,if_link,if_addr
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -15,6 +16,7 @@ _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
 _ERROR = 2
 _AF_BRIDGE = 7
 _UP = 1
+_SIOCGIFFLAGS = 0x8913
 _HEAD = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
 _ADDR = struct.Struct("=BBBBI")
@@ -32,6 +34,16 @@ def has_link(name: str) -> bool:
         return True
     except OSError:
         return False
+
+
+def is_up(name: str) -> bool:
+    """Whether there is a link of that name, up (SIOCGIFFLAGS, netdevice(7))."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFFLAGS, struct.pack("=16s24x", name.encode()))
+        except OSError:
+            return False
+    return bool(struct.unpack_from("=H", answer, 16)[0] & _UP)
 
 
 class Netlink:
@@ -61,9 +73,9 @@ class Netlink:
                 return
 
     def add_bridge(self, name: str) -> None:
-        """Make a bridge, up."""
+        """Make a bridge."""
         kind = _attribute(_LINKINFO, _attribute(_INFO_KIND, b"bridge"))
-        self._ask(_NEWLINK, _CREATE | _EXCL, _LINK.pack(0, 0, 0, _UP, _UP) + _attribute(_IFNAME, _name(name)) + kind)
+        self._ask(_NEWLINK, _CREATE | _EXCL, _LINK.pack(0, 0, 0, 0, 0) + _attribute(_IFNAME, _name(name)) + kind)
 
     def add_veth(self, name: str, bridge: str, peer: str, namespace: int) -> None:
         """Make a pair: NAME, up, on a bridge here; PEER in the network namespace of a descriptor."""

@@ -17,7 +17,7 @@ from cafs import atomic, paths
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from runner import firewall
 from runner.containers import BRIDGE
-from runner.netlink import Netlink, has_link
+from runner.netlink import Netlink, has_link, is_up
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -128,20 +128,29 @@ def remove(name: str) -> None:
 
 def ensure(network: Network) -> None:
     """Make the bridge and what belongs to it, if it is not there; under the lock.  Raises UnsupportedError."""
-    if has_link(network.link):
+    if is_up(network.link):
         return
     hint = "--network host or --network none"
     try:
         link = Netlink()
         try:
-            link.add_bridge(network.link)
-            link.add_address(network.link, network.gateway, network.subnet.prefixlen)
+            if not has_link(network.link):
+                link.add_bridge(network.link)
+            try:
+                link.add_address(network.link, network.gateway, network.subnet.prefixlen)
+            except FileExistsError:
+                pass  # who began was killed
         finally:
             link.close()
         for name, value in (("ip_forward", "1"), (f"conf/{network.link}/route_localnet", "1")):
             with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
                 file.write(value)
         firewall.add_bridge(network.link, network.subnet)
+        link = Netlink()
+        try:
+            link.set_up(network.link)  # last: that it is up means that all is done
+        finally:
+            link.close()
     except OSError as error:
         raise UnsupportedError(f"cannot make the bridge {network.link}: {error.strerror}", hint=hint) from error
     except UnsupportedError as error:

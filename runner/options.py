@@ -63,9 +63,7 @@ def _long(
     if name not in flags:
         raise UsageError(f"unknown flag {quote('--' + name)}", hint=_nearest(name, flags, verb))
     if flags[name][0] == SWITCH:
-        if equals and value not in ("true", "false"):
-            raise UsageError(f"flag '--{name}' is true or false, not {quote(value)}")
-        value = value or "true"
+        value = _truth(f"--{name}", value) if equals else "true"
     elif not equals:
         value = _next(left, f"--{name}")
     found.setdefault(name, []).append(value)
@@ -78,11 +76,20 @@ def _short(letters: str, left: Iterator[str], found: dict[str, list[str]], flags
             raise UsageError(f"unknown flag {quote('-' + letter)}", hint=f"crun {verb} --help")
         name = by_letter[letter]
         if flags[name][0] == SWITCH:
-            found.setdefault(name, []).append("true")
+            is_given = letters[at + 1 : at + 2] == "="
+            found.setdefault(name, []).append(_truth(f"-{letter}", letters[at + 2 :]) if is_given else "true")
+            if is_given:
+                return
             continue
         rest = letters[at + 1 :].removeprefix("=")
         found.setdefault(name, []).append(rest or _next(left, f"-{letter}"))
         return
+
+
+def _truth(flag: str, value: str) -> str:
+    if value.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise UsageError(f"flag '{flag}' is true or false, not {quote(value)}")
+    return "true" if value.lower() in ("true", "1", "t") else "false"
 
 
 def _next(left: Iterator[str], flag: str) -> str:

@@ -128,6 +128,8 @@ def _assign(found: dict[str, str], word: str) -> None:
         found[name] = value
     elif name in os.environ:
         found[name] = os.environ[name]
+    else:
+        found.pop(name, None)  # as the caller has none, the command has none
 
 
 def _env_file(path: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Standard streams of a container that runs detached from its runtime.
 
-Pipes and sockets are passed straight through.  A terminal (TIOCSTI would let the command type into it) or a regular file that
-is not the command's user's (runc would chown it) goes through a pipe and a thread.  With -t the command gets a terminal of its
-own, whose other end runc hands us over a socket.
+Pipes and sockets are passed straight through.  All else goes through a pipe and a thread: a terminal (TIOCSTI would let the
+command type into it), files and devices (the command could open them anew through /proc, and the runtime would chown them).
+
+With -t the command gets a terminal of its own, whose other end runc hands us over a socket.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import struct
 import termios
 from functools import partial
@@ -29,10 +29,14 @@ if TYPE_CHECKING:
     from runner.logs import Log
 
 
+_PIECE = 1 << 16
+_UNSENT_MAX = 1 << 20
+
+
 class Streams:
     """What runc gets as 0, 1, 2, and the threads that carry what cannot be passed."""
 
-    def __init__(self, interactive: bool, uid: int, log: Log | None = None) -> None:
+    def __init__(self, interactive: bool, log: Log | None = None) -> None:
         """log: where what it prints is kept; then it is always carried."""
         self.child: list[int] = []
         self._log = log
@@ -41,8 +45,8 @@ class Streams:
         self._failures: list[OSError] = []
         for fd in (0, 1, 2):
             if fd == 0 and not interactive:
-                self.child.append(self._own(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
-            elif _can_pass(fd, uid) and (fd == 0 or log is None):
+                self.child.append(self._own(_nothing()))
+            elif _can_pass(fd) and (fd == 0 or log is None):
                 self.child.append(fd)
             else:
                 self.child.append(self._relay(fd))
@@ -78,17 +82,19 @@ class Streams:
             raise error
 
 
-def _can_pass(fd: int, uid: int) -> bool:
-    """Whether the command may have the file itself: the runtime gives it to the command's user (fchown(2))."""
+def _can_pass(fd: int) -> bool:
+    """Whether the command may have the file itself: it can open what it has anew, for writing, and change its mode."""
     try:
-        status = os.fstat(fd)
-        name = os.readlink(f"/proc/self/fd/{fd}")
+        return os.readlink(f"/proc/self/fd/{fd}").startswith(("pipe:[", "socket:["))
     except OSError:
         return False
-    if os.isatty(fd):
-        return False
-    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
-    return status.st_uid == uid or is_null or name.startswith(("pipe:[", "socket:["))
+
+
+def _nothing() -> int:
+    """Something to read that is at its end: a pipe, for a device would be the host's."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.close(writer)
+    return reader
 
 
 def _copy(source: int, target: int, close_target: bool, failures: list[OSError], log: Callable[[bytes], None] | None) -> None:
@@ -177,34 +183,58 @@ def run_terminal(master: int, interactive: bool, log: Log | None = None, detache
     restore = raw_terminal(0) if interactive and os.isatty(0) else None
     _resize(master)
     signal.signal(signal.SIGWINCH, lambda *_: _resize(master))
-    poll = select.poll()
-    poll.register(master, select.POLLIN | select.POLLHUP)
-    if interactive:
-        poll.register(0, select.POLLIN | select.POLLHUP)
+    os.set_blocking(master, False)
     try:
-        while True:
-            for fd, _ in poll.poll():
-                try:
-                    data = os.read(fd, 1 << 16)
-                except OSError:
-                    data = b""
-                if fd == master:
-                    if not data:
-                        return True
-                    if log:
-                        log.write("stdout", data)
-                    atomic.write_all(1, data)
-                elif data:
-                    passed, is_over = detacher.feed(data) if detacher else (data, False)
-                    atomic.write_all(master, passed)
-                    if is_over:
-                        return False
-                else:
-                    poll.unregister(0)
-                    atomic.write_all(master, b"\x04")  # end of file, as a terminal says it
+        return _carry(master, interactive, log, detacher)
     finally:
+        signal.signal(signal.SIGWINCH, signal.SIG_IGN)
         if restore:
             restore()
+
+
+def _carry(master: int, interactive: bool, log: Log | None, detacher: Detacher | None) -> bool:
+    """The two directions do not wait for each other: a command that does not read may write, and the other way round."""
+    unsent, reads = bytearray(), interactive
+    while True:
+        poll = select.poll()
+        poll.register(master, select.POLLIN | (select.POLLOUT if unsent else 0))
+        if reads and len(unsent) < _UNSENT_MAX:
+            poll.register(0, select.POLLIN)
+        ready = dict(poll.poll())
+        if ready.get(master, 0) & select.POLLOUT:
+            try:
+                del unsent[: os.write(master, unsent[:_PIECE])]
+            except BlockingIOError:
+                pass
+            except OSError:
+                unsent.clear()
+        if ready.get(master, 0) & ~select.POLLOUT:
+            data = _read(master)
+            if data == b"":
+                return True
+            if data:
+                if log:
+                    log.write("stdout", data)
+                atomic.write_all(1, data)
+        if 0 in ready:
+            data = _read(0)
+            passed, is_over = detacher.feed(data or b"") if detacher else (data or b"", False)
+            unsent += passed
+            if is_over:
+                return False
+            if data == b"":
+                reads = False
+                unsent += b"\x04"  # end of file, as a terminal says it
+
+
+def _read(fd: int) -> bytes | None:
+    """b'' at the end, None if there is nothing now."""
+    try:
+        return os.read(fd, _PIECE)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def raw_terminal(fd: int) -> Callable[[], None]:
@@ -227,5 +257,8 @@ def window_size() -> tuple[int, int] | None:
 
 def _resize(master: int) -> None:
     size = window_size()
-    if size:
-        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    try:
+        if size:
+            fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    except OSError:
+        pass  # it has ended

@@ -79,9 +79,12 @@ class Copier:
 
     def _copy_attributes(self, source: int, target: int) -> None:
         status = os.fstat(source)
+        mode = stat.S_IMODE(status.st_mode)
         if self._keep_owner:
             os.fchown(target, status.st_uid, status.st_gid)
-        os.fchmod(target, stat.S_IMODE(status.st_mode))
+        else:
+            mode &= 0o1777  # set-user-id of another is not of ours
+        os.fchmod(target, mode)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -159,6 +162,9 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
             _clear(parent, name)
             os.symlink(member.linkname, name, dir_fd=parent)
             return
+        elif member.islnk():
+            _link(top, member.linkname, parent, name)
+            return
         else:
             return  # devices and the like are not for cp
         os.fchown(fd, member.uid, member.gid)
@@ -172,13 +178,27 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
 
 
 def _make_parents(top: int, parts: list[str]) -> int:
+    """The directory of a member, made where it is missing; links lead wherever they do below TOP."""
     fd = os.dup(top)
-    for part in parts:
+    for number, part in enumerate(parts, 1):
         try:
-            inner = linux.open_in_root(fd, part, os.O_RDONLY | os.O_DIRECTORY)
+            inner = linux.open_in_root(top, "/".join(parts[:number]), os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             os.mkdir(part, 0o755, dir_fd=fd)
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=fd)
         os.close(fd)
         fd = inner
     return fd
+
+
+def _link(top: int, target: str, parent: int, name: str) -> None:
+    """A hard link to what the archive has before; the target is looked up below TOP."""
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise CafsError(f"the archive links to {quote(target)}")
+    source = linux.open_in_root(top, "/".join(parts[:-1]) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _clear(parent, name)
+        os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(source)

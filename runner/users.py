@@ -47,6 +47,7 @@ def is_number(text: str) -> bool:
 def resolve(root: int, wanted: str, more: list[str] | None = None) -> User:
     """USER[:GROUP] by the image's own tables, and MORE groups.  A number is never looked up as a name.  Raises CafsError."""
     name, colon, group = (wanted or "0").partition(":")
+    name = name or "0"
     passwd = [row for row in read_table(root, "/etc/passwd") if len(row) >= 6 and is_number(row[2]) and is_number(row[3])]
     uid, row = _find(passwd, name, "user")
     gid = int(row[3]) if row else 0

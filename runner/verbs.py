@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
+from cafs import linux
 from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError
 from runner import containers, control, ending
 
@@ -30,6 +32,7 @@ def call(verb: str, options: Options) -> int:
         raise UsageError(f"crun {verb} takes {_FEW[verb]} argument{'s' * (_FEW[verb] > 1)}", hint=f"crun {verb} --help")
     if verb in ("ps", "events", "gc") and words:
         raise UsageError(f"crun {verb} takes no arguments", hint=f"crun {verb} --help")
+    linux.close_on_exec()
     ending.tidy()
     return _VERBS[verb](options)
 
@@ -69,8 +72,13 @@ def _start(options: Options) -> int:
 
     detach = joining.keys(options.value("detach-keys"))
     container = containers.find(options.words[0])
+    before = time.time_ns()
     control.start(container)
-    return _join(container, with_input=options.has("interactive"), detach=detach)
+    if container.has("tty") or container.asked["log"]["driver"] == "none":
+        return _join(container, with_input=options.has("interactive"), detach=detach)
+    if options.has("interactive") and container.has("interactive"):
+        return joining.feed_and_follow(container, before)
+    return joining.follow(container, before)
 
 
 def _join(container: Container, *, with_input: bool, detach: bytes) -> int:

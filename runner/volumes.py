@@ -5,6 +5,7 @@ A volume that is empty gets what the image has at its place, when a container th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -12,6 +13,7 @@ import time
 
 from cafs import atomic, linux, paths
 from cafs.errors import BusyError, NotFound, UsageError, quote
+from runner.cleanup import remove_directory, remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,27 +38,40 @@ def create(name: str = "", labels: dict[str, str] | None = None) -> str:
     is_anonymous = not name
     name = name or os.urandom(32).hex()
     check_name(name)
+    paths.make_private(root())  # what a container keeps in it, with whatever modes, is for nobody else
     directory = os.path.join(root(), name)
-    os.makedirs(root(), mode=0o711, exist_ok=True)
-    try:
-        os.mkdir(directory, 0o711)
-    except FileExistsError:
+    if os.path.isdir(directory):
         return name
+    new = os.path.join(root(), f".new.{os.urandom(8).hex()}")
+    os.mkdir(new, 0o700)
     about = {"name": name, "created_ns": time.time_ns(), "labels": labels or {}, "anonymous": is_anonymous}
-    atomic.replace_file(os.path.join(directory, "volume.json"), json.dumps(about, sort_keys=True).encode(), 0o600)
-    os.mkdir(os.path.join(directory, "_data"), 0o755)
+    atomic.replace_file(os.path.join(new, "volume.json"), json.dumps(about, sort_keys=True).encode(), 0o600)
+    os.mkdir(os.path.join(new, "_data"), 0o755)
+    try:
+        os.rename(new, directory)
+    except OSError:  # somebody was first
+        remove_tree(new)
     return name
 
 
 def ready(name: str, rootfs: int, image_path: str) -> str:
     """The directory of a volume, filled if it is new.  image_path: where, in the image; '' to leave it empty."""
     create(name)
-    data = os.path.join(root(), name, "_data")
-    os.makedirs(data, exist_ok=True)
-    if image_path and not os.listdir(data) and not os.path.exists(os.path.join(root(), name, "seeded")):
-        _seed(data, rootfs, image_path)
-        with open(os.path.join(root(), name, "seeded"), "wb"):
-            pass
+    directory = os.path.join(root(), name)
+    data, marker = os.path.join(directory, "_data"), os.path.join(directory, "seeded")
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if image_path and not os.path.exists(marker) and not os.listdir(data):
+            new = os.path.join(directory, "_data.new")
+            remove_tree(new)
+            os.mkdir(new, 0o755)
+            _seed(new, rootfs, image_path)
+            os.rename(new, data)  # over an empty directory
+            with open(marker, "wb"):
+                pass
+    finally:
+        os.close(lock)
     return data
 
 
@@ -155,8 +170,6 @@ def users(name: str) -> list[str]:
 
 def remove(name: str) -> None:
     """Raises NotFound, BusyError."""
-    from runner.cleanup import remove_directory
-
     load(name)
     if taken := users(name):
         raise BusyError(f"volume {quote(name)} is in use by container {quote(taken[0])}")
