@@ -232,7 +232,7 @@ def host_lines(container: Container, hostname: str) -> list[str]:
 
 def tell_neighbours(network: str, *, but: str) -> None:
     """Write the hosts files of all who are on a network anew, in place, for they are mounted."""
-    from runner.starting import hosts_of
+    from runner.etc import hosts
 
     for _, one in neighbours(network, but=but):
         try:
@@ -240,7 +240,7 @@ def tell_neighbours(network: str, *, but: str) -> None:
         except OSError:
             continue
         try:
-            atomic.write_all(fd, hosts_of(one))
+            atomic.write_all(fd, hosts(one))
         finally:
             os.close(fd)
 

@@ -8,7 +8,7 @@ import signal
 
 from cafs import atomic, linux
 from cafs.errors import CafsError, UsageError, quote
-from runner import containers, spec, starting, stdio, users
+from runner import containers, privileges, spec, starting, stdio, users
 from runner.foreground import Forwarder
 
 TYPE_CHECKING = False
@@ -62,7 +62,7 @@ def _process(container: Container, options: Options, pid: int) -> dict[str, Any]
         raise starting.Refused(f"cannot run {quote(arguments[0])}: not found in the container", 127)
     if reason:
         raise starting.Refused(f"cannot run {quote(arguments[0])}: it is not an executable file", 126)
-    held = spec.granted_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
+    held = privileges.granted_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
     effective = held if user.uid == 0 else []
     changed: dict[str, Any] = {
         "terminal": options.has("tty"),

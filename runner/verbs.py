@@ -168,20 +168,24 @@ def _inspect(options: Options) -> int:
     return 0
 
 
-def _show(name: str) -> Callable[[Options], int]:
-    def show(options: Options) -> int:
-        from runner import listing
+def _top(options: Options) -> int:
+    from runner import listing
 
-        getattr(listing, name)(containers.find(options.words[0]))
-        return 0
+    listing.top(containers.find(options.words[0]))
+    return 0
 
-    return show
+
+def _diff(options: Options) -> int:
+    from runner import changes
+
+    changes.diff(containers.find(options.words[0]))
+    return 0
 
 
 def _logs(options: Options) -> int:
-    from runner import listing
+    from runner import logview
 
-    listing.show_logs(containers.find(options.words[0]), options)
+    logview.show_logs(containers.find(options.words[0]), options)
     return 0
 
 
@@ -193,9 +197,9 @@ def _stats(options: Options) -> int:
 
 
 def _events(options: Options) -> int:
-    from runner import listing
+    from runner import logview
 
-    listing.events(options)
+    logview.events(options)
     return 0
 
 
@@ -253,9 +257,9 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "unpause": lambda options: _each(options, lambda one: control.pause(one, is_on=False)),
     "rename": _rename,
     "port": _port,
-    "top": _show("top"),
+    "top": _top,
     "stats": _stats,
-    "diff": _show("diff"),
+    "diff": _diff,
     "cp": _cp,
     "events": _events,
     "volume": _volume,

@@ -11,6 +11,7 @@ from cafs import chunks, image, pack
 from cafs.digest import checksum
 from cafs.errors import CorruptError, FormatError, UsageError
 from runner import options
+from runner.flags import ALIASES, RUN
 
 KIND = st.integers(0, 1)
 SHA = st.binary(min_size=32, max_size=32)
@@ -182,24 +183,29 @@ def test_any_bytes_are_no_manifest(data: bytes) -> None:
 WORDS = st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=12), max_size=8)
 
 
-@given(WORDS, st.sampled_from(sorted(options.FLAGS)))
+def parsed(words: list[str]) -> options.Options:
+    return options.parse(words, RUN, ALIASES, verb="run", stop_at=1)
+
+
+@given(WORDS, st.sampled_from(sorted(RUN)))
 def test_any_command_line_is_options_or_a_usage_error_and_the_commands_words_are_untouched(words: list[str], flag: str) -> None:
     try:
-        found = options.parse(words)
-        assert words[len(words) - len(found.command) :] == found.command
+        found = parsed(words)
+        command = found.words[1:]
+        assert words[len(words) - len(command) :] == command
     except UsageError:
         pass
-    value = [] if options.FLAGS[flag][0] == options.SWITCH else ["v"]
-    found = options.parse([f"--{flag}", *value, "image:1", *words])
-    assert (found.image, found.command) == ("image:1", words)
+    value = [] if RUN[flag][0] == options.SWITCH else ["v"]
+    found = parsed([f"--{flag}", *value, "image:1", *words])
+    assert found.words == ["image:1", *words]
     assert found.all(flag) == (value or ["true"])
 
 
 def test_flags_may_be_joined_and_have_values_as_dockers() -> None:
-    found = options.parse(["-it", "-e", "A=1", "-eB=2", "--env=C=3", "-w=/x", "--rm=false", "--", "i", "-e", "x"])
+    found = parsed(["-it", "-e", "A=1", "-eB=2", "--env=C=3", "-w=/x", "--rm=false", "--", "i", "-e", "x"])
     assert found.all("env") == ["A=1", "B=2", "C=3"] and found.value("workdir") == "/x"
     assert found.has("interactive") and found.has("tty") and not found.has("rm")
-    assert found.command == ["-e", "x"]
-    for wrong in (["-e"], ["--nothing", "i"], ["-Z", "i"], [], ["--rm=maybe", "i"]):
+    assert found.words == ["i", "-e", "x"]
+    for wrong in (["-e"], ["--nothing", "i"], ["-Z", "i"], ["--rm=maybe", "i"]):
         with pytest.raises(UsageError):
-            options.parse(wrong)
+            parsed(wrong)

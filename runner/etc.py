@@ -1,0 +1,91 @@
+"""/etc/hostname, /etc/hosts and /etc/resolv.conf of a container: written anew when it starts, mounted from its directory."""
+
+from __future__ import annotations
+
+import os
+
+from cafs import atomic
+from cafs.errors import UsageError, quote
+from runner import containers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+
+
+def hostname_of(container: Container) -> str:
+    """As it was asked for, else the beginning of the id; the host's where it shares that."""
+    is_hosts = "host" in (container.value("network"), container.value("uts"))
+    return container.value("hostname") or (os.uname().nodename if is_hosts else container.id[:12])
+
+
+def write(container: Container) -> None:
+    """All three, for a start.  Raises UsageError, CafsError."""
+    kind, _, other = (container.value("network") or "").partition(":")
+    if kind == "container":
+        container.asked["etc"] = containers.find(other).directory
+    for name, data in (
+        ("hostname", hostname_of(container).encode() + b"\n"),
+        ("hosts", hosts(container)),
+        ("resolv.conf", _resolv(container)),
+    ):
+        path = container.path(name)
+        atomic.unlink_quietly(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            atomic.write_all(fd, data)
+        finally:
+            os.close(fd)
+
+
+def hosts(container: Container) -> bytes:
+    """Its /etc/hosts: itself, who is on its network, --add-host."""
+    hostname = hostname_of(container)
+    lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
+    neighbours = []
+    if container.is_on_bridge:
+        from runner import connecting
+
+        neighbours = connecting.host_lines(container, hostname)
+    lines += neighbours or [f"127.0.1.1\t{hostname}"]
+    for text in container.all("add-host"):
+        name, separator, address = text.partition("=" if "=" in text else ":")
+        if address == "host-gateway" and container.is_on_bridge:
+            from runner import networks
+
+            address = networks.find(container.network).gateway
+        if not separator or not name or not _is_address(address):
+            raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
+        lines.append(f"{address.strip('[]')}\t{name}")
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def _is_address(text: str) -> bool:
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text.strip("[]"))
+            return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def _resolv(container: Container) -> bytes:
+    servers, domains, options = (container.all(name) for name in ("dns", "dns-search", "dns-option"))
+    for server in servers:
+        if not _is_address(server):
+            raise UsageError(f"--dns {quote(server)} is not an address")
+    if servers or domains or options:
+        lines = [f"nameserver {server}" for server in servers]
+        lines += [f"search {' '.join(domains)}"] * bool(domains) + [f"options {' '.join(options)}"] * bool(options)
+        return "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    if container.is_on_bridge:
+        from runner import connecting
+
+        return connecting.resolvers()
+    try:
+        return atomic.read_file("/etc/resolv.conf", 1 << 16) if container.value("network") == "host" else b""
+    except OSError:
+        return b""

@@ -1,0 +1,120 @@
+"""What has been: crun logs, and crun events."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from cafs import atomic
+from cafs.errors import UsageError, quote
+from runner import alive, containers, logs
+from runner.create import duration
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+    from runner.options import Options
+
+
+def moment(text: str) -> int:
+    """Nanoseconds since 1970 of 10m (ago), seconds since 1970, or RFC 3339.  Raises UsageError."""
+    try:
+        if text.replace(".", "", 1).isdigit():
+            return int(float(text) * 1e9)
+        if "T" in text or text.count("-") == 2:
+            return logs.parse_stamp(text if "T" in text else f"{text}T00:00:00Z")
+        return time.time_ns() - int(duration(text) * 1e9)
+    except (ValueError, UsageError):
+        raise UsageError(f"{quote(text)} is not a time", hint="10m, 2026-01-31T12:00:00Z, or seconds since 1970") from None
+
+
+def show_logs(container: Container, options: Options) -> None:
+    """Its output and errors, to ours."""
+    if container.asked["log"]["driver"] == "none":
+        raise UsageError(f"container {quote(container.name)} keeps no log", hint="it was made with --log-driver none")
+    since = moment(options.value("since") or "0")
+    until = moment(str(options.value("until"))) if options.value("until") else None
+    tail = options.value("tail")
+    if tail not in (None, "all") and not str(tail).isdigit():
+        raise UsageError(f"--tail is a number of lines, not {quote(str(tail))}")
+    printer = _Printer(with_time=options.has("timestamps"))
+    path = container.path("log")
+    if options.has("follow"):
+        skip = _LastLines(path, tail)
+        for when, stream, data in logs.follow(path, lambda: not alive.is_watched(container.id)):
+            kept = skip.cut(data)
+            if kept and when >= since and (until is None or when <= until):
+                printer.write(when, stream, kept)
+        return
+    skip = _LastLines(path, tail)
+    for when, stream, data in logs.read(path):
+        kept = skip.cut(data)
+        if kept and when >= since and (until is None or when <= until):
+            printer.write(when, stream, kept)
+
+
+class _LastLines:
+    """Leaves out all but the last TAIL lines of what is in a log now."""
+
+    def __init__(self, path: str, tail: str | None) -> None:
+        self.left = 0
+        if tail not in (None, "all"):
+            total, is_whole = 0, True
+            for _, _, data in logs.read(path):
+                total, is_whole = total + data.count(b"\n"), data.endswith(b"\n")
+            self.left = max(total + (not is_whole) - int(str(tail)), 0)
+
+    def cut(self, data: bytes) -> bytes:
+        """What is left of a record."""
+        while self.left and data:
+            _, newline, data = data.partition(b"\n")
+            self.left -= bool(newline)
+        return data
+
+
+class _Printer:
+    def __init__(self, *, with_time: bool) -> None:
+        self._with_time = with_time
+        self._is_new_line = {"stdout": True, "stderr": True}
+
+    def write(self, when: int, stream: str, data: bytes) -> None:
+        fd = 2 if stream == "stderr" else 1
+        if self._with_time:
+            mark = logs.stamp(when).encode() + b" "
+            lines = data.splitlines(keepends=True)
+            starts = [self._is_new_line.get(stream, True), *([True] * (len(lines) - 1))]
+            self._is_new_line[stream] = data.endswith(b"\n")
+            data = b"".join((mark if is_new else b"") + line for line, is_new in zip(lines, starts, strict=True))
+        atomic.write_all(fd, data)
+
+
+def events(options: Options) -> None:
+    """JSON lines."""
+    since = moment(options.value("since") or "0")
+    until = moment(str(options.value("until"))) if options.value("until") else None
+    wanted = dict(text.partition("=")[::2] for text in options.all("filter"))
+    path, at, inode = containers.events_path(), 0, 0
+    while True:
+        try:
+            with open(path, "rb") as file:
+                at = at if os.fstat(file.fileno()).st_ino == inode else 0  # it was begun anew
+                inode = os.fstat(file.fileno()).st_ino
+                file.seek(at)
+                for line in file:
+                    at += len(line)
+                    row = json.loads(line)
+                    names = row["event"], row["id"], row["id"][:12], row["name"]
+                    if (
+                        all(value in names for value in wanted.values())
+                        and row["time_ns"] >= since
+                        and (until is None or row["time_ns"] <= until)
+                    ):
+                        sys.stdout.write(json.dumps(row | {"time": logs.stamp(row["time_ns"])}, sort_keys=True) + "\n")
+        except (FileNotFoundError, ValueError):
+            pass
+        sys.stdout.flush()
+        if not options.has("follow") or (until is not None and time.time_ns() > until):
+            return
+        time.sleep(0.1)
