@@ -10,7 +10,7 @@ from cli._app import DEBUG, describe, guarded
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cafs.errors import CafsError
-    from runner.options import Options
+    from cafs.options import Options
 
 PROGRAM = "crun"
 OLDEST_RUNC = ((1, 2, 8), (1, 3, 3))
@@ -34,15 +34,15 @@ Full manual: man crun
 
 
 def _usage() -> str:
+    from cafs.options import row
     from runner.flags import VERBS
-    from runner.options import row
 
     return USAGE.format(rows="\n".join(row(f"  {verb}", text, 12) for verb, (_, text, _) in VERBS.items()))
 
 
 def _help(verb: str) -> str:
+    from cafs.options import usage
     from runner.flags import VERBS
-    from runner.options import usage
 
     words, text, flags = VERBS[verb]
     rows = f"\n{usage(flags)}\n" if flags else ""
@@ -87,13 +87,13 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb == "run":
+        from cafs.options import parse
         from runner.flags import ALIASES, RUN
-        from runner.options import parse
 
         flags, aliases, stop_at = RUN, ALIASES, 1
     else:
+        from cafs.options import parse
         from runner.flags import ALIASES, VERBS
-        from runner.options import parse
 
         if verb not in VERBS:
             import difflib
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(_help(verb))
         return 0
     try:
-        return _call(verb, parse(rest, flags, aliases, verb=verb, stop_at=stop_at))
+        return _call(verb, parse(rest, flags, aliases, program=f"crun {verb}", stop_at=stop_at))
     except (UnsupportedError, BrokenPipeError):
         raise
     except CafsError as error:

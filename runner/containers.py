@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from runner.options import Options
+    from cafs.options import Options
 
 CREATED, RUNNING, EXITED = "created", "running", "exited"
 BRIDGE = "bridge"

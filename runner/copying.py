@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import IO
 
+    from cafs.options import Options
     from runner.containers import Container
-    from runner.options import Options
 
 
 def copy(options: Options) -> None:

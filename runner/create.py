@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from runner.options import Options
+    from cafs.options import Options
 
 _STOP_TIMEOUT_S = 10
 _LOG_SIZE, _LOG_FILES = 128 << 20, 2

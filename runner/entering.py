@@ -15,8 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cafs.options import Options
     from runner.containers import Container
-    from runner.options import Options
 
 
 def enter(container: Container, options: Options) -> int:

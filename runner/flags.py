@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from runner.options import LIST, SWITCH, VALUE
+from cafs.options import LIST, SWITCH, VALUE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runner.options import Flag, Flags
+    from cafs.options import Flag, Flags
 
 _COMMAND, _FILES, _LIMITS, _SAFETY, _NET, _LIFE, _OURS = (
     "Command",

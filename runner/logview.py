@@ -14,8 +14,8 @@ from runner.create import duration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cafs.options import Options
     from runner.containers import Container
-    from runner.options import Options
 
 
 def moment(text: str) -> int:

@@ -10,8 +10,8 @@ from runner import containers, listing, networks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cafs.options import Options
     from runner.networks import Network
-    from runner.options import Options
 
 
 def call(options: Options) -> int:

@@ -14,8 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cafs.options import Options
     from runner.containers import Container
-    from runner.options import Options
 
 _FEW = {"logs": 1, "attach": 1, "top": 1, "diff": 1, "rename": 2, "cp": 2}
 _NONE_OK = ("ps", "stats", "events", "gc", "volume", "network")

@@ -10,7 +10,7 @@ from runner import listing, logs, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runner.options import Options
+    from cafs.options import Options
 
 
 def call(options: Options) -> int:

@@ -7,10 +7,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cafs import chunks, image, pack
+from cafs import chunks, image, options, pack
 from cafs.digest import checksum
 from cafs.errors import CorruptError, FormatError, UsageError
-from runner import options
 from runner.flags import ALIASES, RUN
 
 KIND = st.integers(0, 1)
@@ -184,7 +183,7 @@ WORDS = st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0"), 
 
 
 def parsed(words: list[str]) -> options.Options:
-    return options.parse(words, RUN, ALIASES, verb="run", stop_at=1)
+    return options.parse(words, RUN, ALIASES, program="crun run", stop_at=1)
 
 
 @given(WORDS, st.sampled_from(sorted(RUN)))

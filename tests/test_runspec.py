@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from cafs.errors import CafsError, UsageError
+from cafs.options import Options, parse
 from runner import cgroups, mounts, seccomp
 from runner.connecting import parse_ports
 from runner.containers import signal_number
 from runner.create import duration
 from runner.flags import ALIASES, RUN
 from runner.joining import Detacher, keys
-from runner.options import Options, parse
 from tests.conftest import BIN, Run
 from tests.crunning import crun, make_rootfs
 
@@ -29,7 +29,7 @@ DOCKERS = (
 
 
 def options(*words: str) -> Options:
-    return parse([*words, "i:1"], RUN, ALIASES, verb="run", stop_at=1)
+    return parse([*words, "i:1"], RUN, ALIASES, program="crun run", stop_at=1)
 
 
 def config(image: Path, *words: object) -> dict[str, object]:
@@ -274,14 +274,18 @@ def test_a_profile_of_the_users_is_resolved_by_its_conditions(tmp_path: Path) ->
 
 def test_flags_are_parsed_as_docker_parses_them() -> None:
     found = parse(
-        ["-it", "-eA=1", "-e", "B=2", "--name=x", "--rm=false", "img", "-e", "--rm"], RUN, ALIASES, verb="run", stop_at=1
+        ["-it", "-eA=1", "-e", "B=2", "--name=x", "--rm=false", "img", "-e", "--rm"],
+        RUN,
+        ALIASES,
+        program="crun run",
+        stop_at=1,
     )
     assert found.words == ["img", "-e", "--rm"] and found.all("env") == ["A=1", "B=2"] and found.value("name") == "x"
     assert found.has("interactive") and found.has("tty") and not found.has("rm")
-    assert parse(["--", "img", "x"], RUN, ALIASES, verb="run", stop_at=1).words == ["img", "x"]
+    assert parse(["--", "img", "x"], RUN, ALIASES, program="crun run", stop_at=1).words == ["img", "x"]
     for words in (["--rm=maybe", "i"], ["-e"], ["--nam", "x", "i"], ["-itZ", "i"]):
         with pytest.raises(UsageError):
-            parse(words, RUN, ALIASES, verb="run", stop_at=1)
+            parse(words, RUN, ALIASES, program="crun run", stop_at=1)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,11 @@ class Options:
         return self.flags.get(name, [])
 
 
-def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, verb: str, stop_at: int = 0) -> Options:
-    """Split flags from words.  stop_at: after so many words all that follows is words too; 0: never.  Raises UsageError."""
+def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, program: str, stop_at: int = 0) -> Options:
+    """Split flags from words.  Raises UsageError.
+
+    program: for hints.  stop_at: after so many words all that follows is words too; 0: never.
+    """
     found: dict[str, list[str]] = {}
     words: list[str] = []
     left = iter(arguments)
@@ -45,9 +48,9 @@ def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, verb: 
         if word == "--":
             words += left
         elif word.startswith("--"):
-            _long(word[2:], left, found, flags, aliases, verb)
+            _long(word[2:], left, found, flags, aliases, program)
         elif word.startswith("-") and word != "-":
-            _short(word[1:], left, found, flags, verb)
+            _short(word[1:], left, found, flags, program)
         else:
             words.append(word)
         if stop_at and len(words) >= stop_at:
@@ -56,12 +59,12 @@ def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, verb: 
 
 
 def _long(
-    word: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, aliases: dict[str, str], verb: str
+    word: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, aliases: dict[str, str], program: str
 ) -> None:
     name, equals, value = word.partition("=")
     name = aliases.get(name, name)
     if name not in flags:
-        raise UsageError(f"unknown flag {quote('--' + name)}", hint=_nearest(name, flags, verb))
+        raise UsageError(f"unknown flag {quote('--' + name)}", hint=_nearest(name, flags, program))
     if flags[name][0] == SWITCH:
         value = _truth(f"--{name}", value) if equals else "true"
     elif not equals:
@@ -69,11 +72,11 @@ def _long(
     found.setdefault(name, []).append(value)
 
 
-def _short(letters: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, verb: str) -> None:
+def _short(letters: str, left: Iterator[str], found: dict[str, list[str]], flags: Flags, program: str) -> None:
     by_letter = {flag[1]: name for name, flag in flags.items() if flag[1]}
     for at, letter in enumerate(letters):
         if letter not in by_letter:
-            raise UsageError(f"unknown flag {quote('-' + letter)}", hint=f"crun {verb} --help")
+            raise UsageError(f"unknown flag {quote('-' + letter)}", hint=f"{program} --help")
         name = by_letter[letter]
         if flags[name][0] == SWITCH:
             is_given = letters[at + 1 : at + 2] == "="
@@ -99,11 +102,11 @@ def _next(left: Iterator[str], flag: str) -> str:
     return value
 
 
-def _nearest(name: str, flags: Flags, verb: str) -> str:
+def _nearest(name: str, flags: Flags, program: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, flags, 1, 0.5)
-    return f"did you mean --{near[0]}?" if near else f"crun {verb} --help"
+    return f"did you mean --{near[0]}?" if near else f"{program} --help"
 
 
 def usage(flags: Flags) -> str:
