@@ -93,11 +93,11 @@ class Locator:
 
     def objects(self) -> Iterator[tuple[bytes, int]]:
         """(digest, kind) of every file's object."""
-        width, data = self._key - 1, self.data
-        for at in range(self._start, self._order, self._row):
-            kind = data[at + width]
-            if kind != CHUNK:
-                yield data[at : at + width], kind
+        row = struct.Struct(f"<{self._key - 1}sB{self._row - self._key}x")
+        with memoryview(self.data) as view, view[self._start : self._order] as rows:
+            for digest, kind in row.iter_unpack(rows):
+                if kind != CHUNK:
+                    yield digest, kind
 
     def block(self, pack: str, start: int, size: int) -> list[tuple[bytes, int, int]]:
         """(digest, offset, size of the frame) of the plain objects that begin in a part of a pack, by offset."""

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from functools import partial
+from itertools import chain
 
 from cafs import atomic, kept, lazymount, linux, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
@@ -50,7 +51,7 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
         with _lock():
             if mountinfo.at(lazy.point) is None:  # nobody used it yet, so another command has tidied it away
                 lazy = _lazy(request, found, store, hot)
-            quota.note_use(cache, found.digest, (key for one in locators for key in one.objects()))
+            quota.note_use(cache, found.digest, chain.from_iterable(one.objects() for one in locators))
             points = [_mount_erofs(path) for path in layers]
             lazy.wait()
             if note := check_point(request.point, found.digest.hex()):

@@ -86,7 +86,8 @@ def note_use(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> N
     try:
         os.utime(path)
     except OSError:
-        data = b"".join(bytes([kind]) + digest for digest, kind in objects)
+        kinds = [bytes([kind]) for kind in range(256)]
+        data = b"".join([kinds[kind] + digest for digest, kind in objects])
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             atomic.replace_hint(path, _MAGIC + bytes([len(image)]) + data, 0o600)
