@@ -88,6 +88,19 @@ def open_temporary(directory: str, mode: int = 0o644) -> tuple[int, str]:
     return fd, path
 
 
+@contextmanager
+def locked(directory: str) -> Iterator[int]:
+    """Hold a directory's lock (flock(2), exclusive).  Yields a descriptor of it.  Raises OSError."""
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def unlink_quietly(path: str) -> None:
     """Remove a file if it can be removed; used while another error is on its way."""
     try:

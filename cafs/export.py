@@ -6,7 +6,6 @@ No clock is read: dates are the image's own, else SOURCE_DATE_EPOCH, else 1970. 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -183,12 +182,8 @@ def _gzip(raw: bytes) -> tuple[bytes, bytes]:
 
 def _add_to_index(path: str, described: dict[str, Any]) -> None:
     """Let a layout's index name one image more; another of the same tag, or the same without one, goes."""
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # another export may be adding its own
+    with atomic.locked(os.path.dirname(path)):  # another export may be adding its own
         _add_locked(path, described)
-    finally:
-        os.close(directory)
 
 
 def _add_locked(path: str, described: dict[str, Any]) -> None:

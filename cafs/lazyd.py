@@ -44,12 +44,11 @@ def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess
 
 def wait(answers: int) -> None:
     """Wait for the worker that `begin` has started.  answers: what it returned.  Raises CafsError if it cannot begin."""
-    from cafs import request as requests
+    from cafs.answer import failure, receive
 
-    with open(answers, "rb") as pipe:
-        answer = pipe.read(65536)
+    answer = receive(answers)
     if answer != b"ok":
-        raise requests.failure(answer)
+        raise failure(answer)
 
 
 def begin(state: str, fd: int, columns: int = -1) -> int:
@@ -57,6 +56,8 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
 
     By fork, for the caller has loaded what the worker needs; the supervisor then runs the program anew, to be small.
     """
+    from cafs import linux
+
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
@@ -66,11 +67,7 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
     try:
         if os.fork():
             os._exit(0)  # nobody has to wait for the supervisor
-        os.setsid()
-        os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1, 2):
-            os.dup2(null, number)
+        linux.leave_session()
         mine = os.pidfd_open(os.getpid())
         _close_all_but(*(one for one in (fd, mine, writer, columns) if one >= 0))
         note_pid(state, PID_FILE)
@@ -101,7 +98,7 @@ def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
 
 
 def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> None:
-    from cafs import request as requests
+    from cafs.answer import tell
 
     def ready() -> None:
         os.write(writer, b"ok")
@@ -111,7 +108,7 @@ def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> No
         os.setsid()
         _work(state, fd, mine, columns, ready)
     except BaseException as error:  # the only way out of this process
-        requests.tell(writer, error)
+        tell(writer, error)
     finally:
         os._exit(0)
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import re
+import signal
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -13,7 +14,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE, MS_SLAVE = 1, 2, 4, 1 << 14,
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SYS_OPENAT2 = 437
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 429, 430, 431, 432, 433
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -135,6 +136,26 @@ def unshare(flags: int) -> None:
 def setns(fd: int, flags: int) -> None:
     """setns(2)."""
     _check(_libc.setns(fd, flags), "setns")
+
+
+def leave_session() -> None:
+    """Nothing of our caller's session is ours any more: setsid(2), no directory of its own, /dev/null as standard streams."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+
+
+def die_with_parent() -> None:
+    """prctl(2), PR_SET_PDEATHSIG: we get SIGKILL when the thread that forked us ends."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
+def exit_code(status: int) -> int:
+    """Of what waitpid(2) says, as a shell has it: 128 and the number of the signal if one ended it."""
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
 
 
 def become_subreaper() -> None:

@@ -1,4 +1,4 @@
-"""A request for a mount, and what every mount leaves for others to find: a record; how its server says what went wrong."""
+"""A request for a mount, and what every mount leaves for others to find: a record."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 
 from cafs import atomic, linux, paths
-from cafs.errors import CafsError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FETCH_LIMIT_S = 60.0
 
@@ -61,45 +55,6 @@ class Request:
     def restrictions(self) -> int:
         """MS_NOSUID and MS_NODEV unless they are not wanted; as MOUNT_ATTR_… they are the same bits."""
         return sum(flag for word, flag in (("suid", linux.MS_NOSUID), ("dev", linux.MS_NODEV)) if word not in self.extra)
-
-
-def ask_child(work: Callable[[int], int]) -> bytes:
-    """Fork; what the child has written to the descriptor that WORK is called with, once nobody has that open any more.
-
-    What WORK returns is the exit status of the child.
-    """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if not child:
-        os.close(reader)
-        os._exit(work(writer))
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read(65536)
-    os.waitpid(child, 0)
-    return answer
-
-
-def failure(answer: bytes) -> CafsError:
-    """What the server said instead of 'ok'."""
-    try:
-        code, message, hint = json.loads(answer)
-    except ValueError:
-        return CafsError("the server died while it mounted", hint="--foreground shows more")
-    error = CafsError(message, hint=hint)
-    error.exit_code = code
-    return error
-
-
-def tell(writer: int, error: BaseException) -> None:
-    """Send an error to whoever waits for 'ok', or to the log if nobody does any more."""
-    known = error if isinstance(error, CafsError) else CafsError(f"{type(error).__name__}: {error}")
-    try:
-        os.write(writer, json.dumps([known.exit_code, str(known), known.hint]).encode())
-    except OSError:
-        logging.getLogger(__name__).exception("server failed")
 
 
 def record_path(point: str) -> str:

@@ -6,10 +6,11 @@ import os
 import signal
 
 from cafs import atomic, linux, locator, paths, quota
+from cafs.answer import ask_child, failure, tell
 from cafs.cache import Cache
 from cafs.holder import Holder
 from cafs.keeper import Keeper, log_to
-from cafs.request import ask_child, failure, record_path, tell, unmount_quietly, write_record
+from cafs.request import record_path, unmount_quietly, write_record
 from cafs.store import Store
 
 TYPE_CHECKING = False

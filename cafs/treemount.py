@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
+from cafs.answer import ask_child, failure, tell
 from cafs.errors import CafsError, FormatError
 from cafs.store import Store
 
@@ -83,10 +84,10 @@ def _make(make: Callable[[], Index], path: str = "") -> tuple[int, Index]:
     Kept at PATH (of the index by itself if none is given); in memory where that cannot be.
     """
     fd = os.memfd_create("cafs-columns", os.MFD_CLOEXEC)
-    answer = requests.ask_child(lambda writer: _make_in_child(make, path, fd, writer))
+    answer = ask_child(lambda writer: _make_in_child(make, path, fd, writer))
     if not answer.startswith(b"ok"):
         os.close(fd)
-        raise requests.failure(answer)
+        raise failure(answer)
     try:
         if answer[2:]:
             os.close(fd)
@@ -109,7 +110,7 @@ def _make_in_child(make: Callable[[], Index], path: str, fd: int, writer: int) -
             path = ""
         os.write(writer, b"ok" + os.fsencode(path))
     except BaseException as error:  # the only way out of this process
-        requests.tell(writer, error)
+        tell(writer, error)
     return 0
 
 

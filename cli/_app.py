@@ -92,6 +92,17 @@ def guarded(program: str, main: Callable[[], int]) -> int:
         return 1
 
 
+def leave(program: str, main: Callable[[], int]) -> None:
+    """`guarded`, and then the end, without taking the interpreter apart: that takes 5 ms."""
+    code = guarded(program, main)
+    try:
+        sys.stdout.flush()  # of what was printed before an error
+        sys.stderr.flush()
+    except OSError:
+        code = code or 1
+    os._exit(code)
+
+
 class Ended(BaseException):
     """A signal told us to end."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from cafs.options import SWITCH, VALUE, Options, parse, usage
-from cli._app import ENGINES, guarded, is_terminal, say, write_json
+from cli._app import ENGINES, is_terminal, leave, say, write_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,7 +162,5 @@ def _list(*, as_json: bool) -> None:
 
 
 def entry() -> None:
-    """The console script.  It ends without taking the interpreter apart, which takes 5 ms."""
-    code = guarded(PROGRAM, lambda: main(sys.argv[1:]))
-    sys.stderr.flush()
-    os._exit(code)
+    """The console script."""
+    leave(PROGRAM, lambda: main(sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from cli._app import DEBUG, describe, guarded
+from cli._app import DEBUG, describe, leave
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         return _call(verb, parse(rest, flags, aliases, program=f"crun {verb}", stop_at=stop_at))
-    except (UnsupportedError, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except CafsError as error:
-        if is_strict and error.exit_code not in (126, 127):
+        if is_strict and error.exit_code not in (UnsupportedError.exit_code, 126, 127):
             raise _ours(error) from None
         raise
     except OSError as error:
@@ -142,7 +142,5 @@ def _ours(error: CafsError) -> CafsError:
 
 
 def entry() -> None:
-    """The console script.  It ends without taking the interpreter apart, which takes 5 ms."""
-    code = guarded(PROGRAM, lambda: main(sys.argv[1:]))
-    sys.stderr.flush()
-    os._exit(code)
+    """The console script."""
+    leave(PROGRAM, lambda: main(sys.argv[1:]))

@@ -75,9 +75,5 @@ def _path() -> str:
 def changing() -> Iterator[int]:
     """One process at a time changes who is watched, and names.  Yields a descriptor of state/alive."""
     os.makedirs(_path(), mode=0o700, exist_ok=True)
-    directory = os.open(_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+    with atomic.locked(_path()) as directory:
         yield directory
-    finally:
-        os.close(directory)

@@ -13,11 +13,33 @@ import struct
 
 from cafs import atomic
 
-HEAD = struct.Struct(">cI")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEAD = struct.Struct(">cI")
 _FRAME_MAX = 1 << 20
 _BACKLOG_MAX = 8 << 20
 _PIECE = 1 << 16
 _INPUT_MAX = 1 << 20
+
+
+def frame(kind: bytes, body: bytes = b"") -> bytes:
+    """One frame."""
+    return _HEAD.pack(kind, len(body)) + body
+
+
+def frames(received: bytearray) -> Iterator[tuple[bytes, bytes]]:
+    """Take out the frames that are whole: their letters and data.  Raises ValueError for one that is too long."""
+    while len(received) >= _HEAD.size:
+        kind, size = _HEAD.unpack_from(received)
+        if size > _FRAME_MAX:
+            raise ValueError("frame is too long")
+        if len(received) < _HEAD.size + size:
+            return
+        body = bytes(received[_HEAD.size : _HEAD.size + size])
+        del received[: _HEAD.size + size]
+        yield kind, body
 
 
 class Attachments:
@@ -89,14 +111,14 @@ class Attachments:
     def send(self, name: str, data: bytes) -> None:
         """To all."""
         for one in self._clients.values():
-            one.unsent += HEAD.pack(b"x" if name == "stderr" else b"o", len(data)) + data
+            one.unsent += frame(b"x" if name == "stderr" else b"o", data)
             one.flush()
 
     def end(self, code: int | None) -> None:
         """The container has ended: say so to all, and wait a little for those who are slow."""
         text = b"" if code is None else str(code).encode()
         for one in self._clients.values():
-            one.unsent += HEAD.pack(b"q", len(text)) + text
+            one.unsent += frame(b"q", text)
             one.connection.settimeout(2)
             try:
                 one.connection.sendall(one.unsent)
@@ -115,15 +137,11 @@ class Attachments:
         if not data:
             return False
         one.received += data
-        while len(one.received) >= HEAD.size:
-            kind, size = HEAD.unpack_from(one.received)
-            if size > _FRAME_MAX:
-                return False
-            if len(one.received) < HEAD.size + size:
-                break
-            body = bytes(one.received[HEAD.size : HEAD.size + size])
-            del one.received[: HEAD.size + size]
-            self._take(kind, body)
+        try:
+            for kind, body in frames(one.received):
+                self._take(kind, body)
+        except ValueError:
+            return False
         return True
 
     def _take(self, kind: bytes, body: bytes) -> None:

@@ -10,7 +10,7 @@ import re
 import signal
 import time
 
-from cafs.errors import CafsError, UnsupportedError, UsageError, quote
+from cafs.errors import UnsupportedError, UsageError, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -211,8 +211,7 @@ def kill(cgroup: str) -> None:
         deadline = time.monotonic() + _KILL_WAIT_S
         while time.monotonic() < deadline:
             try:
-                for pid in _read(path, "cgroup.procs").split():
-                    os.kill(int(pid), signal.SIGKILL)
+                kill_processes(cgroup)
                 if os.path.exists(os.path.join(path, "freezer.state")):
                     with open(os.path.join(path, "freezer.state"), "w", encoding="ascii") as file:
                         file.write("THAWED")
@@ -234,9 +233,3 @@ def _read(directory: str, name: str) -> str:
             return file.read().strip()
     except OSError:
         return ""
-
-
-def check_freezable(container: Container) -> None:
-    """Raises CafsError."""
-    if not container.is_running():
-        raise CafsError(f"container {quote(container.name)} does not run")

@@ -21,36 +21,38 @@ if TYPE_CHECKING:
 
 _INNER = "eth0"
 _RANDOM_PORTS = range(49153, 65536)
-_PORT = re.compile(
-    r"(?:(?P<at>[0-9.]*):)?(?:(?P<outer>[0-9]{0,5}(?:-[0-9]{1,5})?):)?(?P<inner>[0-9]{1,5}(?:-[0-9]{1,5})?)(?:/(?P<kind>tcp|udp))?"
-)
+_RANGE = re.compile("[0-9]{1,5}(-[0-9]{1,5})?")
 
 
 def parse_ports(texts: list[str], exposed: list[str] | None = None) -> list[tuple[str, str, int, int]]:
     """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host or 0, port).  Raises UsageError."""
     found = []
     for text in [*texts, *(exposed or [])]:
-        match = _PORT.fullmatch(text)
-        if not match or match["at"] == "":
+        places, slash, kind = text.partition("/")
+        words = places.split(":")
+        at, outer, inner = ["", "", *words][-3:]
+        is_random = not outer and len(words) != 2
+        is_sound = len(words) < 3 or (len(words) == 3 and at != "")
+        if not is_sound or not _RANGE.fullmatch(inner) or not (is_random or _RANGE.fullmatch(outer)):
             raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
-        at = match["at"] or ""
-        if match["at"] is not None and match["outer"] is None:
-            if "." in at:
-                raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
-            outer, at = at, ""
-        else:
-            outer = match["outer"] or ""
-        if at:
-            try:
-                socket.inet_aton(at)
-            except OSError:
-                raise UsageError(f"port {quote(text)}: {quote(at)} is not an address") from None
-        inner_ports, outer_ports = _range(match["inner"]), _range(outer) if outer else []
+        if slash and kind not in ("tcp", "udp"):
+            raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
+        if at and not _is_ipv4(at):
+            raise UsageError(f"port {quote(text)}: {quote(at)} is not an address")
+        inner_ports, outer_ports = _range(inner), _range(outer) if outer else []
         if outer_ports and len(outer_ports) != len(inner_ports):
             raise UsageError(f"port {quote(text)}: the ranges differ in length")
         pairs = zip(outer_ports or [0] * len(inner_ports), inner_ports, strict=True)
-        found += [(match["kind"] or "tcp", "" if at == "0.0.0.0" else at, one, other) for one, other in pairs]
+        found += [(kind or "tcp", "" if at == "0.0.0.0" else at, one, other) for one, other in pairs]
     return found
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        socket.inet_aton(text)
+    except OSError:
+        return False
+    return all(c.isdigit() or c == "." for c in text)
 
 
 def _range(text: str) -> list[int]:
@@ -72,12 +74,9 @@ def connect(container: Container) -> str:
             networks.ensure(network)
             address = networks.lease(network, container.id)
             try:
-                link = Netlink()
-                try:
+                with Netlink() as link:
                     link.add_veth(veth, network.link, _INNER, namespace)
                     link.let_return(veth)
-                finally:
-                    link.close()
                 ports = _take_ports(container, address)
                 firewall.publish(ports)
             except BaseException:
@@ -126,11 +125,11 @@ def _new_namespace() -> tuple[int, int, int]:
 def _set_up(text: str) -> None:
     """In the child: the inner side.  As in docker, anybody may ping, and use ports below 1024."""
     address, width, gateway = text.split()
-    link = Netlink()
-    link.set_up("lo")
-    link.add_address(_INNER, address, int(width))
-    link.set_up(_INNER)
-    link.add_default_route(_INNER, gateway)
+    with Netlink() as link:
+        link.set_up("lo")
+        link.add_address(_INNER, address, int(width))
+        link.set_up(_INNER)
+        link.add_default_route(_INNER, gateway)
     for name, value in (("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")):
         try:
             with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:

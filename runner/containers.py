@@ -93,6 +93,13 @@ class Container:
         """A descriptor of its process 1, None if it does not run (any more)."""
         return open_process(self.state())
 
+    def process(self) -> int:
+        """The same; raises CafsError if it does not run."""
+        fd = self.pidfd()
+        if fd is None:
+            raise CafsError(f"container {quote(self.name)} does not run", hint=f"crun start {self.name}")
+        return fd
+
     def is_running(self) -> bool:
         """Whether its process 1 lives."""
         fd = self.pidfd()
@@ -161,10 +168,10 @@ def find(text: str) -> Container:
     return found
 
 
-def is_name(text: str) -> bool:
-    """Whether a container may be called so."""
+def is_name(text: str, *, least: int = 2, most: int = 128) -> bool:
+    """Whether a container may be called so; with other lengths, a volume or a network."""
     is_plain = text.isascii() and all(c.isalnum() or c in "_.-" for c in text)
-    return is_plain and text[:1].isalnum() and 2 <= len(text) <= 128
+    return is_plain and text[:1].isalnum() and least <= len(text) <= most
 
 
 def take_name(name: str | None, identity: str) -> str:

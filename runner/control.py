@@ -8,7 +8,7 @@ import signal
 import time
 
 from cafs import atomic
-from cafs.errors import BusyError, CafsError, NotFound, quote
+from cafs.errors import BusyError, quote
 from runner import alive, cgroups, containers, create, ending
 
 TYPE_CHECKING = False
@@ -84,9 +84,7 @@ def _send(container: Container, pidfd: int, number: int) -> None:
 def kill(container: Container, text: str) -> None:
     """Send a signal to its process 1.  Raises CafsError, UsageError."""
     number = containers.signal_number(text)
-    fd = container.pidfd()
-    if fd is None:
-        raise CafsError(f"container {quote(container.name)} does not run")
+    fd = container.process()
     try:
         if number in (signal.SIGKILL, container.asked["stop_signal"]):
             with open(container.path("stopped"), "wb"):
@@ -109,12 +107,9 @@ def wait(container: Container) -> str:
                 _has_ended(fd, None)
             finally:
                 os.close(fd)
-        try:
-            state = container.state() if os.path.exists(container.path("container.json")) else None
-        except NotFound:
-            state = None
-        if state is None:
+        if not os.path.exists(container.path("container.json")):
             return str(_last_code(container, before))
+        state = container.state()
         if not alive.is_watched(container.id):
             if state["status"] != containers.RUNNING:
                 code = state.get("exit_code")
@@ -159,7 +154,7 @@ def remove(container: Container, *, force: bool, with_volumes: bool) -> None:
 
 def pause(container: Container, *, is_on: bool) -> None:
     """Raises CafsError."""
-    cgroups.check_freezable(container)
+    os.close(container.process())
     cgroups.freeze(container, is_on=is_on)
     containers.event(container, "pause" if is_on else "unpause")
 

@@ -15,9 +15,11 @@ import tempfile
 from contextlib import contextmanager
 
 from cafs import linux
+from cafs.answer import ask_child, failure, tell
 from cafs.errors import CafsError, NotFound, UsageError, os_error, quote
-from runner import cgroups, containers, starting
-from runner.treecopy import Copier, add_to_tar, extract_tar
+from runner import cgroups, containers, lower, starting
+from runner.treecopy import Copier
+from runner.treetar import add_to_tar, extract_tar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,38 +100,27 @@ def _frozen(container: Container) -> Iterator[None]:
 
 def _in_child(container: Container, work: Callable[[int], None]) -> None:
     """Mount the container's root in a mount namespace that ends with a child."""
-    low = starting.get_lower(container)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if not child:
-        code = 1
+
+    def child(writer: int) -> int:
         try:
             starting.mount_root(container, low)
             root = os.open(container.path("rootfs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             work(root)
             sys.stdout.flush()
-            code = 0
-        except CafsError as error:
-            os.write(writer, f"{error.exit_code} {error}".encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            os.write(writer, f"1 {error.strerror or error}".encode())
-        finally:
-            os._exit(code)
-    os.close(writer)
+            os.write(writer, b"ok")
+            return 0
+        except BaseException as error:  # the only way out of this process
+            tell(writer, error)
+            return 1
+
+    low = starting.get_lower(container)
     try:
-        with open(reader, "rb") as pipe:
-            said = pipe.read(1 << 16).decode("utf-8", "surrogateescape")
-        _, status = os.waitpid(child, 0)
+        answer = ask_child(child)
     finally:
         low.let_go()
-        from runner import lower
-
         lower.release(starting.lower_key(container))
-    if status:
-        number, _, message = said.partition(" ")
-        failure = CafsError(message or "cannot copy")
-        failure.exit_code = int(number or 1)
-        raise failure
+    if answer != b"ok":
+        raise failure(answer, CafsError("cannot copy: the process that does it was killed"))
 
 
 def _copy_out(root: int, path: str, target: str, *, keep: bool, follow: bool) -> None:
@@ -139,11 +130,7 @@ def _copy_out(root: int, path: str, target: str, *, keep: bool, follow: bool) ->
             with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
                 add_to_tar(tar, parent, name, name)
             return
-        where, new_name = _host_target(target, name, path, is_directory=_is_directory(parent, name))
-        try:
-            Copier(keep_owner=keep).copy(parent, name, where, new_name)
-        finally:
-            os.close(where)
+        _copy(parent, name, _host_target(target, name, path, is_directory=_is_directory(parent, name)), keep=keep)
     except OSError as error:
         raise os_error(f"cannot copy {quote(path)}", error) from error
     finally:
@@ -169,15 +156,19 @@ def _copy_in(root: int, source: str, path: str, archive: IO[bytes], *, keep: boo
         raise os_error(f"cannot open {quote(source)}", error) from error
     name = os.path.basename(real) or "."
     try:
-        where, new_name = _container_target(root, path, name, wants_content=wants_content)
-        try:
-            Copier(keep_owner=keep).copy(parent, name, where, new_name)
-        finally:
-            os.close(where)
+        _copy(parent, name, _container_target(root, path, name, wants_content=wants_content), keep=keep)
     except OSError as error:
         raise os_error(f"cannot copy {quote(source)} to {quote(path)}", error) from error
     finally:
         os.close(parent)
+
+
+def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool) -> None:
+    """target: a directory, which is closed, and the new name in it."""
+    try:
+        Copier(keep_owner=keep).copy(parent, name, *target)
+    finally:
+        os.close(target[0])
 
 
 def _open_parent(root: int, path: str, *, follow: bool) -> tuple[int, str]:

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cafs.image import Image
     from cafs.options import Options
 
 _STOP_TIMEOUT_S = 10
@@ -24,7 +25,6 @@ _LOG_SIZE, _LOG_FILES = 128 << 20, 2
 _DRIVERS = ("json-file", "none", "k8s-file", "local")
 _POLICIES = ("no", "on-failure", "always", "unless-stopped")
 _MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
-_CONFIG_MAX = 1 << 22
 
 
 def create(options: Options, *, is_foreground: bool) -> Container:
@@ -108,7 +108,7 @@ def _check_state() -> None:
         )
 
 
-def _image(root: str, options: Options) -> Any:
+def _image(root: str, options: Options) -> Image:
     name, when = options.words[0], options.value("pull") or "missing"
     if when not in ("missing", "never", "always"):
         raise UsageError(f"--pull {quote(when)}", hint="missing, never or always")
@@ -158,7 +158,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "flags": {name: values for name, values in options.flags.items() if name not in ("env", "env-file")},
         "arguments": spec.command_line(options, config),
         "env": spec.environment(options, config),
-        "cwd": _cwd(options.value("workdir") or spec.text(config, "WorkingDir") or "/"),
+        "cwd": spec.check_cwd(options.value("workdir") or spec.text(config, "WorkingDir") or "/"),
         "user": spec.text(config, "User") if options.value("user") is None else options.value("user"),
         "labels": spec.labels(options, config),
         "mounts": mounts.asked(options, config),
@@ -180,12 +180,6 @@ def _ports(options: Options, config: dict[str, Any]) -> list[tuple[str, str, int
     from runner import connecting
 
     return connecting.parse_ports(options.all("publish"), exposed)
-
-
-def _cwd(text: str) -> str:
-    if not text.startswith("/") or os.path.normpath(text).lstrip("/").split("/")[0] == "proc":
-        raise UsageError(f"working directory {quote(text)} is not an absolute path outside /proc")
-    return text
 
 
 def _seconds(options: Options, flag: str, default: int) -> int:

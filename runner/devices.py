@@ -269,8 +269,3 @@ def _soname(path: str) -> str:
             return text if re.fullmatch(r"[A-Za-z0-9._+-]+", text) else ""
     except (OSError, struct.error, StopIteration, UnicodeDecodeError):
         return ""
-
-
-def access_of(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rules of the devices cgroup for nodes."""
-    return [{"allow": True, "access": one["access"], **{key: one[key] for key in ("type", "major", "minor")}} for one in nodes]

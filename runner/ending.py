@@ -30,7 +30,7 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
             break
         if has_ended and cleanup.remove_state(state):
             break
-        starting.spawn([starting.find_runc(), "--root", starting.runtime_root(), "delete", "--force", container.id], [], [])
+        starting.spawn(starting.runc("delete", "--force", container.id), [], [])
     if container.is_on_bridge:
         from runner import connecting
 
@@ -83,16 +83,13 @@ def tidy() -> None:
 
                 launching.succeed(container)
                 continue
-        if state["status"] == containers.CREATED and not container.asked["foreground"] and not container.has("detach"):
-            take_down(container, has_ended=False)  # a start may have been cut off
-            release(container)  # made, to be started some time
-        elif state["status"] == containers.EXITED and not container.has("rm"):
-            take_down(container, has_ended=False)
-            release(container)
-        else:
-            more = take_down(container, has_ended=pidfd is None)
+        is_new = state["status"] == containers.CREATED and not container.asked["foreground"] and not container.has("detach")
+        is_over = state["status"] == containers.EXITED and not container.has("rm")
+        # One that is to be started some time, or has ended: a start may have been cut off after the runtime's.
+        more = take_down(container, has_ended=pidfd is None and not (is_new or is_over))
+        if not (is_new or is_over):
             settle(container, KILLED if pidfd is not None else None, error="its watcher was killed", **more)
-            release(container)
+        release(container)
         if container.lock >= 0:
             os.close(container.lock)
             container.lock = -1

@@ -8,7 +8,7 @@ import signal
 
 from cafs import atomic, linux
 from cafs.errors import CafsError, UsageError, quote
-from runner import containers, privileges, spec, starting, stdio, users
+from runner import privileges, spec, starting, stdio, users
 from runner.foreground import Forwarder
 
 TYPE_CHECKING = False
@@ -21,18 +21,14 @@ if TYPE_CHECKING:
 
 def enter(container: Container, options: Options) -> int:
     """Run the command; returns its exit code.  Raises CafsError."""
-    state = container.state()
-    pidfd = containers.open_process(state)
-    if pidfd is None:
-        raise CafsError(f"container {quote(container.name)} does not run", hint=f"crun start {container.name}")
-    os.close(pidfd)
+    os.close(container.process())
     if container.status() == "paused":
         raise CafsError(f"container {quote(container.name)} is paused", hint=f"crun unpause {container.name}")
     name = f"exec-{os.urandom(8).hex()}"
     directory = container.path(name)
     os.mkdir(directory, 0o700)
     try:
-        return _run(container, options, directory, int(state["pid"]))
+        return _run(container, options, directory, int(container.state()["pid"]))
     finally:
         for one in os.listdir(directory):
             atomic.unlink_quietly(os.path.join(directory, one))
@@ -45,9 +41,7 @@ def _process(container: Container, options: Options, pid: int) -> dict[str, Any]
     if not arguments:
         raise UsageError("COMMAND is missing", hint="crun exec [FLAG]... CONTAINER COMMAND [ARGUMENT]...")
     base = json.loads(atomic.read_file(container.path("config.json"), 1 << 24))["process"]
-    cwd = options.value("workdir") or base["cwd"]
-    if not cwd.startswith("/") or os.path.normpath(cwd).lstrip("/").split("/")[0] == "proc":
-        raise UsageError(f"working directory {quote(cwd)} is not an absolute path outside /proc")
+    cwd = spec.check_cwd(options.value("workdir") or base["cwd"])
     root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         wanted = options.value("user")
@@ -55,13 +49,9 @@ def _process(container: Container, options: Options, pid: int) -> dict[str, Any]
         variables = spec.with_given(dict(word.split("=", 1) for word in base["env"]), options)
         if wanted is not None and "HOME" not in container.asked["env"]:
             variables["HOME"] = user.home
-        reason = users.find_program(root, arguments[0], variables.get("PATH", ""), cwd)
+        starting.check_program(root, arguments[0], variables, cwd, "container")
     finally:
         os.close(root)
-    if reason == "ENOENT":
-        raise starting.Refused(f"cannot run {quote(arguments[0])}: not found in the container", 127)
-    if reason:
-        raise starting.Refused(f"cannot run {quote(arguments[0])}: it is not an executable file", 126)
     held = privileges.granted_capabilities() if options.has("privileged") else base["capabilities"]["bounding"]
     effective = held if user.uid == 0 else []
     changed: dict[str, Any] = {
@@ -73,21 +63,6 @@ def _process(container: Container, options: Options, pid: int) -> dict[str, Any]
         "capabilities": {"bounding": held, "effective": effective, "permitted": effective},
     }
     return {**base, **changed}
-
-
-def null_of(pid: int) -> int:
-    """/dev/null of a container, opened.  Raises CafsError if it is something else there."""
-    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fd = linux.open_in_root(root, "/dev/null", os.O_RDWR | os.O_NONBLOCK)
-    except OSError as error:
-        raise CafsError(f"cannot open '/dev/null' of the container: {error.strerror}") from error
-    finally:
-        os.close(root)
-    if os.fstat(fd).st_rdev != os.makedev(1, 3):
-        os.close(fd)
-        raise CafsError("'/dev/null' of the container is something else")
-    return fd
 
 
 def _run(container: Container, options: Options, directory: str, init: int) -> int:
@@ -104,11 +79,10 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
         raise UsageError("-t needs somebody to hold the terminal: not with -d")
     streams = None if console or is_detached else stdio.Streams(options.has("interactive"))
     log = os.path.join(directory, "runc.log")
-    arguments = [starting.find_runc(), "--root", starting.runtime_root(), "--log", log, "--log-format", "json"]
-    arguments += ["exec", "--detach", "--process", path, "--pid-file", os.path.join(directory, "pid")]
+    arguments = starting.runc("exec", "--detach", "--process", path, "--pid-file", os.path.join(directory, "pid"), log=log)
     if console:
         arguments += ["--console-socket", f"/proc/self/fd/{console.directory}/console"]
-    null = null_of(init)  # for the host's would be theirs to change
+    null = users.open_null(init)  # for the host's would be theirs to change
     child, inherit = streams.child if streams else [null] * 3, [console.directory] if console else []
     status = starting.spawn([*arguments, container.id], child, inherit)
     os.close(null)
@@ -134,5 +108,4 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     forward.stop()
     if streams:
         streams.drain()
-    code = os.waitstatus_to_exitcode(status)
-    return 128 - code if code < 0 else code
+    return linux.exit_code(status)

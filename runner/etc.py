@@ -19,11 +19,14 @@ def hostname_of(container: Container) -> str:
     return container.value("hostname") or (os.uname().nodename if is_hosts else container.id[:12])
 
 
+def directory(container: Container) -> str:
+    """Where the three files are: those of the other, if it shares its network.  Raises NotFound."""
+    kind, _, other = container.network.partition(":")
+    return containers.find(other).directory if kind == "container" else container.directory
+
+
 def write(container: Container) -> None:
     """All three, for a start.  Raises UsageError, CafsError."""
-    kind, _, other = (container.value("network") or "").partition(":")
-    if kind == "container":
-        container.asked["etc"] = containers.find(other).directory
     for name, data in (
         ("hostname", hostname_of(container).encode() + b"\n"),
         ("hosts", hosts(container)),

@@ -6,9 +6,8 @@ Source: nft(8); iptables-extensions(8).
 
 from __future__ import annotations
 
-import os
-
 from cafs.errors import CafsError, UnsupportedError
+from runner import programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,36 +51,17 @@ _CHAINS = ("CAFS-PORTS", "CAFS-POST")
 
 
 def _program(name: str) -> str | None:
-    for directory in [*os.get_exec_path(), "/usr/sbin", "/sbin"]:
-        path = os.path.join(directory, name)
-        if os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def _call(words: list[str], text: str = "") -> tuple[int, str]:
-    """Run a program to its end; its exit code, and what it said."""
-    given, said = os.memfd_create("input", os.MFD_CLOEXEC), os.memfd_create("output", os.MFD_CLOEXEC)
-    try:
-        os.write(given, text.encode())
-        os.lseek(given, 0, os.SEEK_SET)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((given, 0), (said, 1), (said, 2))]
-        child = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, os.pread(said, 1 << 16, 0).decode(errors="replace")
-    finally:
-        os.close(given)
-        os.close(said)
+    return programs.find(name, "/usr/sbin", "/sbin")  # cron's PATH has neither
 
 
 def _nft(text: str, *, may_fail: bool = False) -> None:
-    code, said = _call([str(_program("nft")), "-f", "-"], text)
+    code, said = programs.call([str(_program("nft")), "-f", "-"], text)
     if code and not may_fail:
         raise UnsupportedError(f"cannot set up address translation: {said.strip().partition(chr(10))[0]}")
 
 
 def _has_table() -> bool:
-    return not _call([str(_program("nft")), "list", "table", "ip", "cafs"])[0]
+    return not programs.call([str(_program("nft")), "list", "table", "ip", "cafs"])[0]
 
 
 def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
@@ -124,7 +104,7 @@ def _let_through(link: str) -> None:
     program = _program("iptables")
     if program is None:
         return
-    policy = _call([program, "-S", "FORWARD"])[1]
+    policy = programs.call([program, "-S", "FORWARD"])[1]
     if policy.startswith("-P FORWARD DROP") and f"-i {link} " not in policy:
         _iptables("-I", "FORWARD", "-i", link, "-j", "ACCEPT")
         _iptables("-I", "FORWARD", "-o", link, "-j", "ACCEPT")
@@ -147,7 +127,7 @@ def _make_chains() -> None:
 
 
 def _iptables(*words: str, may_fail: bool = False) -> bool:
-    code, said = _call([str(_program("iptables")), "-w", *words])
+    code, said = programs.call([str(_program("iptables")), "-w", *words])
     if code and not may_fail:
         raise UnsupportedError(f"cannot set up address translation: {said.strip().partition(chr(10))[0]}")
     return not code

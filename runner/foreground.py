@@ -66,7 +66,7 @@ class Foreground:
             self._hand_over(left.master, low.lock if low else -1)
             return 0
         except CafsError as failure:
-            code, error = failure.exit_code if isinstance(failure, starting.Refused) else 125, str(failure)
+            code, error = starting.code_of(failure), str(failure)
             raise
         finally:
             if not self._is_left:
@@ -91,7 +91,7 @@ class Foreground:
         if child:
             return
         try:
-            launching.leave_terminal()
+            linux.leave_session()
             fds = {"terminal": master, "process": -1 if pidfd is None else pidfd, "host": self._host, "lower": lower}
             launching.become_monitor(container, fds)
         finally:
@@ -106,12 +106,9 @@ class Foreground:
             return
         os.close(writer)
         try:
-            os.setsid()
+            linux.leave_session()
             for number in _FORWARDED:
                 signal.signal(number, signal.SIG_IGN)
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
             self._watch(reader)
         finally:
             os._exit(0)
@@ -143,10 +140,8 @@ class Foreground:
         console = stdio.Console(container.directory) if has_terminal else None
         streams = None if console else stdio.Streams(interactive, log)
         pid = starting.start(container, streams, console.directory if console else -1)
-        if not container.has("rm"):
-            container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
-        else:
-            container.note(status=containers.RUNNING, **containers.identify(pid))
+        container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
+        containers.event(container, "start")
         forward.to(pid)
         deadline = _Deadline(pid, container.asked["timeout_s"])
         if console:
@@ -171,8 +166,7 @@ class Foreground:
                 raise
             except OSError as error:
                 raise os_error("cannot write what the command printed", error) from error
-        code = os.waitstatus_to_exitcode(status)
-        return 128 - code if code < 0 else code
+        return linux.exit_code(status)
 
 
 class _Left(Exception):
@@ -193,7 +187,7 @@ class _Deadline:
             self._child = os.fork()
             if not self._child:
                 try:
-                    linux._libc.prctl(starting._PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                    linux.die_with_parent()
                     time.sleep(seconds)
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
                 finally:

@@ -10,8 +10,7 @@ import time
 
 from cafs import atomic
 from cafs.errors import CafsError
-from runner import starting
-from runner.entering import null_of
+from runner import starting, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,11 +83,11 @@ class Health:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         null = -1
         try:
-            null = null_of(int(self.container.state()["pid"]))
+            null = users.open_null(int(self.container.state()["pid"]))
             pid_path = self.container.path("health.pid")
             atomic.unlink_quietly(pid_path)
-            arguments = [starting.find_runc(), "--root", starting.runtime_root(), "exec", "--detach", "--pid-file", pid_path]
-            arguments += ["--process", self.container.path("health.json"), self.container.id]
+            process = self.container.path("health.json")
+            arguments = starting.runc("exec", "--detach", "--pid-file", pid_path, "--process", process, self.container.id)
             code = starting.spawn(arguments, [null, writer, writer], [])
         finally:
             os.close(writer)

@@ -11,7 +11,7 @@ import time
 
 from cafs import atomic
 from cafs.errors import CafsError, UsageError, quote
-from runner.attachment import HEAD
+from runner.attachment import frame, frames
 from runner.stdio import raw_terminal, window_size
 
 TYPE_CHECKING = False
@@ -111,12 +111,7 @@ def join(container: Container, connection: socket.socket, *, with_input: bool, d
 
 def _take(received: bytearray) -> bytes | None:
     """Print the frames that are whole; what the last one says, None if it has not come."""
-    while len(received) >= HEAD.size:
-        kind, size = HEAD.unpack_from(received)
-        if len(received) < HEAD.size + size:
-            return None
-        body = bytes(received[HEAD.size : HEAD.size + size])
-        del received[: HEAD.size + size]
+    for kind, body in frames(received):
         if kind == b"q":
             return body
         atomic.write_all(2 if kind == b"x" else 1, body)
@@ -132,10 +127,10 @@ def _pass_input(connection: socket.socket, detacher: Detacher, poll: select.poll
     passed, is_over = detacher.feed(data)
     try:
         if passed:
-            connection.sendall(HEAD.pack(b"i", len(passed)) + passed)
+            connection.sendall(frame(b"i", passed))
         if not data:
             poll.unregister(0)
-            connection.sendall(HEAD.pack(b"e", 0))
+            connection.sendall(frame(b"e"))
     except OSError:
         if data:
             poll.unregister(0)  # it has ended; what it has said last is still to be read
@@ -146,7 +141,7 @@ def _send_size(connection: socket.socket) -> None:
     size = window_size()
     if size:
         try:
-            connection.sendall(HEAD.pack(b"r", 4) + struct.pack(">HH", *size))
+            connection.sendall(frame(b"r", struct.pack(">HH", *size)))
         except OSError:
             pass  # it has ended, as the reader will see
 
@@ -168,8 +163,8 @@ def feed_and_follow(container: Container, since_ns: int) -> int:
         try:
             connection = connect(container)
             while data := os.read(0, _PIECE):
-                connection.sendall(HEAD.pack(b"i", len(data)) + data)
-            connection.sendall(HEAD.pack(b"e", 0))
+                connection.sendall(frame(b"i", data))
+            connection.sendall(frame(b"e"))
             while connection.recv(_PIECE):  # so that it stays attached until the end
                 pass
         except (OSError, CafsError):

@@ -8,20 +8,18 @@ usage: python -m runner.launching again ID LOCK_FD HOST_NAMESPACE_FD
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 
 from cafs import linux
+from cafs.answer import failure, receive, tell
 from cafs.errors import CafsError
 from runner import containers, ending, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runner.containers import Container
-
-_ANSWER_MAX = 1 << 16
 
 
 def launch(container: Container) -> None:
@@ -34,58 +32,38 @@ def launch(container: Container) -> None:
     os.close(writer)
     os.close(container.lock)
     container.lock = -1
-    with open(reader, "rb") as pipe:
-        answer = pipe.read(_ANSWER_MAX)
+    answer = receive(reader)
     if answer == b"ok":
         return
     os.waitpid(child, 0)
-    message, hint, code = json.loads(answer or b'["its monitor was killed", null, 125]')
-    error = CafsError(message, hint=hint)
-    error.exit_code = code
-    raise error
+    raise failure(answer, CafsError("its monitor was killed"))
 
 
 def _become_another(container: Container, writer: int) -> None:
     """In the child.  Never returns."""
     try:
-        leave_terminal()
+        linux.leave_session()
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         _start(container, host, writer)
     except BaseException as error:  # the only way out of this process
-        _tell(writer, error)
+        tell(writer, error)
     finally:
         os._exit(1)
 
 
-def leave_terminal() -> None:
-    """Nothing of the caller's session is ours any more."""
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.chdir("/")
-
-
-def _tell(writer: int, error: BaseException) -> None:
-    known = error if isinstance(error, CafsError) else CafsError(f"internal error: {type(error).__name__}: {error}")
-    code = known.exit_code if isinstance(error, starting.Refused) or known.exit_code == 8 else 125
-    os.write(writer, json.dumps([str(known), known.hint, code]).encode())
-
-
 def _start(container: Container, host: int, writer: int) -> None:
     """Start it and become its monitor; if it cannot be started, note that, and raise."""
-    has_ended, low = False, None
+    low = None
     try:
         low = starting.get_lower(container)
         uid = starting.prepare(container, low)
         descriptors = _run(container, uid)
     except BaseException as error:
-        more = ending.take_down(container, has_ended=has_ended)
-        code = error.exit_code if isinstance(error, starting.Refused) else 125
+        more = ending.take_down(container, has_ended=False)
         linux.setns(host, linux.CLONE_NEWNS)
         if low:
             low.let_go()
-        ending.settle(container, code, error=str(error), **more)
+        ending.settle(container, starting.code_of(error), error=str(error), **more)
         ending.release(container)
         raise
     containers.event(container, "start")
@@ -134,7 +112,7 @@ def succeed(container: Container) -> None:
     try:
         if os.fork():
             os._exit(0)
-        leave_terminal()
+        linux.leave_session()
         pidfd = containers.open_process(container.state())
         descriptors = stdio.reopen(container.directory) | {"process": -1 if pidfd is None else pidfd}
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""What is shown of containers: ps, inspect, top, stats, logs, events, diff."""
+"""What is shown of containers: ps, inspect, port, top, stats."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def ports(container: Container, wanted: list[str]) -> int:
 
 def top(container: Container) -> None:
     """Pid of the host, user, when it began, its command."""
-    cgroups.check_freezable(container)
+    os.close(container.process())
     rows = [("PID", "PPID", "UID", "STARTED", "COMMAND")]
     for pid in cgroups.processes(cgroups.path_for(container, container.id)):
         try:

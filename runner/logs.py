@@ -13,14 +13,14 @@ import time
 
 from cafs import atomic
 
-_FILES_MAX = 100
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import IO
 
     Record = tuple[int, str, bytes]  # nanoseconds since 1970, stream, bytes
+
+_FILES_MAX = 100
 
 
 class Log:
@@ -89,15 +89,8 @@ def parse_stamp(text: str) -> int:
 
 
 def read(path: str) -> Iterator[Record]:
-    """All records, the oldest first; a last one that is not whole is left out."""
-    for number in range(_FILES_MAX, -1, -1):
-        try:
-            with open(f"{path}.{number}" if number else path, "rb") as file:
-                for line in file:
-                    if record := decode(line):
-                        yield record
-        except FileNotFoundError:
-            continue
+    """All records that are there, the oldest first; a last one that is not whole is left out."""
+    return follow(path, lambda: True)
 
 
 def decode(line: bytes) -> Record | None:
@@ -142,7 +135,12 @@ def follow(path: str, is_over: Callable[[], bool], pause_s: float = 0.05) -> Ite
 
 
 def _open_oldest(path: str) -> IO[bytes] | None:
-    for number in range(_FILES_MAX, -1, -1):
+    return _open_first(path, range(_FILES_MAX, -1, -1))
+
+
+def _open_first(path: str, numbers: range) -> IO[bytes] | None:
+    """The first that is there of log.N, of which 0 is the one that grows; a kill while they are renamed leaves a gap."""
+    for number in numbers:
         try:
             return open(f"{path}.{number}" if number else path, "rb")
         except FileNotFoundError:
@@ -158,15 +156,23 @@ def _newer(fd: int, path: str) -> IO[bytes] | None:
             if os.stat(path).st_ino == mine:
                 return None
             for number in range(1, _FILES_MAX + 1):
-                if os.stat(f"{path}.{number}").st_ino != mine:
+                if not _is(f"{path}.{number}", mine):
                     continue
-                found = open(f"{path}.{number - 1}" if number > 1 else path, "rb")
-                if os.stat(f"{path}.{number}").st_ino == mine:
+                found = _open_first(path, range(number - 1, -1, -1))
+                if found is not None and _is(f"{path}.{number}", mine):
                     return found
-                found.close()
+                if found is not None:
+                    found.close()
                 break
         except FileNotFoundError:
             pass
         if not os.path.exists(path):
             return None  # just being rotated, or removed
     return _open_oldest(path)  # it is gone itself: what is left begins with the oldest
+
+
+def _is(path: str, inode: int) -> bool:
+    try:
+        return os.stat(path).st_ino == inode
+    except FileNotFoundError:
+        return False

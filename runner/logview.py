@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cafs.options import Options
     from runner.containers import Container
 
+_FOREVER_NS = 1 << 63
+
 
 def moment(text: str) -> int:
     """Nanoseconds since 1970 of 10m (ago), seconds since 1970, or RFC 3339.  Raises UsageError."""
@@ -34,25 +36,23 @@ def show_logs(container: Container, options: Options) -> None:
     """Its output and errors, to ours."""
     if container.asked["log"]["driver"] == "none":
         raise UsageError(f"container {quote(container.name)} keeps no log", hint="it was made with --log-driver none")
-    since = moment(options.value("since") or "0")
-    until = moment(str(options.value("until"))) if options.value("until") else None
     tail = options.value("tail")
     if tail not in (None, "all") and not str(tail).isdigit():
         raise UsageError(f"--tail is a number of lines, not {quote(str(tail))}")
+    since, until = _span(options)
     printer = _Printer(with_time=options.has("timestamps"))
-    path = container.path("log")
-    if options.has("follow"):
-        skip = _LastLines(path, tail)
-        for when, stream, data in logs.follow(path, lambda: not alive.is_watched(container.id)):
-            kept = skip.cut(data)
-            if kept and when >= since and (until is None or when <= until):
-                printer.write(when, stream, kept)
-        return
+    path, goes_on = container.path("log"), options.has("follow")
     skip = _LastLines(path, tail)
-    for when, stream, data in logs.read(path):
+    for when, stream, data in logs.follow(path, lambda: not (goes_on and alive.is_watched(container.id))):
         kept = skip.cut(data)
-        if kept and when >= since and (until is None or when <= until):
+        if kept and since <= when <= until:
             printer.write(when, stream, kept)
+
+
+def _span(options: Options) -> tuple[int, int]:
+    """--since and --until, in nanoseconds since 1970.  Raises UsageError."""
+    until = options.value("until")
+    return moment(options.value("since") or "0"), moment(until) if until else _FOREVER_NS
 
 
 class _LastLines:
@@ -92,8 +92,7 @@ class _Printer:
 
 def events(options: Options) -> None:
     """JSON lines."""
-    since = moment(options.value("since") or "0")
-    until = moment(str(options.value("until"))) if options.value("until") else None
+    since, until = _span(options)
     wanted = dict(text.partition("=")[::2] for text in options.all("filter"))
     path, at, inode = containers.events_path(), 0, 0
     while True:
@@ -106,15 +105,11 @@ def events(options: Options) -> None:
                     at += len(line)
                     row = json.loads(line)
                     names = row["event"], row["id"], row["id"][:12], row["name"]
-                    if (
-                        all(value in names for value in wanted.values())
-                        and row["time_ns"] >= since
-                        and (until is None or row["time_ns"] <= until)
-                    ):
+                    if since <= row["time_ns"] <= until and all(value in names for value in wanted.values()):
                         sys.stdout.write(json.dumps(row | {"time": logs.stamp(row["time_ns"])}, sort_keys=True) + "\n")
         except (FileNotFoundError, ValueError):
             pass
         sys.stdout.flush()
-        if not options.has("follow") or (until is not None and time.time_ns() > until):
+        if not options.has("follow") or time.time_ns() > until:
             return
         time.sleep(0.1)

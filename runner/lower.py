@@ -12,7 +12,8 @@ import sys
 import time
 
 from cafs import linux, mountinfo, paths
-from cafs.errors import CafsError, UnsupportedError
+from cafs.answer import ask_child, failure, tell
+from cafs.errors import CafsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,35 +137,23 @@ def _is_current(lock: int, path: str) -> bool:
 
 def _mount(name: str, point: str, store_root: str, record: str | None) -> None:
     """Mount in a child, so that the server inherits no descriptor of ours and its libraries are not loaded here."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        os._exit(_mount_child(name, point, store_root, record, writer))
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        message = pipe.read(65536).decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    if status:
-        kind = UnsupportedError if os.waitstatus_to_exitcode(status) == UnsupportedError.exit_code else CafsError
-        text, _, hint = message.partition("\n")
-        raise kind(text or "the image cannot be mounted", hint=hint or None)
+    answer = ask_child(lambda writer: _mount_child(name, point, store_root, record, writer))
+    if answer != b"ok":
+        raise failure(answer, CafsError("the image cannot be mounted"))
 
 
-def _mount_child(name: str, point: str, store_root: str, record: str | None, report: int) -> int:
-    from cafs.mount import mount
-    from cafs.request import Request
-
+def _mount_child(name: str, point: str, store_root: str, record: str | None, writer: int) -> int:
     try:
+        from cafs.mount import mount
+        from cafs.request import Request
+
         request = Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto", record=record)
         mount(request)
         for warning in request.warnings:
             sys.stderr.write(f"crun: warning: {warning}\n")
-    except CafsError as error:
-        os.write(report, f"{error}\n{error.hint or ''}".encode())
-        return error.exit_code
-    except BaseException as error:  # the only way out of this process
-        os.write(report, f"{type(error).__name__}: {error}".encode())
-        return 1
-    finally:
         sys.stderr.flush()
-    return 0
+        os.write(writer, b"ok")
+        return 0
+    except BaseException as error:  # the only way out of this process
+        tell(writer, error)
+        return 1

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 
+from cafs import linux
 from runner import containers
 from runner.attachment import Attachments
 from runner.logs import Log
@@ -152,14 +153,10 @@ class Monitor:
             from runner.pidinfo import exit_status
 
             status = exit_status(self.fds["process"], self.pid)
-        if status is None:
-            return None
-        code = os.waitstatus_to_exitcode(status)
-        return 128 - code if code < 0 else code
+        return None if status is None else linux.exit_code(status)
 
     def finish(self) -> None:
         """Note the end, and start it again if it is to be."""
-        from cafs import linux
         from runner import ending
 
         container, code = self.container, self.code()

@@ -7,11 +7,9 @@ Mount options are a closed list: nothing of the user's is joined into one.
 from __future__ import annotations
 
 import os
-import stat
 
-from cafs import linux
 from cafs.errors import CafsError, UsageError, os_error, quote
-from runner import cgroups, volumes
+from runner import cgroups, etc, volumes
 from runner.spec import bind, section
 
 TYPE_CHECKING = False
@@ -177,7 +175,7 @@ def _system(container: Container) -> list[dict[str, Any]]:
         found.append(bind("/dev/shm", "/dev/shm"))
     elif not ipc.startswith("container:"):
         found.append(_entry("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", f"size={shm}"))
-    files = container.asked.get("etc") or container.directory
+    files = etc.directory(container)
     return found + [bind(os.path.join(files, name), f"/etc/{name}") for name in ("hostname", "hosts", "resolv.conf")]
 
 
@@ -186,15 +184,3 @@ def check_sources(container: Container) -> None:
     for one in container.asked["mounts"]:
         if one["type"] == "bind" and not os.path.lexists(one["source"]):
             raise CafsError(f"cannot mount {quote(one['source'])}: No such file or directory")
-
-
-def is_directory(root: int, path: str) -> bool:
-    """Whether PATH is a directory in an image, seen without leaving it."""
-    try:
-        fd = linux.open_in_root(root, path, os.O_PATH)
-    except OSError:
-        return False
-    try:
-        return stat.S_ISDIR(os.fstat(fd).st_mode)
-    finally:
-        os.close(fd)

@@ -54,8 +54,10 @@ class Netlink:
         self._socket.bind((0, 0))
         self._number = 0
 
-    def close(self) -> None:
-        """Close it."""
+    def __enter__(self) -> Netlink:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
         self._socket.close()
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:

@@ -1,22 +1,21 @@
 """Bridge networks: state/networks/NAME.json; leases of their addresses, run/networks/NAME/ADDRESS, each with a container's id.
 
-A lease is taken and given back under one lock.  Who has ended without giving it back is not alive any more: `free` finds out.
+A lease is taken and given back under one lock.  Those of containers that are not alive any more are found by
+`free_stale`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
-import re
 import time
 from contextlib import contextmanager
 
 from cafs import atomic, paths
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from runner import firewall
-from runner.containers import BRIDGE
+from runner.containers import BRIDGE, is_name
 from runner.netlink import Netlink, has_link, is_up
 
 TYPE_CHECKING = False
@@ -24,10 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-DEFAULT = BRIDGE
 _DEFAULT_SUBNET, _DEFAULT_LINK = "10.87.0.0/16", "cafs0"
 _MORE = "10.88.0.0/16"
-_NAME = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")
 
 
 class Network:
@@ -55,10 +52,10 @@ class Network:
 
 def find(name: str) -> Network:
     """Raises NotFound."""
-    if name in (DEFAULT, "default"):
-        return Network(DEFAULT, {"link": _DEFAULT_LINK, "subnet": _DEFAULT_SUBNET})
+    if name in (BRIDGE, "default"):
+        return Network(BRIDGE, {"link": _DEFAULT_LINK, "subnet": _DEFAULT_SUBNET})
     try:
-        return Network(name, json.loads(atomic.read_file(_path(name), 1 << 16))) if _NAME.fullmatch(name) else _missing(name)
+        return Network(name, json.loads(atomic.read_file(_path(name), 1 << 16))) if _is_name(name) else _missing(name)
     except (OSError, ValueError):
         return _missing(name)
 
@@ -67,20 +64,25 @@ def _missing(name: str) -> Network:
     raise NotFound(f"no network {quote(name)}", hint="crun network ls; crun network create")
 
 
+def _is_name(text: str) -> bool:
+    return is_name(text, least=1, most=64)
+
+
 def every() -> list[Network]:
     """All, by name."""
     names = sorted(one.removesuffix(".json") for one in paths.listed(_directory()) if one.endswith(".json"))
-    return [find(DEFAULT), *(find(name) for name in names)]
+    return [find(BRIDGE), *(find(name) for name in names)]
 
 
 def create(name: str, subnet: str | None) -> Network:
     """Raises UsageError, BusyError."""
-    if not _NAME.fullmatch(name) or name in (DEFAULT, "default", "none", "host", "container"):
+    if not _is_name(name) or name in (BRIDGE, "default", "none", "host", "container"):
         raise UsageError(f"{quote(name)} is not a network name")
     os.makedirs(_directory(), mode=0o700, exist_ok=True)
     with locked():
-        taken = [one.subnet for one in every()]
-        if any(one.name == name for one in every()):
+        others = every()
+        taken = [one.subnet for one in others]
+        if any(one.name == name for one in others):
             raise BusyError(f"there is a network {quote(name)}")
         chosen = _given(subnet, taken) if subnet else _first_free(taken)
         about = {"link": f"cafs-{os.urandom(4).hex()}", "subnet": str(chosen), "created_ns": time.time_ns()}
@@ -111,18 +113,13 @@ def _first_free(taken: list[ipaddress.IPv4Network]) -> ipaddress.IPv4Network:
 def remove(name: str) -> None:
     """Raises NotFound, BusyError, UsageError."""
     network = find(name)
-    if network.name == DEFAULT:
+    if network.name == BRIDGE:
         raise UsageError("the network 'bridge' is always there")
     with locked():
         if users := leases(network):
             raise BusyError(f"network {quote(name)} is in use by container {next(iter(users.values()))[:12]}")
         atomic.unlink_quietly(_path(name))
-        try:
-            link = Netlink()
-            link.remove(network.link)
-            link.close()
-        except OSError:
-            pass  # nobody has used it since the machine was started
+        _remove_link(network)
         firewall.forget_bridge(network.link, network.subnet)
 
 
@@ -132,39 +129,31 @@ def ensure(network: Network) -> None:
         return
     hint = "--network host or --network none"
     try:
-        link = Netlink()
-        try:
+        with Netlink() as link:
             if not has_link(network.link):
                 link.add_bridge(network.link)
             try:
                 link.add_address(network.link, network.gateway, network.subnet.prefixlen)
             except FileExistsError:
                 pass  # who began was killed
-        finally:
-            link.close()
-        for name, value in (("ip_forward", "1"), (f"conf/{network.link}/route_localnet", "1")):
-            with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
-                file.write(value)
-        firewall.add_bridge(network.link, network.subnet)
-        link = Netlink()
-        try:
+            for name, value in (("ip_forward", "1"), (f"conf/{network.link}/route_localnet", "1")):
+                with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
+                    file.write(value)
+            firewall.add_bridge(network.link, network.subnet)
             link.set_up(network.link)  # last: that it is up means that all is done
-        finally:
-            link.close()
     except OSError as error:
         raise UnsupportedError(f"cannot make the bridge {network.link}: {error.strerror}", hint=hint) from error
     except UnsupportedError as error:
-        _undo(network)
+        _remove_link(network)
         raise UnsupportedError(str(error), hint=hint) from None
 
 
-def _undo(network: Network) -> None:
+def _remove_link(network: Network) -> None:
     try:
-        link = Netlink()
-        link.remove(network.link)
-        link.close()
+        with Netlink() as link:
+            link.remove(network.link)
     except OSError:
-        pass
+        pass  # nobody has used it since the machine was started
 
 
 def lease(network: Network, container: str) -> str:
@@ -217,12 +206,8 @@ def locked() -> Iterator[None]:
     """One process at a time changes networks, leases and ports."""
     directory = os.path.join(paths.run(), "networks")
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with atomic.locked(directory):
         yield
-    finally:
-        os.close(fd)
 
 
 def _directory() -> str:

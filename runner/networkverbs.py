@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-from cafs.errors import CafsError, NotFound, UsageError
+from cafs.errors import UsageError
 from runner import containers, listing, networks
+from runner.each import each
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def call(options: Options) -> int:
     elif verb == "rm":
         return _remove(names, force=options.has("force"))
     elif verb == "prune":
-        unused = [one.name for one in networks.every() if one.name != networks.DEFAULT and not networks.leases(one)]
+        unused = [one.name for one in networks.every() if one.name != containers.BRIDGE and not networks.leases(one)]
         return _remove(unused, force=True) if unused else 0
     else:
         raise UsageError(f"unknown command 'network {verb}'", hint="ls, create, inspect, rm or prune")
@@ -56,13 +57,4 @@ def _document(network: Network) -> dict[str, object]:
 def _remove(names: list[str], *, force: bool) -> int:
     if not names:
         raise UsageError("NAME of the network is missing")
-    code = 0
-    for name in names:
-        try:
-            networks.remove(name)
-            sys.stdout.write(name + "\n")
-        except CafsError as error:
-            if not (force and isinstance(error, NotFound)):
-                sys.stderr.write(f"crun: {error}\n")
-                code = error.exit_code
-    return code
+    return each(names, networks.remove, missing_ok=force)

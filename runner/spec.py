@@ -78,6 +78,13 @@ def section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
+def check_cwd(text: str) -> str:
+    """A working directory.  Raises UsageError for what could be a descriptor of ours (CVE-2024-21626)."""
+    if not text.startswith("/") or os.path.normpath(text).lstrip("/").split("/")[0] == "proc":
+        raise UsageError(f"working directory {quote(text)} is not an absolute path outside /proc")
+    return text
+
+
 def environment(options: Options, config: dict[str, Any]) -> dict[str, str]:
     """PATH, the image's variables, --env-file, then -e.  HOME, HOSTNAME and TERM are added when it starts."""
     found = {"PATH": DEFAULT_PATH}
@@ -144,16 +151,13 @@ def build(
     *,
     arguments: list[str],
     variables: dict[str, str],
-    cwd: str,
     user: User,
-    hostname: str,
     mounts: list[dict[str, Any]],
     devices: list[dict[str, Any]],
     joined: dict[str, str],
-    is_386: bool = False,
 ) -> dict[str, Any]:
     """The whole config.json.  Raises CafsError."""
-    from runner import cgroups, privileges, seccomp
+    from runner import cgroups, etc, privileges, seccomp
 
     is_privileged = container.has("privileged")
     held = privileges.capabilities(container)
@@ -168,7 +172,7 @@ def build(
             "terminal": container.has("tty"),
             "args": arguments,
             "env": [f"{name}={value}" for name, value in variables.items()],
-            "cwd": cwd,
+            "cwd": container.asked["cwd"],
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
             "capabilities": {"bounding": held, "effective": effective, "permitted": effective},
             "noNewPrivileges": privileges.no_new_privileges(container),
@@ -186,12 +190,12 @@ def build(
     if limits := privileges.ulimits(container):
         found["process"]["rlimits"] = limits
     if container.value("uts") != "host" and "uts" not in joined:
-        found["hostname"] = hostname
+        found["hostname"] = etc.hostname_of(container)
     if parameters := privileges.sysctls(container):
         found["linux"]["sysctl"] = parameters
     if devices:
         found["linux"]["devices"] = [{k: v for k, v in one.items() if k != "access"} for one in devices]
-    if filters := seccomp.chosen(container, held, is_386=is_386):
+    if filters := seccomp.chosen(container, held, is_386=container.asked["is_386"]):
         found["linux"]["seccomp"] = filters
     if profile := next((text[9:] for text in container.all("security-opt") if text.startswith(("apparmor=", "apparmor:"))), ""):
         found["process"]["apparmorProfile"] = profile

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 
 from cafs import atomic, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, quote
-from runner import containers, etc, lower, mounts, spec, users
+from runner import containers, etc, lower, mounts, programs, spec, users
 from runner.containers import Container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runner.stdio import Streams
+    from runner.stdio import Given
 
-_PR_SET_PDEATHSIG = 1
 _INIT = "/dev/.init"
 _INITS = ("tini-static", "catatonit", "docker-init", "tini")  # the last may need a C library that the image lacks
 
@@ -31,20 +29,22 @@ class Refused(CafsError):
         self.exit_code = code
 
 
+def code_of(error: BaseException) -> int:
+    """The exit code of a container that could not be started."""
+    return error.exit_code if isinstance(error, Refused) else 125
+
+
 def find_runc() -> str:
     """Path of runc.  Never looks for 'crun', which is also our own name.  Raises UnsupportedError."""
-    found = _program("runc")
+    found = programs.find("runc")
     if found is None:
         raise UnsupportedError("no runc", hint="apt install runc")
     return found
 
 
-def _program(name: str) -> str | None:
-    for directory in os.get_exec_path():
-        path = os.path.join(directory, name)
-        if os.access(path, os.X_OK):
-            return path
-    return None
+def runc(*words: str, log: str = "") -> list[str]:
+    """The command line for it.  log: a file for what `explain` reads."""
+    return [find_runc(), "--root", runtime_root(), *(["--log", log, "--log-format", "json"] if log else []), *words]
 
 
 def runtime_root() -> str:
@@ -125,13 +125,12 @@ def _write_bundle(container: Container, rootfs: int) -> int:
     asked = container.asked
     users.refuse_links(rootfs)
     user = users.resolve(rootfs, asked["user"], container.all("group-add"))
-    hostname = etc.hostname_of(container)
-    defaults = {"HOSTNAME": hostname, "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
+    defaults = {"HOSTNAME": etc.hostname_of(container), "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
     variables, arguments = defaults | asked["env"], list(asked["arguments"])
     mounts.check_sources(container)
     everything = mounts.build(container, rootfs)
     if not asked["mounts"]:  # a volume may bring the program
-        _check_program(rootfs, arguments[0], variables.get("PATH", ""), asked["cwd"])
+        check_program(rootfs, arguments[0], variables, asked["cwd"], "image")
     if container.has("init"):
         everything.append(spec.bind(_find_init(), _INIT, "ro"))
         arguments = [_INIT, "--", *arguments]
@@ -153,24 +152,30 @@ def _write_bundle(container: Container, rootfs: int) -> int:
 
         connecting.tell_neighbours(container.network, but=container.id)
     document = spec.build(
-        container, arguments=arguments, variables=variables, cwd=asked["cwd"], user=user, hostname=hostname,
-        mounts=everything, devices=devices, joined=joined, is_386=asked["is_386"],
-    )  # fmt: skip
+        container,
+        arguments=arguments,
+        variables=variables,
+        user=user,
+        mounts=everything,
+        devices=devices,
+        joined=joined,
+    )
     atomic.replace_hint(container.path("config.json"), json.dumps(document).encode("utf-8", "surrogateescape"), 0o600)
     return user.uid
 
 
-def _check_program(rootfs: int, name: str, path: str, cwd: str) -> None:
-    reason = users.find_program(rootfs, name, path, cwd)
+def check_program(root: int, name: str, variables: dict[str, str], cwd: str, where: str) -> None:
+    """Raises Refused if it cannot be started.  root: O_PATH of a root directory; where: what that is of, for the message."""
+    reason = users.find_program(root, name, variables.get("PATH", ""), cwd)
     if reason == "ENOENT":
-        raise Refused(f"cannot run {quote(name)}: not found in the image", 127)
+        raise Refused(f"cannot run {quote(name)}: not found in the {where}", 127)
     if reason:
         raise Refused(f"cannot run {quote(name)}: it is not an executable file", 126)
 
 
 def _find_init() -> str:
     for name in _INITS:
-        if found := _program(name):
+        if found := programs.find(name):
             return os.path.realpath(found)
     raise UnsupportedError("--init: no tini or catatonit on this host", hint="apt install tini")
 
@@ -190,11 +195,10 @@ def _joined(container: Container) -> dict[str, str]:
     return found
 
 
-def start(container: Container, streams: Streams | None, console: int = -1) -> int:
+def start(container: Container, streams: Given | None, console: int = -1) -> int:
     """Run runc until process 1 runs; returns its pid.  console: directory with its socket, -1: none.  Raises CafsError."""
     directory = container.directory
-    arguments = [find_runc(), "--root", runtime_root(), "--log", f"{directory}/runc.log", "--log-format", "json"]
-    arguments += ["run", "--detach", "--bundle", directory, "--pid-file", f"{directory}/pid"]
+    arguments = runc("run", "--detach", "--bundle", directory, "--pid-file", f"{directory}/pid", log=f"{directory}/runc.log")
     atomic.unlink_quietly(f"{directory}/runc.log")
     if console >= 0:
         arguments += ["--console-socket", f"/proc/self/fd/{console}/console"]
@@ -214,7 +218,7 @@ def spawn(arguments: list[str], streams: list[int], inherit: list[int]) -> int:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        linux._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        linux.die_with_parent()
         high = [os.dup(fd) for fd in streams]
         for to, fd in enumerate(high):
             os.dup2(fd, to, inheritable=True)

@@ -28,20 +28,36 @@ if TYPE_CHECKING:
     from runner.joining import Detacher
     from runner.logs import Log
 
-
 _PIECE = 1 << 16
 _UNSENT_MAX = 1 << 20
 
 
-class Streams:
-    """What runc gets as 0, 1, 2, and the threads that carry what cannot be passed."""
+class Given:
+    """What runc gets as 0, 1, 2.  child: the descriptors."""
+
+    def __init__(self) -> None:
+        self.child: list[int] = []
+        self._owned: list[int] = []
+
+    def _own(self, fd: int) -> int:
+        self._owned.append(fd)
+        return fd
+
+    def started(self) -> None:
+        """Close our copies of what the container has now."""
+        for fd in self._owned:
+            os.close(fd)
+        self._owned = []
+
+
+class Streams(Given):
+    """Ours, and the threads that carry what cannot be passed."""
 
     def __init__(self, interactive: bool, log: Log | None = None) -> None:
         """log: where what it prints is kept; then it is always carried."""
-        self.child: list[int] = []
+        super().__init__()
         self._log = log
         self._outputs: list[Thread] = []
-        self._owned: list[int] = []
         self._failures: list[OSError] = []
         for fd in (0, 1, 2):
             if fd == 0 and not interactive:
@@ -50,10 +66,6 @@ class Streams:
                 self.child.append(fd)
             else:
                 self.child.append(self._relay(fd))
-
-    def _own(self, fd: int) -> int:
-        self._owned.append(fd)
-        return fd
 
     def _relay(self, fd: int) -> int:
         from threading import Thread
@@ -67,12 +79,6 @@ class Streams:
         thread.start()
         self._outputs.append(thread)
         return self._own(writer)
-
-    def started(self) -> None:
-        """Close our copies of what the container has now."""
-        for fd in self._owned:
-            os.close(fd)
-        self._owned = []
 
     def drain(self) -> None:
         """After the container's end: wait until all that it wrote is written.  Raises OSError if it could not be."""
@@ -99,7 +105,7 @@ def _nothing() -> int:
 
 def _copy(source: int, target: int, close_target: bool, failures: list[OSError], log: Callable[[bytes], None] | None) -> None:
     try:
-        while data := os.read(source, 1 << 16):
+        while data := os.read(source, _PIECE):
             if log:
                 log(data)
             atomic.write_all(target, data)
@@ -109,7 +115,7 @@ def _copy(source: int, target: int, close_target: bool, failures: list[OSError],
         os.close(target if close_target else source)
 
 
-class Fifos(Streams):
+class Fifos(Given):
     """Named pipes of a container in the background, so that another monitor finds them.  ours: our ends, by name.
 
     What it writes goes into pipes that are open for reading and writing, so it never finds one broken.  What it reads ends when
@@ -117,11 +123,8 @@ class Fifos(Streams):
     """
 
     def __init__(self, directory: str, interactive: bool, uid: int) -> None:
-        self.child = []
+        super().__init__()
         self.ours: dict[str, int] = {}
-        self._owned = []
-        self._outputs = []
-        self._failures = []
         for name in ("stdin", "stdout", "stderr"):
             path = os.path.join(directory, name)
             if name == "stdin" and not interactive:

@@ -1,28 +1,25 @@
-"""Copying trees by descriptors, also as tar.  Neither side's links are followed below the places that are given."""
+"""Copying trees by descriptors: neither side's links are followed below the places that are given."""
 
 from __future__ import annotations
 
 import os
 import stat
-import tarfile
 
-from cafs import atomic, linux
-from cafs.errors import CafsError, FormatError, quote
+from cafs import atomic
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import IO
-
-_PIECE = 1 << 20
-_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+PIECE = 1 << 20
+FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Copier:
-    """keep_owner: as in the source, else whoever copies."""
+    """keep_owner: as in the source, else whoever copies.  keep_attributes: extended ones too, but for overlayfs' own.
 
-    def __init__(self, *, keep_owner: bool) -> None:
+    Devices and sockets are left out.
+    """
+
+    def __init__(self, *, keep_owner: bool, keep_attributes: bool = False) -> None:
         self._keep_owner = keep_owner
-        self._linked: dict[tuple[int, int], tuple[int, str]] = {}
+        self._keep_attributes = keep_attributes
 
     def copy(self, source: int, name: str, target: int, new_name: str) -> None:
         """NAME in one directory to NEW_NAME in another ('.': the directory itself).  Raises OSError."""
@@ -30,18 +27,18 @@ class Copier:
         if stat.S_ISDIR(status.st_mode):
             self._copy_directory(source, name, target, new_name)
         elif stat.S_ISREG(status.st_mode):
-            self._copy_file(source, name, target, new_name, status)
+            self._copy_file(source, name, target, new_name)
         elif stat.S_ISLNK(status.st_mode):
-            _clear(target, new_name)
+            clear(target, new_name)
             os.symlink(os.readlink(name, dir_fd=source), new_name, dir_fd=target)
             if self._keep_owner:
                 os.chown(new_name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
         elif stat.S_ISFIFO(status.st_mode):
-            _clear(target, new_name)
+            clear(target, new_name)
             os.mkfifo(new_name, stat.S_IMODE(status.st_mode), dir_fd=target)
 
     def _copy_directory(self, source: int, name: str, target: int, new_name: str) -> None:
-        one = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=source)
+        one = os.open(name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=source)
         try:
             is_new = False
             if new_name != ".":
@@ -50,34 +47,35 @@ class Copier:
                     is_new = True
                 except FileExistsError:
                     pass
-            other = os.open(new_name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=target)
+            other = os.open(new_name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=target)
             try:
                 for child in sorted(os.listdir(one)):
                     self.copy(one, child, other, child)
                 if is_new:
-                    self._copy_attributes(one, other)
+                    self.copy_status(one, other)
             finally:
                 os.close(other)
         finally:
             os.close(one)
 
-    def _copy_file(self, source: int, name: str, target: int, new_name: str, status: os.stat_result) -> None:
-        one = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=source)
+    def _copy_file(self, source: int, name: str, target: int, new_name: str) -> None:
+        one = os.open(name, os.O_RDONLY | FLAGS, dir_fd=source)
         try:
             if not stat.S_ISREG(os.fstat(one).st_mode):
                 return  # it was changed just now
-            _clear(target, new_name)
-            other = os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=target)
+            clear(target, new_name)
+            other = os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS, 0o600, dir_fd=target)
             try:
-                while data := os.read(one, _PIECE):
+                while data := os.read(one, PIECE):
                     atomic.write_all(other, data)
-                self._copy_attributes(one, other)
+                self.copy_status(one, other)
             finally:
                 os.close(other)
         finally:
             os.close(one)
 
-    def _copy_attributes(self, source: int, target: int) -> None:
+    def copy_status(self, source: int, target: int) -> None:
+        """Mode, times, and what else is kept, of an open file or directory to another."""
         status = os.fstat(source)
         mode = stat.S_IMODE(status.st_mode)
         if self._keep_owner:
@@ -85,120 +83,15 @@ class Copier:
         else:
             mode &= 0o1777  # set-user-id of another is not of ours
         os.fchmod(target, mode)
+        for name in os.listxattr(source) if self._keep_attributes else []:
+            if not name.startswith("trusted.overlay."):
+                os.setxattr(target, name, os.getxattr(source, name))
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def _clear(directory: int, name: str) -> None:
+def clear(directory: int, name: str) -> None:
     """Make room for a new file: what has its name goes, unless it is a directory."""
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
-
-
-def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str) -> None:
-    """NAME and all below it, by descriptors."""
-    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    member = tarfile.TarInfo(arcname)
-    member.mode, member.uid, member.gid, member.mtime = (
-        stat.S_IMODE(status.st_mode),
-        status.st_uid,
-        status.st_gid,
-        status.st_mtime,
-    )
-    if stat.S_ISDIR(status.st_mode):
-        member.type = tarfile.DIRTYPE
-        tar.addfile(member)
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=directory)
-        try:
-            for child in sorted(os.listdir(fd)):
-                add_to_tar(tar, fd, child, f"{arcname}/{child}")
-        finally:
-            os.close(fd)
-    elif stat.S_ISREG(status.st_mode):
-        with open(os.open(name, os.O_RDONLY | _FLAGS, dir_fd=directory), "rb") as file:
-            member.size = os.fstat(file.fileno()).st_size
-            tar.addfile(member, file)
-    elif stat.S_ISLNK(status.st_mode):
-        member.type, member.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=directory)
-        tar.addfile(member)
-
-
-def extract_tar(stream: IO[bytes], top: int) -> None:
-    """Below the directory TOP; '..' and links never lead out of it.  Raises CafsError, FormatError."""
-    try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
-            for member in tar:
-                _extract(tar, member, top)
-    except tarfile.TarError as error:
-        raise FormatError(f"the archive is not a tar: {error}") from None
-
-
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
-    parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise CafsError(f"the archive has the name {quote(member.name)}")
-    if not parts:
-        return
-    try:
-        parent = _make_parents(top, parts[:-1])
-    except OSError as error:
-        raise CafsError(f"cannot extract {quote(member.name)}: {error.strerror}") from error
-    name = parts[-1]
-    try:
-        if member.isdir():
-            try:
-                os.mkdir(name, 0o755, dir_fd=parent)
-            except FileExistsError:
-                pass
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=parent)
-        elif member.isreg():
-            _clear(parent, name)
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=parent)
-            content = tar.extractfile(member)
-            while content and (data := content.read(_PIECE)):
-                atomic.write_all(fd, data)
-        elif member.issym():
-            _clear(parent, name)
-            os.symlink(member.linkname, name, dir_fd=parent)
-            return
-        elif member.islnk():
-            _link(top, member.linkname, parent, name)
-            return
-        else:
-            return  # devices and the like are not for cp
-        os.fchown(fd, member.uid, member.gid)
-        os.fchmod(fd, member.mode & 0o7777)
-        os.utime(fd, (member.mtime, member.mtime))
-        os.close(fd)
-    except OSError as error:
-        raise CafsError(f"cannot extract {quote(member.name)}: {error.strerror}") from error
-    finally:
-        os.close(parent)
-
-
-def _make_parents(top: int, parts: list[str]) -> int:
-    """The directory of a member, made where it is missing; links lead wherever they do below TOP."""
-    fd = os.dup(top)
-    for number, part in enumerate(parts, 1):
-        try:
-            inner = linux.open_in_root(top, "/".join(parts[:number]), os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            os.mkdir(part, 0o755, dir_fd=fd)
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-    return fd
-
-
-def _link(top: int, target: str, parent: int, name: str) -> None:
-    """A hard link to what the archive has before; the target is looked up below TOP."""
-    parts = [part for part in target.split("/") if part not in ("", ".")]
-    if not parts or ".." in parts:
-        raise CafsError(f"the archive links to {quote(target)}")
-    source = linux.open_in_root(top, "/".join(parts[:-1]) or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _clear(parent, name)
-        os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
-    finally:
-        os.close(source)

@@ -103,3 +103,18 @@ def refuse_links(root: int) -> None:
             continue
         if not stat.S_ISDIR(status.st_mode):
             raise CafsError(f"the image's '/{name}' is not a directory")
+
+
+def open_null(pid: int) -> int:
+    """/dev/null of a container, opened.  Raises CafsError if it is something else there."""
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = linux.open_in_root(root, "/dev/null", os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        raise CafsError(f"cannot open '/dev/null' of the container: {error.strerror}") from error
+    finally:
+        os.close(root)
+    if os.fstat(fd).st_rdev != os.makedev(1, 3):
+        os.close(fd)
+        raise CafsError("'/dev/null' of the container is something else")
+    return fd

@@ -7,8 +7,9 @@ import sys
 import time
 
 from cafs import linux
-from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError
+from cafs.errors import UnsupportedError, UsageError
 from runner import containers, control, ending
+from runner.each import each
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,19 +49,7 @@ def _create(options: Options) -> int:
 
 
 def _each(options: Options, what: Callable[[Container], object], *, prints: bool = True) -> int:
-    """Do it for every container, go on after a failure, and fail in the end."""
-    code = 0
-    for word in options.words:
-        try:
-            what(containers.find(word))
-        except CafsError as error:
-            sys.stderr.write(f"crun: {error}\n" + (f"crun: hint: {error.hint}\n" if error.hint else ""))
-            code = code or error.exit_code
-        else:
-            if prints:
-                sys.stdout.write(word + "\n")
-                sys.stdout.flush()
-    return code
+    return each(options.words, lambda word: what(containers.find(word)), prints=prints)
 
 
 def _start(options: Options) -> int:
@@ -127,17 +116,7 @@ def _rm(options: Options) -> int:
     def remove(container: Container) -> None:
         control.remove(container, force=force, with_volumes=options.has("volumes"))
 
-    if force:
-        options.words = [word for word in options.words if _is_there(word)]
-    return _each(options, remove)
-
-
-def _is_there(word: str) -> bool:
-    try:
-        containers.find(word)
-    except NotFound:
-        return False
-    return True
+    return each(options.words, lambda word: remove(containers.find(word)), missing_ok=force)
 
 
 def _wait(options: Options) -> int:

@@ -5,21 +5,19 @@ A volume that is empty gets what the image has at its place, when a container th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import stat
 import time
 
 from cafs import atomic, linux, paths
 from cafs.errors import BusyError, NotFound, UsageError, quote
 from runner.cleanup import remove_directory, remove_tree
+from runner.containers import every as every_container
+from runner.containers import is_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-_PIECE = 1 << 20
 
 
 def root() -> str:
@@ -29,7 +27,7 @@ def root() -> str:
 
 def check_name(name: str) -> None:
     """Raises UsageError."""
-    if not name.isascii() or not all(c.isalnum() or c in "_.-" for c in name) or not name[:1].isalnum() or len(name) > 128:
+    if not is_name(name, least=1):
         raise UsageError(f"{quote(name)} is not a volume name", hint=f"a directory here is ./{name}")
 
 
@@ -59,9 +57,7 @@ def ready(name: str, rootfs: int, image_path: str) -> str:
     create(name)
     directory = os.path.join(root(), name)
     data, marker = os.path.join(directory, "_data"), os.path.join(directory, "seeded")
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with atomic.locked(directory):
         if image_path and not os.path.exists(marker) and not os.listdir(data):
             new = os.path.join(directory, "_data.new")
             remove_tree(new)
@@ -70,12 +66,12 @@ def ready(name: str, rootfs: int, image_path: str) -> str:
             os.rename(new, data)  # over an empty directory
             with open(marker, "wb"):
                 pass
-    finally:
-        os.close(lock)
     return data
 
 
 def _seed(data: str, rootfs: int, path: str) -> None:
+    from runner.treecopy import Copier
+
     try:
         source = linux.open_in_root(rootfs, path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -83,57 +79,13 @@ def _seed(data: str, rootfs: int, path: str) -> None:
     try:
         target = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _copy_directory(source, target)
-            _copy_attributes(source, target)
+            copier = Copier(keep_owner=True, keep_attributes=True)
+            copier.copy(source, ".", target, ".")
+            copier.copy_status(source, target)
         finally:
             os.close(target)
     finally:
         os.close(source)
-
-
-def _copy_directory(source: int, target: int) -> None:
-    """Everything below, by descriptors; no link is followed.  Device files are left out."""
-    for name in sorted(os.listdir(source)):
-        status = os.stat(name, dir_fd=source, follow_symlinks=False)
-        if stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-            os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
-        elif stat.S_ISDIR(status.st_mode):
-            os.mkdir(name, 0o700, dir_fd=target)
-            _with_both(source, target, name, os.O_DIRECTORY, os.O_DIRECTORY, _copy_directory)
-        elif stat.S_ISREG(status.st_mode):
-            _with_both(source, target, name, 0, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _copy_content)
-        elif stat.S_ISFIFO(status.st_mode):
-            os.mkfifo(name, stat.S_IMODE(status.st_mode), dir_fd=target)
-
-
-def _with_both(source: int, target: int, name: str, source_flags: int, target_flags: int, copy: Any) -> None:
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    one = os.open(name, os.O_RDONLY | flags | source_flags, dir_fd=source)
-    try:
-        other = os.open(name, flags | target_flags, 0o600, dir_fd=target)
-        try:
-            copy(one, other)
-            _copy_attributes(one, other)
-        finally:
-            os.close(other)
-    finally:
-        os.close(one)
-
-
-def _copy_content(source: int, target: int) -> None:
-    while data := os.read(source, _PIECE):
-        atomic.write_all(target, data)
-
-
-def _copy_attributes(source: int, target: int) -> None:
-    status = os.fstat(source)
-    os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name))
-    os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -159,11 +111,9 @@ def every() -> list[dict[str, Any]]:
 
 def users(name: str) -> list[str]:
     """Names of the containers that use a volume."""
-    from runner import containers
-
     return [
         one.name
-        for one in containers.every()
+        for one in every_container()
         if any(mount["type"] == "volume" and mount["name"] == name for mount in one.asked["mounts"])
     ]
 

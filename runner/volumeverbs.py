@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-from cafs.errors import CafsError, NotFound, UsageError
+from cafs.errors import UsageError
 from runner import listing, logs, volumes
+from runner.each import each
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,24 +56,9 @@ def _document(name: str) -> dict[str, object]:
 
 
 def _remove(names: list[str], *, force: bool) -> int:
-    code = 0
-    for name in names:
-        try:
-            volumes.remove(name)
-            sys.stdout.write(name + "\n")
-        except NotFound as error:
-            if not force:
-                code = _say(error)
-        except CafsError as error:
-            code = _say(error)
     if not names:
         raise UsageError("VOLUME is missing")
-    return code
-
-
-def _say(error: CafsError) -> int:
-    sys.stderr.write(f"crun: {error}\n")
-    return error.exit_code
+    return each(names, volumes.remove, missing_ok=force)
 
 
 def _prune(*, everything: bool) -> None:

@@ -330,6 +330,29 @@ def test_following_a_log_loses_nothing_when_it_is_rotated(image: Path) -> None:
     ok("rm", "turn")
 
 
+def test_a_log_with_a_gap_in_its_files_is_read_to_its_end(tmp_path: Path) -> None:
+    """As a kill between two renames leaves it."""
+    from runner import logs
+
+    log = logs.Log(str(tmp_path / "log"), 1, 5)
+    for number in range(4):
+        log.write("stdout", b"%d" % number)
+    (tmp_path / "log.2").unlink()
+    assert [data for _, _, data in logs.read(str(tmp_path / "log"))] == [b"0", b"1", b"3"]
+
+
+def test_a_foreground_container_is_up_since_it_was_started(image: Path) -> None:
+    command = [BIN / "crun", "run", "--rm", "-i", "--name", "fore", "--network", "none", "b:1", "cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        assert until(lambda: "fore" in ok("ps"))
+        assert " second" in ok("ps") and "week" not in ok("ps")
+        assert child.stdin
+        child.stdin.close()
+        assert child.wait(30) == 0
+    rows = [json.loads(line)["event"] for line in ok("events", "--filter", "container=fore").splitlines()]
+    assert rows == ["create", "start", "die", "destroy"]
+
+
 def test_an_archive_keeps_its_hard_links_and_follows_the_containers_links(image: Path, tmp_path: Path) -> None:
     background("tar", "b:1", "sh", "-c", "mkdir -p /var; ln -s ../tmp /var/run; echo ready; sleep 60")
     assert until(lambda: cr("logs", "tar").stdout == "ready\n")

@@ -215,6 +215,10 @@ def test_without_nft_iptables_does_it_and_without_both_it_says_so(cr: Crun, insi
         "run", "--rm", "b:1", "true", more=f"mount --bind /dev/null {os.path.realpath(str(shutil.which('iptables')))}"
     )
     assert done.returncode == 8 and "neither nft nor iptables" in done.stderr and "--network host" in done.stderr
+    done = hidden(
+        "run", "-d", "--rm", "b:1", "true", more=f"mount --bind /dev/null {os.path.realpath(str(shutil.which('iptables')))}"
+    )
+    assert done.returncode == 8 and "--network host" in done.stderr, "the same in the background"
 
 
 def test_an_ordinary_shell_may_ping_and_use_low_ports(cr: Crun) -> None:

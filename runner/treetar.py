@@ -1,0 +1,119 @@
+"""Trees as tar archives, by descriptors: neither links nor names lead out of the directory that is given."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+
+from cafs import atomic, linux
+from cafs.errors import CafsError, FormatError, quote
+from runner.treecopy import FLAGS, PIECE, clear
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
+
+
+def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str) -> None:
+    """NAME and all below it, by descriptors."""
+    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    member = tarfile.TarInfo(arcname)
+    member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
+    member.uid, member.gid = status.st_uid, status.st_gid
+    if stat.S_ISDIR(status.st_mode):
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=directory)
+        try:
+            for child in sorted(os.listdir(fd)):
+                add_to_tar(tar, fd, child, f"{arcname}/{child}")
+        finally:
+            os.close(fd)
+    elif stat.S_ISREG(status.st_mode):
+        with open(os.open(name, os.O_RDONLY | FLAGS, dir_fd=directory), "rb") as file:
+            member.size = os.fstat(file.fileno()).st_size
+            tar.addfile(member, file)
+    elif stat.S_ISLNK(status.st_mode):
+        member.type, member.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=directory)
+        tar.addfile(member)
+
+
+def extract_tar(stream: IO[bytes], top: int) -> None:
+    """Below the directory TOP; '..' and links never lead out of it.  Raises CafsError, FormatError."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                _extract(tar, member, top)
+    except tarfile.TarError as error:
+        raise FormatError(f"the archive is not a tar: {error}") from None
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise CafsError(f"the archive has the name {quote(member.name)}")
+    if not parts:
+        return
+    try:
+        parent = _make_parents(top, parts[:-1])
+    except OSError as error:
+        raise CafsError(f"cannot extract {quote(member.name)}: {error.strerror}") from error
+    name = parts[-1]
+    try:
+        if member.isdir():
+            try:
+                os.mkdir(name, 0o755, dir_fd=parent)
+            except FileExistsError:
+                pass
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=parent)
+        elif member.isreg():
+            clear(parent, name)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS, 0o600, dir_fd=parent)
+            content = tar.extractfile(member)
+            while content and (data := content.read(PIECE)):
+                atomic.write_all(fd, data)
+        elif member.issym():
+            clear(parent, name)
+            os.symlink(member.linkname, name, dir_fd=parent)
+            return
+        elif member.islnk():
+            _link(top, member.linkname, parent, name)
+            return
+        else:
+            return  # devices and the like are not for cp
+        os.fchown(fd, member.uid, member.gid)
+        os.fchmod(fd, member.mode & 0o7777)
+        os.utime(fd, (member.mtime, member.mtime))
+        os.close(fd)
+    except OSError as error:
+        raise CafsError(f"cannot extract {quote(member.name)}: {error.strerror}") from error
+    finally:
+        os.close(parent)
+
+
+def _make_parents(top: int, parts: list[str]) -> int:
+    """The directory of a member, made where it is missing; links lead wherever they do below TOP."""
+    fd = os.dup(top)
+    for number, part in enumerate(parts, 1):
+        try:
+            inner = linux.open_in_root(top, "/".join(parts[:number]), os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            os.mkdir(part, 0o755, dir_fd=fd)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    return fd
+
+
+def _link(top: int, target: str, parent: int, name: str) -> None:
+    """A hard link to what the archive has before; the target is looked up below TOP."""
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise CafsError(f"the archive links to {quote(target)}")
+    source = linux.open_in_root(top, "/".join(parts[:-1]) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        clear(parent, name)
+        os.link(parts[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(source)
