@@ -60,15 +60,14 @@ def summary(container: Container) -> dict[str, Any]:
 
 def ps(options: Options) -> None:
     """Print the table."""
-    rows = []
-    for one in containers.every():
-        row = summary(one)
-        if _matches(options.all("filter"), one, row):
-            rows.append(row)
-    wants_all = options.has("all") or any(text.startswith("status=") for text in options.all("filter"))
-    last = options.value("last")
+    filters, last = [_filter(text) for text in options.all("filter")], options.value("last")
+    if last is not None and not last.isdigit():
+        raise UsageError(f"--last is a number, not {quote(last)}")
+    pairs = [(one, summary(one)) for one in containers.every()]
+    rows = [row for one, row in pairs if all(_matches(*pair, one, row) for pair in filters)]
+    wants_all = options.has("all") or any(key == "status" for key, _ in filters)
     if last is not None:
-        rows = rows[: int(last)] if last.isdigit() else rows
+        rows = rows[: int(last)]
     elif not wants_all:
         rows = [row for row in rows if row["State"] in ("running", "paused", "restarting")]
     if options.value("format") == "json":
@@ -96,24 +95,26 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         sys.stdout.write(line.rstrip() + "\n")
 
 
-def _matches(filters: list[str], container: Container, row: dict[str, Any]) -> bool:
-    for text in filters:
-        key, equals, value = text.partition("=")
-        if not equals or key not in ("name", "id", "label", "status", "ancestor", "exited"):
-            raise UsageError(f"unknown filter {quote(text)}", hint="name=, id=, label=, status=, ancestor=, exited=")
-        name, has_value, wanted = value.partition("=")
-        found = container.asked["labels"].get(name)
-        is_so = {
-            "name": value in container.name,
-            "id": container.id.startswith(value),
-            "label": found is not None and (not has_value or found == wanted),
-            "status": row["State"] == value,
-            "ancestor": value in (container.asked["image"], container.asked["digest"]),
-            "exited": str(row["ExitCode"]) == value and row["State"] == "exited",
-        }
-        if not is_so[key]:
-            return False
-    return True
+def _filter(text: str) -> tuple[str, str]:
+    """K=V of --filter.  Raises UsageError."""
+    key, equals, value = text.partition("=")
+    if not equals or key not in ("name", "id", "label", "status", "ancestor", "exited"):
+        raise UsageError(f"unknown filter {quote(text)}", hint="name=, id=, label=, status=, ancestor=, exited=")
+    return key, value
+
+
+def _matches(key: str, value: str, container: Container, row: dict[str, Any]) -> bool:
+    name, has_value, wanted = value.partition("=")
+    found = container.asked["labels"].get(name)
+    is_so: dict[str, bool] = {
+        "name": value in container.name,
+        "id": container.id.startswith(value),
+        "label": found is not None and (not has_value or found == wanted),
+        "status": row["State"] == value,
+        "ancestor": value in (container.asked["image"], container.asked["digest"]),
+        "exited": str(row["ExitCode"]) == value and row["State"] == "exited",
+    }
+    return is_so[key]
 
 
 def _write_json_lines(rows: list[dict[str, Any]]) -> None:

@@ -32,7 +32,9 @@ def call(options: Options) -> int:
         unused = [one.name for one in networks.every() if one.name != containers.BRIDGE and not networks.leases(one)]
         return _remove(unused, force=True) if unused else 0
     else:
-        raise UsageError(f"unknown command 'network {verb}'", hint="ls, create, inspect, rm or prune")
+        raise UsageError(
+            f"unknown command 'network {verb}'" if verb else "COMMAND is missing", hint="ls, create, inspect, rm or prune"
+        )
     return 0
 
 

@@ -32,7 +32,9 @@ def call(options: Options) -> int:
     elif verb == "prune":
         _prune(everything=options.has("all"))
     else:
-        raise UsageError(f"unknown command 'volume {verb}'", hint="ls, create, inspect, rm or prune")
+        raise UsageError(
+            f"unknown command 'volume {verb}'" if verb else "COMMAND is missing", hint="ls, create, inspect, rm or prune"
+        )
     return 0
 
 

@@ -371,6 +371,8 @@ def test_names_are_unique_can_be_changed_and_found_by_prefix(image: Path) -> Non
     assert re.fullmatch("[a-z]+_[a-z]+[0-9]*", given)
     assert ok("ps", "-a", "--filter", "name=second", "-q", "--no-trunc") == identity + "\n"
     ok("rm", "second", given)
+    for words in (("ps", "--filter", "colour=red"), ("ps", "-n", "few"), ("volume",), ("network", "paint")):
+        assert cr(*words).returncode == 2, "also where there is nothing to be listed"
 
 
 def test_a_cidfile_is_written_once(image: Path, tmp_path: Path) -> None:
