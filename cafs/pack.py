@@ -60,10 +60,13 @@ def frame_size(head: bytes) -> int:
     return FRAME.size + stored if stored <= RAW_MAX else 0
 
 
-def decode_frame(frame: Buffer) -> tuple[bytes, int]:
-    """The object's bytes and its kind.  Raises CorruptError on anything that does not fit, before allocating for it."""
+def decode_frame(frame: Buffer) -> tuple[bytes | memoryview, int]:
+    """The object's bytes, those of the frame itself if they are not compressed, and its kind.
+
+    Raises CorruptError on anything that does not fit, before allocating for it.
+    """
     codec, kind, raw_size, body = _opened(memoryview(frame))
-    return bytes(body) if codec == RAW else _decompress(body, raw_size), kind
+    return body if codec == RAW else _decompress(body, raw_size), kind
 
 
 def decode_frames(frames: Iterable[Buffer]) -> Iterator[tuple[memoryview, int] | CorruptError]:

@@ -200,6 +200,11 @@ class Packs:
 
         Raises NotFound if no pack lists it, CorruptError if every copy is bad, CafsError if a pack cannot be read.
         """
+        data = self.read_view(digest, kind, hint)
+        return data if isinstance(data, bytes) else bytes(data)
+
+    def read_view(self, digest: bytes, kind: int = PLAIN, hint: tuple[str, int, int] | None = None) -> bytes | memoryview:
+        """The same, not copied out of what was read for it."""
         name = object_name(digest, kind)
         if hint:
             try:
@@ -233,10 +238,10 @@ class Packs:
         name = object_name(digest, kind)
         raise CorruptError(f"store {quote(self.root)} has no good copy of object {name}", hint="cafs-store fsck")
 
-    def _read_copy(self, pack_name: str, offset: int, stored: int, digest: bytes, kind: int) -> bytes:
+    def _read_copy(self, pack_name: str, offset: int, stored: int, digest: bytes, kind: int) -> bytes | memoryview:
         return self.check_frame(self.backend.read_range(f"packs/{pack_name}", offset, stored), digest, kind)
 
-    def check_frame(self, frame: bytes, digest: bytes, kind: int) -> bytes:
+    def check_frame(self, frame: bytes, digest: bytes, kind: int) -> bytes | memoryview:
         """The object in a frame.  Raises CorruptError unless it is the one of this digest."""
         raw, found_kind = pack.decode_frame(frame)
         if found_kind != kind or self.hash(raw) != digest:

@@ -94,8 +94,7 @@ class ChunkedFile:
         parts = list(self._parts(offset, size))
         self._look_ahead(parts)
         return b"".join(
-            self._ready(number, within, length) or self._load(number)[within : within + length]
-            for number, within, length in parts
+            self._ready(number, within, length) or self._load(number, within, length) for number, within, length in parts
         )
 
     def read_ready(self, offset: int, size: int) -> bytes | None:
@@ -125,7 +124,7 @@ class ChunkedFile:
 
     def _fetch_behind(self, number: int) -> None:
         try:
-            self._load(number)
+            self._load(number, 0, 0)
         except (CafsError, OSError) as error:
             _log.debug("cannot read ahead: %s", error)  # who needs it will say
         finally:
@@ -171,32 +170,35 @@ class ChunkedFile:
             return atomic.read_exactly(self._fd, length, number * self.listed.chunk_size + within)
         return None if self._digest(number) else bytes(length)
 
-    def _load(self, number: int) -> bytes:
+    def _load(self, number: int, within: int, length: int) -> Buffer:
+        """A part of a chunk that has to be verified, or fetched, unless somebody else did while we waited for the lock."""
         digest = self._digest(number)
         with self.cache.single_flight((digest, PLAIN)):
-            return self._cached(number, digest) or self._fetch(number, digest)
+            if (ready := self._ready(number, within, length)) is not None:
+                return ready
+            return (self._cached(number, digest) or memoryview(self._fetch(number, digest)))[within : within + length]
 
-    def _cached(self, number: int, digest: bytes) -> bytes | None:
+    def _cached(self, number: int, digest: bytes) -> memoryview | None:
         """The chunk, if it is in the file and what it should be."""
         if self._fd < 0 or not self._has(number):
             return None
         data = atomic.read_exactly(self._fd, self.listed.length_at(number), number * self.listed.chunk_size)
-        if number in self._verified or self.cache.store.hash(data) == digest:
+        if self.cache.store.hash(data) == digest:
             self._verified.add(number)
             self.cache.count_hit(len(data))
-            return data
+            return memoryview(data)
         _log.warning("chunk %d of cached object %s is damaged: fetched again", number, os.path.basename(self.path))
         return None
 
-    def _fetch(self, number: int, digest: bytes) -> bytes:
+    def _fetch(self, number: int, digest: bytes) -> Buffer:
         place = self.locator.chunk(digest) if self.locator is not None else None
-        data = self.cache.store.read_object(digest, PLAIN, place)
+        data = memoryview(self.cache.store.read_view(digest, PLAIN, place))
         self.cache.count_miss(len(data))
         if len(data) != self.listed.length_at(number):
             raise CorruptError(f"chunk {digest.hex()} is not of the size that its list says")
         if self._fd >= 0:
             try:
-                self.cache.with_room(lambda: self._write(number, data), memoryview(data).nbytes)
+                self.cache.with_room(lambda: self._write(number, data), len(data))
             except OSError as error:
                 _log.warning("cannot write to cache %s: %s; serving from memory", self.path, error.strerror)
                 return data

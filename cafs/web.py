@@ -13,6 +13,8 @@ import json
 import os
 import random
 import re
+import socket
+import threading
 import time
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote as url_quote
@@ -176,9 +178,12 @@ class _Again(Exception):
 
 def _whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
     """The body.  Raises OSError if it is over LIMIT bytes."""
-    if (_length(response) or 0) > limit:
+    length = _length(response) or 0
+    if length > limit:
         response.close()
         raise OSError(27, f"larger than {limit} bytes")
+    if _STEP < length <= _LARGEST:
+        return _at_once(response, length)
     parts, size = [], 0
     while part := _read(response, _STEP):
         size += len(part)
@@ -187,6 +192,30 @@ def _whole(response: urllib3.BaseHTTPResponse, limit: int) -> bytes:
             raise OSError(27, f"larger than {limit} bytes")
         parts.append(part)
     return b"".join(parts)
+
+
+def _at_once(response: urllib3.BaseHTTPResponse, length: int) -> bytes:
+    """A long body into one piece of memory: in steps it would be copied twice.  The time limit then takes a thread."""
+    left_s = response.deadline - time.monotonic()  # type: ignore[attr-defined]
+    timer = threading.Timer(left_s, _cut, (response,))
+    timer.daemon = True
+    timer.start()
+    try:
+        data = response.read(length, decode_content=False)
+        while len(data) < length:  # it was cut off: asked again, urllib3 says so
+            data += response.read(length - len(data), decode_content=False)
+        return data
+    finally:
+        timer.cancel()
+
+
+def _cut(response: urllib3.BaseHTTPResponse) -> None:
+    """End the connection under whoever reads from it."""
+    try:
+        with socket.socket(fileno=os.dup(response.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    except (OSError, ValueError):
+        pass  # it has ended
 
 
 def _part(response: urllib3.BaseHTTPResponse, offset: int, size: int) -> bytes:

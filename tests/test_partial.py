@@ -38,14 +38,14 @@ class Large:
     def open(self) -> ChunkedFile:
         """As a new process would."""
         store = Store(self.store_root)
-        real = store.read_object
+        real = store.read_view
 
-        def read_object(digest: bytes, kind: int = 0, hint: object = None) -> bytes:
+        def read_view(digest: bytes, kind: int = 0, hint: object = None) -> bytes:
             if kind != CHUNK_LIST:
                 self.asked.append(digest)
             return real(digest, kind)
 
-        store.read_object = read_object  # type: ignore[method-assign,assignment]
+        store.read_view = read_view  # type: ignore[method-assign,assignment]
         return ChunkedFile(Cache(self.cache_root, store), self.digest, None, None)
 
 
