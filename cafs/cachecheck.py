@@ -58,7 +58,12 @@ def _checks(root: str) -> Iterator[Check]:
         for key, path, _ in ledger.present():
             yield f"object {os.path.basename(os.path.dirname(path))}{os.path.basename(path)}", path, _object(ledger, key, path)
         hashed = hash_function(hash_name)
-        for directory, limit in (("lists", chunks.LIST_MAX), ("metadata", _METADATA_MAX), ("meta", META_MAX)):
+        for directory, limit in (
+            ("lists", chunks.LIST_MAX),
+            ("metadata", _METADATA_MAX),
+            ("indexes", META_MAX),
+            ("meta", META_MAX),
+        ):
             for name in _listed(os.path.join(root, directory)):
                 digest = name.partition(".")[0]
                 if len(digest) == 2 * size and _HEX.fullmatch(digest):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeAlias
 
+    from cafs.upper import UpperWalk
     from cafs.writer import Writer
 
     Content: TypeAlias = "Made | CafsError | OSError | None"
@@ -50,10 +51,9 @@ class Indexer:
 
     writer: where objects go, None to make digests only.  threads: hashing threads, at least 1.
     cache: remembered digests, None to hash everything.  progress: called with (entries, bytes) now and then.
-    contents: after `run`, (digest, kind) of what every file with content has, in order.
     """
 
-    walk: Walk
+    walk: Walk | UpperWalk
     header: Header
     writer: Writer | None = None
     threads: int = 2
@@ -61,7 +61,6 @@ class Indexer:
     progress: Callable[[int, int], None] | None = None
     bytes_seen: int = 0
     files_read: int = 0
-    contents: list[tuple[bytes, int]] = field(default_factory=list)
     _start_ns: int = 0
     _inodes: dict[tuple[int, int], bytes] = field(default_factory=dict)
     _failed: set[bytes] = field(default_factory=set)
@@ -71,16 +70,20 @@ class Indexer:
 
     def run(self) -> bytes:
         """The whole index file.  Raises CafsError naming the file that could not be read or that changed."""
-        self._start_ns = time.time_ns()
         lines = [self.header.encode()]
-        for found, made in self._contents():
-            line = self._entry(found, made)
-            if line:
-                lines.append(line)
-            if self.progress and len(lines) % 500 == 0:
-                self.progress(len(lines), self.bytes_seen)
+        lines += (entry.encode() for _, entry in self.entries())
         lines.append(fmt.encode_trailer(len(lines) - 1))
         return b"".join(lines)
+
+    def entries(self) -> Iterator[tuple[Found, Entry]]:
+        """Each entry, in order, after its objects are put.  Raises CafsError as `run` does."""
+        self._start_ns = time.time_ns()
+        for number, (found, made) in enumerate(self._contents()):
+            entry = found.ready or self._entry(found, made)
+            if entry:
+                yield found, entry
+            if self.progress and number % 500 == 0:
+                self.progress(number, self.bytes_seen)
 
     @property
     def left_out(self) -> int:
@@ -118,6 +121,10 @@ class Indexer:
     def _add(self, batch: _Batch, found: Found) -> None:
         """Look a file up in the cache; if it is not there, a thread will read it, or, if it is large, all will in its turn."""
         made: Content = None
+        if found.ready:
+            found.directory.release()
+            batch.entries.append((found, None))
+            return
         size = found.status.st_size if found.kind == fmt.FILE else 0
         if size:
             try:
@@ -134,7 +141,7 @@ class Indexer:
     def _mark_hardlink(self, found: Found) -> None:
         """Only the first name of an inode has content."""
         status = found.status
-        if found.kind != fmt.DIRECTORY and status.st_nlink > 1:
+        if found.kind not in (fmt.DIRECTORY, fmt.OPAQUE) and status.st_nlink > 1 and not found.ready:
             first = self._inodes.setdefault((status.st_dev, status.st_ino), found.path)
             if first != found.path:
                 found.kind, found.target = fmt.HARDLINK, first
@@ -154,6 +161,8 @@ class Indexer:
         return batch.entries
 
     def _remembered(self, found: Found) -> Made | None:
+        if found.content:
+            return Made(*found.content, fresh=False)
         hit = self.cache.get(found.status) if self.cache else None
         if not hit:
             return None
@@ -210,11 +219,11 @@ class Indexer:
             os.close(fd)
         return self._maker.make_list(size, runs, found.path)
 
-    def _entry(self, found: Found, made: Content) -> bytes:
-        """The line of an entry, after its objects are put.  Empty if it was skipped."""
+    def _entry(self, found: Found, made: Content) -> Entry | None:
+        """An entry, after its objects are put.  None if it was skipped."""
         status = found.status
         if found.kind == fmt.HARDLINK:
-            return b"" if found.target in self._failed else Entry(fmt.HARDLINK, found.path, target=found.target).encode()
+            return None if found.target in self._failed else Entry(fmt.HARDLINK, found.path, target=found.target)
         if found.kind == fmt.FILE and status.st_size and made is None:
             try:
                 made = self._read_large(found)
@@ -225,7 +234,7 @@ class Indexer:
         if isinstance(made, OSError):
             self._failed.add(found.path)
             self.walk.failed(found.path, made)
-            return b""
+            return None
         if isinstance(made, CafsError):
             raise made
         kind = found.kind
@@ -250,12 +259,11 @@ class Indexer:
             fmt.check_limits(entry)
         except FormatError as error:
             raise CafsError(f"cannot index {quote(found.path)}: {error}") from error
-        return entry.encode()
+        return entry
 
     def _keep(self, made: Made, found: Found) -> None:
         self._maker.put(made)
-        self.contents.append((made.digest, made.kind))
-        if self.cache:
+        if self.cache and not found.content:
             self.cache.add(found.status, made.kind, made.digest, self._start_ns)
         self.bytes_seen += found.status.st_size
         self.files_read += made.fresh

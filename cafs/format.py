@@ -273,6 +273,32 @@ def _diagnose(line: bytes, header: Header) -> None:
     decode_xattrs(xattrs)
 
 
+def decode_entry(line: bytes) -> Entry:
+    """The entry of a line, without its LF, of an index that was loaded before.  Raises FormatError where that cannot be."""
+    fields = line.split(b" ")
+    try:
+        kind, mode, uid, gid, mtime, size, digest, xattrs, target, path = fields
+        if kind in (HARDLINK, WHITEOUT):
+            return Entry(kind, unescape(path), target=b"" if target == b"-" else unescape(target))
+        is_device = kind in (CHAR_DEVICE, BLOCK_DEVICE)
+        major, minor = map(int, size.split(b":")) if is_device else (0, 0)
+        return Entry(
+            type=kind,
+            path=unescape(path),
+            mode=int(mode, 8),
+            uid=int(uid),
+            gid=int(gid),
+            mtime_ns=int(mtime),
+            size=0 if is_device or size == b"-" else int(size),
+            digest=b"" if digest == b"-" else bytes.fromhex(digest.decode()),
+            xattrs=decode_xattrs(xattrs),
+            target=unescape(target) if kind == SYMLINK else b"",
+            device=(major, minor),
+        )
+    except ValueError as error:
+        raise FormatError("not an entry", rule=9) from error
+
+
 _FIELD_NAMES = ("mode", "uid", "gid", "mtime", "size", "digest", "xattrs", "target")
 _STAT_FIELDS = {"mode", "uid", "gid", "mtime", "xattrs"}
 _FIELDS_OF = {

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 
-_FOLD_AT = 100
+FOLD_AT = 100
 """An image over one of so many layers has a single one again: each costs a mount and a look-up."""
 
 
@@ -99,8 +99,8 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
         try:
             config = source.config if isinstance(source, ImageSource) else below.config if below else {}
             index = load(io.BytesIO(data))
-            is_over = below is not None and len(below.layers) < _FOLD_AT
-            made = _put_over(store, below, index, config) if below and is_over else _put(store, data, index, config)
+            is_over = below is not None and len(below.layers) < FOLD_AT
+            made = _put_over(store, below, index, config) if below and is_over else put_layer(store, data, index, config)
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:
@@ -124,18 +124,24 @@ def _run(indexer: Indexer | TreeIndexer, source: str) -> bytes:
 
 def _put_over(store: Store, below: Image, index: Index, config: dict[str, object]) -> Image:
     """The image of a tree as one layer more than another image has; none if the trees are alike."""
-    for name, metadata in zip(below.layers, below.metadata, strict=True):
-        store.claim(store.meta_name(name, "index"))
-        store.claim(store.meta_name(metadata, image.METADATA))
+    claim_layers(store, below)
     data = difference(image.load_tree(store, below), index)
     layer = load(io.BytesIO(data))
     if not len(layer):
         return image.put_layers(store, below.layers, config, below.metadata)
-    return _put(store, data, layer, config, below)
+    return put_layer(store, data, layer, config, below)
 
 
-def _put(store: Store, data: bytes, index: Index, config: dict[str, object], below: Image | None = None) -> Image:
-    """An image, with the index's locator made unless there is one whose packs are all there."""
+def claim_layers(store: Store, below: Image) -> None:
+    """Rely on the layers of an image, so that nobody collects them meanwhile."""
+    for name, metadata in zip(below.layers, below.metadata, strict=True):
+        store.claim(store.meta_name(name, "index"))
+        if metadata:
+            store.claim(store.meta_name(metadata, image.METADATA))
+
+
+def put_layer(store: Store, data: bytes, index: Index, config: dict[str, object], below: Image | None = None) -> Image:
+    """An image of an index, alone or over another; its locator is made unless there is one whose packs are all there."""
     found = store.get_locator(index.identity)
     if found is None or not set(found.packs) <= set(store.pack_sizes()):
         store.put_locator(index.identity, locator.encode(store, index))
@@ -169,7 +175,7 @@ def merge_image(store_root: str, data: bytes, base: str, tag: str | None) -> str
         config = {}  # a bare index
     with Writer(store) as writer:
         writer.flush()
-        made = _put(store, data, index, config)
+        made = put_layer(store, data, index, config)
         if tag is not None:
             store.set_ref(tag, made.digest)
     return made.digest.hex()

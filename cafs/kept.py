@@ -198,6 +198,31 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
     return path
 
 
+def get_index(store: Store, digest: bytes) -> str:
+    """Path of an index of a store, which was loaded once with every check.  Raises OSError, CafsError."""
+    path = os.path.join(paths.cache(), "indexes", digest.hex())
+    try:
+        if store.hash(atomic.read_file(path, _METADATA_MAX)) == digest:
+            os.utime(path)
+            return path
+    except OSError:
+        pass
+    data = store.get_meta(digest, "index", is_kept=False)
+    check_index(data)
+    paths.make_private(paths.cache(), "indexes")
+    atomic.replace_hint(path, data, 0o400)
+    return path
+
+
+def check_index(data: bytes) -> None:
+    """Load it with every check.  Raises FormatError."""
+    import io
+
+    from cafs.index import load
+
+    load(io.BytesIO(data))
+
+
 def get_locator(store: Store, layer: bytes) -> Locator:
     """The locator of a layer; it is made if the store has none.  Raises OSError, CafsError."""
     path = os.path.join(paths.cache(), "locators", layer.hex())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cafs import format as fmt
-from cafs import vtree
 from cafs.decompress import decompressed
 from cafs.errors import FormatError, quote
 from cafs.format import Header
@@ -152,7 +151,6 @@ class TreeIndexer:
     reader: MemberReader
     build: Callable[[MemberReader], VirtualTree]
     exclude: Callable[[bytes], bool] | None = None
-    contents: list[tuple[bytes, int]] = field(default_factory=list)
     skipped: list[tuple[bytes, str]] = field(default_factory=list)
 
     @property
@@ -179,8 +177,6 @@ class TreeIndexer:
             except FormatError as error:
                 raise FormatError(f"{quote(entry.path)}: {error}") from error
             lines.append(entry.encode())
-            if found := vtree.contents(entry):
-                self.contents.append(found)
         lines.append(fmt.encode_trailer(len(lines) - 1))
         return b"".join(lines)
 

@@ -6,7 +6,6 @@ Names are resolved inside the tree alone: a link in the archive leads to another
 from __future__ import annotations
 
 from cafs import format as fmt
-from cafs.digest import CHUNK_LIST
 from cafs.errors import FormatError, quote
 from cafs.format import Entry
 
@@ -188,13 +187,6 @@ class VirtualTree:
             yield inode.entry(path)
             prefix = path.rstrip(b"/") + b"/"
             stack += [(prefix + name, inode.children[name]) for name in sorted(inode.children, reverse=True)]
-
-
-def contents(entry: Entry) -> tuple[bytes, int] | None:
-    """(digest, kind) of an entry's object, None if it has none."""
-    if not entry.digest:
-        return None
-    return entry.digest, CHUNK_LIST if entry.type == fmt.CHUNKED else 0
 
 
 def components(name: bytes) -> list[bytes]:

@@ -19,7 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    from cafs.format import Entry
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 KIND_OF_MODE = {
@@ -60,7 +62,12 @@ class OpenDirectory:
 
 @dataclass(slots=True)
 class Found:
-    """One entry of the tree.  directory: held for the caller, who releases it; name: in that directory."""
+    """One entry of the tree.  directory: held for the caller, who releases it; name: in that directory.
+
+    content: (kind, digest) of a file where that is known.  ready: the whole entry, if nothing has to be looked at.
+    below: what has the path in the tree that this one is laid over, if it is.  is_stub: a directory that counts only for what
+    is in it.
+    """
 
     path: bytes
     kind: bytes
@@ -69,6 +76,10 @@ class Found:
     name: bytes
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
     target: bytes = b""
+    content: tuple[int, bytes] | None = None
+    ready: Entry | None = None
+    below: Entry | None = None
+    is_stub: bool = False
 
 
 class _Level:
@@ -167,7 +178,7 @@ class Walk:
             status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
             kind = KIND_OF_MODE[stat.S_IFMT(status.st_mode)]
             if kind == fmt.DIRECTORY:
-                child = OpenDirectory(os.open(name, _OPEN_DIRECTORY, dir_fd=directory.fd))
+                child = OpenDirectory(os.open(name, OPEN_DIRECTORY, dir_fd=directory.fd))
                 status = os.fstat(child.fd)
             target = os.readlink(name, dir_fd=directory.fd) if kind == fmt.SYMLINK else b""
             xattrs = self._xattrs(child or directory, b"." if child else name)
@@ -181,18 +192,20 @@ class Walk:
     def _xattrs(self, directory: OpenDirectory, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
         """The attributes that an index lists, by name.  Through /proc/self/fd: there is no listxattrat before 6.13."""
         where = b"/proc/self/fd/%d/%s" % (directory.fd, name)
-        try:
-            names = os.listxattr(where, follow_symlinks=False)
-            if not names:
-                return ()
-            pairs = []
-            for attribute in sorted(map(os.fsencode, names)):
-                if fmt.xattr_allowed(attribute):
-                    pairs.append((attribute, os.getxattr(where, attribute, follow_symlinks=False)))
-                else:
-                    self.left_out += 1
-        except OSError as error:
-            if error.errno in (errno.ENOTSUP, errno.ENODATA):
-                return ()
-            raise
+        pairs = []
+        for attribute in xattr_names(where):
+            if fmt.xattr_allowed(attribute):
+                pairs.append((attribute, os.getxattr(where, attribute, follow_symlinks=False)))
+            else:
+                self.left_out += 1
         return tuple(pairs)
+
+
+def xattr_names(path: bytes) -> list[bytes]:
+    """The names of the attributes of a path, which is not followed, sorted."""
+    try:
+        return sorted(map(os.fsencode, os.listxattr(path, follow_symlinks=False)))
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENODATA):
+            return []
+        raise

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
 
-from cafs import atomic
 from cafs.errors import quote
+from runner import stubs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,13 +18,9 @@ if TYPE_CHECKING:
 
 def diff(container: Container) -> None:
     """A: added, C: changed, D: removed; as docker prints it."""
-    try:
-        config = json.loads(atomic.read_file(container.path("config.json"), 1 << 24))
-        targets = {one["destination"] for one in config["mounts"]}
-    except (OSError, ValueError, KeyError):
-        targets = set()
+    targets = set(stubs.noted(container))
     shown: list[tuple[str, str]] = []
-    made = targets | {os.path.dirname(target) for target in targets}  # by the runtime, to mount on
+    made = targets | {os.path.dirname(target) for target in targets}  # to mount on
     for kind, path in sorted(_changes(container.path("upper")), key=lambda pair: pair[1], reverse=True):
         if path not in made or any(below.startswith(path + "/") for _, below in shown):
             shown.append((kind, path))

@@ -157,6 +157,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "created_ns": time.time_ns(),
         "flags": {name: values for name, values in options.flags.items() if name not in ("env", "env-file")},
         "arguments": spec.command_line(options, config),
+        "command": options.words[1:],
         "env": spec.environment(options, config),
         "cwd": spec.check_cwd(options.value("workdir") or spec.text(config, "WorkingDir") or "/"),
         "user": spec.text(config, "User") if options.value("user") is None else options.value("user"),

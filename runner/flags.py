@@ -190,6 +190,15 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
             "all": (SWITCH, "a", "", _WHAT, "Accepted; those that do not run use nothing."),
         },
     ),
+    "commit": (
+        "[FLAG]... CONTAINER [REF]",
+        "Make an image of a container and what it has changed; print its digest.",
+        {
+            "author": (VALUE, "a", "NAME", _WHAT, "Who made it."),
+            "message": (VALUE, "m", "TEXT", _WHAT, "A comment for its history."),
+            "pause": (SWITCH, "p", "", _WHAT, "The container stands still meanwhile (default; --pause=false)."),
+        },
+    ),
     "diff": ("CONTAINER", "What a container has changed in its files.", {}),
     "cp": (
         "[FLAG]... CONTAINER:PATH PATH | PATH CONTAINER:PATH",

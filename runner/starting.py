@@ -10,7 +10,7 @@ import os
 
 from cafs import atomic, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, quote
-from runner import containers, etc, lower, mounts, programs, spec, users
+from runner import containers, etc, lower, mounts, programs, spec, stubs, users
 from runner.containers import Container
 
 TYPE_CHECKING = False
@@ -147,6 +147,7 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         variables |= found.env
         user.groups += [gid for gid in found.groups if gid not in user.groups]
     etc.write(container)
+    stubs.make(container, rootfs, everything)
     if container.is_on_bridge:
         from runner import connecting
 

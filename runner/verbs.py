@@ -161,6 +161,12 @@ def _diff(options: Options) -> int:
     return 0
 
 
+def _commit(options: Options) -> int:
+    from runner import committing
+
+    return committing.run(options)
+
+
 def _logs(options: Options) -> int:
     from runner import logview
 
@@ -238,6 +244,7 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "port": _port,
     "top": _top,
     "stats": _stats,
+    "commit": _commit,
     "diff": _diff,
     "cp": _cp,
     "events": _events,
