@@ -86,6 +86,11 @@ def main(arguments: list[str]) -> int:
         (sys.stdout if arguments else sys.stderr).write(_usage())
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
+    if verb == "completion" and rest != ["--help"]:
+        from cli._completion import script
+
+        sys.stdout.write(script(rest[0] if len(rest) == 1 else ""))
+        return 0
     if verb == "run":
         from cafs.options import parse
         from runner.flags import ALIASES, RUN

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from cafs import atomic
 from cafs.errors import CafsError, FormatError, NotFound, UsageError, quote
+from runner import gpus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
 VARIABLE = "CAFS_CDI"
 """Other directories instead, with ':' between them."""
 
-GPU = "nvidia.com/gpu"
+DEVICES = "CAFS_GPU_DEVICES"
+"""Where device nodes of GPUs are that no specification tells of, instead of /dev."""
+
+GPU = gpus.KIND
 _LINKS = "/usr/local/lib/cafs-devices"
 _VERSIONS = re.compile(r"(0\.[3-9]|1\.[0-9]+)\.[0-9]+")
 _NAME = re.compile(r"([a-zA-Z0-9][a-zA-Z0-9._-]*/[a-zA-Z0-9][a-zA-Z0-9._-]*)=([a-zA-Z0-9][a-zA-Z0-9._:-]*)")
@@ -58,6 +62,8 @@ def find(container: Container) -> Found:
         else:
             found.nodes += _host_device(text)
     specs = _specifications() if names or container.value("gpus") else []
+    if container.value("gpus") and not any(spec["kind"] == GPU for spec in specs):
+        specs += filter(None, [gpus.specification(os.environ.get(DEVICES, "/dev"))])
     names += _gpus(container.value("gpus") or "", specs)
     if container.has("privileged"):
         known = {node["path"] for node in found.nodes}
@@ -161,8 +167,8 @@ def _gpus(wanted: str, specs: list[dict[str, Any]]) -> list[str]:
         return []
     names = [device["name"] for spec in specs if spec["kind"] == GPU for device in spec["devices"]]
     if not names:
-        hint = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-        raise CafsError("--gpus: this host has no CDI specification of nvidia.com/gpu", hint=hint)
+        hint = "load the driver, or: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        raise CafsError("--gpus: this host has no /dev/nvidia0 and no CDI specification of nvidia.com/gpu", hint=hint)
     wanted = wanted.strip('"')
     if wanted == "all":
         return [f"{GPU}=all"] if "all" in names else [f"{GPU}={name}" for name in dict.fromkeys(names)]

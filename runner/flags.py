@@ -35,7 +35,7 @@ RUN: Flags = {
     "read-only": (SWITCH, "", "", _FILES, "No writable layer for the command."),
     "shm-size": (VALUE, "", "SIZE", _FILES, "Size of /dev/shm (default: 64m)."),
     "device": (LIST, "", "DEV[:DST[:rwm]]", _FILES, "A device of the host, or of a CDI specification."),
-    "gpus": (VALUE, "", "all|N|device=..", _FILES, "GPUs, by CDI specifications."),
+    "gpus": (VALUE, "", "all|N|device=..", _FILES, "GPUs, by CDI specifications, else the host's driver."),
     "memory": (VALUE, "m", "SIZE", _LIMITS, "Memory."),
     "memory-swap": (VALUE, "", "SIZE", _LIMITS, "Memory and swap together; -1: no limit."),
     "memory-reservation": (VALUE, "", "SIZE", _LIMITS, "Memory that is kept when it gets scarce."),
@@ -239,4 +239,5 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
         },
     ),
     "gc": ("", "Tidy up after what was killed.", {}),
+    "completion": ("bash|zsh|fish", "Print what makes a shell complete crun's words.", {}),
 }

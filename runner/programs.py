@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_SAID_MAX = 1 << 20
+
 
 def find(name: str, *more: str) -> str | None:
     """Path of a program: of PATH, then of MORE directories."""
@@ -23,7 +25,7 @@ def call(words: list[str], text: str = "") -> tuple[int, str]:
         actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((given, 0), (said, 1), (said, 2))]
         child = os.posix_spawn(words[0], words, os.environ, file_actions=actions)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, os.pread(said, 1 << 16, 0).decode(errors="replace")
+        return code, os.pread(said, _SAID_MAX, 0).decode(errors="replace")
     finally:
         os.close(given)
         os.close(said)

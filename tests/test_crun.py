@@ -398,3 +398,28 @@ def test_a_container_runs_on_either_engine_and_leaves_nothing(home: Path, tmp_pa
     assert (count, size) == (b"4", b"9000000") and (b"datadir+" in line) == (engine == "kernel")
     assert mounts_below(home) == []
     wait_until(lambda: lazy_pids(home) == [])
+
+
+def test_a_shell_completes_commands_flags_containers_and_images(image: Path, tmp_path: Path) -> None:
+    subprocess.run([BIN / "crun", "create", "--name", "completed", "b:1", "true"], capture_output=True, check=True)
+    script = tmp_path / "completion"
+    script.write_bytes(subprocess.run([BIN / "crun", "completion", "bash"], capture_output=True, check=True).stdout)
+    ask = f'. {script}; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _crun; echo "${{COMPREPLY[*]}}"'
+    path = f"{BIN}:{os.environ['PATH']}"
+    for words, wanted in (
+        (["st"], "start stop stats"),
+        (["run", "--mem"], "--memory --memory-swap --memory-reservation"),
+        (["rm", "comp"], "completed"),
+        (["run", "b:"], "b:1"),
+        (["logs", "--fo"], "--follow"),
+        (["run", "--env-file", "/etc/hostn"], "/etc/hostname"),
+        (["nothing", "x"], ""),
+    ):
+        command = ["bash", "-c", ask, "bash", "crun", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
+        assert done.stdout.strip() == wanted, words
+    for shell in ("zsh", "fish"):
+        said = subprocess.run([BIN / "crun", "completion", shell], capture_output=True, text=True, check=True).stdout
+        assert "memory-swap" in said and "commit" in said
+    assert subprocess.run([BIN / "crun", "completion", "tcsh"], capture_output=True, check=False).returncode == 2
+    assert subprocess.run([BIN / "crun", "rm", "completed"], capture_output=True, check=False).returncode == 0

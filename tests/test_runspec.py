@@ -6,13 +6,14 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cafs.errors import CafsError, UsageError
 from cafs.options import Options, parse
-from runner import cgroups, mounts, seccomp
+from runner import cgroups, gpus, mounts, seccomp
 from runner.connecting import parse_ports
 from runner.containers import signal_number
 from runner.create import duration
@@ -428,6 +429,53 @@ def test_gpus_and_devices_come_from_cdi_specifications_without_their_hooks(
         assert done.returncode == 125 and "CDI specification" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.setenv("CAFS_CDI", "/nonexistent")
     assert "nvidia-ctk cdi generate" in crun("--gpus", "all", "b:1", "true").stderr
+
+
+def test_gpus_without_a_specification_are_found_in_dev_and_their_libraries_by_ldconfig(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing here is a GPU: the nodes are those of /dev/zero, and the driver's library is libz under another name."""
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-caps"):
+        os.mknod(tmp_path / "dev" / name, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+    (tmp_path / "bin").mkdir()
+    library = tmp_path / "libcuda.so.999.1"
+    library.write_bytes(next(Path("/lib").glob("*-linux-gnu/libz.so.1.*")).read_bytes())
+    (tmp_path / "libcuda.so.1").symlink_to(library)
+    kind = {"x86_64": "libc6,x86-64", "aarch64": "libc6,AArch64"}[os.uname().machine]
+    lines = [
+        f"libcuda.so.1 ({kind}) => {tmp_path}/libcuda.so.1",
+        f"libz.so.1 ({kind}) => /lib/libz.so.1",
+        "libcuda.so.1 (libc6) => /lib32/libcuda.so.1",
+    ]
+    (tmp_path / "bin" / "ldconfig").write_text(
+        "#!/bin/sh\ncat <<'E'\n3 libs found\n" + "".join(f"\t{line}\n" for line in lines) + "E\n"
+    )
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho smi\n")
+    for name in ("ldconfig", "nvidia-smi"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("CAFS_CDI", "/nonexistent")
+    monkeypatch.setenv("CAFS_GPU_DEVICES", str(tmp_path / "dev"))
+    show = f"cd /dev; echo nvidia*; readlink /usr/local/lib/cafs-devices/libz.so.1; echo $LD_LIBRARY_PATH; {tmp_path}/bin/nvidia-smi; echo $NVIDIA_VISIBLE_DEVICES"
+    done = crun("--gpus", "all", "b:1", "sh", "-c", show)
+    assert done.stdout.splitlines() == [
+        "nvidia0 nvidia1 nvidiactl", str(library), f"/usr/local/lib/cafs-devices:{tmp_path}", "smi", "void",
+    ], done.stderr  # fmt: skip
+    assert (
+        crun("--gpus", "device=1", "b:1", "sh", "-c", "cd /dev; echo nvidia*; head -c 2 nvidia1 | wc -c").stdout
+        == "nvidia1 nvidiactl\n2\n"
+    )
+    assert "this host has 2" in crun("--gpus", "3", "b:1", "true").stderr
+
+
+def test_the_inventory_of_a_host_without_a_driver_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.path.exists("/dev/nvidiactl"):
+        assert gpus.inventory(), "a driver that knows no GPU"
+    else:
+        assert gpus.inventory() == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpus.inventory() == []
 
 
 def test_a_device_directory_gives_its_devices(image: Path, tmp_path: Path) -> None:
