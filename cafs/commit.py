@@ -13,7 +13,7 @@ from cafs.format import Header
 from cafs.index import load
 from cafs.indexing import FOLD_AT, claim_layers, put_layer
 from cafs.layers import merge
-from cafs.upper import TRUSTED, UpperWalk
+from cafs.upper import UpperWalk, prefix
 from cafs.writer import Writer
 
 TYPE_CHECKING = False
@@ -70,7 +70,7 @@ def commit(
     """
     with Writer(store) as writer:
         claim_layers(store, below)
-        walk = UpperWalk(upper, open_below(store, below.layers), TRUSTED, frozenset(stubs))
+        walk = UpperWalk(upper, open_below(store, below.layers), prefix(), frozenset(stubs))
         data = make_layer(walk, writer, os.cpu_count() or 1)
         writer.flush()
         try:

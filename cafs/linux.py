@@ -13,8 +13,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE, MS_SLAVE = 1, 2, 4, 1 << 14, 1 << 18, 1 << 19
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
-CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _SYS_OPENAT2 = 437
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 429, 430, 431, 432, 433
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -138,6 +138,24 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc.setns(fd, flags), "setns")
 
 
+def in_user_namespace() -> bool:
+    """Whether root here is not the host's (user_namespaces(7))."""
+    with open("/proc/self/uid_map", "rb") as file:
+        return file.read().split() != [b"0", b"0", b"4294967295"]
+
+
+def mapped_ids(kind: str) -> int:
+    """How many ids, from 0 on, are there in our user namespace.  kind: 'user' or 'group'."""
+    with open(f"/proc/self/{kind[0]}id_map", "rb") as file:
+        rows = sorted(tuple(map(int, line.split())) for line in file)
+    end = 0
+    for first, _, count in rows:
+        if first > end:
+            break
+        end = max(end, first + count)
+    return end
+
+
 def leave_session() -> None:
     """Nothing of our caller's session is ours any more: setsid(2), no directory of its own, /dev/null as standard streams."""
     os.setsid()
@@ -156,6 +174,11 @@ def exit_code(status: int) -> int:
     """Of what waitpid(2) says, as a shell has it: 128 and the number of the signal if one ended it."""
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code
+
+
+def be_seen() -> None:
+    """prctl(2), PR_SET_DUMPABLE: what changes credentials is hidden from its own user's other processes, in /proc, else."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
 
 
 def become_subreaper() -> None:

@@ -6,6 +6,7 @@ import os
 from functools import cached_property
 
 from cafs import format as fmt
+from cafs import linux
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import UnsupportedError
 from cafs.index import xattrs_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cafs.record import Recorder
 
 BLOCK_SIZE = 4096
+_OVERLAY = b"user.overlay."
 
 
 class Tree(Reader):
@@ -37,6 +39,7 @@ class Tree(Reader):
         if index.header.is_layer:
             raise UnsupportedError("a layer cannot be mounted by itself")
         super().__init__(state, cache, recorder)
+        self._is_hiding = linux.in_user_namespace()
         self.index = index
         self.locators = locators
 
@@ -67,8 +70,9 @@ class Tree(Reader):
         return os.makedev(*device) if device else 0
 
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
-        """All attributes."""
-        return xattrs_of(self.index.xattrs.get(inode - 1, b"-"))
+        """All attributes, but for those that an overlay without root over this would take for its own."""
+        found = xattrs_of(self.index.xattrs.get(inode - 1, b"-"))
+        return {name: value for name, value in found.items() if not name.startswith(_OVERLAY)} if self._is_hiding else found
 
     def read_ready(self, node: int, offset: int, size: int) -> Buffer | None:
         return super().read_ready(node, offset, size) if self.index.size[node - 1] else b""

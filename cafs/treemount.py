@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
 from cafs.answer import ask_child, failure, tell
-from cafs.errors import CafsError, FormatError
+from cafs.errors import CafsError, FormatError, quote
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -121,6 +121,7 @@ def mount(request: Request, source: Source) -> str | None:
     """
     from cafs.mount import check_point
 
+    _check_ids(source.index)
     quota.note_use(paths.cache(), source.digest, locator.contents(source.index))
     hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
@@ -150,6 +151,20 @@ def mount(request: Request, source: Source) -> str | None:
             os.close(fd)
             os.close(source.fd)
     return None
+
+
+def _check_ids(index: Index) -> None:
+    """In a user namespace every owner has to be one of its users.  Raises CafsError naming a file of another."""
+    if os.geteuid() or not linux.in_user_namespace():
+        return
+    for kind, owners in (("user", index.uid), ("group", index.gid)):
+        limit = linux.mapped_ids(kind)
+        if len(owners) and max(owners) >= limit:
+            number = next(number for number, owner in enumerate(owners) if owner >= limit)
+            raise CafsError(
+                f"{quote(index.path(number))} belongs to {kind} {owners[number]}, and there are only 0 to {limit - 1}",
+                hint=f"more subordinate ids in /etc/sub{kind[0]}id",
+            )
 
 
 def _mount(request: Request, source: Source) -> int:

@@ -11,6 +11,7 @@ import stat
 from dataclasses import dataclass, field, replace
 
 from cafs import format as fmt
+from cafs import linux
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, FormatError, UnsupportedError, os_error, quote
 from cafs.format import Entry
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 TRUSTED, USER = b"trusted.overlay.", b"user.overlay."
 """What the names of overlayfs' own attributes begin with; the second with the mount option userxattr."""
+
+
+def prefix() -> bytes:
+    """The one that overlays are mounted with here."""
+    return USER if linux.in_user_namespace() else TRUSTED
+
 
 _OPAQUE, _REDIRECT, _METACOPY, _WHITEOUT = b"opaque", b"redirect", b"metacopy", b"whiteout"
 _KNOWN = {_OPAQUE, _REDIRECT, _METACOPY, _WHITEOUT, b"origin", b"impure", b"uuid", b"nlink", b"upper", b"protattr"}

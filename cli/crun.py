@@ -131,6 +131,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _call(verb: str, options: Options) -> int:
+    if os.geteuid():
+        from runner import rootless
+
+        rootless.enter()
     if verb == "run":
         from runner.foreground import run
 

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 
+from cafs import linux
 from cafs.errors import UnsupportedError, UsageError, quote
 
 TYPE_CHECKING = False
@@ -78,6 +79,8 @@ def resources(options: Options | Container) -> dict[str, Any]:
     """The limits that were asked for, as linux.resources.  Raises UsageError, UnsupportedError."""
     for controller, flags in _NEEDS.items():
         asked = [flag for flag in flags if options.value(flag) not in (None, "-1", "0")]
+        if asked and linux.in_user_namespace():
+            raise UnsupportedError(f"cannot set --{asked[0]} without root")
         if asked and not has_controller(controller):
             raise UnsupportedError(f"cannot set --{asked[0]}: this host has no {controller} controller of cgroups")
     found = {"memory": _memory(options), "cpu": _cpu(options)}
@@ -143,6 +146,10 @@ def _number(options: Options | Container, flag: str) -> int | None:
 
 def is_frozen(container: Container) -> bool:
     """Whether it is paused."""
+    if linux.in_user_namespace():
+        from runner import pidspace
+
+        return pidspace.is_stopped(container)
     return any(
         _read(path, "freezer.state") in ("FROZEN", "FREEZING") or _read(path, "cgroup.freeze") == "1" for path in _of(container)
     )
@@ -150,6 +157,10 @@ def is_frozen(container: Container) -> bool:
 
 def freeze(container: Container, *, is_on: bool) -> None:
     """Let all its processes stand still, or go on.  Raises CafsError."""
+    if linux.in_user_namespace() and not container.value("pid"):
+        from runner import pidspace
+
+        return pidspace.stop(container) if is_on else pidspace.go_on(container)
     for path in _of(container):
         for name, value in (("freezer.state", "FROZEN" if is_on else "THAWED"), ("cgroup.freeze", str(int(is_on)))):
             if os.path.exists(os.path.join(path, name)):

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 
+from cafs import upper
 from cafs.errors import quote
 from runner import stubs
 
@@ -62,7 +63,7 @@ def _changes(upper: str) -> Iterator[tuple[str, str]]:
 
 def _has_origin(path: str) -> bool:
     try:
-        os.getxattr(path, "trusted.overlay.origin", follow_symlinks=False)
+        os.getxattr(path, os.fsdecode(upper.prefix()) + "origin", follow_symlinks=False)
         return True
     except OSError:
         return False

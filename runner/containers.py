@@ -10,7 +10,7 @@ import os
 import signal
 import time
 
-from cafs import atomic, paths
+from cafs import atomic, linux, paths
 from cafs.errors import BusyError, CafsError, NotFound, UsageError, quote
 from cafs.lease import boot_id
 from runner import alive
@@ -123,7 +123,7 @@ class Container:
 
 def network_of(options: Options | Container) -> str:
     """What --network means."""
-    return options.value("network") or BRIDGE
+    return options.value("network") or ("none" if linux.in_user_namespace() else BRIDGE)
 
 
 def is_bridge(network: str) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 
-from cafs import atomic, image, mountinfo, paths
+from cafs import atomic, image, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from cafs.store import Store
 from runner import alive, cgroups, containers, mounts, spec, volumes
@@ -123,13 +123,18 @@ def _check(options: Options) -> None:
     """What can be seen to be wrong before anything is made.  Raises UsageError, CafsError."""
     network = containers.network_of(options)
     if containers.is_bridge(network):
+        if linux.in_user_namespace():
+            raise UnsupportedError(f"network {quote(network)} needs root", hint="--network none, or host")
         from runner import networks
 
         networks.find(network)
     elif options.all("publish"):
-        raise UsageError(f"-p needs a network of its own, not --network {network}")
+        hint = "without root there is none" if linux.in_user_namespace() else None
+        raise UsageError(f"-p needs a network of its own, not --network {network}", hint=hint)
     if (options.value("ipc") or "private") not in ("private", "host", "shareable", "none"):
         _check_other(options, "ipc")
+    if options.value("userns") not in (None, "", "host"):
+        raise UsageError(f"--userns {quote(str(options.value('userns')))}", hint="host; an ordinary user's crun makes one")
     for flag in ("pid", "uts"):
         if options.value(flag) not in (None, "", "host"):
             _check_other(options, flag)

@@ -123,7 +123,8 @@ def _all_devices() -> list[dict[str, Any]]:
     for top, names, files in os.walk("/dev"):
         names[:] = [name for name in names if name not in ("pts", "shm", "mqueue", "fd")]
         paths = (os.path.join(top, name) for name in files)
-        found += [_node(path, path, "rwm") for path in paths if _is_device(path) and path not in ("/dev/console", "/dev/ptmx")]
+        wanted = (path for path in paths if path not in ("/dev/console", "/dev/ptmx") and not os.path.islink(path))
+        found += [_node(path, path, "rwm") for path in wanted if _is_device(path)]
     standard = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")}
     return [node for node in found if node["path"] not in standard]
 

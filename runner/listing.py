@@ -9,7 +9,7 @@ import sys
 import time
 
 from cafs.errors import UsageError, quote
-from runner import cgroups, containers, logs
+from runner import cgroups, containers, logs, pidspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def top(container: Container) -> None:
     """Pid of the host, user, when it began, its command."""
     os.close(container.process())
     rows = [("PID", "PPID", "UID", "STARTED", "COMMAND")]
-    for pid in cgroups.processes(cgroups.path_for(container, container.id)):
+    for pid in cgroups.processes(cgroups.path_for(container, container.id)) or pidspace.members(container):
         try:
             words = containers.read_proc(pid, "cmdline").rstrip(b"\0").split(b"\0")
             fields = containers.read_proc(pid, "stat").rpartition(b")")[2].split()

@@ -147,7 +147,8 @@ def _mount_child(name: str, point: str, store_root: str, record: str | None, wri
         from cafs.mount import mount
         from cafs.request import Request
 
-        request = Request(name, point, store=store_root, extra={"suid", "nodev"}, engine="auto", record=record)
+        engine = "fuse" if linux.in_user_namespace() else "auto"
+        request = Request(name, point, store=store_root, extra={"suid", "nodev"}, engine=engine, record=record)
         mount(request)
         for warning in request.warnings:
             sys.stderr.write(f"crun: warning: {warning}\n")

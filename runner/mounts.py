@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from cafs import linux
 from cafs.errors import CafsError, UsageError, os_error, quote
 from runner import cgroups, etc, volumes
 from runner.spec import bind, section
@@ -166,10 +167,14 @@ def _system(container: Container) -> list[dict[str, Any]]:
         _entry("/proc", "proc", "nosuid", "noexec", "nodev"),
         _entry("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
         _entry("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
-        _entry("/sys", "sysfs", "nosuid", "noexec", "nodev", access),
-        _entry("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", access),
         _entry("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
     ]
+    if container.value("network") == "host" and linux.in_user_namespace():  # sysfs is of who owns the network
+        found.append(bind("/sys", "/sys", "nosuid", "noexec", "nodev", "ro"))
+    else:
+        found.append(_entry("/sys", "sysfs", "nosuid", "noexec", "nodev", access))
+    if not linux.in_user_namespace():
+        found.append(_entry("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", access))
     ipc = container.value("ipc") or "private"
     if ipc == "host":
         found.append(bind("/dev/shm", "/dev/shm"))

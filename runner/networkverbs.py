@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from cafs.errors import UsageError
+from cafs import linux
+from cafs.errors import UnsupportedError, UsageError
 from runner import containers, listing, networks
 from runner.each import each
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 def call(options: Options) -> int:
     """Run one of them; returns the exit code.  Raises CafsError."""
     verb, names = (options.words[:1] or [""])[0], options.words[1:]
+    if verb != "ls" and linux.in_user_namespace():
+        raise UnsupportedError("networks need root", hint="--network none, or host")
     if verb == "ls":
         _list(options)
     elif verb == "create":

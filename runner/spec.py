@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from cafs import linux
 from cafs.errors import CafsError, UsageError, quote
 
 TYPE_CHECKING = False
@@ -180,13 +181,14 @@ def build(
         },
         "mounts": mounts,
         "linux": {
-            "cgroupsPath": cgroups.path_for(container, container.id),
             "namespaces": namespaces(container, joined),
             "maskedPaths": [] if is_open else MASKED,
             "readonlyPaths": [] if is_open else READ_ONLY,
             "resources": {"devices": rules, **cgroups.resources(container)},
         },
     }
+    if not linux.in_user_namespace():  # whose root can make none, and runc then does without if no path is given
+        found["linux"]["cgroupsPath"] = cgroups.path_for(container, container.id)
     if limits := privileges.ulimits(container):
         found["process"]["rlimits"] = limits
     if container.value("uts") != "host" and "uts" not in joined:

@@ -104,6 +104,7 @@ def _overlay_on(low: str, up: str, work: str, target: str) -> None:
     try:
         names = ("lowerdir", "upperdir", "workdir")
         options = ",".join(f"{name}=/proc/self/fd/{fd}" for name, fd in zip(names, fds, strict=True))
+        options += ",userxattr" * linux.in_user_namespace()
         linux.mount("overlay", target, "overlay", 0, options)
     finally:
         for fd in fds:

@@ -7,7 +7,7 @@ import sys
 import time
 
 from cafs import linux
-from cafs.errors import UnsupportedError, UsageError
+from cafs.errors import UsageError
 from runner import containers, control, ending
 from runner.each import each
 
@@ -24,8 +24,6 @@ _NONE_OK = ("ps", "stats", "events", "gc", "volume", "network")
 
 def call(verb: str, options: Options) -> int:
     """Run a command; returns its exit code.  Raises CafsError."""
-    if os.geteuid():
-        raise UnsupportedError("crun needs root in this version", hint="run it with sudo")
     words = options.words
     if verb not in (*_NONE_OK, "create") and not words:
         raise UsageError("CONTAINER is missing", hint=f"crun {verb} --help")
@@ -215,6 +213,11 @@ def _cp(options: Options) -> int:
 def _gc(_: Options) -> int:
     from runner import networks
 
+    if linux.in_user_namespace():
+        from runner import rootless
+
+        rootless.end_if_unused()
+        return 0
     networks.free_stale()
     return 0
 

@@ -373,15 +373,23 @@ def test_missing_runc_is_exit_8_with_a_hint(image: Path) -> None:
 
 
 @pytest.mark.needs("setpriv")
-def test_without_root_is_exit_8_with_a_hint(image: Path) -> None:
+def test_without_root_and_without_subordinate_ids_is_exit_8_with_a_hint(image: Path) -> None:
     code = "import sys; sys.argv = ['crun', 'run', '--rm', 'b:1', 'true']; from cli.crun import entry; entry()"
+    interpreter, environment = sys.executable, dict(os.environ)
+    if os.path.realpath(interpreter).startswith("/root/"):
+        interpreter, environment["PYTHONPATH"] = "/usr/bin/python3", os.pathsep.join(sys.path[1:])
+    base = Path("/var/tmp") / f"cafs-nobody-{os.getpid()}"
+    base.mkdir(mode=0o700)
+    os.chown(base, 65534, 65534)
+    environment |= {f"CAFS_{name}": str(base / name.lower()) for name in ("STORE", "CACHE", "RUN", "STATE")}
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", interpreter, "-c", code],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent, env=environment,
     )  # fmt: skip
+    shutil.rmtree(base)
     if "Permission denied" in done.stderr and "cafs" not in done.stderr:
         pytest.skip("this interpreter cannot be read by another user")
-    assert done.returncode == 8 and "root" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 8 and "has no subordinate ids" in done.stderr and "usermod" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("engine", ["kernel", "fuse"])
