@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import shutil
@@ -406,6 +407,17 @@ def test_a_container_runs_on_either_engine_and_leaves_nothing(home: Path, tmp_pa
     assert (count, size) == (b"4", b"9000000") and (b"datadir+" in line) == (engine == "kernel")
     assert mounts_below(home) == []
     wait_until(lambda: lazy_pids(home) == [])
+
+
+def test_a_pipe_that_is_passed_through_holds_more(image: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        command = [BIN / "crun", "run", "-i", "--rm", "--network", "none", "b:1", "true"]
+        subprocess.run(command, stdin=reader, check=True, timeout=60)
+        assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) == 1 << 20
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_shell_completes_commands_flags_containers_and_images(image: Path, tmp_path: Path) -> None:
