@@ -1,0 +1,122 @@
+"""A layer that is put together path by path over the tree below it: what COPY, ADD and WORKDIR make.
+
+Nothing is mounted and nothing is written but objects: entries name their content by digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cafs import format as fmt
+from cafs.errors import CafsError, FormatError, quote
+from cafs.format import Entry, Header
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cafs.lookup import Node
+
+_LINKS_MAX = 255
+
+
+class Draft:
+    """below: the root of the tree that the layer is laid over, None for an empty one.  time_ns: of directories that it makes."""
+
+    def __init__(self, below: Node | None, time_ns: int) -> None:
+        self._below = below
+        self._time_ns = time_ns
+        self._entries: dict[bytes, Entry] = {}
+        self._nodes: dict[bytes, Node | None] = {b"/": below}
+
+    def get(self, path: bytes) -> Entry | None:
+        """What is at a path, whose directories are none of them links."""
+        if path in self._entries:
+            return self._entries[path]
+        node = self._node(path)
+        if node is None:
+            return Entry(fmt.DIRECTORY, b"/", 0o755, mtime_ns=self._time_ns) if path == b"/" else None
+        return node.entry
+
+    def _node(self, path: bytes) -> Node | None:
+        """What is below at a path, unless the layer has something else above it."""
+        if path not in self._nodes:
+            above, _, name = path.rpartition(b"/")
+            parent = self._node(above or b"/")
+            replaced = self._entries.get(above or b"/")
+            is_hidden = replaced is not None and replaced.type != fmt.DIRECTORY
+            self._nodes[path] = parent.child(name) if parent and parent.is_directory and not is_hidden else None
+        return self._nodes[path]
+
+    def resolve(self, path: bytes) -> bytes:
+        """Where a path leads when the links on it are followed, in this tree; what is not there stays as it is.
+
+        Raises CafsError.
+        """
+        done, todo, links = b"", [part for part in path.split(b"/") if part not in (b"", b".")], 0
+        while todo:
+            name = todo.pop(0)
+            if name == b"..":
+                done = done.rpartition(b"/")[0]
+                continue
+            entry = self.get(done + b"/" + name)
+            if entry is None or entry.type != fmt.SYMLINK:
+                done += b"/" + name
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                raise CafsError(f"{quote(path)}: too many links")
+            done = b"" if entry.target.startswith(b"/") else done
+            todo = [part for part in entry.target.split(b"/") if part not in (b"", b".")] + todo
+        return done or b"/"
+
+    def make_directory(self, path: bytes, mode: int = 0o755, owner: tuple[int, int] = (0, 0)) -> bytes:
+        """Make a directory and those above it, where they are missing; returns where it is.  Raises CafsError."""
+        where = self.resolve(path)
+        parts = where.split(b"/")[1:] if where != b"/" else []
+        for count in range(len(parts)):
+            at = b"/" + b"/".join(parts[: count + 1])
+            entry = self.get(at)
+            if entry is None:
+                self._entries[at] = Entry(fmt.DIRECTORY, at, mode, *owner, mtime_ns=self._time_ns)
+            elif entry.type != fmt.DIRECTORY:
+                raise CafsError(f"{quote(at)} is not a directory")
+        return where
+
+    def put(self, entry: Entry) -> None:
+        """Put an entry at its path, whose directory is there; directories are merged.  Raises CafsError."""
+        there = self.get(entry.path)
+        is_directory = entry.type == fmt.DIRECTORY
+        if there is not None and (there.type == fmt.DIRECTORY) != is_directory:
+            what, there_is = ("a directory", "none") if is_directory else ("a file", "a directory")
+            raise CafsError(f"cannot copy {what} over {quote(entry.path)}, which is {there_is}")
+        try:
+            fmt.check_limits(entry)
+        except FormatError as error:
+            raise CafsError(f"cannot copy to {quote(entry.path)}: {error}") from error
+        self._entries[entry.path] = entry
+
+    def change(self, path: bytes, how: Callable[[Entry], Entry]) -> None:
+        """Change an entry that the layer has."""
+        self._entries[path] = how(self._entries[path])
+
+    def encode(self, header: Header) -> bytes:
+        """The index of the layer: what differs from below, and the directories above it."""
+        changed = {path: entry for path, entry in self._entries.items() if not self._is_as_below(path, entry)}
+        linked = {entry.target for entry in changed.values() if entry.type == fmt.HARDLINK}
+        changed |= {path: self._entries[path] for path in linked if path in self._entries}
+        for path in list(changed):
+            while path != b"/":
+                path = path.rpartition(b"/")[0] or b"/"
+                if path in changed:
+                    break
+                entry = self.get(path)
+                assert entry is not None
+                changed[path] = replace(entry, path=path)
+        rows = sorted(((fmt.order_key(path), entry) for path, entry in changed.items()), key=lambda row: row[0])
+        lines = [Header(header.hash_name, header.chunk_size, is_layer=True).encode(), *(entry.encode() for _, entry in rows)]
+        return b"".join([*lines, fmt.encode_trailer(len(rows))])
+
+    def _is_as_below(self, path: bytes, entry: Entry) -> bool:
+        node = self._node(path)
+        return node is not None and node.entry == entry

@@ -1,0 +1,358 @@
+"""A Dockerfile as a list of instructions, not yet understood: lines, continuations, flags, heredocs, JSON forms.
+
+As BuildKit's parser has it, whose test data is a referee.  Text is UTF-8 with surrogateescape, so that what is not comes back.
+dockerfile-parse, the library for this, knows no heredocs and may lose the last line, so nothing here rests on it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from dataclasses import dataclass, field
+
+from builder.errors import DockerfileError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FILE_MAX = 16 << 20
+HEREDOC = re.compile(r"(\d*)<<(-?)([^<]*)")
+_DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*")
+_DIRECTIVES = ("syntax", "escape", "check")
+_WITH_HEREDOCS = ("run", "copy", "add")
+_SPACE = re.compile(r"[\t\v\f\r\n ]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Heredoc:
+    """name: its delimiter.  is_raw: it was quoted, so nothing in it is expanded.  strips_tabs: <<-."""
+
+    name: str
+    content: str
+    is_raw: bool
+    strips_tabs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """keyword: in lower case.  rest: what follows flags.  words: the arguments as the parser splits them.
+
+    is_json: words are those of a JSON array.  lines: first and last, from 1.  separators: of ENV and LABEL, '=' or '' a pair.
+    """
+
+    keyword: str
+    rest: str
+    flags: tuple[str, ...]
+    words: tuple[str, ...]
+    is_json: bool
+    lines: tuple[int, int]
+    heredocs: tuple[Heredoc, ...] = ()
+    separators: tuple[str, ...] = ()
+    trigger: Instruction | None = None
+    original: str = ""
+
+
+@dataclass(slots=True)
+class Dockerfile:
+    """name: for messages.  escape: its escape character.  directives: the others, by name.  warnings: (line, text)."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+    escape: str = "\\"
+    directives: dict[str, str] = field(default_factory=dict)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+
+
+def parse(data: bytes, name: str = "Dockerfile") -> Dockerfile:
+    """Raises DockerfileError."""
+    return _Parser(data, name).run()
+
+
+class _Parser:
+    def __init__(self, data: bytes, name: str) -> None:
+        if len(data) > FILE_MAX:
+            raise DockerfileError(name, 1, f"larger than {FILE_MAX >> 20} MiB")
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+        self._lines = text.split("\n")
+        if not self._lines[-1]:
+            self._lines.pop()
+        self._at = 0
+        self._result = Dockerfile(name)
+
+    def run(self) -> Dockerfile:
+        self._read_directives()
+        while self._at < len(self._lines):
+            start = self._at + 1
+            line = self._whole_line()
+            if line:
+                self._result.instructions.append(self._instruction(line, start))
+        if not self._result.instructions:
+            raise DockerfileError(self._result.name, 1, "a Dockerfile without instructions")
+        return self._result
+
+    def _error(self, line: int, message: str, hint: str | None = None) -> DockerfileError:
+        return DockerfileError(self._result.name, line, message, hint=hint)
+
+    def _read_directives(self) -> None:
+        """Lines '# key=value' at the very top, until one is no known directive; they stay comments all the same."""
+        if self._lines and self._lines[0].startswith("#!"):
+            self._at = 1
+        seen = set()
+        for number in range(self._at, len(self._lines)):
+            match = _DIRECTIVE.fullmatch(self._lines[number].strip())
+            name = match[1].lower() if match else ""
+            if match is None or name not in _DIRECTIVES:
+                break
+            if name in seen:
+                raise self._error(number + 1, f"only one {name} directive can be used")
+            seen.add(name)
+            if name == "escape":
+                if match[2] not in ("\\", "`"):
+                    raise self._error(number + 1, f"invalid escape character '{match[2]}': \\ or `")
+                self._result.escape = match[2]
+            else:
+                self._result.directives[name] = match[2]
+        self._continues = re.compile(r"([^{0}]){0}[ \t]*$|^{0}[ \t]*$".format(re.escape(self._result.escape)))
+
+    def _take(self) -> str:
+        line = self._lines[self._at].rstrip("\r")
+        self._at += 1
+        return line
+
+    def _whole_line(self) -> str:
+        """A line with those that continue it; empty if there is nothing on it."""
+        parts, is_first = [], True
+        while self._at < len(self._lines):
+            line = self._take()
+            stripped = line.lstrip()
+            if stripped.startswith("#"):
+                if is_first:
+                    return ""
+                continue
+            if not is_first and not stripped:
+                self._result.warnings.append((self._at, "an empty line in a continued instruction"))
+                continue
+            line = stripped if is_first else line
+            match = self._continues.search(line)
+            parts.append(line[: match.start()] + (match[1] or "") if match else line)
+            if match is None or (is_first and not stripped):
+                break
+            is_first = False
+        return "".join(parts).strip()
+
+    def _instruction(self, line: str, start: int) -> Instruction:
+        first = self._at
+        found = self._from_line(line, start)
+        if not found.is_json and _may_have_heredocs(found) and "<<" in line:
+            heredocs = [self._heredoc(*word, start) for word in _heredoc_words(found)]
+            trigger = found.trigger
+            changes: dict[str, object] = {"heredocs": tuple(heredocs), "lines": (start, self._at)}
+            if trigger:
+                changes["trigger"] = _with(trigger, heredocs=tuple(heredocs))
+            found = _with(found, **changes)
+        original = "\n".join(self._lines[start - 1 : max(self._at, first)])
+        return _with(found, original=original)
+
+    def _heredoc(self, name: str, is_raw: bool, strips_tabs: bool, start: int) -> Heredoc:
+        content = []
+        while self._at < len(self._lines):
+            line = self._lines[self._at]
+            self._at += 1
+            line_end = line.rstrip("\r")
+            if (line_end.lstrip("\t") if strips_tabs else line_end) == name:
+                return Heredoc(name, "".join(content), is_raw, strips_tabs)
+            content.append((line.lstrip("\t") if strips_tabs else line) + "\n")
+        raise self._error(start, f"heredoc without its end '{name}'")
+
+    def _from_line(self, line: str, start: int) -> Instruction:
+        keyword, _, rest = _partition(line)
+        keyword = keyword.lower()
+        flags, rest = _split_flags(rest.strip())
+        lines = start, self._at
+        try:
+            words, is_json, separators = _ARGUMENTS.get(keyword, _strings)(rest, self._result.escape)
+            trigger = self._from_line(rest, start) if keyword == "onbuild" and rest else None
+        except ValueError as error:
+            raise self._error(start, f"{keyword.upper()}: {error}") from None
+        return Instruction(keyword, rest, tuple(flags), tuple(words), is_json, lines, (), tuple(separators), trigger)
+
+
+def _with(instruction: Instruction, **changes: object) -> Instruction:
+    from dataclasses import replace
+
+    return replace(instruction, **changes)  # type: ignore[arg-type]
+
+
+def _partition(text: str) -> tuple[str, str, str]:
+    match = _SPACE.search(text)
+    return (text[: match.start()], match[0], text[match.end() :]) if match else (text, "", "")
+
+
+def _may_have_heredocs(instruction: Instruction) -> bool:
+    one = instruction.trigger if instruction.trigger else instruction
+    return one.keyword in _WITH_HEREDOCS and not one.is_json
+
+
+def _heredoc_words(instruction: Instruction) -> list[tuple[str, bool, bool]]:
+    """(delimiter, whether it was quoted, whether tabs are stripped) of each <<WORD, in order."""
+    rest = (instruction.trigger or instruction).rest
+    found = []
+    for word in split_raw(rest, "\\"):
+        match = HEREDOC.fullmatch(word)
+        if not match or not match[3].strip():
+            continue
+        name = re.sub(r"""\\(.)|["']""", lambda char: char[1] or "", match[3])
+        if name:
+            found.append((name, name != match[3], bool(match[2])))
+    return found
+
+
+def _split_flags(text: str) -> tuple[list[str], str]:
+    """Leading words that begin with '--', and the rest; a bare '--' ends them."""
+    flags: list[str] = []
+    at = 0
+    while True:
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if not text.startswith("--", at):
+            return flags, text[at:].strip() if flags or at else text
+        word, quote, end = "", "", at
+        while end < len(text):
+            char = text[end]
+            if quote:
+                if char == quote:
+                    quote = ""
+                elif char == "\\" and end + 1 < len(text):
+                    end += 1
+                    word += text[end]
+                else:
+                    word += char
+            elif char.isspace():
+                break
+            elif char in "\"'":
+                quote = char
+            elif char == "\\" and end + 1 < len(text):
+                end += 1
+                word += text[end]
+            else:
+                word += char
+            end += 1
+        at = end
+        if word == "--":
+            return flags, text[at:].lstrip()
+        flags.append(word)
+
+
+def split_raw(text: str, escape: str) -> list[str]:
+    """Words at white space that is neither quoted nor escaped; quotes and escapes stay in them."""
+    words: list[str] = []
+    word, quote, is_open = "", "", False
+    at = 0
+    while at < len(text):
+        char = text[at]
+        if not quote and char.isspace():
+            if word or is_open:
+                words.append(word)
+            word, is_open = "", False
+            at += 1
+            continue
+        if char == escape and quote != "'":
+            if at + 1 == len(text):
+                break
+            word += char + text[at + 1]
+            at += 2
+            continue
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote, is_open = char, True
+        word += char
+        at += 1
+    return [*words, word] if word or is_open else words
+
+
+Arguments = tuple[list[str], bool, list[str]]
+
+
+def _strings(rest: str, escape: str) -> Arguments:
+    return [word for word in _SPACE.split(rest) if word], False, []
+
+
+def _one(rest: str, escape: str) -> Arguments:
+    return [rest] if rest else [], False, []
+
+
+def _json_array(rest: str) -> list[str] | None:
+    """The words of a JSON form, None if it is none.  Raises ValueError for an array of something else."""
+    if not rest.startswith("["):
+        return None
+    try:
+        found = json.loads(rest)
+    except (ValueError, RecursionError):
+        return None
+    if not all(isinstance(word, str) for word in found):
+        raise ValueError("only words can be in a JSON array")
+    return [str(word) for word in found]
+
+
+def _maybe_json(rest: str, escape: str) -> Arguments:
+    found = _json_array(rest)
+    return _one(rest, escape) if found is None else (found, True, [])
+
+
+def _maybe_json_list(rest: str, escape: str) -> Arguments:
+    found = _json_array(rest)
+    return _strings(rest, escape) if found is None else (found, True, [])
+
+
+def _pairs(rest: str, escape: str) -> Arguments:
+    """K=V ... of ENV and LABEL, or K and the rest of the line: names and values in turn."""
+    words = split_raw(rest, escape)
+    if not words:
+        return [], False, []
+    if "=" not in words[0]:
+        name, space, value = _partition(rest)
+        if not space:
+            raise ValueError("must have two arguments")
+        return [name, value], False, [""]
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"no = in '{word}'; it must be name=value")
+        found += [name, value]
+    return found, False, ["="] * len(words)
+
+
+def _arg_words(rest: str, escape: str) -> Arguments:
+    return split_raw(rest, escape), False, []
+
+
+def _health(rest: str, escape: str) -> Arguments:
+    kind, _, command = _partition(rest)
+    if not kind:
+        return [], False, []
+    words, is_json, _ = _maybe_json(command, escape)
+    return [kind, *words], is_json, []
+
+
+_ARGUMENTS: dict[str, Callable[[str, str], Arguments]] = {
+    "add": _maybe_json_list,
+    "arg": _arg_words,
+    "cmd": _maybe_json,
+    "copy": _maybe_json_list,
+    "entrypoint": _maybe_json,
+    "env": _pairs,
+    "healthcheck": _health,
+    "label": _pairs,
+    "maintainer": _one,
+    "onbuild": _one,
+    "run": _maybe_json,
+    "shell": _maybe_json,
+    "stopsignal": _one,
+    "user": _one,
+    "volume": _maybe_json_list,
+    "workdir": _one,
+}
