@@ -21,7 +21,7 @@ _LINKS_MAX = 255
 
 
 class Draft:
-    """below: the root of the tree that the layer is laid over, None for an empty one.  time_ns: of directories that it makes."""
+    """below: the root of what the layer is laid over, None for an empty tree.  time_ns: of directories that it makes."""
 
     def __init__(self, below: Node | None, time_ns: int) -> None:
         self._below = below
@@ -100,8 +100,11 @@ class Draft:
         """Change an entry that the layer has."""
         self._entries[path] = how(self._entries[path])
 
-    def encode(self, header: Header) -> bytes:
-        """The index of the layer: what differs from below, and the directories above it."""
+    def encode(self, header: Header, *, is_whole: bool = False) -> bytes:
+        """The index of the layer: what differs from below, and the directories above it; b'' if nothing does.
+
+        is_whole: nothing is below, and the index is that of a tree.
+        """
         changed = {path: entry for path, entry in self._entries.items() if not self._is_as_below(path, entry)}
         linked = {entry.target for entry in changed.values() if entry.type == fmt.HARDLINK}
         changed |= {path: self._entries[path] for path in linked if path in self._entries}
@@ -113,8 +116,17 @@ class Draft:
                 entry = self.get(path)
                 assert entry is not None
                 changed[path] = replace(entry, path=path)
+        if not changed and not is_whole:
+            return b""
+        if is_whole and b"/" not in changed:
+            root = self.get(b"/")
+            assert root is not None
+            changed[b"/"] = root
         rows = sorted(((fmt.order_key(path), entry) for path, entry in changed.items()), key=lambda row: row[0])
-        lines = [Header(header.hash_name, header.chunk_size, is_layer=True).encode(), *(entry.encode() for _, entry in rows)]
+        lines = [
+            Header(header.hash_name, header.chunk_size, is_layer=not is_whole).encode(),
+            *(entry.encode() for _, entry in rows),
+        ]
         return b"".join([*lines, fmt.encode_trailer(len(rows))])
 
     def _is_as_below(self, path: bytes, entry: Entry) -> bool:

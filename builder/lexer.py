@@ -156,7 +156,7 @@ class _Parser:
         return _with(found, original=original)
 
     def _heredoc(self, name: str, is_raw: bool, strips_tabs: bool, start: int) -> Heredoc:
-        content = []
+        content: list[str] = []
         while self._at < len(self._lines):
             line = self._lines[self._at]
             self._at += 1

@@ -72,7 +72,8 @@ class _Reader:
 
     def until(self, stop: str, *, keeps_escapes: bool = False) -> tuple[str, list[str]]:
         """Up to a character, which is taken; the result as one text, and in words."""
-        parts, words = [], _Words()
+        parts: list[str] = []
+        words = _Words()
         special: dict[str, Callable[[], str]] = {"$": self._dollar}
         if not self._keeps_quotes:
             special |= {"'": self._single_quoted, '"': lambda: self._double_quoted(keeps_escapes=keeps_escapes)}
@@ -109,7 +110,7 @@ class _Reader:
 
     def _double_quoted(self, *, keeps_escapes: bool) -> str:
         self._next()
-        parts = []
+        parts: list[str] = []
         while char := self._peek():
             if char == '"':
                 self._next()
@@ -188,7 +189,7 @@ class _Reader:
             self._next()
         pattern = self._inner("/", keeps_escapes=True)
         replacement = self._inner("}", keeps_escapes=False)
-        return re.sub(_glob(pattern, is_longest=True), lambda _: replacement, value, 0 if is_all else 1, re.DOTALL)
+        return re.sub(_glob(pattern, is_longest=True), lambda _: replacement, value, count=0 if is_all else 1, flags=re.DOTALL)
 
 
 def _without(value: str, pattern: str, *, is_longest: bool, is_suffix: bool) -> str:

@@ -11,7 +11,7 @@ from cafs.create import Indexer
 from cafs.errors import os_error, quote
 from cafs.format import Header
 from cafs.index import load
-from cafs.indexing import FOLD_AT, claim_layers, put_layer
+from cafs.indexing import FOLD_AT, claim_layers, ensure_locator, put_layer
 from cafs.layers import merge
 from cafs.upper import UpperWalk, prefix
 from cafs.writer import Writer
@@ -80,6 +80,13 @@ def commit(
         except OSError as error:
             raise os_error(f"cannot write to store {quote(store.root)}", error) from error
     return made
+
+
+def add_to(store: Store, data: bytes) -> tuple[bytes, bytes]:
+    """Put the index of a layer whose objects are there: the digests of it and of its metadata image."""
+    index = load(io.BytesIO(data))
+    ensure_locator(store, index)
+    return image.put_index(store, data, index)
 
 
 def add_layer(store: Store, below: Image, data: bytes, config: dict[str, Any]) -> Image:

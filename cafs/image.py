@@ -71,14 +71,20 @@ def put(store: Store, data: bytes, index: Index, config: dict[str, Any], below: 
 
     Objects must be there already.
     """
+    layers, metadata = (below.layers, below.metadata) if below else ((), ())
+    layer, made = put_index(store, data, index)
+    return put_layers(store, (*layers, layer), config, (*metadata, made))
+
+
+def put_index(store: Store, data: bytes, index: Index) -> tuple[bytes, bytes]:
+    """Store an index (DATA) and its metadata image: the digests of both, b'' for one that cannot be."""
     from cafs import erofs
 
-    layers, metadata = (below.layers, below.metadata) if below else ((), ())
     try:
         made = store.put_meta(erofs.encode(index), METADATA)
     except UnsupportedError:
         made = b""  # only the fuse engine can mount it
-    return put_layers(store, (*layers, store.put_meta(data, "index")), config, (*metadata, made))
+    return store.put_meta(data, "index"), made
 
 
 def put_layers(store: Store, layers: tuple[bytes, ...], config: dict[str, Any], metadata: tuple[bytes, ...] = ()) -> Image:

@@ -142,10 +142,15 @@ def claim_layers(store: Store, below: Image) -> None:
 
 def put_layer(store: Store, data: bytes, index: Index, config: dict[str, object], below: Image | None = None) -> Image:
     """An image of an index, alone or over another; its locator is made unless there is one whose packs are all there."""
+    ensure_locator(store, index)
+    return image.put(store, data, index, config, below)
+
+
+def ensure_locator(store: Store, index: Index) -> None:
+    """Make the locator of an index whose objects are there, unless there is one whose packs are."""
     found = store.get_locator(index.identity)
     if found is None or not set(found.packs) <= set(store.pack_sizes()):
         store.put_locator(index.identity, locator.encode(store, index))
-    return image.put(store, data, index, config, below)
 
 
 def create_file(options: Options, output: str, hash_name: str) -> Report:

@@ -27,8 +27,11 @@ _POLICIES = ("no", "on-failure", "always", "unless-stopped")
 _MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
 
 
-def create(options: Options, *, is_foreground: bool) -> Container:
-    """Make it, held by us from its first file on.  Raises CafsError; then nothing of it is left."""
+def create(options: Options, *, is_foreground: bool, more: list[dict[str, Any]] | None = None) -> Container:
+    """Make it, held by us from its first file on.  Raises CafsError; then nothing of it is left.
+
+    more: mounts, beside those of the options, as mounts.asked has them.
+    """
     if not options.words or not options.words[0]:
         raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
     _check(options)
@@ -36,6 +39,7 @@ def create(options: Options, *, is_foreground: bool) -> Container:
     found = _image(root, options)
     config = spec.section(found.config, "config") if "config" in found.config else found.config
     asked = _asked(options, config, is_foreground=is_foreground)
+    asked["mounts"] += more or []
     asked |= {"digest": found.digest.hex(), "store": root, "is_386": found.config.get("architecture") == "386"}
     identity = os.urandom(32).hex()
     try:

@@ -90,7 +90,11 @@ def mount_root(container: Container, low: lower.Lower) -> None:
     except OSError as error:
         raise UnsupportedError(f"cannot mount the writable layer: {error.strerror}", hint="modprobe overlay") from error
     # The overlay has its own hold on what is below it; our copies of those mounts would keep their servers alive until we end.
-    for point in {low.path, *(os.fsdecode(one.point) for one in mountinfo.mounts() if one.point.startswith(_live_mounts()))}:
+    wanted = tuple(one["source"] + "/" for one in container.asked["mounts"] if one["type"] == "bind")
+    points = {low.path, *(os.fsdecode(one.point) for one in mountinfo.mounts() if one.point.startswith(_live_mounts()))}
+    for point in points:
+        if any(source.startswith(point + "/") for source in wanted):
+            continue
         linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 
 

@@ -1,0 +1,294 @@
+"""What COPY and ADD take: files of a tree, heredocs, archives to unpack, what is behind a URL or in a git repository."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field, replace
+from urllib.parse import unquote, urlsplit
+
+from builder import copying
+from builder import flags as flagging
+from builder.context import Context
+from builder.patterns import Ignore, PatternError, os_bytes
+from builder.words import expand
+from cafs import format as fmt
+from cafs.decompress import decompressed
+from cafs.digest import CHUNK_LIST, PLAIN
+from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UnsupportedError, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+    from builder.build import Build, Step
+    from builder.config import State
+    from builder.copying import How, Match
+    from builder.draft import Draft
+    from builder.lexer import Heredoc
+    from cafs.lookup import Node
+    from cafs.store import Store
+    from cafs.vtree import VirtualTree
+
+_GIT = re.compile(r"(?:git@[^:]+:|git://|ssh://git@).+|https?://.+\.git(?:#.*)?")
+_URL = re.compile(r"https?://.+")
+_TIMEOUT_S = 60
+_DOWNLOAD_MAX = 1 << 34
+
+
+@dataclass(slots=True)
+class Source:
+    """top: the root of a tree; matches: what of it.  archive: instead of a file, what is in it."""
+
+    top: Node
+    matches: list[Match]
+    archive: VirtualTree | None = None
+
+
+@dataclass(slots=True)
+class Gathered:
+    """All sources of one instruction."""
+
+    sources: list[Source] = field(default_factory=list)
+
+    def fingerprint(self, how: How) -> list[str]:
+        """What is to be copied, without times: names, attributes, content."""
+        found = []
+        for source in self.sources:
+            for match in source.matches:
+                node = copying.follow(source.top, match.node)
+                digest = hashlib.sha256()
+                for row in _rows(node, how) if node else ():
+                    digest.update(row)
+                name = match.name if how.parents or (node and not node.is_directory) else b""
+                found.append(f"{name.decode('utf-8', 'surrogateescape')} {digest.hexdigest()} {source.archive is not None}")
+        return found
+
+    def put(self, draft: Draft, place: str, *, is_directory: bool, how: How) -> None:
+        """Copy all into a draft.  Raises CafsError."""
+        is_directory = is_directory or sum(len(source.matches) for source in self.sources) > 1
+        for source in self.sources:
+            if source.archive is not None:
+                _put_archive(draft, source.archive, os_bytes(place), how)
+            else:
+                copying.copy(draft, source.matches, source.top, place, is_directory=is_directory, how=how)
+
+
+def _rows(node: Node, how: How) -> Iterator[bytes]:
+    below = node.below() if node.is_directory else iter(())
+    for one in (node, *below):
+        entry = one.entry
+        if how.owner:
+            entry = replace(entry, uid=0, gid=0)
+        is_top = one is node and node.is_directory
+        yield replace(entry, mtime_ns=0, path=b"/" + one.path[len(node.path) :], mode=0 if is_top else entry.mode).encode()
+
+
+def _put_archive(draft: Draft, tree: VirtualTree, place: bytes, how: How) -> None:
+    """Unpack: directories that are there keep what is in them."""
+    top = draft.make_directory(place, 0o755, how.owner or (0, 0)).rstrip(b"/")
+    where: dict[bytes, bytes] = {b"/": top}
+    for entry in tree.entries():
+        if entry.path == b"/":
+            continue
+        above, _, name = entry.path.rpartition(b"/")
+        path = where.get(above, top + above) + b"/" + name
+        if entry.type == fmt.HARDLINK:
+            link_above, _, link_name = entry.target.rpartition(b"/")
+            entry = replace(entry, target=where.get(link_above or b"/", top + link_above) + b"/" + link_name)
+        elif entry.type == fmt.DIRECTORY:
+            there = draft.resolve(path)
+            found = draft.get(there)
+            path = there if found is not None and found.type == fmt.DIRECTORY else path
+            where[entry.path] = path
+        draft.put(how.apply(replace(entry, path=path)))
+
+
+def gather(build: Build, state: State, step: Step, words: list[str], documents: list[Heredoc], origin: str | None) -> Gathered:
+    """Find them all.  Raises CafsError, ValueError."""
+    found, is_add = Gathered(), step.one.keyword == "add"
+    checksum = flagging.one(step.flags, "checksum")
+    for word in words:
+        if _GIT.fullmatch(word) or _URL.fullmatch(word):
+            if not is_add:
+                raise ValueError(f"{quote(word)}: only ADD takes what is not in a tree")
+            if _GIT.fullmatch(word):
+                found.sources.append(_git(build, word, keeps=flagging.is_on(step.flags, "keep-git-dir"), checksum=checksum))
+            else:
+                found.sources += _url(build, step, word, checksum)
+            continue
+        if checksum is not None:
+            raise ValueError("--checksum is for URLs and git repositories")
+        found.sources += _local(build, step, word, origin, is_add=is_add)
+    if documents:
+        found.sources.append(_documents(build, state, documents))
+    return found
+
+
+def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: bool) -> list[Source]:
+    parents = flagging.is_on(step.flags, "parents")
+    top = build.places.find(origin, step.stage.number, (copying.prefix_of(word),))
+    if top is None:
+        raise NotFound(f"no {quote(word)} to copy: {quote(origin or '')} has no files")
+    try:
+        matches = copying.find(top, word, parents=parents)
+    except PatternError as error:
+        raise ValueError(str(error)) from None
+    if not is_add or flagging.one(step.flags, "unpack") == "false":
+        return [Source(top, matches)] if matches else []
+    return [_unpacked(build, Source(top, [match])) for match in matches]
+
+
+def _unpacked(build: Build, source: Source, *, must: bool = False) -> Source:
+    """With what is in the archive that a source is, if it is one: by its content, whatever its name.  Raises CafsError."""
+    from cafs.tar import Reader
+    from cafs.tarindex import MemberReader, tar_tree
+
+    node = copying.follow(source.top, source.matches[0].node)
+    if node is None or node.entry.type not in (fmt.FILE, fmt.CHUNKED) or not node.entry.size:
+        return source
+    build.writer.flush()
+    try:
+        next(iter(Reader(decompressed(_open(build.store, node)))))
+    except (CafsError, StopIteration, OSError):
+        if must:
+            raise FormatError(f"{quote(node.path)} is not an archive") from None
+        return source
+    reader = MemberReader(build.header, build.writer, os.cpu_count() or 1)
+    return replace(source, archive=tar_tree(reader, _open(build.store, node)))
+
+
+class _Content(io.RawIOBase):
+    """The verified content of a file of a store, in order."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        while not self._ready:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._ready = memoryview(part)
+        size = min(len(view), len(self._ready))
+        view[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def _open(store: Store, node: Node) -> BinaryIO:
+    return io.BufferedReader(_Content(_parts(store, node)), 1 << 20)
+
+
+def _parts(store: Store, node: Node) -> Iterator[bytes]:
+    from cafs import chunks
+
+    if node.entry.type == fmt.FILE:
+        yield store.read_object(node.entry.digest, PLAIN)
+        return
+    listed = chunks.decode(store.read_object(node.entry.digest, CHUNK_LIST), store.hash_name, store.chunk_size)
+    for number in range(listed.chunks()):
+        digest = listed.digest_at(number)
+        yield store.read_object(digest, PLAIN) if digest else bytes(listed.length_at(number))
+
+
+def _tree_of(build: Build, directory: str) -> Node:
+    return Context(directory, Ignore([]), build.writer).tree((b"",))
+
+
+def _documents(build: Build, state: State, documents: list[Heredoc]) -> Source:
+    with tempfile.TemporaryDirectory(prefix="cafs-heredoc-") as directory:
+        for one in documents:
+            if "/" in one.name or one.name in (".", ".."):
+                raise ValueError(f"'{one.name}' is not a name for a file")
+            text = one.content if one.is_raw else expand(one.content, state.variables(), "\\", keeps_quotes=True)
+            path = os.path.join(directory, one.name)
+            with open(path, "wb") as file:
+                file.write(os_bytes(text))
+            os.chmod(path, 0o644)
+            os.utime(path, ns=(build.now_ns(), build.now_ns()))
+        top = _tree_of(build, directory)
+        return Source(top, [found for one in documents for found in copying.find(top, one.name.replace("\\", "\\\\"))])
+
+
+def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Source]:
+    """A file of mode 600 with the server's time."""
+    import urllib.request
+    from email.utils import parsedate_to_datetime
+
+    name = os.path.basename(unquote(urlsplit(url).path)) or "index"
+    with tempfile.TemporaryDirectory(prefix="cafs-url-") as directory:
+        path = os.path.join(directory, name)
+        try:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(path, "wb") as file:
+                digest, size = hashlib.sha256(), 0
+                while data := answer.read(1 << 20):
+                    digest.update(data)
+                    size += len(data)
+                    if size > _DOWNLOAD_MAX:
+                        raise RemoteError(f"{quote(url)} is larger than {_DOWNLOAD_MAX >> 30} GiB")
+                    file.write(data)
+                changed = answer.headers.get("Last-Modified")
+        except (OSError, ValueError) as error:
+            raise RemoteError(f"cannot fetch {quote(url)}: {getattr(error, 'reason', None) or error}") from error
+        if checksum is not None and checksum != f"sha256:{digest.hexdigest()}":
+            raise CafsError(f"{quote(url)} has the checksum sha256:{digest.hexdigest()}, not {checksum}")
+        os.chmod(path, 0o600)
+        time_s = parsedate_to_datetime(changed).timestamp() if changed else 0
+        os.utime(path, (time_s, time_s))
+        top = _tree_of(build, directory)
+        source = Source(top, copying.find(top, re.sub(r"([*?\[\\])", r"\\\1", name)))
+        if flagging.is_on(step.flags, "unpack"):
+            return [_unpacked(build, source, must=True)]
+        return [source]
+
+
+def _git(build: Build, url: str, *, keeps: bool, checksum: str | None) -> Source:
+    """REPOSITORY[#REF[:DIRECTORY]]."""
+    if shutil.which("git") is None:
+        raise UnsupportedError("no git", hint="apt install git")
+    repository, _, rest = url.partition("#")
+    ref, _, inner = rest.partition(":")
+    if ref.startswith("-"):
+        raise ValueError(f"'{ref}' is not a ref")
+    with tempfile.TemporaryDirectory(prefix="cafs-git-") as directory:
+        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        steps = [
+            ["init", "-q"],
+            ["fetch", "-q", "--depth=1", "--", repository, ref or "HEAD"],
+            ["checkout", "-q", "FETCH_HEAD"],
+        ]
+        for words in steps:
+            done = subprocess.run(
+                ["git", "-C", directory, "-c", "protocol.ext.allow=never", *words],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+            )
+            if done.returncode:
+                raise RemoteError(f"cannot fetch {quote(url)}: {done.stderr.strip()}")
+        commit = subprocess.run(
+            ["git", "-C", directory, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if checksum is not None and not (len(checksum) >= 7 and commit.startswith(checksum)):
+            raise CafsError(f"{quote(url)} is at commit {commit}, not {checksum}")
+        if not keeps:
+            shutil.rmtree(os.path.join(directory, ".git"))
+        for top, names, files in os.walk(directory):
+            for name in [*names, *files]:
+                path = os.path.join(top, name)
+                if not os.path.islink(path):
+                    os.chmod(path, 0o755 if os.path.isdir(path) or os.access(path, os.X_OK) else 0o644)
+        tree = _tree_of(build, directory)
+        return Source(tree, copying.find(tree, inner or "."))

@@ -1,0 +1,67 @@
+"""The step cache: what a step with a key has made, in the store, so that all who share it share that.  cafs-store(5), STEPS.
+
+A record is only a hint: one that names a layer which is not there any more counts as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from cafs.errors import CafsError
+from cafs.image import METADATA
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.store import Store
+
+_RECORD_MAX = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """layer: digest of the index, b'' if the step changed no files.  created: RFC 3339.  seconds: what the step took."""
+
+    layer: bytes
+    metadata: bytes
+    created: str
+    seconds: float
+
+
+def key_of(parent: str, **definition: object) -> str:
+    """The key of a step: of the one before it, and of all that it depends on."""
+    data = json.dumps([parent, definition], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(data.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _name(store: Store, key: str) -> str:
+    name = store.name_of(bytes.fromhex(key)).hex()
+    return f"steps/{name[:2]}/{name}"
+
+
+def find(store: Store, key: str) -> Record | None:
+    """What a step has made before, if its layer is still there."""
+    try:
+        found = json.loads(store.backend.read(_name(store, key), _RECORD_MAX))
+        layer, metadata = bytes.fromhex(found["index"]), bytes.fromhex(found["metadata"])
+        record = Record(layer, metadata, str(found["created"]), float(found["seconds"]))
+        if layer and not store.has_meta(layer, "index"):
+            return None
+        if layer:
+            store.claim(store.meta_name(layer, "index"))
+            store.claim(store.meta_name(metadata, METADATA)) if metadata else None
+        return record
+    except (OSError, CafsError, ValueError, KeyError, TypeError):
+        return None
+
+
+def put(store: Store, key: str, record: Record) -> None:
+    """Remember a step, whose layer is in the store.  Raises OSError."""
+    found = {
+        "created": record.created,
+        "index": record.layer.hex(),
+        "metadata": record.metadata.hex(),
+        "seconds": round(record.seconds, 3),
+    }
+    store.backend.replace(_name(store, key), json.dumps(found, sort_keys=True).encode() + b"\n")

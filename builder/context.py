@@ -1,0 +1,105 @@
+"""The build context: a directory of which only what the Dockerfile uses is read, as a tree like those of images."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+
+from builder.patterns import Ignore, PatternError, read_ignore
+from cafs import atomic, linux, lookup
+from cafs import format as fmt
+from cafs.create import Indexer
+from cafs.digest import DIGEST_SIZES
+from cafs.errors import CafsError, NotFound, os_error, quote
+from cafs.format import Header
+from cafs.statcache import StatCache
+from cafs.walk import Walk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cafs.format import Entry
+    from cafs.lookup import Node
+    from cafs.writer import Writer
+
+_IGNORE_MAX = 1 << 20
+
+
+class Context:
+    """A directory.  ignore: what is left out of it.  Trees are of root's files, as BuildKit has it."""
+
+    def __init__(self, root: str, ignore: Ignore, writer: Writer) -> None:
+        self.root = root
+        self._ignore = ignore
+        self._writer = writer
+        store = writer.store
+        self._header = Header(store.hash_name, store.chunk_size)
+        self._cache = StatCache(root, store.hash_name, DIGEST_SIZES[store.hash_name])
+        self._cache.load()
+        self._trees: dict[tuple[bytes, ...], Node] = {}
+
+    def tree(self, prefixes: tuple[bytes, ...]) -> Node:
+        """The root of a tree with what is at or below some paths ('' for all), whose objects are put.  Raises CafsError."""
+        found = self._trees.get(prefixes)
+        if found is None:
+            with tempfile.NamedTemporaryFile(prefix="cafs-context-") as file:
+                file.write(self.index(prefixes))
+                file.flush()
+                found = self._trees[prefixes] = lookup.root([lookup.MappedIndex(file.name)])
+        return found
+
+    def save(self) -> None:
+        """Remember which file has which content."""
+        self._cache.save()
+
+    def index(self, prefixes: tuple[bytes, ...]) -> bytes:
+        """The index of such a tree."""
+
+        def is_out(path: bytes) -> bool:
+            name = path[1:]
+            if not any(_is_near(name, prefix) for prefix in prefixes):
+                return True
+            return bool(self._ignore) and self._ignore.matches(name) and not self._ignore.may_hold_exceptions(name)
+
+        linux.raise_descriptor_limit()
+        walk = Walk(self.root, exclude=is_out)
+        indexer = Indexer(walk, self._header, self._writer, os.cpu_count() or 1, self._cache)
+        rows = [entry for _, entry in indexer.entries()]
+        rows = self._kept(rows) if self._ignore else rows
+        lines = [self._header.encode(), *(replace(entry, uid=0, gid=0).encode() for entry in rows)]
+        return b"".join([*lines, fmt.encode_trailer(len(rows))])
+
+    def _kept(self, rows: list[Entry]) -> list[Entry]:
+        """Without directories that were looked into for exceptions in vain, and names of files whose first is left out."""
+        out = [bool(entry.path[1:]) and self._ignore.matches(entry.path[1:]) for entry in rows]
+        kept: list[Entry] = []
+        below = b""
+        for entry, is_out in zip(reversed(rows), reversed(out), strict=True):
+            if not is_out or below.startswith(entry.path + b"/"):
+                kept.append(entry)
+                below = entry.path
+        return list(reversed(kept))
+
+
+def _is_near(name: bytes, prefix: bytes) -> bool:
+    """Whether a path leads to, is, or is below another."""
+    return not prefix or name == prefix or name.startswith(prefix + b"/") or prefix.startswith(name + b"/")
+
+
+def open_context(root: str, dockerfile: str | None, writer: Writer) -> Context:
+    """A directory with its .dockerignore: that of the Dockerfile's own name, if there is one.  Raises CafsError."""
+    if not os.path.isdir(root):
+        raise NotFound(f"no directory {quote(root)} to build in")
+    names = [f"{dockerfile}.dockerignore"] if dockerfile else []
+    for path in [*names, *(os.path.join(root, name) for name in (".dockerignore", ".containerignore"))]:
+        try:
+            data = atomic.read_file(path, _IGNORE_MAX)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise os_error(f"cannot read {quote(path)}", error) from error
+        try:
+            return Context(root, read_ignore(data), writer)
+        except PatternError as error:
+            raise CafsError(f"{path}: {error}") from None
+    return Context(root, Ignore([]), writer)

@@ -1,0 +1,232 @@
+"""COPY, and ADD of files: from a tree, by patterns, into the draft of a layer.  No content is read: entries are copied.
+
+Sources: BuildKit's Dockerfile reference, COPY; github.com/tonistiigi/fsutil copy.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass, replace
+
+from builder.patterns import Ignore, glob, has_wildcard, os_bytes
+from cafs import format as fmt
+from cafs.errors import CafsError, NotFound, quote
+from cafs.format import Entry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from builder.draft import Draft
+    from cafs.lookup import Node
+
+_LINKS_MAX = 255
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """owner: of all that is copied, None for its own.  chmod: turns (mode, is a directory) into a mode.
+
+    parents: --parents.  exclude: --exclude.  follows: whether links on the way to the destination are.
+    """
+
+    owner: tuple[int, int] | None = None
+    chmod: Callable[[int, bool], int] | None = None
+    parents: bool = False
+    exclude: Ignore | None = None
+    follows: bool = True
+
+    def apply(self, entry: Entry) -> Entry:
+        """An entry as it is to be."""
+        if entry.type == fmt.HARDLINK:
+            return entry
+        if self.owner:
+            entry = replace(entry, uid=self.owner[0], gid=self.owner[1])
+        if self.chmod and entry.type != fmt.SYMLINK:
+            entry = replace(entry, mode=self.chmod(entry.mode, entry.type == fmt.DIRECTORY))
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """node: what was found.  name: where, relative to the top; what --parents keeps of it comes after `pivot`."""
+
+    node: Node
+    name: bytes
+    pivot: int = 0
+
+
+def prefix_of(source: str) -> bytes:
+    """The part of a source up to its first wildcard: nothing else of the tree is needed."""
+    clean = posixpath.normpath("/" + source.replace("/./", "/")).lstrip("/")
+    parts: list[str] = []
+    for part in clean.split("/"):
+        if has_wildcard(part):
+            break
+        parts.append(part)
+    return os_bytes("/".join(parts).replace("\\", ""))
+
+
+def find(top: Node, source: str, *, parents: bool = False) -> list[Match]:
+    """What a source means in a tree, sorted; [] only if it has wildcards.  Raises NotFound, CafsError, PatternError."""
+    pivot = 0
+    before, dot, _ = source.partition("/./")
+    if parents and dot:
+        pivot = len(posixpath.normpath("/" + before).lstrip("/"))
+    clean = posixpath.normpath("/" + source).lstrip("/")
+    if clean in ("", "."):
+        return [Match(top, b"")]
+    found = [Match(top, b"")]
+    for part in clean.split("/"):
+        found = [one for match in found for one in _step(top, match, part)]
+    if not found and not has_wildcard(clean):
+        raise NotFound(f"no {quote(source)} to copy")
+    return [replace(one, pivot=pivot) for one in sorted(found, key=lambda one: fmt.order_key(b"/" + one.name))]
+
+
+def _step(top: Node, match: Match, part: str) -> Iterator[Match]:
+    node = follow(top, match.node)
+    if node is None or not node.is_directory:
+        return
+    if part == "**":
+        yield replace(match, node=node)
+        for inner in node.below():
+            if inner.is_directory:
+                yield Match(inner, _join(match.name, inner.path[len(node.path.rstrip(b"/")) + 1 :]))
+        return
+    if not has_wildcard(part):
+        name = os_bytes(re.sub(r"\\(.)", r"\1", part))
+        if child := node.child(name):
+            yield Match(child, _join(match.name, name))
+        return
+    wanted = glob(part)
+    for name in node.children():
+        if wanted.fullmatch(name) and (child := node.child(name)):
+            yield Match(child, _join(match.name, name))
+
+
+def _join(above: bytes, name: bytes) -> bytes:
+    return above + b"/" + name if above else name
+
+
+def follow(top: Node, node: Node) -> Node | None:
+    """What a node is in the end, if it is a link; the tree's own root is never left.  Raises CafsError."""
+    for _ in range(_LINKS_MAX):
+        if node.entry.type != fmt.SYMLINK:
+            return node
+        target = node.entry.target
+        base = b"/" if target.startswith(b"/") else (node.path.rpartition(b"/")[0] or b"/")
+        found = walk(top, base + b"/" + target)
+        if found is None:
+            return None
+        node = found
+    raise CafsError(f"{quote(node.path)}: too many links")
+
+
+def walk(top: Node, path: bytes) -> Node | None:
+    """What has a path; links on the way to it are followed.  Raises CafsError."""
+    node = top
+    for part in posixpath.normpath(b"/" + path).split(b"/"):
+        if not part:
+            continue
+        inner = follow(top, node)
+        child = inner.child(part) if inner and inner.is_directory else None
+        if child is None:
+            return None
+        node = child
+    return node
+
+
+def copy(draft: Draft, matches: list[Match], top: Node, target: str, *, is_directory: bool, how: How) -> None:
+    """Copy what was found.  target: absolute; is_directory: it was spelled as one.  Raises CafsError."""
+    where = os_bytes(posixpath.normpath(target))
+    if len(matches) > 1 or how.parents:
+        is_directory = True
+    for match in matches:
+        node = follow(top, match.node)
+        if node is None:
+            raise NotFound(f"{quote(match.node.path)} is a link to what is not there")
+        if how.parents:
+            _with_parents(draft, top, match, node, where, how)
+        elif node.is_directory:
+            _tree(draft, node, _top(draft, node, where, how), match.name, how)
+        else:
+            name = match.name.rpartition(b"/")[2]
+            _file(draft, node, where, name, is_directory=is_directory, how=how)
+
+
+def _top(draft: Draft, node: Node, where: bytes, how: How) -> bytes:
+    """Where the content of a directory goes: into one that is there, which stays as it is, else into one like the source."""
+    place = draft.resolve(where) if how.follows else where
+    if draft.get(place) is not None:
+        return _directory(draft, where, how)
+    _directory(draft, place.rpartition(b"/")[0] or b"/", how)
+    draft.put(how.apply(replace(node.entry, path=place)))
+    return place
+
+
+def _directory(draft: Draft, path: bytes, how: How) -> bytes:
+    """Make the destination, if it is missing, as --chown and --chmod have it."""
+    mode = how.chmod(0o755, True) if how.chmod else 0o755
+    return draft.make_directory(path, mode, how.owner or (0, 0))
+
+
+def _file(draft: Draft, node: Node, where: bytes, name: bytes, *, is_directory: bool, how: How) -> None:
+    there = draft.get(draft.resolve(where)) if how.follows else draft.get(where)
+    if is_directory or (there is not None and there.type == fmt.DIRECTORY):
+        where = _directory(draft, where, how) + b"/" + name
+    else:
+        above, _, name = where.rpartition(b"/")
+        where = _directory(draft, above or b"/", how).rstrip(b"/") + b"/" + name
+    where = b"/" + where.lstrip(b"/")
+    if how.follows and (there := draft.get(where)) is not None and there.type == fmt.SYMLINK:
+        where = draft.resolve(where)
+        _directory(draft, where.rpartition(b"/")[0] or b"/", how)
+    draft.put(how.apply(replace(node.entry, path=where)))
+
+
+def _with_parents(draft: Draft, top: Node, match: Match, node: Node, where: bytes, how: How) -> None:
+    """--parents: the directories above a source come along, from the pivot on."""
+    kept = match.name[match.pivot :].lstrip(b"/") if match.pivot else match.name
+    above, _, name = kept.rpartition(b"/")
+    place = _directory(draft, where, how)
+    source = match.name[: len(match.name) - len(kept)].rstrip(b"/")
+    for part in above.split(b"/") if above else []:
+        source, place = _join(source, part), place.rstrip(b"/") + b"/" + part
+        found = walk(top, source)
+        if draft.get(place) is None and found:
+            draft.put(how.apply(replace(found.entry, path=place)))
+    if node.is_directory:
+        inner = place.rstrip(b"/") + b"/" + name if name else place
+        if draft.get(inner) is None:
+            draft.put(how.apply(replace(node.entry, path=inner)))
+        _tree(draft, node, inner, match.name, how)
+    else:
+        draft.put(how.apply(replace(node.entry, path=place.rstrip(b"/") + b"/" + name)))
+
+
+def _tree(draft: Draft, top: Node, where: bytes, name: bytes, how: How) -> None:
+    """The content of a directory; what are names of one file stay that."""
+    first: dict[tuple[str, bytes], bytes] = {}
+    skipped: bytes | None = None
+    for node in top.below():
+        relative = node.path[len(top.path.rstrip(b"/")) + 1 :]
+        if skipped is not None and relative.startswith(skipped):
+            continue
+        if how.exclude and how.exclude.matches(_join(name, relative)):
+            skipped = (
+                relative + b"/" if node.is_directory and not how.exclude.may_hold_exceptions(_join(name, relative)) else None
+            )
+            if skipped or not node.is_directory:
+                continue
+        path = where.rstrip(b"/") + b"/" + relative
+        if node.is_directory:
+            there = draft.resolve(path) if how.follows else path
+            if there != path and (found := draft.get(there)) is not None and found.type == fmt.DIRECTORY:
+                path = there
+            draft.put(how.apply(replace(node.entry, path=path)))
+            continue
+        known = first.setdefault(node.key, path)
+        entry = replace(node.entry, path=path) if known == path else Entry(fmt.HARDLINK, path, target=known)
+        draft.put(how.apply(entry))

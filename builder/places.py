@@ -1,0 +1,163 @@
+"""Where files may come from: stages, images, named contexts; as trees, and as directories to mount.  And who owns them."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from contextlib import contextmanager
+
+from builder import copying
+from builder.context import Context, open_context
+from builder.patterns import os_bytes
+from cafs import commit, image
+from cafs.digest import PLAIN
+from cafs.errors import CafsError, NotFound, UsageError, quote
+from cafs.image import Image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builder.build import Build
+    from cafs.lookup import Node
+
+_TABLE_MAX = 1 << 20
+
+
+class Places:
+    """Of one build."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._trees: dict[tuple[bytes, ...], Node] = {}
+        self._contexts: dict[str, Context] = {}
+
+    def tree(self, layers: tuple[bytes, ...]) -> Node:
+        """The root of the tree that layers make."""
+        if layers not in self._trees:
+            self._build.writer.flush()
+            self._trees[layers] = commit.open_below(self._build.store, layers)
+        return self._trees[layers]
+
+    def base_image(self, name: str) -> Image:
+        """What FROM means: a named context, an image of the store, or one of a registry.  Raises CafsError."""
+        return self._image(self._build.request.contexts.get(name, name), name)
+
+    def _image(self, where: str, name: str) -> Image:
+        store = self._build.store
+        kind, colon, rest = where.partition(":")
+        if where.startswith("docker-image://"):
+            where = where.removeprefix("docker-image://")
+        elif where.startswith("oci-layout://"):
+            return self._imported("oci:" + where.removeprefix("oci-layout://"))
+        elif colon and kind in ("oci", "oci-archive", "docker-archive", "docker-daemon") and rest:
+            return self._imported(where)
+        elif where.startswith("docker://"):
+            return self._pulled(where)
+        elif name in self._build.request.contexts and (os.sep in where or where.startswith(".")):
+            raise UsageError(f"context {quote(name)} is a directory, and FROM needs an image")
+        try:
+            return image.resolve(store, where)
+        except NotFound as error:
+            error.hint = f"cafs-index create docker://{where} -t {where}, or FROM docker://{where}"
+            raise
+
+    def _pulled(self, where: str) -> Image:
+        from runner import pull
+
+        return pull.get(self._build.store.root, where, "missing")
+
+    def _imported(self, source: str) -> Image:
+        from cafs.indexing import Options, create_image
+
+        self._build.writer.flush()
+        report = create_image(Options(source, os.cpu_count() or 1), self._build.store.root, None)
+        self._build.store.refresh()
+        return image.get(self._build.store, bytes.fromhex(report.digest))
+
+    def find(self, origin: str | None, before: int, prefixes: tuple[bytes, ...]) -> Node | None:
+        """The tree that COPY --from or a mount's from= means; of a context only what is near PREFIXES.  Raises CafsError."""
+        context, layers = self._origin(origin, before)
+        if context is not None:
+            return context.tree(prefixes)
+        return self.tree(layers) if layers else None
+
+    def _origin(self, origin: str | None, before: int) -> tuple[Context | None, tuple[bytes, ...]]:
+        build = self._build
+        if origin is None:
+            if build.context is None:
+                raise UsageError("there is no build context", hint="cbuild DIRECTORY")
+            return build.context, ()
+        stage = None if origin in build.request.contexts else build.plan.find(origin, before)
+        if stage is not None:
+            return None, build.states[stage.number].layers
+        if origin.isdigit():
+            raise NotFound(f"no stage {origin} before this one")
+        where = build.request.contexts.get(origin)
+        if where is not None and os.path.isdir(where):
+            if origin not in self._contexts:
+                self._contexts[origin] = open_context(where, None, build.writer)
+            return self._contexts[origin], ()
+        later = build.plan.find(origin, len(build.plan.stages))
+        if later is not None and where is None:
+            raise NotFound(f"stage {quote(origin)} comes later than this one")
+        return None, self.base_image(origin).layers
+
+    def save(self) -> None:
+        """Remember what was hashed."""
+        for context in [*self._contexts.values(), *([self._build.context] if self._build.context else [])]:
+            context.save()
+
+    @contextmanager
+    def mounted(self, origin: str | None, before: int, source: str) -> Iterator[str]:
+        """The path of a file or directory of a place, while its image is mounted.  Raises CafsError."""
+        from runner import lower
+
+        build = self._build
+        prefix = copying.prefix_of(source)
+        context, layers = self._origin(origin, before)
+        if context is not None:
+            data = context.index((prefix,))
+            build.writer.flush()
+            layers = (commit.add_to(build.store, data)[0],)
+        if not layers:
+            raise NotFound(f"{quote(origin or '')} has no files")
+        made = image.put_layers(build.store, layers, {})
+        top = self.tree(layers)
+        node = copying.walk(top, os_bytes(posixpath.normpath("/" + source)))
+        node = copying.follow(top, node) if node else None
+        if node is None:
+            raise NotFound(f"no {quote(source)} to mount")
+        key = lower.key_of(made.digest, "", None)
+        low = lower.find(made.digest, build.store.root, key)
+        try:
+            yield os.path.join(low.path, os.fsdecode(node.path[1:])).rstrip("/")
+        finally:
+            low.let_go()
+            lower.release(key)
+
+    def owner(self, tree: Node | None, text: str) -> tuple[int, int]:
+        """USER[:GROUP], by the image's own tables; a number is never looked up as a name.  Raises CafsError."""
+        user, colon, group = text.partition(":")
+        uid, gid = self._id(tree, user, b"/etc/passwd", "user") if user else (0, 0)
+        if colon:
+            gid = self._id(tree, group, b"/etc/group", "group")[0]
+        return uid, gid
+
+    def _id(self, tree: Node | None, name: str, path: bytes, what: str) -> tuple[int, int]:
+        if name.isascii() and name.isdigit() and len(name) <= 10 and int(name) < 0xFFFF_FFFF:
+            return int(name), int(name)
+        for row in self.table(tree, path):
+            if row[0] == name and len(row) > 3 and row[2].isdigit():
+                return int(row[2]), int(row[3]) if row[3].isdigit() else int(row[2])
+        raise CafsError(f"no {what} {quote(name)} in {path.decode()} of the image")
+
+    def table(self, tree: Node | None, path: bytes) -> list[list[str]]:
+        """Lines of a file like /etc/passwd as fields; [] if there is none."""
+        node = copying.walk(tree, path) if tree else None
+        node = copying.follow(tree, node) if node and tree else None
+        if node is None or node.entry.type != b"f" or not 0 < node.entry.size <= _TABLE_MAX:
+            return []
+        self._build.writer.flush()
+        data = self._build.store.read_object(node.entry.digest, PLAIN)
+        return [line.split(":") for line in data.decode("utf-8", "surrogateescape").split("\n")]

@@ -1,0 +1,128 @@
+"""What a build says while it goes on, on standard error: a line a step and what commands print, plain or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TextIO
+
+
+class Progress:
+    """Says nothing; what it is told is kept for --explain and --report: rows of (number, title, how, seconds)."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, str, float]] = []
+        self._titles: dict[int, str] = {}
+
+    def begin(self, number: int, title: str) -> None:
+        """A step begins."""
+        self._titles[number] = title
+
+    def output(self, number: int, data: bytes) -> None:
+        """Its command has printed something."""
+
+    def done(self, number: int, seconds: float, added: int) -> None:
+        """It was carried out."""
+        self.rows.append((number, self._titles[number], "made", seconds))
+
+    def cached(self, number: int, saved: float) -> None:
+        """It was made before."""
+        self.rows.append((number, self._titles[number], "cached", saved))
+
+    def failed(self, tail: str = "") -> None:
+        """The last step has failed."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+class Plain(Progress):
+    """A line each, for logs; groups and annotations where GitHub Actions reads them."""
+
+    def __init__(self, out: TextIO) -> None:
+        super().__init__()
+        self._out = out
+        self._is_at_start = True
+        self._is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
+        self._began = time.monotonic()
+
+    def begin(self, number: int, title: str) -> None:
+        super().begin(number, title)
+        self._say(f"{'::group::' if self._is_grouped else ''}#{number} {title}")
+        self._began = time.monotonic()
+
+    def _say(self, text: str) -> None:
+        self._out.write(("" if self._is_at_start else "\n") + text + "\n")
+        self._out.flush()
+        self._is_at_start = True
+
+    def output(self, number: int, data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        for line in text.splitlines(keepends=True):
+            if self._is_at_start:
+                self._out.write(f"#{number} {time.monotonic() - self._began:.3f} ")
+            self._out.write(line)
+            self._is_at_start = line.endswith("\n")
+        self._out.flush()
+
+    def done(self, number: int, seconds: float, added: int) -> None:
+        super().done(number, seconds, added)
+        self._end(f"#{number} DONE {seconds:.1f}s")
+
+    def cached(self, number: int, saved: float) -> None:
+        super().cached(number, saved)
+        self._end(f"#{number} CACHED")
+
+    def _end(self, text: str) -> None:
+        self._say(text)
+        if self._is_grouped:
+            self._say("::endgroup::")
+
+    def failed(self, tail: str = "") -> None:
+        if self._is_grouped:
+            self._say("::endgroup::")
+
+    def warn(self, text: str) -> None:
+        self._say(f"{'::warning::' if self._is_grouped else 'cbuild: warning: '}{text}")
+
+
+class Json(Progress):
+    """An object a line, for programs."""
+
+    def __init__(self, out: TextIO) -> None:
+        super().__init__()
+        self._out = out
+
+    def _say(self, **what: object) -> None:
+        self._out.write(json.dumps(what, sort_keys=True) + "\n")
+        self._out.flush()
+
+    def begin(self, number: int, title: str) -> None:
+        super().begin(number, title)
+        self._say(event="begin", step=number, title=title, time=time.time())
+
+    def output(self, number: int, data: bytes) -> None:
+        self._say(event="output", step=number, text=data.decode("utf-8", "replace"))
+
+    def done(self, number: int, seconds: float, added: int) -> None:
+        super().done(number, seconds, added)
+        self._say(event="done", step=number, seconds=round(seconds, 3))
+
+    def cached(self, number: int, saved: float) -> None:
+        super().cached(number, saved)
+        self._say(event="cached", step=number, saved_seconds=saved)
+
+    def warn(self, text: str) -> None:
+        self._say(event="warning", text=text)
+
+
+def chosen(name: str, *, is_quiet: bool) -> Progress:
+    """auto, plain or json."""
+    if is_quiet:
+        return Progress()
+    return Json(sys.stderr) if name == "json" else Plain(sys.stderr)

@@ -1,0 +1,143 @@
+"""RUN: a container of what the stage has come to, whose upper directory becomes the next layer.
+
+The container is made in a child process, for it changes its mount namespace, and is removed when its files are read.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+
+from cafs import commit, image, linux
+from cafs.answer import failure, tell
+from cafs.errors import CafsError
+from cafs.upper import UpperWalk, prefix
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from cafs.statcache import StatCache
+    from cafs.writer import Writer
+    from runner.containers import Container
+
+HOSTNAME = "buildkitsandbox"
+_PIECE = 1 << 16
+
+
+class StepError(CafsError):
+    """A command that failed.  code: its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Command:
+    """words: what to run.  flags: of crun, beside those set here.  mounts: as of runner.create."""
+
+    words: list[str]
+    env: dict[str, str]
+    cwd: str
+    user: str
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    mounts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[bytes], None]) -> bytes:
+    """Run it over an image's layers; returns the index of what it has changed, whose objects are put.  said: gets its output.
+
+    Raises StepError, CafsError.
+    """
+    from runner import containers, control
+
+    store = writer.store
+    parent = image.put_layers(store, layers.layers, {}, layers.metadata)
+    identity, code, problem = _in_child(store.root, parent.digest.hex(), command, said)
+    container = containers.load(identity) if identity else None
+    try:
+        if problem:
+            raise failure(problem)
+        if code:
+            raise StepError(f"exit code {code}" if code < 128 else f"exit code {code} ({_signal_name(code - 128)})", code)
+        if container is None:
+            raise CafsError("the container of the step is gone")
+        return _index(writer, parent, container)
+    finally:
+        if container is not None:
+            control.remove(container, force=True, with_volumes=True)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _index(writer: Writer, parent: image.Image, container: Container, cache: StatCache | None = None) -> bytes:
+    from runner import stubs
+
+    below = commit.open_below(writer.store, parent.layers)
+    walk = UpperWalk(container.path("upper"), below, prefix(), frozenset(map(os.fsencode, stubs.noted(container))))
+    return commit.make_layer(walk, writer, os.cpu_count() or 1, cache)
+
+
+def _in_child(store_root: str, digest: str, command: Command, said: Callable[[bytes], None]) -> tuple[str, int, bytes]:
+    """(the container's id, exit code of the command, why it could not be started)."""
+    output, their_output = os.pipe2(os.O_CLOEXEC)
+    answers, their_answers = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        _be_child(store_root, digest, command, their_output, their_answers)
+    os.close(their_output)
+    os.close(their_answers)
+    try:
+        while data := os.read(output, _PIECE):
+            said(data)
+        with open(answers, "rb", closefd=False) as pipe:
+            identity, _, problem = pipe.read(_PIECE).partition(b"\n")
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        raise
+    finally:
+        os.close(output)
+        os.close(answers)
+        status = os.waitpid(child, 0)[1]
+    return identity.decode(), linux.exit_code(status), problem
+
+
+def _be_child(store_root: str, digest: str, command: Command, output: int, answers: int) -> None:
+    """Never returns."""
+    try:
+        from cafs.options import Options
+        from runner import create
+        from runner.foreground import Foreground
+
+        linux.die_with_parent()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for fd, to in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(fd, to)
+        os.close(output)
+        flags = {
+            "env": [f"{name}={value}" for name, value in command.env.items()],
+            "hostname": [HOSTNAME],
+            "log-driver": ["none"],
+            "store": [store_root],
+            "user": [command.user],
+            "workdir": [command.cwd],
+            **command.flags,
+        }
+        options = Options(flags, [digest, *command.words])
+        container = create.create(options, is_foreground=True, more=command.mounts)
+        os.write(answers, container.id.encode() + b"\n")
+        code = Foreground(container).run()
+        os._exit(code)
+    except BaseException as error:
+        os.write(answers, b"\n") if "container" not in locals() else None
+        tell(answers, error)
+    finally:
+        os._exit(125)

@@ -1,0 +1,252 @@
+"""RUN: from an instruction to a command, what its key depends on, and what is mounted while it runs."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from builder import copying, mounts
+from builder import flags as flagging
+from builder.adding import Gathered, Source
+from builder.config import PROXIES, absolute, command_words
+from builder.mounts import Mount
+from builder.running import Command
+from cafs import paths
+from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+    from builder.build import Build, Step
+    from builder.config import State
+    from builder.lexer import Heredoc, Instruction
+
+PIPES = "/dev/pipes"
+_NETWORKS = ("default", "none", "host")
+
+
+def command_of(
+    build: Build, state: State, step: Step
+) -> tuple[Command, dict[str, object], Callable[[], AbstractContextManager[Command]]]:
+    """(the command, what its key is made of, how to have its mounts while it runs).  Raises CafsError, ValueError."""
+    one, flags, request = step.one, step.flags, build.request
+    found = [mounts.parse(text, lambda path: absolute(state, path), state.expand) for text in flags.get("mount", [])]
+    env = {name: value for name, value in state.args.items() if name not in state.env} | state.env
+    words, script = _words(state, one)
+    network = flagging.one(flags, "network") or "default"
+    security = flagging.one(flags, "security") or "sandbox"
+    devices = flags.get("device", [])
+    if network not in _NETWORKS:
+        raise ValueError(f"--network is {', '.join(_NETWORKS)}, not '{network}'")
+    if security not in ("sandbox", "insecure"):
+        raise ValueError(f"--security is sandbox or insecure, not '{security}'")
+    for wanted, needs in (
+        ("network.host", network == "host"),
+        ("security.insecure", security == "insecure"),
+        ("device", bool(devices)),
+    ):
+        if needs and wanted not in request.allowed:
+            raise UsageError(f"{wanted} is not allowed here", hint=f"cbuild --allow {wanted}")
+    definition: dict[str, object] = {
+        "run": [*words, *((script.content,) if script else ())],
+        "env": {name: value for name, value in env.items() if name not in _proxy_names() - build.plan.declared},
+        "cwd": state.workdir,
+        "user": state.config.get("User") or "",
+        "network": network,
+        "security": security,
+        "devices": devices,
+        "mounts": [_definition(build, step, mount) for mount in found],
+    }
+    proxies = {name: value for name, value in request.args.items() if name in _proxy_names()}
+    own = {"network": [_network(network, request.network)], **request.flags}
+    if security == "insecure":
+        own["privileged"] = ["true"]
+    if devices:
+        own["device"] = [text.partition(",")[0] for text in devices]
+    command = Command(words, proxies | env, state.workdir, str(state.config.get("User") or ""), own)
+    return command, definition, lambda: _ready(build, step, command, found, script)
+
+
+def _network(asked: str, default: str) -> str:
+    if asked != "default":
+        return asked
+    return default or "bridge"
+
+
+def _proxy_names() -> set[str]:
+    return {*PROXIES, *(name.lower() for name in PROXIES)}
+
+
+def _words(state: State, one: Instruction) -> tuple[list[str], Heredoc | None]:
+    """The command; the second, if it is a script of its own, to be executed by its #! line."""
+    if one.heredocs:
+        rest = one.rest.strip()
+        only = one.heredocs[0] if len(one.heredocs) == 1 and " " not in rest and rest.startswith("<<") else None
+        if only and only.content.startswith("#!"):
+            return [*state.shell(), f"{PIPES}/{only.name}"], only
+        if only:
+            return [*state.shell(), only.content], None
+        parts = [one.rest, *(f"{doc.content}{doc.name}" for doc in one.heredocs)]
+        return [*state.shell(), "\n".join(parts) + "\n"], None
+    found = command_words(state, one)
+    if not found or not found[0]:
+        raise ValueError("needs a command")
+    return found, None
+
+
+def _definition(build: Build, step: Step, mount: Mount) -> list[object]:
+    """What of a mount the key depends on: of a bind its content, of a cache neither content nor sharing."""
+    row: list[object] = [mount.kind, mount.target, mount.is_readonly]
+    if mount.kind == "bind":
+        top = build.places.find(mount.from_ or None, step.stage.number, (copying.prefix_of(mount.source),))
+        if top is None:
+            raise NotFound(f"{quote(mount.from_)} has no files")
+        matches = copying.find(top, _literal(mount.source))
+        row += Gathered([Source(top, matches)]).fingerprint(copying.How())
+    elif mount.kind in ("secret", "ssh"):
+        row += [mount.id, mount.mode, mount.uid, mount.gid, mount.env]
+    else:
+        row += [mount.mode, mount.uid, mount.gid, mount.size]
+    return row
+
+
+def _literal(path: str) -> str:
+    return "".join(f"\\{char}" if char in "*?[\\" else char for char in path) or "."
+
+
+@contextmanager
+def _ready(build: Build, step: Step, command: Command, found: list[Mount], script: Heredoc | None) -> Iterator[Command]:
+    """The command with its mounts, which are there while it runs."""
+    with ExitStack() as stack:
+        ready = replace(command, env=dict(command.env), mounts=list(command.mounts))
+        for number, mount in enumerate(found):
+            made = _mount(build, step, mount, number, ready, stack)
+            if made is not None:
+                ready.mounts.append(made)
+        if script is not None:
+            directory = _private(stack)
+            path = os.path.join(directory, script.name)
+            with open(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "w", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                file.write(script.content)
+            os.chmod(directory, 0o755)
+            ready.mounts.append(_bind(directory, PIPES, ro=True))
+        yield ready
+
+
+def _bind(source: str, target: str, *, ro: bool) -> dict[str, Any]:
+    return {"type": "bind", "source": source, "target": target, "options": ["ro"] if ro else []}
+
+
+def _private(stack: ExitStack) -> str:
+    """A directory in memory, of ours alone, while the step runs."""
+    top = os.path.join(paths.run(), "builds")
+    os.makedirs(top, mode=0o700, exist_ok=True)
+    return stack.enter_context(tempfile.TemporaryDirectory(prefix="step-", dir=top))
+
+
+def _mount(build: Build, step: Step, mount: Mount, number: int, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
+    if mount.kind == "tmpfs":
+        options = [f"size={mount.size}"] if mount.size else []
+        return {"type": "tmpfs", "target": mount.target, "options": options}
+    if mount.kind == "secret":
+        return _secret(build, mount, ready, stack)
+    if mount.kind == "ssh":
+        return _ssh(build, mount, number, ready)
+    if mount.kind == "cache":
+        return _bind(_cache(build, mount, stack), mount.target, ro=mount.is_readonly)
+    source = stack.enter_context(build.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
+    if not mount.is_readonly:
+        copied = os.path.join(_private(stack), "copy")  # what is written to it is thrown away
+        if os.path.isdir(source):
+            shutil.copytree(source, copied, symlinks=True)
+        else:
+            shutil.copy2(source, copied)
+        source = copied
+    return _bind(source, mount.target, ro=mount.is_readonly)
+
+
+def secret_value(build: Build, name: str) -> bytes | None:
+    """What --secret gave, None if nothing.  Raises CafsError."""
+    given = build.request.secrets.get(name)
+    if given is None:
+        return None
+    kind, where = given
+    if kind == "env":
+        value = os.environb.get(os.fsencode(where))
+        if value is None:
+            raise CafsError(f"secret {quote(name)}: the variable {quote(where)} is not set")
+        return value
+    try:
+        with open(where, "rb") as file:
+            data = file.read((1 << 20) + 1)
+    except OSError as error:
+        raise CafsError(f"secret {quote(name)}: cannot read {quote(where)}: {error.strerror}") from error
+    if len(data) > 1 << 20:
+        raise CafsError(f"secret {quote(name)} is larger than 1 MiB")
+    return data
+
+
+def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
+    value = secret_value(build, mount.id)
+    if value is None:
+        if mount.required:
+            raise CafsError(f"secret {quote(mount.id)} is required", hint=f"cbuild --secret id={mount.id},src=FILE")
+        return None
+    if mount.env:
+        ready.env[mount.env] = value.decode("utf-8", "surrogateescape").rstrip("\n")
+    if not mount.target:
+        return None
+    path = os.path.join(_private(stack), "secret")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    with open(fd, "wb") as file:
+        file.write(value)
+    os.chown(path, mount.uid, mount.gid)
+    os.chmod(path, mount.mode)
+    return _bind(path, mount.target, ro=True)
+
+
+def _ssh(build: Build, mount: Mount, number: int, ready: Command) -> dict[str, Any] | None:
+    socket = build.request.ssh.get(mount.id)
+    if not socket:
+        if mount.required:
+            raise CafsError(f"ssh agent {quote(mount.id)} is required", hint="cbuild --ssh default")
+        return None
+    if not os.path.exists(socket):
+        raise NotFound(f"no ssh agent at {quote(socket)}")
+    ready.env["SSH_AUTH_SOCK"] = mount.target
+    return _bind(socket, mount.target, ro=False)
+
+
+def _cache(build: Build, mount: Mount, stack: ExitStack) -> str:
+    """The directory of a cache mount, kept from build to build; its name cannot lead anywhere."""
+    if mount.from_ or mount.source:
+        raise UnsupportedError("a cache mount that is seeded by from= or source= is not there yet")
+    space = build.request.args.get("BUILDKIT_CACHE_MOUNT_NS", "")
+    name = hashlib.sha256(f"{space}\0{mount.id}".encode("utf-8", "surrogateescape")).hexdigest()
+    top = os.path.join(paths.state(), "caches")
+    os.makedirs(top, mode=0o700, exist_ok=True)
+    for number in range(1 << 16):
+        path = os.path.join(top, name if not number else f"{name}.{number}")
+        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        how = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}[mount.sharing]
+        try:
+            fcntl.flock(lock, how)
+            break
+        except BlockingIOError:
+            continue
+    if not os.path.isdir(path):
+        os.mkdir(path, 0o755)
+        os.chmod(path, mount.mode)
+        os.chown(path, mount.uid, mount.gid)
+    return path

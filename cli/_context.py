@@ -1,0 +1,105 @@
+"""The Dockerfile and the context that cbuild's arguments name."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builder.context import Context
+    from builder.lexer import Dockerfile
+    from cafs.writer import Writer
+
+_HEAD = 262
+_NAMES = ("Dockerfile", "dockerfile", "Containerfile")
+
+
+def dockerfile_of(context: str) -> str:
+    """Path of the Dockerfile in a directory.  Raises NotFound."""
+    from cafs.errors import NotFound, quote
+
+    for name in _NAMES:
+        path = os.path.join(context, name)
+        if os.path.lexists(path):
+            return os.path.normpath(path)
+    raise NotFound(f"no Dockerfile in {quote(context)}", hint="-f FILE names another")
+
+
+@contextmanager
+def opened(context: str, file: str | None, writer: Writer) -> Iterator[tuple[Dockerfile, Context | None]]:
+    """Both.  Raises CafsError."""
+    from builder.build import read_dockerfile
+    from builder.context import open_context
+    from builder.lexer import parse
+    from cafs.errors import UsageError
+
+    if context == "-" and file == "-":
+        raise UsageError("the context and the Dockerfile cannot both be on stdin")
+    if context == "-":
+        with tempfile.TemporaryDirectory(prefix="cafs-context-") as directory:
+            data = _head()
+            if not _is_archive(data):
+                yield parse(data + _Joined(b"").readall(), "Dockerfile"), None
+                return
+            top = os.path.join(directory, "context")
+            _unpack(data, top, writer)
+            name = os.path.join(top, file) if file else dockerfile_of(top)
+            yield read_dockerfile(name), open_context(top, name, writer)
+        return
+    if file == "-":
+        yield parse(sys.stdin.buffer.read(), "Dockerfile"), open_context(context, None, writer)
+        return
+    name = file or dockerfile_of(context)
+    found = open_context(context, name, writer)
+    yield read_dockerfile(name), found
+
+
+def _head() -> bytes:
+    """What tells an archive from a Dockerfile; a pipe may give a byte at a time."""
+    data = b""
+    while len(data) < _HEAD and (more := os.read(0, _HEAD - len(data))):
+        data += more
+    return data
+
+
+def _is_archive(head: bytes) -> bool:
+    magics = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+    return head.startswith(magics) or head[257:262] == b"ustar"
+
+
+def _unpack(head: bytes, directory: str, writer: Writer) -> None:
+    """Into a directory of ours: by our own reader of archives, and a check-out that follows no link of theirs."""
+    from typing import BinaryIO, cast
+
+    from cafs import checkout
+    from cafs.format import Header
+    from cafs.index import load
+    from cafs.tarindex import MemberReader, TreeIndexer, tar_tree
+
+    stream = cast(BinaryIO, io.BufferedReader(_Joined(head)))
+    reader = MemberReader(Header(writer.store.hash_name, writer.store.chunk_size), writer, os.cpu_count() or 1)
+    data = TreeIndexer(reader, lambda reader: tar_tree(reader, stream)).run()
+    writer.flush()
+    checkout.checkout(load(io.BytesIO(data)), writer.store, directory)
+
+
+class _Joined(io.RawIOBase):
+    """What was read of stdin, and the rest of it."""
+
+    def __init__(self, head: bytes) -> None:
+        self._head = head
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        data, self._head = self._head[: len(view)] or os.read(0, len(view)), self._head[len(view) :]
+        view[: len(data)] = data
+        return len(data)

@@ -1,0 +1,237 @@
+"""cbuild: images from Dockerfiles.  man page: cbuild(1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from cli._app import run
+from cli._options import quiet_option, store_option, store_root, version_option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from builder.build import Request
+    from builder.progress import Progress
+    from cafs.image import Image
+    from cafs.store import Store
+
+PROGRAM = "cbuild"
+CONTEXT = {"help_option_names": ["--help"], "max_content_width": 80}
+_NAMES = ("Dockerfile", "dockerfile", "Containerfile")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("context", metavar="CONTEXT")
+@click.option("-f", "--file", "file", metavar="FILE", help="The Dockerfile (default: CONTEXT/Dockerfile; '-': stdin).")
+@click.option("-t", "--tag", "tags", multiple=True, metavar="REF", help="Name the image NAME[:TAG]; repeatable.")
+@click.option("--target", metavar="STAGE", help="Build up to this stage (default: the last).")
+@click.option("--build-arg", "args", multiple=True, metavar="K[=V]", help="Set an ARG; K alone takes the caller's value.")
+@click.option(
+    "--build-context", "contexts", multiple=True, metavar="NAME=SRC", help="A directory, or an image, for FROM and --from."
+)
+@click.option("--secret", "secrets", multiple=True, metavar="id=ID[,src=FILE|,env=K]", help="For RUN --mount=type=secret.")
+@click.option("--ssh", "agents", multiple=True, metavar="default|ID=SOCKET", help="For RUN --mount=type=ssh.")
+@click.option("-o", "--output", "outputs", multiple=True, metavar="DEST", help="Also write it: oci:DIR, oci-archive:FILE, ...")
+@click.option("--push", is_flag=True, help="Send each REF to its registry.")
+@click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the image.")
+@click.option("--no-cache", is_flag=True, help="Carry out every step.")
+@click.option("--no-cache-filter", "filters", multiple=True, metavar="STAGE", help="Carry out every step of a stage.")
+@click.option("--allow", "allowed", multiple=True, metavar="WHAT", help="network.host, security.insecure or device.")
+@click.option("--network", metavar="MODE", help="Of RUN: bridge, none or host (default: bridge).")
+@click.option("--add-host", "hosts", multiple=True, metavar="NAME:IP", help="A line of /etc/hosts while RUN runs.")
+@click.option("--ulimit", "ulimits", multiple=True, metavar="NAME=SOFT[:HARD]", help="A limit of RUN's processes.")
+@click.option("--shm-size", metavar="SIZE", help="Of /dev/shm while RUN runs.")
+@click.option("--iidfile", metavar="FILE", help="Write the image's digest to FILE.")
+@click.option("--metadata-file", metavar="FILE", help="Write what was built to FILE, as JSON.")
+@click.option(
+    "--progress", "how", type=click.Choice(["auto", "plain", "json"]), default="auto", help="How to say what is done."
+)
+@click.option("--check", is_flag=True, help="Read the Dockerfile and say what is wrong with it.")
+@click.option("--explain", is_flag=True, help="Say of each step what it cost, and whether it was made before.")
+@click.option("--squash", is_flag=True, help="Make it one layer.")
+@click.option("--platform", metavar="OS/ARCH", help="Only the host's own is there.")
+@click.option("--pull", "is_pulled", is_flag=True, hidden=True)
+@click.option("--rm", "is_removed", is_flag=True, hidden=True)
+@store_option()
+@quiet_option()
+@version_option(PROGRAM)
+def main(
+    context: str,
+    file: str | None,
+    tags: tuple[str, ...],
+    target: str | None,
+    how: str,
+    check: bool,
+    explain: bool,
+    squash: bool,
+    store: str | None,
+    quiet: bool,
+    **given: object,
+) -> int:
+    """Build an image from a Dockerfile and CONTEXT, and print its digest.
+
+    \b
+    cbuild -t app:1 .
+    git archive HEAD | cbuild -t app:1 -
+    cbuild --target test --build-arg V=3 --secret id=npm,src=.npmrc .
+
+    CONTEXT is a directory, or '-': a tar archive, or a Dockerfile, on stdin.
+
+    Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 7 network, 8 missing
+    program.  Full manual: man cbuild
+    """
+    from builder import progress as saying
+    from builder.build import Build
+    from cafs.refs import split_ref
+    from cafs.store import open_or_init
+    from cafs.writer import Writer
+    from cli._context import opened
+
+    for ref in tags:
+        split_ref(ref)
+    progress = saying.chosen(how, is_quiet=quiet)
+    request = _request(target, given)
+    if check:
+        return _check(context, file, request)
+    opened_store = open_or_init(store_root(store))
+    with Writer(opened_store) as writer, opened(context, file, writer) as (dockerfile, found):
+        build = Build(writer, dockerfile, found, request, progress)
+        for line, text in dockerfile.warnings:
+            progress.warn(f"{dockerfile.name}:{line}: {text}")
+        try:
+            made = build.run()
+        except BaseException:
+            progress.failed()
+            raise
+        build.places.save()
+        made = _squashed(opened_store, made) if squash else made
+        for ref in tags:
+            opened_store.set_ref(ref, made.digest)
+    _write(opened_store, made, tags, given)
+    if explain:
+        _explain(progress)
+    click.echo(made.digest.hex())
+    return 0
+
+
+def _texts(value: object) -> list[str]:
+    """The values of an option that may be repeated."""
+    return [str(one) for one in value] if isinstance(value, tuple) else []
+
+
+def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str, str]:
+    found = {}
+    for word in _texts(words):
+        name, equals, value = word.partition("=")
+        if not name or (not equals and not takes_caller):
+            raise click.UsageError(f"{what} {word!r} is not K=V")
+        if equals:
+            found[name] = value
+        elif name in os.environ:
+            found[name] = os.environ[name]
+    return found
+
+
+def _request(target: str | None, given: dict[str, object]) -> Request:
+    from builder.build import Request
+    from builder.stages import platform
+
+    wanted = given["platform"]
+    if wanted not in (None, platform()):
+        raise click.UsageError(f"platform {wanted} is not this host's, {platform()}, and nothing is emulated")
+    args = _pairs(given["args"], "--build-arg", takes_caller=True)
+    flags = {name: _texts(given[key]) for name, key in (("add-host", "hosts"), ("ulimit", "ulimits")) if given[key]}
+    flags |= {"shm-size": [str(given["shm_size"])]} if given["shm_size"] else {}
+    epoch = args.get("SOURCE_DATE_EPOCH", os.environ.get("SOURCE_DATE_EPOCH", ""))
+    request = Request(
+        target=target or "",
+        args=args,
+        contexts=_pairs(given["contexts"], "--build-context"),
+        secrets=dict(map(_secret, _texts(given["secrets"]))),
+        ssh=dict(map(_agent, _texts(given["agents"]))),
+        labels=_pairs(given["labels"], "--label"),
+        no_cache={*_texts(given["filters"]), *([""] if given["no_cache"] else [])},
+        allowed=set(_texts(given["allowed"])),
+        network=str(given["network"] or ""),
+        flags=flags,
+        epoch=int(epoch) if epoch.isdigit() else -1,
+    )
+    if request.network == "host":
+        request.allowed.add("network.host")
+    for name in request.allowed - {"network.host", "security.insecure", "device"}:
+        raise click.UsageError(f"--allow {name}: network.host, security.insecure or device")
+    return request
+
+
+def _secret(text: str) -> tuple[str, tuple[str, str]]:
+    fields = dict(field.partition("=")[::2] for field in text.split(","))
+    name = fields.pop("id", "")
+    kind = fields.pop("type", "env" if "env" in fields else "file")
+    where = fields.pop("src", None) or fields.pop("source", None) or fields.pop("env", None) or name
+    if not name or fields or kind not in ("file", "env"):
+        raise click.UsageError(f"--secret {text!r} is not id=ID,src=FILE or id=ID,env=VARIABLE")
+    return name, (kind, where)
+
+
+def _agent(text: str) -> tuple[str, str]:
+    name, equals, socket = text.partition("=")
+    socket = socket if equals else os.environ.get("SSH_AUTH_SOCK", "")
+    if not name or not socket:
+        raise click.UsageError(f"--ssh {text!r}: no socket is given, and SSH_AUTH_SOCK is not set")
+    return name, socket
+
+
+def _check(context: str, file: str | None, request: Request) -> int:
+    """What can be seen without building."""
+    from builder.build import read_dockerfile
+    from builder.stages import split
+    from cli._context import dockerfile_of
+
+    dockerfile = read_dockerfile(file or dockerfile_of(context))
+    split(dockerfile, request.args, request.target)
+    for line, text in dockerfile.warnings:
+        click.echo(f"{dockerfile.name}:{line}: {text}")
+    return 1 if dockerfile.warnings else 0
+
+
+def _squashed(store: Store, made: Image) -> Image:
+    import io
+
+    from cafs import image
+    from cafs.index import load
+    from cafs.indexing import put_layer
+
+    data = image.load_tree(store, made).encode()
+    return put_layer(store, data, load(io.BytesIO(data)), made.config)
+
+
+def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, object]) -> None:
+    """Outputs, and the files that say what was built."""
+    import json
+
+    from builder.output import write
+    from cafs import atomic
+
+    store.refresh()
+    destinations = _texts(given["outputs"])
+    destinations += [f"docker://{ref}" for ref in tags] if given["push"] else []
+    for destination in destinations:
+        write(store, made, destination, tags)
+    if given["iidfile"]:
+        atomic.replace_file(str(given["iidfile"]), made.digest.hex().encode(), 0o644)
+    if given["metadata_file"]:
+        found = {"cafs.digest": made.digest.hex(), "image.name": ",".join(tags), "layers": [one.hex() for one in made.layers]}
+        atomic.replace_file(str(given["metadata_file"]), json.dumps(found, indent=2).encode() + b"\n", 0o644)
+
+
+def _explain(progress: Progress) -> None:
+    for number, title, how, seconds in progress.rows:
+        what = f"cached, saved {seconds:.1f} s" if how == "cached" else f"made in {seconds:.1f} s"
+        sys.stderr.write(f"#{number}\t{what}\t{title}\n")
+
+
+def entry() -> None:
+    """The console script."""
+    run(main, PROGRAM)
