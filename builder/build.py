@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 
-from builder import adding, cache, config, copying, running
+from builder import adding, cache, config, copying, leaks, running
 from builder import flags as flagging
 from builder.config import State, absolute
 from builder.draft import Draft
@@ -329,6 +329,8 @@ class Build:
             try:
                 with finish() as ready:
                     data = running.run(self.writer, below, ready, said)
+            except leaks.LeakError as error:
+                raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None
             except running.StepError as error:
                 raise self._failed(below, step, error, bytes(tail)) from None
             return b"" if data.count(b"\n") == 2 else data
@@ -339,6 +341,7 @@ class Build:
         made = image.put_layers(self.store, below.layers, {}, below.metadata)
         line = step.one.lines[0]
         first = " ".join(step.one.original.split("\n")[0].split())
+        self.progress.failed(tail)
         found = running.StepError(f"{self.dockerfile.name}:{line}: {first}: {error}", error.code)
         found.hint = f"crun run --rm -it {made.digest.hex()[:12]} sh   opens a shell where it failed"
         return found

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cafs.writer import Writer
 
 _IGNORE_MAX = 1 << 20
+_LINKS_MAX = 255
 
 
 class Context:
@@ -48,12 +49,39 @@ class Context:
                 found = self._trees[prefixes] = lookup.root([lookup.MappedIndex(file.name)])
         return found
 
+    def _with_links(self, prefixes: tuple[bytes, ...]) -> set[bytes]:
+        """The paths, and where links on them lead in the context, which is never left."""
+        found, todo = set[bytes](), [(b"", prefix.split(b"/")) for prefix in prefixes]
+        while todo and len(found) < _LINKS_MAX:
+            done, left = todo.pop()
+            while left:
+                name = left.pop(0)
+                if name in (b"", b"."):
+                    continue
+                if name == b"..":
+                    done = done.rpartition(b"/")[0]
+                    continue
+                path = done + b"/" + name if done else name
+                try:
+                    target = os.readlink(os.path.join(os.fsencode(self.root), path))
+                except OSError:
+                    done = path
+                    continue
+                if path not in found:
+                    found.add(path)
+                    todo.append((b"" if target.startswith(b"/") else done, [*target.split(b"/"), *left]))
+                break
+            else:
+                found.add(done)
+        return found or set(prefixes)
+
     def save(self) -> None:
         """Remember which file has which content."""
         self._cache.save()
 
     def index(self, prefixes: tuple[bytes, ...]) -> bytes:
         """The index of such a tree."""
+        prefixes = prefixes if b"" in prefixes else tuple(self._with_links(prefixes))
 
         def is_out(path: bytes) -> bool:
             name = path[1:]

@@ -34,8 +34,10 @@ class Progress:
         """It was made before."""
         self.rows.append((number, self._titles[number], "cached", saved))
 
-    def failed(self, tail: str = "") -> None:
-        """The last step has failed."""
+    def failed(self, tail: bytes) -> None:
+        """The last step has failed.  tail: the end of what its command has printed."""
+        sys.stderr.write(tail.decode("utf-8", "replace"))
+        sys.stderr.write("" if tail.endswith(b"\n") or not tail else "\n")
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
@@ -83,9 +85,8 @@ class Plain(Progress):
         if self._is_grouped:
             self._say("::endgroup::")
 
-    def failed(self, tail: str = "") -> None:
-        if self._is_grouped:
-            self._say("::endgroup::")
+    def failed(self, tail: bytes) -> None:
+        self._say("::endgroup::" if self._is_grouped else "")
 
     def warn(self, text: str) -> None:
         self._say(f"{'::warning::' if self._is_grouped else 'cbuild: warning: '}{text}")
@@ -116,6 +117,9 @@ class Json(Progress):
     def cached(self, number: int, saved: float) -> None:
         super().cached(number, saved)
         self._say(event="cached", step=number, saved_seconds=saved)
+
+    def failed(self, tail: bytes) -> None:
+        self._say(event="failed")
 
     def warn(self, text: str) -> None:
         self._say(event="warning", text=text)

@@ -9,6 +9,7 @@ import os
 import signal
 from dataclasses import dataclass, field
 
+from builder import leaks
 from cafs import commit, image, linux
 from cafs.answer import failure, tell
 from cafs.errors import CafsError
@@ -37,7 +38,10 @@ class StepError(CafsError):
 
 @dataclass(slots=True)
 class Command:
-    """words: what to run.  flags: of crun, beside those set here.  mounts: as of runner.create."""
+    """words: what to run.  flags: of crun, beside those set here.  mounts: as of runner.create.
+
+    secrets: by id, those that must not be in what it leaves.
+    """
 
     words: list[str]
     env: dict[str, str]
@@ -45,6 +49,7 @@ class Command:
     user: str
     flags: dict[str, list[str]] = field(default_factory=dict)
     mounts: list[dict[str, Any]] = field(default_factory=list)
+    secrets: dict[str, bytes] = field(default_factory=dict)
 
 
 def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[bytes], None]) -> bytes:
@@ -65,6 +70,7 @@ def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[b
             raise StepError(f"exit code {code}" if code < 128 else f"exit code {code} ({_signal_name(code - 128)})", code)
         if container is None:
             raise CafsError("the container of the step is gone")
+        leaks.check(container.path("upper"), command.secrets)
         return _index(writer, parent, container)
     finally:
         if container is not None:

@@ -126,7 +126,7 @@ def _literal(path: str) -> str:
 def _ready(build: Build, step: Step, command: Command, found: list[Mount], script: Heredoc | None) -> Iterator[Command]:
     """The command with its mounts, which are there while it runs."""
     with ExitStack() as stack:
-        ready = replace(command, env=dict(command.env), mounts=list(command.mounts))
+        ready = replace(command, env=dict(command.env), mounts=list(command.mounts), secrets={})
         for number, mount in enumerate(found):
             made = _mount(build, step, mount, number, ready, stack)
             if made is not None:
@@ -202,6 +202,8 @@ def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dic
         if mount.required:
             raise CafsError(f"secret {quote(mount.id)} is required", hint=f"cbuild --secret id={mount.id},src=FILE")
         return None
+    if mount.id not in build.request.allows_in_layer:
+        ready.secrets[mount.id] = value
     if mount.env:
         ready.env[mount.env] = value.decode("utf-8", "surrogateescape").rstrip("\n")
     if not mount.target:

@@ -38,6 +38,7 @@ _NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the image.")
 @click.option("--no-cache", is_flag=True, help="Carry out every step.")
 @click.option("--no-cache-filter", "filters", multiple=True, metavar="STAGE", help="Carry out every step of a stage.")
+@click.option("--allow-secret-in-layer", "leaky", multiple=True, metavar="ID", help="Do not look for this secret in files.")
 @click.option("--allow", "allowed", multiple=True, metavar="WHAT", help="network.host, security.insecure or device.")
 @click.option("--network", metavar="MODE", help="Of RUN: bridge, none or host (default: bridge).")
 @click.option("--add-host", "hosts", multiple=True, metavar="NAME:IP", help="A line of /etc/hosts while RUN runs.")
@@ -100,11 +101,7 @@ def main(
         build = Build(writer, dockerfile, found, request, progress)
         for line, text in dockerfile.warnings:
             progress.warn(f"{dockerfile.name}:{line}: {text}")
-        try:
-            made = build.run()
-        except BaseException:
-            progress.failed()
-            raise
+        made = build.run()
         build.places.save()
         made = _squashed(opened_store, made) if squash else made
         for ref in tags:
@@ -154,6 +151,7 @@ def _request(target: str | None, given: dict[str, object]) -> Request:
         labels=_pairs(given["labels"], "--label"),
         no_cache={*_texts(given["filters"]), *([""] if given["no_cache"] else [])},
         allowed=set(_texts(given["allowed"])),
+        allows_in_layer=set(_texts(given["leaky"])),
         network=str(given["network"] or ""),
         flags=flags,
         epoch=int(epoch) if epoch.isdigit() else -1,

@@ -1,0 +1,252 @@
+"""cbuild: what Dockerfiles make, what is taken from the cache, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from builder.build import Build, Request
+from builder.context import open_context
+from builder.lexer import parse
+from builder.progress import Progress
+from cafs import image as images
+from cafs.content import pieces
+from cafs.errors import CafsError
+from cafs.index import Index
+from cafs.store import Store
+from cafs.writer import Writer
+from tests.buildcases import CASES, Case
+
+pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
+SPEC = re.compile(r"([fdl])([0-7]+)?(?:,([0-9]+):([0-9]+))?(?:=(.*))?", re.DOTALL)
+
+
+def archive(*members: tuple[str, str, int], link: tuple[str, str] | None = None, mode: str = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, text, bits in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.uid, info.gid = len(text), bits, 3, 4
+            tar.addfile(info, io.BytesIO(text.encode()))
+        if link:
+            info = tarfile.TarInfo(link[0])
+            info.type, info.linkname = tarfile.SYMTYPE, link[1]
+            tar.addfile(info)
+    return out.getvalue()
+
+
+ARCHIVES = {
+    "TAR": archive(("in/f", "in", 0o640), link=("l", "in/f")),
+    "TGZ": archive(("in/f", "in", 0o640), mode="w:gz"),
+    "EVIL": archive(("../../climbed", "evil", 0o644)),
+    "ABSOLUTE": archive(("/etc/passwd", "evil", 0o644)),
+    "THROUGH": archive(("out/passwd", "evil", 0o644), link=("out", "/etc")),
+}
+
+
+def make_context(top: Path, files: dict[str, str], text: str) -> Path:
+    top.mkdir(exist_ok=True)
+    (top / "Dockerfile").write_bytes(text.encode("utf-8", "surrogateescape"))
+    for name, content in files.items():
+        path = top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = re.match("([0-7]{3}):", content)
+        if content.startswith("->"):
+            path.symlink_to(content[2:])
+        elif content == "dir":
+            path.mkdir()
+        elif content in ARCHIVES:
+            path.write_bytes(ARCHIVES[content])
+        else:
+            path.write_text(content[4:] if mode else content)
+            path.chmod(int(mode[1], 8) if mode else 0o644)
+    return top
+
+
+def build(top: Path, **wanted: object) -> images.Image:
+    return build_all(top, **wanted)[0]
+
+
+def build_all(top: Path, **wanted: object) -> tuple[images.Image, Progress]:
+    progress = Progress()
+    with Writer(Store(os.environ["CAFS_STORE"])) as writer:
+        dockerfile = parse((top / "Dockerfile").read_bytes())
+        context = open_context(str(top), str(top / "Dockerfile"), writer)
+        one = Build(writer, dockerfile, context, Request(**wanted), progress)  # type: ignore[arg-type]
+        made = one.run()
+        one.places.save()
+    return made, progress
+
+
+def tree_of(made: images.Image) -> Index:
+    return images.load_tree(Store(os.environ["CAFS_STORE"]), made)
+
+
+def described(index: Index, path: str, spec: str) -> str:
+    """What is at a path, with the parts that the spec has."""
+    number = index.find(path.encode())
+    if number is None:
+        return ""
+    wanted = SPEC.fullmatch(spec)
+    assert wanted, spec
+    entry = index.entry(index.inode(number))
+    found = entry.type.decode().lower()
+    found += f"{entry.mode:o}" if wanted[2] else ""
+    found += f",{entry.uid}:{entry.gid}" if wanted[3] else ""
+    if wanted[5] is not None:
+        store = Store(os.environ["CAFS_STORE"])
+        content = entry.target if found[0] == "l" else b"".join(pieces(index, number, store).data(zeros=True))
+        found += "=" + content.decode()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^A-Za-z0-9]+", "-", case.name))
+def test_a_dockerfile_makes_what_buildkit_makes(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: text for name, text in case.files.items()}
+    top = make_context(tmp_path / "context", files, case.base + case.text)
+    secrets = {}
+    for name, value in case.secrets.items():
+        (tmp_path / name).write_text(value)
+        secrets[name] = ("file", str(tmp_path / name))
+    wanted = {"args": case.args, "target": case.target, "allowed": set(case.allowed), "secrets": secrets}
+    if case.error:
+        with pytest.raises(CafsError) as caught:
+            build(top, **wanted)
+        assert case.error in str(caught.value)
+        assert re.match(r"(Dockerfile:\d+: |.*\.dockerignore: )", str(caught.value)), caught.value
+        return
+    made = build(top, **wanted)
+    index = tree_of(made)
+    for path, spec in case.tree.items():
+        assert described(index, path, spec or "f") == spec or (spec == "f" and described(index, path, "f") == "f"), path
+    for key, value in case.config.items():
+        assert made.config["config"].get(key) == value, key
+
+
+def test_the_table_is_long_enough_and_its_names_are_different() -> None:
+    assert len(CASES) >= 150 and len({case.name for case in CASES}) == len(CASES)
+
+
+def how(progress: Progress) -> list[str]:
+    """Of each step with a layer: made or cached."""
+    return [row[2] for row in progress.rows]
+
+
+STEPS = "FROM b:1\nARG V=1\nCOPY a /a\nRUN echo $V > /v\nWORKDIR /w\nCOPY sub /sub\nRUN cat /a /sub/c > /all\n"
+
+
+def test_what_was_made_before_is_not_made_again_and_the_digest_is_the_same(tmp_path: Path) -> None:
+    top = make_context(tmp_path / "one", {"a": "A", "sub/c": "C"}, STEPS)
+    first, progress = build_all(top)
+    assert how(progress) == ["made"] * 5
+    again, progress = build_all(top)
+    assert how(progress) == ["cached"] * 5 and again.digest == first.digest
+    elsewhere = make_context(tmp_path / "two", {"a": "A", "sub/c": "C", "unused": "x"}, STEPS)
+    os.utime(elsewhere / "a", (1, 1))
+    other, progress = build_all(elsewhere)
+    assert how(progress) == ["cached"] * 5 and other.digest == first.digest, "times, places and other files are no reason"
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("content", ["cached", "cached", "cached", "made", "made"]),
+        ("mode", ["cached", "cached", "cached", "made", "made"]),
+        ("first", ["made"] * 5),
+        ("arg", ["cached", "made", "made", "made", "made"]),
+        ("no cache", ["made"] * 5),
+        ("no cache of a stage", ["made"] * 5),
+        ("no cache of another", ["cached"] * 5),
+    ],
+)
+def test_what_has_changed_is_made_again_and_what_comes_after_it(tmp_path: Path, change: str, wanted: list[str]) -> None:
+    tag = change.replace(" ", "-")
+    text = STEPS.replace("FROM b:1", f"FROM b:1 AS one\nENV TAG={tag}").replace("COPY a", "COPY --chown=0 a")
+    top = make_context(tmp_path / "one", {"a": f"A {change}", "sub/c": "C"}, text)
+    build(top)
+    options: dict[str, object] = {}
+    if change == "content":
+        (top / "sub" / "c").write_text("changed")
+    elif change == "mode":
+        (top / "sub" / "c").chmod(0o755)
+    elif change == "first":
+        (top / "a").write_text("changed")
+    elif change == "arg":
+        options = {"args": {"V": "2"}}
+    else:
+        options = {"no_cache": {"no cache": {""}, "no cache of a stage": {"one"}}.get(change, {"other"})}
+    assert how(build_all(top, **options)[1]) == wanted
+
+
+def test_a_step_that_failed_is_tried_again_and_those_before_it_are_not(tmp_path: Path) -> None:
+    top = make_context(tmp_path / "one", {}, "FROM b:1\nRUN echo failing > /a\nRUN test -e /b\n")
+    for _ in range(2):
+        with pytest.raises(CafsError, match="exit code 1"):
+            build(top)
+    (top / "Dockerfile").write_text("FROM b:1\nRUN echo failing > /a\nRUN true # mended\n")
+    assert how(build_all(top)[1]) == ["cached", "made"]
+
+
+def test_what_a_bind_shows_is_part_of_the_key_and_what_a_cache_holds_is_not(tmp_path: Path) -> None:
+    text = "FROM b:1\nRUN --mount=source=a,target=/m --mount=type=cache,id=KEY,target=/k cp /m /a; echo x >> /k/n\n"
+    top = make_context(tmp_path / "one", {"a": "A", "b": "B"}, text)
+    assert how(build_all(top)[1]) == ["made"]
+    (top / "b").write_text("unused")
+    assert how(build_all(top)[1]) == ["cached"]
+    (top / "a").write_text("changed")
+    made, progress = build_all(top)
+    assert how(progress) == ["made"] and described(tree_of(made), "/a", "f=changed") == "f=changed"
+
+
+def test_a_layer_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    top = make_context(tmp_path / "one", {"a": "gone"}, "FROM b:1\nCOPY a /gone\n")
+    made = build(top)
+    store = Store(os.environ["CAFS_STORE"])
+    store.backend.remove(store.meta_name(made.layers[-1], "index"))
+    again, progress = build_all(top)
+    assert how(progress) == ["made"] and again.layers == made.layers
+
+
+def test_copying_what_is_in_the_store_writes_no_data(tmp_path: Path) -> None:
+    content = os.urandom(3 << 20)
+    top = make_context(
+        tmp_path / "one", {}, "FROM b:1 AS one\nCOPY large /large\nFROM b:1\nCOPY --from=one --chown=7:8 /large /copied\n"
+    )
+    (top / "large").write_bytes(content)
+    packs = Path(os.environ["CAFS_STORE"]) / "packs"
+    before = sum(path.stat().st_size for path in packs.iterdir())
+    made = build(top)
+    added = sum(path.stat().st_size for path in packs.iterdir()) - before
+    assert 3 << 20 <= added < (3 << 20) + 65536
+    assert described(tree_of(made), "/copied", "f,7:8") == "f,7:8"
+
+
+def test_with_an_epoch_two_builds_make_the_same_image(tmp_path: Path) -> None:
+    text = "FROM b:1\nWORKDIR /made/here\nCOPY a /d/a\nCOPY <<X /x\nx\nX\n"
+    digests = set()
+    for number in range(2):
+        top = make_context(tmp_path / str(number), {"a": "A"}, text)
+        os.utime(top / "a", (1000, 1000))
+        digests.add(build(top, epoch=1_700_000_000, no_cache={""}).digest)
+    assert len(digests) == 1
+
+
+def test_nothing_is_left_of_a_step_whether_it_ends_well_or_not(tmp_path: Path) -> None:
+    """The fixture looks for containers, mounts and names."""
+    top = make_context(
+        tmp_path / "one", {"a": "A"}, "FROM b:1\nRUN --mount=target=/m --mount=type=secret,id=s,required cat /m/a\n"
+    )
+    (tmp_path / "secret").write_text("a real secret")
+    secrets = {"s": ("file", str(tmp_path / "secret"))}
+    build(top, secrets=secrets)
+    (top / "Dockerfile").write_text("FROM b:1\nRUN --mount=target=/m --mount=type=secret,id=s,required false\n")
+    with pytest.raises(CafsError):
+        build(top, secrets=secrets)
+    assert list((Path(os.environ["CAFS_RUN"]) / "builds").iterdir()) == []
+    for directory, _, names in os.walk(os.environ["CAFS_STATE"]):
+        assert not [name for name in names if "secret" in name], directory
