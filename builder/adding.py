@@ -6,13 +6,11 @@ import hashlib
 import io
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass, field, replace
 from urllib.parse import unquote, urlsplit
 
-from builder import copying
+from builder import copying, fetch
 from builder import flags as flagging
 from builder.context import Context
 from builder.patterns import Ignore, PatternError, os_bytes
@@ -20,7 +18,7 @@ from builder.words import expand
 from cafs import format as fmt
 from cafs.decompress import decompressed
 from cafs.digest import CHUNK_LIST, PLAIN
-from cafs.errors import CafsError, FormatError, NotFound, RemoteError, UnsupportedError, quote
+from cafs.errors import CafsError, FormatError, NotFound, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,11 +33,6 @@ if TYPE_CHECKING:
     from cafs.lookup import Node
     from cafs.store import Store
     from cafs.vtree import VirtualTree
-
-_GIT = re.compile(r"(?:git@[^:]+:|git://|ssh://git@).+|https?://.+\.git(?:#.*)?")
-_URL = re.compile(r"https?://.+")
-_TIMEOUT_S = 60
-_DOWNLOAD_MAX = 1 << 34
 
 
 @dataclass(slots=True)
@@ -115,10 +108,10 @@ def gather(build: Build, state: State, step: Step, words: list[str], documents: 
     found, is_add = Gathered(), step.one.keyword == "add"
     checksum = flagging.one(step.flags, "checksum")
     for word in words:
-        if _GIT.fullmatch(word) or _URL.fullmatch(word):
+        if fetch.GIT.fullmatch(word) or fetch.URL.fullmatch(word):
             if not is_add:
                 raise ValueError(f"{quote(word)}: only ADD takes what is not in a tree")
-            if _GIT.fullmatch(word):
+            if fetch.GIT.fullmatch(word):
                 found.sources.append(_git(build, word, keeps=flagging.is_on(step.flags, "keep-git-dir"), checksum=checksum))
             else:
                 found.sources += _url(build, step, word, checksum)
@@ -223,26 +216,14 @@ def _documents(build: Build, state: State, documents: list[Heredoc]) -> Source:
 
 def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Source]:
     """A file of mode 600 with the server's time."""
-    import urllib.request
     from email.utils import parsedate_to_datetime
 
     name = os.path.basename(unquote(urlsplit(url).path)) or "index"
     with tempfile.TemporaryDirectory(prefix="cafs-url-") as directory:
         path = os.path.join(directory, name)
-        try:
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(path, "wb") as file:
-                digest, size = hashlib.sha256(), 0
-                while data := answer.read(1 << 20):
-                    digest.update(data)
-                    size += len(data)
-                    if size > _DOWNLOAD_MAX:
-                        raise RemoteError(f"{quote(url)} is larger than {_DOWNLOAD_MAX >> 30} GiB")
-                    file.write(data)
-                changed = answer.headers.get("Last-Modified")
-        except (OSError, ValueError) as error:
-            raise RemoteError(f"cannot fetch {quote(url)}: {getattr(error, 'reason', None) or error}") from error
-        if checksum is not None and checksum != f"sha256:{digest.hexdigest()}":
-            raise CafsError(f"{quote(url)} has the checksum sha256:{digest.hexdigest()}, not {checksum}")
+        digest, changed = fetch.download(url, path)
+        if checksum is not None and checksum != f"sha256:{digest}":
+            raise CafsError(f"{quote(url)} has the checksum sha256:{digest}, not {checksum}")
         os.chmod(path, 0o600)
         time_s = parsedate_to_datetime(changed).timestamp() if changed else 0
         os.utime(path, (time_s, time_s))
@@ -254,41 +235,9 @@ def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Sourc
 
 
 def _git(build: Build, url: str, *, keeps: bool, checksum: str | None) -> Source:
-    """REPOSITORY[#REF[:DIRECTORY]]."""
-    if shutil.which("git") is None:
-        raise UnsupportedError("no git", hint="apt install git")
-    repository, _, rest = url.partition("#")
-    ref, _, inner = rest.partition(":")
-    if ref.startswith("-"):
-        raise ValueError(f"'{ref}' is not a ref")
     with tempfile.TemporaryDirectory(prefix="cafs-git-") as directory:
-        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-        steps = [
-            ["init", "-q"],
-            ["fetch", "-q", "--depth=1", "--", repository, ref or "HEAD"],
-            ["checkout", "-q", "FETCH_HEAD"],
-        ]
-        for words in steps:
-            done = subprocess.run(
-                ["git", "-C", directory, "-c", "protocol.ext.allow=never", *words],
-                capture_output=True,
-                text=True,
-                env=environment,
-                check=False,
-            )
-            if done.returncode:
-                raise RemoteError(f"cannot fetch {quote(url)}: {done.stderr.strip()}")
-        commit = subprocess.run(
-            ["git", "-C", directory, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit, inner = fetch.clone(url, directory, keeps=keeps)
         if checksum is not None and not (len(checksum) >= 7 and commit.startswith(checksum)):
             raise CafsError(f"{quote(url)} is at commit {commit}, not {checksum}")
-        if not keeps:
-            shutil.rmtree(os.path.join(directory, ".git"))
-        for top, names, files in os.walk(directory):
-            for name in [*names, *files]:
-                path = os.path.join(top, name)
-                if not os.path.islink(path):
-                    os.chmod(path, 0o755 if os.path.isdir(path) or os.access(path, os.X_OK) else 0o644)
         tree = _tree_of(build, directory)
         return Source(tree, copying.find(tree, inner or "."))

@@ -85,6 +85,7 @@ class Build:
         self.states: dict[int, State] = {}
         self.places = Places(self)
         self._count = 0
+        self._has_run = False
 
     def run(self) -> Image:
         """Raises DockerfileError, StepError, CafsError."""
@@ -328,6 +329,7 @@ class Build:
             below = Image(state.layers, {}, metadata=state.metadata)
             try:
                 with finish() as ready:
+                    ready.trusts_cache, self._has_run = self._has_run, True
                     data = running.run(self.writer, below, ready, said)
             except leaks.LeakError as error:
                 raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None

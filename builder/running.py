@@ -50,6 +50,7 @@ class Command:
     flags: dict[str, list[str]] = field(default_factory=dict)
     mounts: list[dict[str, Any]] = field(default_factory=list)
     secrets: dict[str, bytes] = field(default_factory=dict)
+    trusts_cache: bool = False
 
 
 def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[bytes], None]) -> bytes:
@@ -138,7 +139,7 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
             **command.flags,
         }
         options = Options(flags, [digest, *command.words])
-        container = create.create(options, is_foreground=True, more=command.mounts)
+        container = create.create(options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache)
         os.write(answers, container.id.encode() + b"\n")
         code = Foreground(container).run()
         os._exit(code)

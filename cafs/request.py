@@ -18,7 +18,8 @@ class Request:
 
     engine: auto, kernel, fuse or pyfuse3.  upper: a directory for what is written.  why: the engine is another.
     record: a file to record reads to.  prefetch: a profile, '' for the default one if there is one, 'all' for the
-    whole image at RATE bytes a second (0: as fast as it comes), or 'none'.
+    whole image at RATE bytes a second (0: as fast as it comes), or 'none'.  trusts_cache: the caller has just had it checked,
+    by another mount.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Request:
         record: str | None = None,
         prefetch: str = "",
         rate: int = 0,
+        trusts_cache: bool = False,
     ) -> None:
         self.name = name
         self.point = os.path.realpath(point)
@@ -49,6 +51,7 @@ class Request:
         self.record = record and os.path.abspath(record)
         self.prefetch = prefetch
         self.rate = rate
+        self.trusts_cache = trusts_cache
         self.why = ""
         self.warnings: list[str] = []
 

@@ -91,7 +91,7 @@ def _shared_point(key: str) -> str:
     return os.path.join(paths.run(), "images", key)
 
 
-def find(digest: bytes, store_root: str, key: str, record: str | None = None) -> Lower:
+def find(digest: bytes, store_root: str, key: str, record: str | None = None, *, trusts_cache: bool = False) -> Lower:
     """Mount the image, or find it mounted.  record: a file for what is read, of a mount of its own.  Raises CafsError."""
     name = digest.hex()
     shared = os.path.join(paths.run(), "images")
@@ -101,7 +101,7 @@ def find(digest: bytes, store_root: str, key: str, record: str | None = None) ->
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)
-    return _shared(_shared_point(key), lambda point: _mount(name, point, store_root, record))
+    return _shared(_shared_point(key), lambda point: _mount(name, point, store_root, record, trusts_cache))
 
 
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:
@@ -135,20 +135,21 @@ def _is_current(lock: int, path: str) -> bool:
     return (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino)
 
 
-def _mount(name: str, point: str, store_root: str, record: str | None) -> None:
+def _mount(name: str, point: str, store_root: str, record: str | None, trusts_cache: bool) -> None:
     """Mount in a child, so that the server inherits no descriptor of ours and its libraries are not loaded here."""
-    answer = ask_child(lambda writer: _mount_child(name, point, store_root, record, writer))
+    answer = ask_child(lambda writer: _mount_child(name, point, store_root, record, trusts_cache, writer))
     if answer != b"ok":
         raise failure(answer, CafsError("the image cannot be mounted"))
 
 
-def _mount_child(name: str, point: str, store_root: str, record: str | None, writer: int) -> int:
+def _mount_child(name: str, point: str, store_root: str, record: str | None, trusts_cache: bool, writer: int) -> int:
     try:
         from cafs.mount import mount
         from cafs.request import Request
 
         engine = "fuse" if linux.in_user_namespace() else "auto"
-        request = Request(name, point, store=store_root, extra={"suid", "nodev"}, engine=engine, record=record)
+        extra = {"suid", "nodev"}
+        request = Request(name, point, store=store_root, extra=extra, engine=engine, record=record, trusts_cache=trusts_cache)
         mount(request)
         for warning in request.warnings:
             sys.stderr.write(f"crun: warning: {warning}\n")

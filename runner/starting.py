@@ -59,8 +59,9 @@ def lower_key(container: Container) -> str:
 
 def get_lower(container: Container) -> lower.Lower:
     """Mount its image, or find it mounted.  Raises CafsError."""
-    asked = container.asked
-    return lower.find(bytes.fromhex(asked["digest"]), asked["store"], lower_key(container), container.value("record"))
+    asked, record = container.asked, container.value("record")
+    trusts = bool(asked.get("trusts_cache"))
+    return lower.find(bytes.fromhex(asked["digest"]), asked["store"], lower_key(container), record, trusts_cache=trusts)
 
 
 def prepare(container: Container, low: lower.Lower) -> int:
