@@ -83,6 +83,38 @@ def main(
     Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 7 network, 8 missing
     program.  Full manual: man cbuild
     """
+    from cafs.errors import CafsError
+
+    try:
+        return _build(context, file, tags, target, how, check, explain, squash, store, quiet, given)
+    except CafsError as error:
+        _annotate(str(error))
+        raise
+
+
+def _annotate(message: str) -> None:
+    """Have GitHub Actions show an error beside the line that it is about."""
+    import re
+
+    place = re.match(r"(.+?):([0-9]+): (.*)", message, re.DOTALL)
+    if place and os.environ.get("GITHUB_ACTIONS") == "true":
+        text = place[3].replace("%", "%25").replace("\n", "%0A")
+        sys.stderr.write(f"::error file={place[1]},line={place[2]}::{text}\n")
+
+
+def _build(
+    context: str,
+    file: str | None,
+    tags: tuple[str, ...],
+    target: str | None,
+    how: str,
+    check: bool,
+    explain: bool,
+    squash: bool,
+    store: str | None,
+    quiet: bool,
+    given: dict[str, object],
+) -> int:
     from builder import progress as saying
     from builder.build import Build
     from cafs.refs import split_ref

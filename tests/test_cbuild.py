@@ -1,0 +1,246 @@
+"""cbuild as a user runs it: from a shell, with pipes, with wrong arguments, and what comes out at the other end."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN
+from tests.test_build import make_context
+
+pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
+TEXT = "FROM b:1\nARG V=1\nCOPY a /a\nRUN cat /a > /b; echo $V\n"
+
+
+def cbuild(*words: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+    command = [str(BIN / "cbuild"), *map(str, words)]
+    options.setdefault("timeout", 60)
+    return subprocess.run(command, capture_output=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def digest(*words: object, **options: object) -> str:
+    done = cbuild("-q", *words, **options)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert re.fullmatch(rb"[0-9a-f]{64}\n", done.stdout)
+    return str(done.stdout.decode().strip())
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    return make_context(tmp_path / "context", {"a": "A\n", "sub/Other": "FROM b:1\nENV A=1\n"}, TEXT)
+
+
+def test_every_way_to_give_a_context_makes_the_same_image(context: Path, tmp_path: Path) -> None:
+    wanted = digest(context)
+    tar = subprocess.run(["tar", "-c", "-C", context, "."], capture_output=True, check=True).stdout
+    assert digest("-", input=tar) == wanted
+    packed = subprocess.run(["tar", "-cz", "-C", context, "."], capture_output=True, check=True).stdout
+    assert digest("-", input=packed) == wanted
+    assert digest("-f", "-", context, input=TEXT.encode()) == wanted
+    (tmp_path / "elsewhere").write_text(TEXT)
+    assert digest("-f", tmp_path / "elsewhere", context) == wanted
+    assert digest(".", cwd=context) == wanted
+    (tmp_path / "context.tar").write_bytes(tar)
+    with served(tmp_path) as url:
+        assert digest(f"{url}/context.tar") == wanted
+    (context / "Dockerfile").rename(context / "Containerfile")
+    assert digest(context) == wanted
+    assert digest("-", input=b"FROM b:1\nENV A=1\n") == digest("-f", context / "sub" / "Other", context)
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(directory))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.needs("git")
+def test_git_repositories_are_contexts_and_sources(context: Path, tmp_path: Path) -> None:
+    def git(*words: object) -> None:
+        who = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        subprocess.run(["git", *who, "-C", context, *map(str, words)], check=True, capture_output=True)
+
+    git("init", "-q", "-b", "main")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    subprocess.run(["git", "clone", "-q", "--bare", context, tmp_path / "r.git"], check=True)
+    subprocess.run(["git", "-C", tmp_path / "r.git", "update-server-info"], check=True)
+    with served(tmp_path) as url:
+        assert digest(f"{url}/r.git") == digest(context)
+        assert digest(f"{url}/r.git#main:sub", "-f", "Other") == digest("-", input=b"FROM b:1\nENV A=1\n")
+        text = f"FROM b:1\nADD {url}/r.git#main /got\nADD {url}/r.git/HEAD /file\nRUN cat /got/a && test ! -e /got/.git && test -s /file\n"
+        assert cbuild("-", input=text.encode()).returncode == 0
+        done = cbuild("-", input=f"FROM b:1\nADD --checksum=sha256:{'0' * 64} {url}/r.git/HEAD /file\n".encode())
+        assert done.returncode == 1 and b"has the checksum sha256:" in done.stderr
+        assert cbuild("-", input=f"FROM b:1\nADD {url}/none /file\n".encode()).returncode == 7
+        assert cbuild(f"{url}/none.git").returncode == 7
+
+
+def test_what_is_said_and_written(context: Path, tmp_path: Path) -> None:
+    done = cbuild(
+        "--no-cache",
+        "-t",
+        "made:1",
+        "-t",
+        "made:2",
+        "--iidfile",
+        tmp_path / "iid",
+        "--metadata-file",
+        tmp_path / "meta",
+        context,
+    )
+    said = done.stderr.decode()
+    assert done.returncode == 0 and "[stage-0 3/3] RUN cat /a > /b; echo $V" in said and re.search(r"#3 [0-9.]+ 1\n", said)
+    made = done.stdout.decode().strip()
+    assert (tmp_path / "iid").read_text() == made
+    assert json.loads((tmp_path / "meta").read_text())["image.name"] == "made:1,made:2"
+    assert (
+        subprocess.run([BIN / "crun", "run", "--rm", "made:2", "cat", "/b"], capture_output=True, check=True).stdout == b"A\n"
+    )
+    assert cbuild(context).stderr.count(b"CACHED") == 2
+    explained = cbuild("--explain", "-q", context).stderr.decode()
+    assert re.fullmatch(r"(#\d\tcached, saved [0-9.]+ s\t\[stage-0 \d/3\] .*\n){2}", explained)
+    events = [json.loads(line) for line in cbuild("--progress", "json", "--no-cache", context).stderr.splitlines()]
+    assert [event["event"] for event in events] == ["begin", "done", "begin", "output", "done"]
+    assert cbuild("-q", "--build-arg", "V", context, env=os.environ | {"V": "7"}).returncode == 0
+    warned = cbuild("--build-arg", "NONE=1", context)
+    assert warned.returncode == 0 and b"no ARG declares --build-arg NONE" in warned.stderr
+    labelled = cbuild("-q", "--label", "a=b", "-t", "made:3", context)
+    assert labelled.returncode == 0 and labelled.stdout.decode().strip() != made
+
+
+def test_actions_get_groups(context: Path) -> None:
+    said = cbuild(context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
+    assert said.count("::group::#") == said.count("::endgroup::") == 2
+    (context / "Dockerfile").write_text("FROM b:1\nRUNN x\n")
+    said = cbuild(".", cwd=context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
+    assert "::error file=Dockerfile,line=2::RUNN: unknown instruction (did you mean RUN?)\n" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "code", "said"),
+    [
+        ([], "FROM b:1\nRUN echo before; exit 5\n", 1, "Dockerfile:2: RUN echo before; exit 5: exit code 5"),
+        ([], "FROM b:1\nRUN exit 5\n", 1, "crun run --rm -it "),
+        ([], "FROM b:1\nCOPY none /x\n", 4, "Dockerfile:2: COPY: no 'none' to copy"),
+        ([], "FROM b:1\nENV A=$\n", 0, ""),
+        (["--target", "none"], TEXT, 2, "no stage 'none'"),
+        (["--platform", "linux/s390x"], TEXT, 2, "nothing is emulated"),
+        (["--build-arg", "=x"], TEXT, 2, "is not K=V"),
+        (["--secret", "src=x"], TEXT, 2, "is not id=ID"),
+        (["--allow", "all"], TEXT, 2, "network.host, security.insecure or device"),
+        (["-t", "Not A Ref"], TEXT, 2, ""),
+        (["--nothing"], TEXT, 2, "no such option"),
+        (["-f", "/nonexistent"], TEXT, 4, "cannot read '/nonexistent'"),
+        (["-o", "type=odd"], TEXT, 2, "unknown output type"),
+        (["--check"], "FROM b:1\nRUN a && \\\n\n b\n", 1, "Dockerfile:3: an empty line"),
+        (["--check"], TEXT, 0, ""),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(context: Path, words: list[str], text: str, code: int, said: str) -> None:
+    (context / "Dockerfile").write_text(text)
+    done = cbuild("-q", *words, context)
+    both = (done.stdout + done.stderr).decode()
+    assert done.returncode == code and said in both and "Traceback" not in both, both
+    if "echo before" in text:
+        assert "before\n" in both, "the end of what it printed"
+
+
+def test_the_shell_that_an_error_offers_has_what_was_made_before(context: Path) -> None:
+    (context / "Dockerfile").write_text("FROM b:1\nRUN echo made > /before\nRUN false\n")
+    said = cbuild("-q", context).stderr.decode()
+    command = re.search(r"crun (run --rm) -it ([0-9a-f]+) sh", said)
+    assert command
+    done = subprocess.run([BIN / "crun", *command[1].split(), command[2], "cat", "/before"], capture_output=True, check=False)
+    assert done.stdout == b"made\n", done.stderr
+
+
+@pytest.mark.needs("skopeo", "umoci")
+def test_outputs_are_read_by_other_programs(context: Path, tmp_path: Path) -> None:
+    layout, saved, tar, tree = (tmp_path / name for name in ("layout", "saved", "t.tar", "tree"))
+    outputs = [
+        f"oci:{layout}:v",
+        f"docker-archive:{saved}",
+        tar,
+        tree,
+        f"type=oci,dest={tmp_path}/a.oci",
+        "type=tar,dest=" + str(tmp_path / "u.tar"),
+    ]
+    done = cbuild("-q", "-t", "made:1", *(word for one in outputs for word in ("-o", one)), context)
+    assert done.returncode == 0, done.stderr
+    for name in (f"oci:{layout}:v", f"docker-archive:{saved}", f"oci-archive:{tmp_path}/a.oci"):
+        found = json.loads(subprocess.run(["skopeo", "inspect", "--config", name], capture_output=True, check=True).stdout)
+        assert found["config"]["Env"] == ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    assert (tree / "b").read_text() == "A\n"
+    for path in (tar, tmp_path / "u.tar"):
+        listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True).stdout.split()
+        assert "b" in {name.strip("./") for name in listed}
+    subprocess.run(["umoci", "unpack", "--image", f"{layout}:v", tmp_path / "bundle"], check=True, capture_output=True)
+    assert (tmp_path / "bundle" / "rootfs" / "b").read_text() == "A\n"
+
+
+def test_squash_makes_one_layer_and_the_same_tree(context: Path) -> None:
+    one, many = digest("--squash", context), digest(context)
+    assert one != many
+    assert subprocess.run([BIN / "cafs-index", "diff", one, many], check=False).returncode == 0
+
+
+def test_secrets_are_in_no_file_of_the_store_and_in_no_output(context: Path, tmp_path: Path) -> None:
+    value = os.urandom(16).hex()
+    (tmp_path / "secret").write_text(value)
+    text = (
+        'FROM b:1\nRUN --mount=type=secret,id=s --mount=type=secret,id=e,env=E cat /run/secrets/s | wc -c > /n; test -n "$E"\n'
+    )
+    (context / "Dockerfile").write_text(text)
+    words = ["--secret", f"id=s,src={tmp_path}/secret", "--secret", "id=e,env=TOKEN", "--no-cache", context]
+    done = cbuild(*words, env=os.environ | {"TOKEN": value})
+    assert done.returncode == 0 and value.encode() not in done.stdout + done.stderr
+    for name in ("STORE", "CACHE", "STATE", "RUN"):
+        for directory, _, files in os.walk(os.environ[f"CAFS_{name}"]):
+            for one in files:
+                path = Path(directory) / one
+                if path.is_file() and not path.is_symlink():
+                    assert value.encode() not in path.read_bytes(), path
+
+
+def test_two_builds_at_once_of_one_thing_give_one_image(context: Path) -> None:
+    (context / "a").write_text(os.urandom(8).hex())
+    command = [BIN / "cbuild", "-q", context]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    found = [one.communicate(timeout=60) for one in running]
+    assert all(one.returncode == 0 for one in running), found
+    again = digest(context)
+    assert again == digest(context)
+
+
+def test_a_build_that_is_killed_leaves_a_store_that_is_sound(context: Path) -> None:
+    (context / "Dockerfile").write_text("FROM b:1\nCOPY a /k\nRUN echo started; sleep 1000\n")
+    with subprocess.Popen([BIN / "cbuild", context], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as build:
+        assert build.stderr
+        while b"started" not in (line := build.stderr.readline()):
+            assert line
+        build.kill()
+    (context / "Dockerfile").write_text("FROM b:1\nCOPY a /k\n")
+    assert cbuild(context).stderr.count(b"CACHED") == 1
+    assert subprocess.run([BIN / "crun", "gc"], check=False).returncode == 0
+    found = subprocess.run([BIN / "cafs-store", "fsck"], check=False, capture_output=True).stdout.splitlines()
+    assert [line for line in found if not line.startswith(b"dead-lease\t")] == []
