@@ -133,6 +133,9 @@ def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: b
         matches = copying.find(top, word, parents=parents)
     except PatternError as error:
         raise ValueError(str(error)) from None
+    nodes = [node for match in matches if (node := copying.follow(top, match.node))]
+    files = [one.path for node in nodes for one in ([node] if not node.is_directory else node.below()) if not one.is_directory]
+    build.places.note_read(origin, files)
     if not is_add or flagging.one(step.flags, "unpack") == "false":
         return [Source(top, matches)] if matches else []
     return [_unpacked(build, Source(top, [match])) for match in matches]

@@ -31,6 +31,7 @@ class Places:
         self._build = build
         self._trees: dict[tuple[bytes, ...], Node] = {}
         self._contexts: dict[str, Context] = {}
+        self._read: set[str] = set()
 
     def tree(self, layers: tuple[bytes, ...]) -> Node:
         """The root of the tree that layers make."""
@@ -102,6 +103,15 @@ class Places:
         if later is not None and where is None:
             raise NotFound(f"stage {quote(origin)} comes later than this one")
         return None, self.base_image(origin).layers
+
+    def note_read(self, origin: str | None, paths: list[bytes]) -> None:
+        """Note what of the build context a step has used."""
+        if origin is None and self._build.context is not None:
+            self._read |= {os.path.join(self._build.context.root, os.fsdecode(path[1:])) for path in paths}
+
+    def read_files(self) -> set[str]:
+        """What of the build context was used."""
+        return {os.path.normpath(path) for path in self._read}
 
     def save(self) -> None:
         """Remember what was hashed."""

@@ -12,11 +12,24 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 
+class Row:
+    """What became of a step.  seconds: that it took, or had taken when it was made; added: bytes of its layer's index."""
+
+    __slots__ = ("added", "is_cached", "number", "seconds", "title")
+
+    def __init__(self, number: int, title: str, seconds: float, *, is_cached: bool, added: int = 0) -> None:
+        self.number = number
+        self.title = title
+        self.seconds = seconds
+        self.is_cached = is_cached
+        self.added = added
+
+
 class Progress:
-    """Says nothing; what it is told is kept for --explain and --report: rows of (number, title, how, seconds)."""
+    """Says nothing; what it is told is kept for --explain and --report."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, str, str, float]] = []
+        self.rows: list[Row] = []
         self._titles: dict[int, str] = {}
 
     def begin(self, number: int, title: str) -> None:
@@ -28,11 +41,11 @@ class Progress:
 
     def done(self, number: int, seconds: float, added: int) -> None:
         """It was carried out."""
-        self.rows.append((number, self._titles[number], "made", seconds))
+        self.rows.append(Row(number, self._titles[number], seconds, is_cached=False, added=added))
 
     def cached(self, number: int, saved: float) -> None:
         """It was made before."""
-        self.rows.append((number, self._titles[number], "cached", saved))
+        self.rows.append(Row(number, self._titles[number], saved, is_cached=True))
 
     def failed(self, tail: bytes) -> None:
         """The last step has failed.  tail: the end of what its command has printed."""

@@ -17,7 +17,7 @@ from builder.config import PROXIES, absolute, command_words
 from builder.mounts import Mount
 from builder.running import Command
 from cafs import paths
-from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError, quote
+from cafs.errors import CafsError, NotFound, UsageError, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def _definition(build: Build, step: Step, mount: Mount) -> list[object]:
         if top is None:
             raise NotFound(f"{quote(mount.from_)} has no files")
         matches = copying.find(top, _literal(mount.source))
+        files = [
+            one.path for match in matches for one in (match.node, *(match.node.below() if match.node.is_directory else ()))
+        ]
+        build.places.note_read(mount.from_ or None, files)
         row += Gathered([Source(top, matches)]).fingerprint(copying.How())
     elif mount.kind in ("secret", "ssh"):
         row += [mount.id, mount.mode, mount.uid, mount.gid, mount.env]
@@ -163,7 +167,7 @@ def _mount(build: Build, step: Step, mount: Mount, number: int, ready: Command, 
     if mount.kind == "ssh":
         return _ssh(build, mount, number, ready)
     if mount.kind == "cache":
-        return _bind(_cache(build, mount, stack), mount.target, ro=mount.is_readonly)
+        return _bind(_cache(build, mount, step.stage.number, stack), mount.target, ro=mount.is_readonly)
     source = stack.enter_context(build.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
     if not mount.is_readonly:
         copied = os.path.join(_private(stack), "copy")  # what is written to it is thrown away
@@ -229,10 +233,8 @@ def _ssh(build: Build, mount: Mount, number: int, ready: Command) -> dict[str, A
     return _bind(socket, mount.target, ro=False)
 
 
-def _cache(build: Build, mount: Mount, stack: ExitStack) -> str:
+def _cache(build: Build, mount: Mount, number_of_stage: int, stack: ExitStack) -> str:
     """The directory of a cache mount, kept from build to build; its name cannot lead anywhere."""
-    if mount.from_ or mount.source:
-        raise UnsupportedError("a cache mount that is seeded by from= or source= is not there yet")
     space = build.request.args.get("BUILDKIT_CACHE_MOUNT_NS", "")
     name = hashlib.sha256(f"{space}\0{mount.id}".encode("utf-8", "surrogateescape")).hexdigest()
     top = os.path.join(paths.state(), "caches")
@@ -248,7 +250,14 @@ def _cache(build: Build, mount: Mount, stack: ExitStack) -> str:
         except BlockingIOError:
             continue
     if not os.path.isdir(path):
-        os.mkdir(path, 0o755)
-        os.chmod(path, mount.mode)
-        os.chown(path, mount.uid, mount.gid)
+        new = path + ".new"
+        shutil.rmtree(new, ignore_errors=True)
+        if mount.from_ or mount.source:
+            with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
+                shutil.copytree(seed, new, symlinks=True)
+        else:
+            os.mkdir(new, 0o755)
+        os.chmod(new, mount.mode)
+        os.chown(new, mount.uid, mount.gid)
+        os.rename(new, path)
     return path

@@ -49,6 +49,8 @@ _NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 @click.option(
     "--progress", "how", type=click.Choice(["auto", "plain", "json"]), default="auto", help="How to say what is done."
 )
+@click.option("--depfile", metavar="FILE", help="Write a rule for make: what --iidfile's FILE was made of.")
+@click.option("--report", metavar="FILE", help="Write a page about what each step took.")
 @click.option("--check", is_flag=True, help="Read the Dockerfile and say what is wrong with it.")
 @click.option("--explain", is_flag=True, help="Say of each step what it cost, and whether it was made before.")
 @click.option("--squash", is_flag=True, help="Make it one layer.")
@@ -138,7 +140,9 @@ def _build(
         made = _squashed(opened_store, made) if squash else made
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
+        read = build.places.read_files()
     _write(opened_store, made, tags, given)
+    _write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
     if explain:
         _explain(progress)
     click.echo(made.digest.hex())
@@ -242,7 +246,6 @@ def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, ob
     import json
 
     from builder.output import write
-    from cafs import atomic
 
     store.refresh()
     destinations = _texts(given["outputs"])
@@ -250,16 +253,37 @@ def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, ob
     for destination in destinations:
         write(store, made, destination, tags)
     if given["iidfile"]:
-        atomic.replace_file(str(given["iidfile"]), made.digest.hex().encode(), 0o644)
+        _put(str(given["iidfile"]), made.digest.hex().encode())
     if given["metadata_file"]:
         found = {"cafs.digest": made.digest.hex(), "image.name": ",".join(tags), "layers": [one.hex() for one in made.layers]}
-        atomic.replace_file(str(given["metadata_file"]), json.dumps(found, indent=2).encode() + b"\n", 0o644)
+        _put(str(given["metadata_file"]), json.dumps(found, indent=2).encode() + b"\n")
+
+
+def _put(path: str, data: bytes) -> None:
+    """Write a file that was asked for, whole or not at all."""
+    from cafs import atomic
+    from cafs.errors import os_error, quote
+
+    try:
+        atomic.replace_file(os.path.abspath(path), data, 0o644)
+    except OSError as error:
+        raise os_error(f"cannot write {quote(path)}", error) from error
+
+
+def _write_reports(progress: Progress, title: str, read: set[str], given: dict[str, object]) -> None:
+    from builder import report
+
+    if given["report"]:
+        _put(str(given["report"]), report.page(progress.rows, f"Build of {title}"))
+    if given["depfile"]:
+        target = str(given["iidfile"] or given["depfile"])
+        _put(str(given["depfile"]), report.depfile(target, read))
 
 
 def _explain(progress: Progress) -> None:
-    for number, title, how, seconds in progress.rows:
-        what = f"cached, saved {seconds:.1f} s" if how == "cached" else f"made in {seconds:.1f} s"
-        sys.stderr.write(f"#{number}\t{what}\t{title}\n")
+    for row in progress.rows:
+        what = f"cached, saved {row.seconds:.1f} s" if row.is_cached else f"made in {row.seconds:.1f} s"
+        sys.stderr.write(f"#{row.number}\t{what}\t{row.title}\n")
 
 
 def entry() -> None:

@@ -347,6 +347,11 @@ MOUNTS = [
         "RUN --mount=type=cache,id=m,target=/k,mode=0700,uid=7,gid=8 stat -c %a:%u:%g /k > /a\n",
         tree={"/a": "f=700:7:8\n"},
     ),
+    Case(
+        "a cache that is seeded",
+        "RUN --mount=type=cache,id=seeded,target=/k,from=b:1,source=/etc cat /k/passwd > /a\n",
+        tree={"/a": "f", "/k": ""},
+    ),
     Case("an id of a cache that climbs", "RUN --mount=type=cache,id=../../x,target=/k echo 1 > /k/f\n", tree={"/k": ""}),
     Case("an unknown sharing", "RUN --mount=type=cache,target=/k,sharing=x true\n", error="sharing is"),
     Case("a tmpfs", "RUN --mount=type=tmpfs,target=/t,size=1m touch /t/x && grep ' /t tmpfs' /proc/mounts\n", tree={"/t": ""}),

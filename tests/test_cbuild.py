@@ -128,6 +128,28 @@ def test_what_is_said_and_written(context: Path, tmp_path: Path) -> None:
     assert labelled.returncode == 0 and labelled.stdout.decode().strip() != made
 
 
+def test_make_knows_what_an_image_is_made_of(context: Path, tmp_path: Path) -> None:
+    (context / "with space").write_text("x")
+    (context / "Dockerfile").write_text(
+        'FROM b:1\nCOPY a /\nCOPY ["with space", "/x"]\nRUN --mount=source=sub,target=/m ls /m\n'
+    )
+    words = ["-q", "--depfile", "app.d", "--iidfile", "app.id", "--report", tmp_path / "report.html", "context"]
+    assert cbuild(*words, cwd=tmp_path).returncode == 0
+    (tmp_path / "Makefile").write_text(f"app.id:\n\t{BIN}/cbuild {' '.join(map(str, words))} > log\ninclude app.d\n")
+
+    def make() -> bytes:
+        return subprocess.run(["make", "-C", tmp_path, "app.id"], capture_output=True, check=True).stdout
+
+    assert b"up to date" in make()
+    for name in ("sub/Other", "with space", "a", "Dockerfile"):
+        os.utime(context / name, (2_000_000_000, 2_000_000_000))
+        assert b"cbuild" in make(), name
+        os.utime(context / name, (1, 1))
+        assert b"up to date" in make(), name
+    page = (tmp_path / "report.html").read_text()
+    assert "COPY a /" in page and "3 from the cache" in page
+
+
 def test_actions_get_groups(context: Path) -> None:
     said = cbuild(context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
     assert said.count("::group::#") == said.count("::endgroup::") == 2
@@ -154,6 +176,7 @@ def test_actions_get_groups(context: Path) -> None:
         (["-o", "type=odd"], TEXT, 2, "unknown output type"),
         (["--check"], "FROM b:1\nRUN a && \\\n\n b\n", 1, "Dockerfile:3: an empty line"),
         (["--check"], TEXT, 0, ""),
+        (["--iidfile", "/nonexistent/iid"], TEXT, 4, "cannot write '/nonexistent/iid'"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(context: Path, words: list[str], text: str, code: int, said: str) -> None:
