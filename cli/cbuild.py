@@ -124,6 +124,10 @@ def _build(
     from cafs.writer import Writer
     from cli._context import opened
 
+    if os.geteuid():
+        from runner import rootless
+
+        rootless.enter()
     for ref in tags:
         split_ref(ref)
     progress = saying.chosen(how, is_quiet=quiet)

@@ -34,3 +34,13 @@ printf '\n%-22s %12s %14s\n' '' files bytes
 printf '%-22s %12s %14s\n' 'in the image' "$files" "$bytes" 'fetched by that run' "$read_files" "$read_bytes"
 echo
 printf '%-22s %9s ms\n' 'to index' "$index_ms" 'to mount' "$mount_ms" 'to first output' "$run_ms"
+
+cat >"$base/Dockerfile" <<'D'
+FROM demo:1
+RUN python3 -c 'print("built", 6 * 7)' | tee /built
+CMD ["cat", "/built"]
+D
+cbuild -q -t demo:2 -f "$base/Dockerfile" "$base" >/dev/null
+a=$(now); cbuild -q -t demo:2 -f "$base/Dockerfile" "$base" >/dev/null; b=$(now)
+crun run --rm demo:2
+printf '%-22s %9s ms\n' 'to build it again' "$(ms "$a" "$b")"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,3 +202,19 @@ def test_attributes_of_the_image_are_not_taken_for_the_overlays_own(ordinary: Or
     os.setxattr(ordinary.base / "rootfs" / "of7", "user.kept", b"1")
     assert ordinary("cafs_index", "create", ordinary.base / "rootfs", "-t", "sly:1").returncode == 0
     assert ordinary.ok("run", "--rm", "sly:1", "sh", "-c", "cat /of7 /victim/seen") == "textseen"
+
+
+def test_a_build_of_an_ordinary_user_has_the_owners_that_it_should(ordinary: Ordinary) -> None:
+    context = ordinary.base / "home" / "context"
+    context.mkdir()
+    (context / "a").write_text("A")
+    (context / "Dockerfile").write_text(
+        "FROM b:1\nCOPY --chown=7:8 a /a\nRUN --mount=target=/m cat /m/a > /b; chown 9:9 /b; rm /bin/seq; mkdir /bin/seq\nRUN stat -c %u:%g /a /b\n"
+    )
+    os.chown(context, USER, USER)
+    refused = ordinary("cbuild", context)
+    assert refused.returncode == 8 and "--network none, or host" in refused.stderr
+    done = ordinary("cbuild", "--network", "none", "-t", "made:1", context)
+    assert done.returncode == 0 and "7:8\n" in done.stderr and "9:9\n" in done.stderr, done.stderr
+    shown = ordinary("cafs_index", "ls", "-l", "made:1", "/b", "/bin/seq").stdout
+    assert re.search(r"9 +9 +1 .*/b\n", shown) and re.search(r"^d.*/bin/seq\n", shown, re.M), shown
