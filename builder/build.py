@@ -22,6 +22,8 @@ from cafs.image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from builder.context import Context
     from builder.flags import Flags
     from builder.progress import Progress
@@ -49,6 +51,7 @@ class Request:
     network: str = ""
     flags: dict[str, list[str]] = field(default_factory=dict)
     epoch: int = -1
+    is_reproducible: bool = False
     allows_in_layer: set[str] = field(default_factory=set)
 
 
@@ -106,13 +109,13 @@ class Build:
             raise UsageError(f"no stage {quote(name)} in {self.dockerfile.name}", hint=f"there are {names}")
         return found
 
-    def _error(self, line: int, error: Exception, keyword: str) -> Exception:
+    def _error(self, line: int, error: Exception, keyword: str, text: str = "") -> Exception:
         if isinstance(error, DockerfileError | running.StepError):
             return error
         if isinstance(error, CafsError):
             error.args = (f"{self.dockerfile.name}:{line}: {keyword.upper()}: {error}",)
             return error
-        return DockerfileError(self.dockerfile.name, line, f"{keyword.upper()}: {error}")
+        return DockerfileError(self.dockerfile.name, line, f"{keyword.upper()}: {error}", text=text)
 
     # The base.
 
@@ -122,6 +125,8 @@ class Build:
         except (CafsError, ValueError) as error:
             raise self._error(stage.line, error, "from") from error
         state.escape = self.dockerfile.escape
+        if self._latest_ns() >= 0 and stage.base_stage is None:
+            state.key = cache.key_of(state.key, latest_ns=self._latest_ns())
         if "PATH" not in state.env:
             state.config["Env"] = [f"PATH={config.DEFAULT_PATH}", *(state.config.get("Env") or [])]
         instructions = [*self._triggers(state, stage), *stage.instructions]
@@ -131,7 +136,7 @@ class Build:
                 step = Step(self._count, stage, one, (number + 1, len(instructions)), flagging.parse(one.keyword, one.flags))
                 self._step(state, step)
             except (CafsError, ValueError) as error:
-                raise self._error(one.lines[0], error, one.keyword) from error
+                raise self._error(one.lines[0], error, one.keyword, one.original) from error
         return state
 
     def _base(self, stage: Stage) -> State:
@@ -212,16 +217,22 @@ class Build:
         except CafsError:
             return 0, 0
 
-    def _cached(self, state: State, step: Step, key: str, what: str, make: object) -> None:
+    def _cached(self, state: State, step: Step, key: str, what: str, make: Callable[[], bytes]) -> None:
         """Take a step's layer from the cache, or make it and remember it."""
         began = time.monotonic()
         wanted = self.request.no_cache
-        found = None if "" in wanted or (step.stage.name and step.stage.name in wanted) else cache.find(self.store, key)
+        may_find = "" not in wanted and not (step.stage.name and step.stage.name in wanted)
+        found = cache.find(self.store, key) if may_find else None
         self.progress.begin(step.number, step.title)
         if found is None:
-            data = make()  # type: ignore[operator]
-            found = self._keep(state, data, key, time.monotonic() - began)
-            self.progress.done(step.number, time.monotonic() - began, len(data))
+            with cache.alone(key):
+                found = cache.find(self.store, key) if may_find else None
+                if found is None:
+                    data = make()
+                    found = self._keep(state, data, key, time.monotonic() - began)
+                    self.progress.done(step.number, time.monotonic() - began, len(data))
+                else:
+                    self.progress.cached(step.number, found.seconds)
         else:
             self.progress.cached(step.number, found.seconds)
         if found.layer:
@@ -240,11 +251,15 @@ class Build:
 
     def _encode(self, state: State, draft: Draft) -> bytes:
         """The layer, b'' if nothing is changed; the first one of an empty stage is a whole tree."""
-        return draft.encode(self.header, is_whole=not state.layers)
+        return draft.encode(self.header, is_whole=not state.layers, latest_ns=self._latest_ns())
 
     def tree(self, state: State) -> Node | None:
         """The root of what a stage has come to, None if that is nothing."""
         return self.places.tree(state.layers) if state.layers else None
+
+    def _latest_ns(self) -> int:
+        """The time that nothing in a layer is later than, -1 if there is none."""
+        return self.request.epoch * 10**9 if self.request.is_reproducible and self.request.epoch >= 0 else -1
 
     def now_ns(self) -> int:
         """For what is made now."""
@@ -330,7 +345,7 @@ class Build:
             try:
                 with finish() as ready:
                     ready.trusts_cache, self._has_run = self._has_run, True
-                    data = running.run(self.writer, below, ready, said)
+                    data = running.run(self.writer, below, self.places.tree(state.layers), ready, said, self._latest_ns())
             except leaks.LeakError as error:
                 raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None
             except running.StepError as error:

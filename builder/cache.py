@@ -5,15 +5,21 @@ A record is only a hint: one that names a layer which is not there any more coun
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cafs import atomic, paths
 from cafs.errors import CafsError
 from cafs.image import METADATA
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cafs.store import Store
 
 _RECORD_MAX = 1 << 16
@@ -54,6 +60,21 @@ def find(store: Store, key: str) -> Record | None:
         return record
     except (OSError, CafsError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def alone(key: str) -> Iterator[None]:
+    """Hold the right to make a step on this machine: who waits for it finds it made."""
+    directory = os.path.join(paths.run(), "steps")
+    paths.make_private(paths.run(), "steps")
+    path = os.path.join(directory, key)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        atomic.unlink_quietly(path)  # who waits for this file goes on alone, at worst for nothing
+        os.close(lock)
 
 
 def put(store: Store, key: str, record: Record) -> None:

@@ -100,10 +100,10 @@ class Draft:
         """Change an entry that the layer has."""
         self._entries[path] = how(self._entries[path])
 
-    def encode(self, header: Header, *, is_whole: bool = False) -> bytes:
+    def encode(self, header: Header, *, is_whole: bool = False, latest_ns: int = -1) -> bytes:
         """The index of the layer: what differs from below, and the directories above it; b'' if nothing does.
 
-        is_whole: nothing is below, and the index is that of a tree.
+        is_whole: nothing is below, and the index is that of a tree.  latest_ns: as of commit.make_layer.
         """
         changed = {path: entry for path, entry in self._entries.items() if not self._is_as_below(path, entry)}
         linked = {entry.target for entry in changed.values() if entry.type == fmt.HARDLINK}
@@ -122,6 +122,8 @@ class Draft:
             root = self.get(b"/")
             assert root is not None
             changed[b"/"] = root
+        if latest_ns >= 0:
+            changed = {path: replace(one, mtime_ns=min(one.mtime_ns, latest_ns)) for path, one in changed.items()}
         rows = sorted(((fmt.order_key(path), entry) for path, entry in changed.items()), key=lambda row: row[0])
         lines = [
             Header(header.hash_name, header.chunk_size, is_layer=not is_whole).encode(),

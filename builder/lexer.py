@@ -93,7 +93,7 @@ class _Parser:
         return self._result
 
     def _error(self, line: int, message: str, hint: str | None = None) -> DockerfileError:
-        return DockerfileError(self._result.name, line, message, hint=hint)
+        return DockerfileError(self._result.name, line, message, text=self._lines[line - 1], hint=hint)
 
     def _read_directives(self) -> None:
         """Lines '# key=value' at the very top, until one is no known directive; they stay comments all the same."""

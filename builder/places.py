@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from builder.build import Build
-    from cafs.lookup import Node
+    from cafs.lookup import MappedIndex, Node
 
 _TABLE_MAX = 1 << 20
 
@@ -30,6 +30,7 @@ class Places:
     def __init__(self, build: Build) -> None:
         self._build = build
         self._trees: dict[tuple[bytes, ...], Node] = {}
+        self._opened: dict[bytes, MappedIndex] = {}
         self._contexts: dict[str, Context] = {}
         self._read: set[str] = set()
 
@@ -37,7 +38,7 @@ class Places:
         """The root of the tree that layers make."""
         if layers not in self._trees:
             self._build.writer.flush()
-            self._trees[layers] = commit.open_below(self._build.store, layers)
+            self._trees[layers] = commit.open_below(self._build.store, layers, self._opened)
         return self._trees[layers]
 
     def base_image(self, name: str) -> Image:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from cafs.statcache import StatCache
+    from cafs.lookup import Node
     from cafs.writer import Writer
     from runner.containers import Container
 
@@ -53,10 +53,12 @@ class Command:
     trusts_cache: bool = False
 
 
-def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[bytes], None]) -> bytes:
-    """Run it over an image's layers; returns the index of what it has changed, whose objects are put.  said: gets its output.
+def run(
+    writer: Writer, layers: image.Image, below: Node, command: Command, said: Callable[[bytes], None], latest_ns: int = -1
+) -> bytes:
+    """Run it over an image's layers; returns the index of what it has changed, whose objects are put.
 
-    Raises StepError, CafsError.
+    below: the root of their tree.  said: gets its output.  latest_ns: as of commit.make_layer.  Raises StepError, CafsError.
     """
     from runner import containers, control
 
@@ -72,7 +74,7 @@ def run(writer: Writer, layers: image.Image, command: Command, said: Callable[[b
         if container is None:
             raise CafsError("the container of the step is gone")
         leaks.check(container.path("upper"), command.secrets)
-        return _index(writer, parent, container)
+        return _index(writer, below, container, latest_ns)
     finally:
         if container is not None:
             control.remove(container, force=True, with_volumes=True)
@@ -85,12 +87,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _index(writer: Writer, parent: image.Image, container: Container, cache: StatCache | None = None) -> bytes:
+def _index(writer: Writer, below: Node, container: Container, latest_ns: int) -> bytes:
     from runner import stubs
 
-    below = commit.open_below(writer.store, parent.layers)
     walk = UpperWalk(container.path("upper"), below, prefix(), frozenset(map(os.fsencode, stubs.noted(container))))
-    return commit.make_layer(walk, writer, os.cpu_count() or 1, cache)
+    return commit.make_layer(walk, writer, os.cpu_count() or 1, latest_ns=latest_ns)
 
 
 def _in_child(store_root: str, digest: str, command: Command, said: Callable[[bytes], None]) -> tuple[str, int, bytes]:
@@ -139,7 +140,9 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
             **command.flags,
         }
         options = Options(flags, [digest, *command.words])
-        container = create.create(options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache)
+        container = create.create(
+            options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache, is_volatile=True
+        )
         os.write(answers, container.id.encode() + b"\n")
         code = Foreground(container).run()
         os._exit(code)

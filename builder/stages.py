@@ -91,7 +91,8 @@ def split(dockerfile: Dockerfile, given: Mapping[str, str], target: str) -> Plan
             else:
                 raise ValueError("no build stage yet: FROM comes first")
         except ValueError as error:
-            raise DockerfileError(dockerfile.name, one.lines[0], f"{one.keyword.upper()}: {error}") from None
+            what = str(error) if one.keyword not in KEYWORDS else f"{one.keyword.upper()}: {error}"
+            raise DockerfileError(dockerfile.name, one.lines[0], what, text=one.original) from None
     if not found.stages:
         raise DockerfileError(dockerfile.name, 1, "no FROM in it")
     return found
@@ -102,7 +103,8 @@ def _check_keyword(one: Instruction) -> None:
         import difflib
 
         near = difflib.get_close_matches(one.keyword, KEYWORDS, 1, 0.6)
-        raise ValueError("unknown instruction" + (f" (did you mean {near[0].upper()}?)" if near else ""))
+        hint = f" (did you mean {near[0].upper()}?)" if near else ""
+        raise ValueError(f"unknown instruction '{one.keyword.upper()}'{hint}")
     flagging.parse(one.keyword, one.flags)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 
 from cafs import format as fmt
 from cafs import image, kept, linux, lookup
@@ -23,24 +24,35 @@ if TYPE_CHECKING:
 
     from cafs.format import Entry
     from cafs.image import Image
-    from cafs.lookup import Node
-    from cafs.statcache import StatCache
+    from cafs.lookup import MappedIndex, Node
     from cafs.store import Store
     from cafs.walk import Found
 
 
-def open_below(store: Store, layers: Iterable[bytes]) -> Node:
-    """The root of the tree that layers make, base first.  Raises CafsError, OSError."""
-    return lookup.root([lookup.MappedIndex(kept.get_index(store, layer)) for layer in layers])
+def open_below(store: Store, layers: Iterable[bytes], known: dict[bytes, MappedIndex] | None = None) -> Node:
+    """The root of the tree that layers make, base first.  known: layers that were opened before.  Raises CafsError, OSError."""
+    known = {} if known is None else known
+    found = []
+    for layer in layers:
+        if layer not in known:
+            known[layer] = lookup.MappedIndex(kept.get_index(store, layer))
+        found.append(known[layer])
+    return lookup.root(found)
 
 
-def make_layer(walk: UpperWalk, writer: Writer, threads: int = 2, cache: StatCache | None = None) -> bytes:
-    """The index of the layer, whose objects are put; one without entries if nothing was changed.  Raises CafsError."""
+def make_layer(walk: UpperWalk, writer: Writer, threads: int = 2, *, latest_ns: int = -1) -> bytes:
+    """The index of the layer, whose objects are put; one without entries if nothing was changed.
+
+    latest_ns: what has changed later gets that time; -1: times stay as they are.  Raises CafsError.
+    """
     store = writer.store
     header = Header(store.hash_name, store.chunk_size, is_layer=True)
     linux.raise_descriptor_limit()
     lines = [header.encode()]
-    lines += (entry.encode() for entry in _changed(Indexer(walk, header, writer, threads, cache).entries()))
+    for entry in _changed(Indexer(walk, header, writer, threads).entries()):
+        if 0 <= latest_ns < entry.mtime_ns:
+            entry = replace(entry, mtime_ns=latest_ns)
+        lines.append(entry.encode())
     lines.append(fmt.encode_trailer(len(lines) - 1))
     return b"".join(lines)
 

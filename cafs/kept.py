@@ -178,8 +178,11 @@ def _write(kind: str, name: str, what: dict[str, Any]) -> None:
         _log.debug("cannot keep %s: %s", kind, error)
 
 
-def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
-    """Path of a layer's metadata image, verified; it is made if the image names none.  Raises OSError, CafsError."""
+def get_metadata(store: Store, index: bytes, metadata: bytes, *, is_trusted: bool = False) -> str:
+    """Path of a layer's metadata image, verified; it is made if the image names none.  Raises OSError, CafsError.
+
+    is_trusted: the caller has just had it verified.
+    """
     data = b""
     if not metadata:
         from cafs import erofs
@@ -188,7 +191,7 @@ def get_metadata(store: Store, index: bytes, metadata: bytes) -> str:
         metadata = store.hash(data)
     path = os.path.join(paths.cache(), "metadata", metadata.hex())
     try:
-        if store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
+        if (is_trusted and os.path.isfile(path)) or store.hash(atomic.read_file(path, _METADATA_MAX)) == metadata:
             os.utime(path)
             return path
     except OSError:

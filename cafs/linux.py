@@ -44,9 +44,9 @@ def umount(target: str, flags: int = 0) -> None:
 def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], attributes: int = 0) -> None:
     """Mount overlayfs.
 
-    settings: (key, value) in order; a value is taken as it stands, so no character in a path means anything, and (Linux 6.8)
-    there is no limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError, with the kernel's own words where it
-    has some.
+    settings: (key, value) in order, '' for a key alone; a value is taken as it stands, so no character in it means anything,
+    and (Linux 6.8) there is no limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError, with the kernel's
+    own words where it has some.
     """
     try:
         _mount_overlay_by_keys(source, target, settings, attributes)
@@ -62,7 +62,7 @@ def _mount_overlay_by_keys(source: str, target: str, settings: list[tuple[str, s
     mount_fd = -1
     try:
         for key, value in [("source", source), *settings]:
-            _configure(fs, _FSCONFIG_SET_STRING, key, value)
+            _configure(fs, _FSCONFIG_SET_STRING if value else _FSCONFIG_SET_FLAG, key, value or None)
         _configure(fs, _FSCONFIG_CMD_CREATE, None, None)
         mount_fd = _check(_libc.syscall(_SYS_FSMOUNT, fs, 1, attributes), "fsmount")
         empty_path = 0x4  # MOVE_MOUNT_F_EMPTY_PATH
@@ -78,7 +78,7 @@ def _overlay_options(settings: list[tuple[str, str]]) -> str:
     spelled = [(key, re.sub(r"([\\:,])", r"\\\1", value)) for key, value in settings]
     lowers = ":".join(value for key, value in spelled if key == "lowerdir+")
     lowers += "".join(f"::{value}" for key, value in spelled if key == "datadir+")
-    return ",".join([f"lowerdir={lowers}", *(f"{k}={v}" for k, v in spelled if k not in ("lowerdir+", "datadir+"))])
+    return ",".join([f"lowerdir={lowers}", *(f"{k}={v}" if v else k for k, v in spelled if k not in ("lowerdir+", "datadir+"))])
 
 
 def reconfigure(path: str, *, is_read_only: bool) -> None:

@@ -43,7 +43,7 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
         hot = [] if request.record else profile.chosen(store, found, request.prefetch)
         with _lock():
             lazy = _lazy(request, found, store, hot)  # it begins while we look for the rest
-        fetched = kept.on_thread(partial(_fetch, store, found))
+        fetched = kept.on_thread(partial(_fetch, store, found, is_trusted=request.trusts_cache))
         unsure = [] if request.trusts_cache else ledger.unsure()
         layers, locators = fetched()
         for name in ledger.check(unsure, lambda key: any(one.find(*key) is not None for one in locators)):
@@ -51,7 +51,8 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
         with _lock():
             if mountinfo.at(lazy.point) is None:  # nobody used it yet, so another command has tidied it away
                 lazy = _lazy(request, found, store, hot)
-            quota.note_use(cache, found.digest, chain.from_iterable(one.objects() for one in locators))
+            if not request.trusts_cache:
+                quota.note_use(cache, found.digest, chain.from_iterable(one.objects() for one in locators))
             points = [_mount_erofs(path) for path in layers]
             lazy.wait()
             if note := check_point(request.point, found.digest.hex()):
@@ -185,12 +186,13 @@ def _lock() -> AbstractContextManager[None]:
     return serving.locked("kernel", "erofs")
 
 
-def _fetch(store: Store, found: Image) -> tuple[list[str], list[Locator]]:
+def _fetch(store: Store, found: Image, *, is_trusted: bool) -> tuple[list[str], list[Locator]]:
     """Paths of the layers' metadata images, and their locators."""
     layers, locators = [], []
     for at in range(0, len(found.layers), _AT_ONCE):
         pairs = list(zip(found.layers, found.metadata, strict=True))[at : at + _AT_ONCE]
-        metadata = [kept.begin(store, partial(kept.get_metadata, store, *pair)) for pair in pairs]
+        get = partial(kept.get_metadata, store, is_trusted=is_trusted)
+        metadata = [kept.begin(store, partial(get, *pair)) for pair in pairs]
         where = [kept.begin(store, partial(kept.get_locator, store, layer)) for layer, _ in pairs]
         layers += [result() for result in metadata]
         locators += [result() for result in where]

@@ -53,6 +53,7 @@ _NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 @click.option("--report", metavar="FILE", help="Write a page about what each step took.")
 @click.option("--check", is_flag=True, help="Read the Dockerfile and say what is wrong with it.")
 @click.option("--explain", is_flag=True, help="Say of each step what it cost, and whether it was made before.")
+@click.option("--reproducible", is_flag=True, help="Let nothing in a layer be later than SOURCE_DATE_EPOCH (or 1970).")
 @click.option("--squash", is_flag=True, help="Make it one layer.")
 @click.option("--platform", metavar="OS/ARCH", help="Only the host's own is there.")
 @click.option("--pull", "is_pulled", is_flag=True, hidden=True)
@@ -98,10 +99,11 @@ def _annotate(message: str) -> None:
     """Have GitHub Actions show an error beside the line that it is about."""
     import re
 
-    place = re.match(r"(.+?):([0-9]+): (.*)", message, re.DOTALL)
+    place = re.match(r"(.+?):([0-9]+):(?:([0-9]+):)? (.*)", message, re.DOTALL)
     if place and os.environ.get("GITHUB_ACTIONS") == "true":
-        text = place[3].replace("%", "%25").replace("\n", "%0A")
-        sys.stderr.write(f"::error file={place[1]},line={place[2]}::{text}\n")
+        text = place[4].replace("%", "%25").replace("\n", "%0A")
+        column = f",col={place[3]}" if place[3] else ""
+        sys.stderr.write(f"::error file={place[1]},line={place[2]}{column}::{text}\n")
 
 
 def _build(
@@ -194,7 +196,8 @@ def _request(target: str | None, given: dict[str, object]) -> Request:
         allows_in_layer=set(_texts(given["leaky"])),
         network=str(given["network"] or ""),
         flags=flags,
-        epoch=int(epoch) if epoch.isdigit() else -1,
+        epoch=int(epoch) if epoch.isdigit() else 0 if given["reproducible"] else -1,
+        is_reproducible=bool(given["reproducible"]),
     )
     if request.network == "host":
         request.allowed.add("network.host")

@@ -28,11 +28,17 @@ _MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
 
 
 def create(
-    options: Options, *, is_foreground: bool, more: list[dict[str, Any]] | None = None, trusts_cache: bool = False
+    options: Options,
+    *,
+    is_foreground: bool,
+    more: list[dict[str, Any]] | None = None,
+    trusts_cache: bool = False,
+    is_volatile: bool = False,
 ) -> Container:
     """Make it, held by us from its first file on.  Raises CafsError; then nothing of it is left.
 
     more: mounts, beside those of the options, as mounts.asked has them.  trusts_cache: as of a mount's Request.
+    is_volatile: nobody needs its files after a crash of the machine, so fsync(2) in it costs nothing.
     """
     if not options.words or not options.words[0]:
         raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
@@ -42,7 +48,7 @@ def create(
     config = spec.section(found.config, "config") if "config" in found.config else found.config
     asked = _asked(options, config, is_foreground=is_foreground)
     asked["mounts"] += more or []
-    asked["trusts_cache"] = trusts_cache
+    asked |= {"trusts_cache": trusts_cache, "is_volatile": is_volatile}
     asked |= {"digest": found.digest.hex(), "store": root, "is_386": found.config.get("architecture") == "386"}
     identity = os.urandom(32).hex()
     try:

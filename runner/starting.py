@@ -85,7 +85,10 @@ def mount_root(container: Container, low: lower.Lower) -> None:
         _copy_attributes(low.path, up)
     try:
         if settings := low.settings():
-            linux.mount_overlay("overlay", target, [*settings, ("upperdir", up), ("workdir", work)])
+            settings += [("upperdir", up), ("workdir", work)]
+            if container.asked.get("is_volatile"):
+                settings.append(("volatile", ""))
+            linux.mount_overlay("overlay", target, settings)
         else:
             _overlay_on(low.path, up, work, target)
     except OSError as error:

@@ -118,7 +118,7 @@ def test_a_dockerfile_makes_what_buildkit_makes(case: Case, tmp_path: Path, caps
         with pytest.raises(CafsError) as caught:
             build(top, **wanted)
         assert case.error in str(caught.value)
-        assert re.match(r"(Dockerfile:\d+: |.*\.dockerignore: )", str(caught.value)), caught.value
+        assert re.match(r"(Dockerfile:\d+(:\d+)?: |.*\.dockerignore: )", str(caught.value)), caught.value
         return
     made = build(top, **wanted)
     index = tree_of(made)
@@ -250,3 +250,24 @@ def test_nothing_is_left_of_a_step_whether_it_ends_well_or_not(tmp_path: Path) -
     assert list((Path(os.environ["CAFS_RUN"]) / "builds").iterdir()) == []
     for directory, _, names in os.walk(os.environ["CAFS_STATE"]):
         assert not [name for name in names if "secret" in name], directory
+
+
+def test_a_reproducible_build_is_the_same_under_another_clock_umask_and_locale(tmp_path: Path) -> None:
+    text = "FROM b:1\nCOPY a /d/a\nRUN date > /dev/null; mkdir /made; echo x > /made/x; touch /bin\nWORKDIR /w\n"
+    digests = set()
+    for number, (umask, locale) in enumerate(((0o022, "C"), (0o077, "de_DE.UTF-8"))):
+        top = make_context(tmp_path / str(number), {"a": "A"}, text)
+        (top / "a").chmod(0o644)
+        os.utime(top / "a", (1_900_000_000 + number, 1_900_000_000 + number))
+        before = os.umask(umask)
+        os.environ["LC_ALL"] = locale
+        try:
+            made = build(top, epoch=1_700_000_000, is_reproducible=True, no_cache={""})
+        finally:
+            os.umask(before)
+            del os.environ["LC_ALL"]
+        digests.add(made.digest)
+        store = Store(os.environ["CAFS_STORE"])
+        times = [entry.mtime_ns for layer in made.layers[1:] for entry in images.load_layer(store, layer).entries()]
+        assert times and max(times) == 1_700_000_000 * 10**9
+    assert len(digests) == 1

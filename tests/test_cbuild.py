@@ -153,9 +153,9 @@ def test_make_knows_what_an_image_is_made_of(context: Path, tmp_path: Path) -> N
 def test_actions_get_groups(context: Path) -> None:
     said = cbuild(context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
     assert said.count("::group::#") == said.count("::endgroup::") == 2
-    (context / "Dockerfile").write_text("FROM b:1\nRUNN x\n")
+    (context / "Dockerfile").write_text("FROM b:1\n  RUNN x\n")
     said = cbuild(".", cwd=context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
-    assert "::error file=Dockerfile,line=2::RUNN: unknown instruction (did you mean RUN?)\n" in said
+    assert "::error file=Dockerfile,line=2,col=3::unknown instruction 'RUNN' (did you mean RUN?)\n" in said
 
 
 @pytest.mark.parametrize(
