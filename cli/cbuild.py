@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 
 import click
 
@@ -119,12 +120,7 @@ def _build(
     quiet: bool,
     given: dict[str, object],
 ) -> int:
-    from builder import progress as saying
-    from builder.build import Build
     from cafs.refs import split_ref
-    from cafs.store import open_or_init
-    from cafs.writer import Writer
-    from cli._context import opened
 
     if os.geteuid():
         from runner import rootless
@@ -132,7 +128,38 @@ def _build(
         rootless.enter()
     for ref in tags:
         split_ref(ref)
-    progress = saying.chosen(how, is_quiet=quiet)
+    with ExitStack() as stack:
+        progress = _progress(how, stack, is_quiet=quiet)
+        return _build_with(progress, context, file, tags, target, check, explain, squash, store, given)
+
+
+def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
+    from builder import progress as saying
+
+    if how == "auto" and not is_quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        from cli._building import Terminal
+
+        return stack.enter_context(Terminal())
+    return saying.chosen(how, is_quiet=is_quiet)
+
+
+def _build_with(
+    progress: Progress,
+    context: str,
+    file: str | None,
+    tags: tuple[str, ...],
+    target: str | None,
+    check: bool,
+    explain: bool,
+    squash: bool,
+    store: str | None,
+    given: dict[str, object],
+) -> int:
+    from builder.build import Build
+    from cafs.store import open_or_init
+    from cafs.writer import Writer
+    from cli._context import opened
+
     request = _request(target, given)
     if check:
         return _check(context, file, request)

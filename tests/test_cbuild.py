@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import pty
 import re
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN
+from tests.conftest import BIN, wait_until
+from tests.faultproxy import free_port
 from tests.test_build import make_context
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
@@ -267,3 +270,42 @@ def test_a_build_that_is_killed_leaves_a_store_that_is_sound(context: Path) -> N
     assert subprocess.run([BIN / "crun", "gc"], check=False).returncode == 0
     found = subprocess.run([BIN / "cafs-store", "fsck"], check=False, capture_output=True).stdout.splitlines()
     assert [line for line in found if not line.startswith(b"dead-lease\t")] == []
+
+
+def test_on_a_terminal_steps_are_drawn_and_stdout_has_the_digest_alone(context: Path) -> None:
+    master, slave = pty.openpty()
+    command = [BIN / "cbuild", "--no-cache", context]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}) as build:
+        os.close(slave)
+        said = b""
+        try:
+            while data := os.read(master, 65536):
+                said += data
+        except OSError:
+            pass  # the other end is closed
+        os.close(master)
+        assert build.stdout and re.fullmatch(rb"[0-9a-f]{64}\n", build.stdout.read())
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", said).decode()
+    assert "[+] building" in text and re.search(r"=> \[stage-0 3/3\] RUN cat /a > /b; echo \$V +[0-9.]+s", text), text
+    assert build.returncode == 0
+
+
+@pytest.mark.needs("docker-registry", "skopeo")
+def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "registry.yml").write_text(
+        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {tmp_path}/registry\nhttp:\n  addr: 127.0.0.1:{port}\n"
+    )
+    with subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"], stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+            done = cbuild("-q", "-o", f"docker://127.0.0.1:{port}/app:1", context)
+            assert done.returncode == 0, done.stderr
+            (context / "Dockerfile").write_text(f"FROM docker://127.0.0.1:{port}/app:1\nRUN cat /b > /c\n")
+            done = cbuild("-q", "-t", "upon:1", context)
+            assert done.returncode == 0, done.stderr
+            found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
+            assert found == b"A\n"
+        finally:
+            server.terminate()
+    assert cbuild("-q", "-o", f"docker://127.0.0.1:{port}/app:1", context).returncode != 0
