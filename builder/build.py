@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 
-from builder import adding, cache, config, copying, leaks, running
+from builder import adding, cache, config, copying, leaks, parallel, running
 from builder import flags as flagging
 from builder.config import State, absolute
 from builder.draft import Draft
@@ -14,11 +14,13 @@ from builder.errors import DockerfileError
 from builder.lexer import Dockerfile, Instruction, parse
 from builder.patterns import Ignore, PatternError, os_bytes
 from builder.places import Places
-from builder.stages import Plan, Stage, needed, platform, split
+from builder.stages import Plan, Stage, before, needed, platform, split
 from cafs import commit, image
 from cafs.errors import CafsError, NotFound, UsageError, quote
 from cafs.format import Header
 from cafs.image import Image
+from cafs.store import Store
+from cafs.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from builder.flags import Flags
     from builder.progress import Progress
     from cafs.lookup import Node
-    from cafs.writer import Writer
 
 _TAIL = 4096
 
@@ -87,19 +88,40 @@ class Build:
         self.plan: Plan = split(dockerfile, request.args, request.target)
         self.states: dict[int, State] = {}
         self.places = Places(self)
-        self._count = 0
+        self._first: dict[int, int] = {}
         self._has_run = False
 
     def run(self) -> Image:
         """Raises DockerfileError, StepError, CafsError."""
         target = self._target()
-        stages = needed(self.plan, target)
-        for stage in stages:
-            self.states[stage.number] = self._stage(stage)
+        waiting = needed(self.plan, target)
+        for stage in waiting:
+            self._first[stage.number] = sum(len(one.instructions) for one in waiting if one.number < stage.number)
+        while waiting:
+            ready = [stage for stage in waiting if not before(self.plan, stage) - set(self.states)]
+            if len(ready) > 1:
+                self.writer.flush()
+                for number, (state, read) in parallel.run(ready, self._elsewhere, self.progress).items():
+                    self.states[number] = state
+                    self.places.add_read(read)
+                self.store.refresh()
+            else:
+                self.states[ready[0].number] = self._stage(ready[0])
+            waiting = [stage for stage in waiting if stage.number not in self.states]
         unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - _proxies()
         for name in sorted(one for one in unused if not one.startswith("BUILDKIT_") and one != "SOURCE_DATE_EPOCH"):
             self.progress.warn(f"no ARG declares --build-arg {name}")
         return self._image(self.states[target.number])
+
+    def _elsewhere(self, stage: Stage, progress: Progress) -> tuple[State, set[str]]:
+        """In a process of its own: build a stage, with a hold on the store of its own."""
+        with Writer(Store(self.store.root)) as writer:
+            context = self.context.for_writer(writer) if self.context else None
+            build = Build(writer, self.dockerfile, context, self.request, progress)
+            build.states, build._first = self.states, self._first
+            state = build._stage(build.plan.stages[stage.number])
+            build.places.save()
+            return state, build.places.read_files()
 
     def _target(self) -> Stage:
         name = self.request.target
@@ -131,9 +153,14 @@ class Build:
             state.config["Env"] = [f"PATH={config.DEFAULT_PATH}", *(state.config.get("Env") or [])]
         instructions = [*self._triggers(state, stage), *stage.instructions]
         for number, one in enumerate(instructions):
-            self._count += 1
             try:
-                step = Step(self._count, stage, one, (number + 1, len(instructions)), flagging.parse(one.keyword, one.flags))
+                step = Step(
+                    self._first[stage.number] + number + 1,
+                    stage,
+                    one,
+                    (number + 1, len(instructions)),
+                    flagging.parse(one.keyword, one.flags),
+                )
                 self._step(state, step)
             except (CafsError, ValueError) as error:
                 raise self._error(one.lines[0], error, one.keyword, one.original) from error

@@ -49,6 +49,10 @@ class Context:
                 found = self._trees[prefixes] = lookup.root([lookup.MappedIndex(file.name)])
         return found
 
+    def for_writer(self, writer: Writer) -> Context:
+        """The same directory, for another writer."""
+        return Context(self.root, self._ignore, writer)
+
     def _with_links(self, prefixes: tuple[bytes, ...]) -> set[bytes]:
         """The paths, and where links on them lead in the context, which is never left."""
         found, todo = set[bytes](), [(b"", prefix.split(b"/")) for prefix in prefixes]

@@ -110,6 +110,10 @@ class Places:
         if origin is None and self._build.context is not None:
             self._read |= {os.path.join(self._build.context.root, os.fsdecode(path[1:])) for path in paths}
 
+    def add_read(self, paths: set[str]) -> None:
+        """The same, of a stage that was built elsewhere."""
+        self._read |= paths
+
     def read_files(self) -> set[str]:
         """What of the build context was used."""
         return {os.path.normpath(path) for path in self._read}

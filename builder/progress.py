@@ -64,23 +64,27 @@ class Plain(Progress):
         self._out = out
         self._is_at_start = True
         self._is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
-        self._began = time.monotonic()
+        self._began: dict[int, float] = {}
+        self._last = 0
 
     def begin(self, number: int, title: str) -> None:
         super().begin(number, title)
         self._say(f"{'::group::' if self._is_grouped else ''}#{number} {title}")
-        self._began = time.monotonic()
+        self._began[number] = time.monotonic()
 
     def _say(self, text: str) -> None:
-        self._out.write(("" if self._is_at_start else "\n") + text + "\n")
+        self._out.write(("" if self._is_at_start else "\n") + (text + "\n" if text else ""))
         self._out.flush()
         self._is_at_start = True
 
     def output(self, number: int, data: bytes) -> None:
         text = data.decode("utf-8", "replace")
+        if not self._is_at_start and number != self._last:
+            self._say("")
+        self._last = number
         for line in text.splitlines(keepends=True):
             if self._is_at_start:
-                self._out.write(f"#{number} {time.monotonic() - self._began:.3f} ")
+                self._out.write(f"#{number} {time.monotonic() - self._began.get(number, 0):.3f} ")
             self._out.write(line)
             self._is_at_start = line.endswith("\n")
         self._out.flush()

@@ -64,9 +64,11 @@ def run(
 
     store = writer.store
     parent = image.put_layers(store, layers.layers, {}, layers.metadata)
-    identity, code, problem = _in_child(store.root, parent.digest.hex(), command, said)
+    identity, code, problem, stopped = _in_child(store.root, parent.digest.hex(), command, said)
     container = containers.load(identity) if identity else None
     try:
+        if stopped:
+            raise stopped
         if problem:
             raise failure(problem)
         if code:
@@ -94,8 +96,11 @@ def _index(writer: Writer, below: Node, container: Container, latest_ns: int) ->
     return commit.make_layer(walk, writer, os.cpu_count() or 1, latest_ns=latest_ns)
 
 
-def _in_child(store_root: str, digest: str, command: Command, said: Callable[[bytes], None]) -> tuple[str, int, bytes]:
-    """(the container's id, exit code of the command, why it could not be started)."""
+def _in_child(
+    store_root: str, digest: str, command: Command, said: Callable[[bytes], None]
+) -> tuple[str, int, bytes, BaseException | None]:
+    """(the container's id, exit code of the command, why it could not be started, what has stopped us)."""
+    stopped: BaseException | None = None
     output, their_output = os.pipe2(os.O_CLOEXEC)
     answers, their_answers = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
@@ -106,16 +111,14 @@ def _in_child(store_root: str, digest: str, command: Command, said: Callable[[by
     try:
         while data := os.read(output, _PIECE):
             said(data)
-        with open(answers, "rb", closefd=False) as pipe:
-            identity, _, problem = pipe.read(_PIECE).partition(b"\n")
-    except BaseException:
-        os.kill(child, signal.SIGTERM)
-        raise
-    finally:
-        os.close(output)
-        os.close(answers)
-        status = os.waitpid(child, 0)[1]
-    return identity.decode(), linux.exit_code(status), problem
+    except BaseException as error:
+        stopped = error
+        os.kill(child, signal.SIGKILL)
+    os.close(output)
+    status = os.waitpid(child, 0)[1]
+    with open(answers, "rb") as pipe:  # its end comes when those who tidy up after the child have ended too
+        identity, _, problem = pipe.read(_PIECE).partition(b"\n")
+    return identity.decode(), linux.exit_code(status), problem, stopped
 
 
 def _be_child(store_root: str, digest: str, command: Command, output: int, answers: int) -> None:

@@ -151,14 +151,18 @@ def sources(stage: Stage) -> set[str]:
     return found
 
 
+def before(plan: Plan, stage: Stage) -> set[int]:
+    """The numbers of the stages that one stands on, or takes files from."""
+    names = (plan.find(name, stage.number) for name in sources(stage))
+    return {one.number for one in (stage.base_stage, *names) if one is not None}
+
+
 def needed(plan: Plan, target: Stage) -> list[Stage]:
     """The stages that a target needs, in order, itself the last."""
     wanted, todo = {target.number}, [target]
     while todo:
         stage = todo.pop()
-        names = (plan.find(name, stage.number) for name in sources(stage))
-        for one in (stage.base_stage, *names):
-            if one is not None and one.number not in wanted:
-                wanted.add(one.number)
-                todo.append(one)
+        for number in before(plan, stage) - wanted:
+            wanted.add(number)
+            todo.append(plan.stages[number])
     return [stage for stage in plan.stages if stage.number in wanted]

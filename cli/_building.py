@@ -23,9 +23,9 @@ class Terminal(Progress):
         super().__init__()
         self._console = Console(file=sys.stderr, highlight=False)
         self._lines: list[Text] = []
-        self._running = ""
-        self._said = ""
-        self._began = self._start = time.monotonic()
+        self._running: dict[int, tuple[str, float]] = {}
+        self._said: dict[int, str] = {}
+        self._start = time.monotonic()
         self._live = Live(get_renderable=self._picture, console=self._console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Terminal:
@@ -39,9 +39,9 @@ class Terminal(Progress):
 
     def _picture(self) -> Group:
         rows = self._lines[-_SHOWN:]
-        if self._running:
-            rows = [*rows, self._row("=>", self._running, f"{time.monotonic() - self._began:.1f}s", "bold")]
-            said = self._said.splitlines()[-_LAST:]
+        for number, (title, began) in sorted(self._running.items()):
+            rows = [*rows, self._row("=>", title, f"{time.monotonic() - began:.1f}s", "bold")]
+            said = self._said.get(number, "").splitlines()[-_LAST:]
             rows += [Text(f"   # {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in said]
         head = Text(f"[+] building {time.monotonic() - self._start:.1f}s ({len(self._lines)} steps)")
         return Group(head, *rows)
@@ -53,26 +53,29 @@ class Terminal(Progress):
 
     def begin(self, number: int, title: str) -> None:
         super().begin(number, title)
-        self._running, self._said, self._began = title, "", time.monotonic()
+        self._running[number] = title, time.monotonic()
 
     def output(self, number: int, data: bytes) -> None:
         text = data.decode("utf-8", "replace").replace("\r", "\n")
-        self._said = (self._said + "".join(c if c.isprintable() or c == "\n" else " " for c in text))[-_KEPT:]
+        self._said[number] = (self._said.get(number, "") + "".join(c if c.isprintable() or c == "\n" else " " for c in text))[
+            -_KEPT:
+        ]
 
     def done(self, number: int, seconds: float, added: int) -> None:
         super().done(number, seconds, added)
-        self._finish(self._row("=>", self._running, f"{seconds:.1f}s"))
+        self._finish(number, "", f"{seconds:.1f}s")
 
     def cached(self, number: int, saved: float) -> None:
         super().cached(number, saved)
-        self._finish(self._row("=>", f"CACHED {self._running}", "0.0s", "blue"))
+        self._finish(number, "CACHED ", "0.0s", "blue")
 
-    def _finish(self, line: Text) -> None:
-        self._lines.append(line)
-        self._running = ""
+    def _finish(self, number: int, mark: str, right: str, style: str = "") -> None:
+        title, _ = self._running.pop(number, ("", 0.0))
+        self._lines.append(self._row("=>", mark + title, right, style))
 
     def failed(self, tail: bytes) -> None:
-        self._finish(self._row("=>", f"ERROR {self._running}", f"{time.monotonic() - self._began:.1f}s", "red"))
+        for number, (_, began) in list(self._running.items()):
+            self._finish(number, "ERROR ", f"{time.monotonic() - began:.1f}s", "red")
         self._live.stop()
         self._console.print(Text(tail.decode("utf-8", "replace").rstrip("\n"), style="dim"))
 

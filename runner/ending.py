@@ -43,8 +43,8 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
 
 
 def settle(container: Container, code: int | None, *, error: str = "", **more: Any) -> None:
-    """Note that it has ended, and with what; None: nobody knows.  With --rm, remove it."""
-    if container.has("rm"):
+    """Note that it has ended, and with what; None: nobody knows.  With --rm, or if nobody wants its files, remove it."""
+    if container.has("rm") or (error and container.asked.get("is_volatile")):
         containers.event(container, "die", exit_code=code)
         create.discard(container)
         containers.event(container, "destroy")

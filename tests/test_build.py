@@ -271,3 +271,25 @@ def test_a_reproducible_build_is_the_same_under_another_clock_umask_and_locale(t
         times = [entry.mtime_ns for layer in made.layers[1:] for entry in images.load_layer(store, layer).entries()]
         assert times and max(times) == 1_700_000_000 * 10**9
     assert len(digests) == 1
+
+
+def test_stages_that_do_not_need_one_another_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the other: one after the other they would wait for ever."""
+    wait = "for i in $(seq 500); do test -e /k/{other} && exit 0; sleep 0.02; done; exit 1"
+    one, two = (
+        f"RUN --mount=type=cache,id=meet,target=/k touch /k/{me} /{me}; {wait.format(other=other)}\n"
+        for me, other in (("x", "y"), ("y", "x"))
+    )
+    text = f"FROM b:1 AS one\n{one}FROM b:1 AS two\nCOPY a /a\n{two}FROM scratch\nCOPY --from=one /x /x\nCOPY --from=two /y /a /d/\n"
+    made, progress = build_all(make_context(tmp_path / "one", {"a": "A"}, text))
+    assert [described(tree_of(made), path, "f") for path in ("/x", "/d/y", "/d/a")] == ["f", "f", "f"]
+    assert len({row.number for row in progress.rows}) == 5
+    assert how(build_all(tmp_path / "one")[1]) == ["cached"] * 5
+
+
+def test_a_stage_that_fails_ends_those_beside_it(tmp_path: Path) -> None:
+    text = (
+        "FROM b:1 AS one\nRUN sleep 1000\nFROM b:1 AS two\nRUN false\nFROM scratch\nCOPY --from=one / /\nCOPY --from=two / /\n"
+    )
+    with pytest.raises(CafsError, match="RUN false: exit code 1"):
+        build(make_context(tmp_path / "one", {}, text))
