@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from builder.copying import How, Match
     from builder.draft import Draft
     from builder.lexer import Heredoc
+    from cafs.format import Entry
     from cafs.lookup import Node
     from cafs.store import Store
     from cafs.vtree import VirtualTree
@@ -60,7 +61,8 @@ class Gathered:
                 for row in _rows(node, how) if node else ():
                     digest.update(row)
                 name = match.name if how.parents or (node and not node.is_directory) else b""
-                found.append(f"{name.decode('utf-8', 'surrogateescape')} {digest.hexdigest()} {source.archive is not None}")
+                shown = f"{match.pivot} {name.decode('utf-8', 'surrogateescape')}"
+                found.append(f"{shown} {digest.hexdigest()} {source.archive is not None}")
         return found
 
     def put(self, draft: Draft, place: str, *, is_directory: bool, how: How) -> None:
@@ -86,21 +88,24 @@ def _rows(node: Node, how: How) -> Iterator[bytes]:
 def _put_archive(draft: Draft, tree: VirtualTree, place: bytes, how: How) -> None:
     """Unpack: directories that are there keep what is in them."""
     top = draft.make_directory(place, 0o755, how.owner or (0, 0)).rstrip(b"/")
-    where: dict[bytes, bytes] = {b"/": top}
+    where: dict[bytes, bytes] = {b"": top}
+    files: dict[bytes, Entry] = {}
+    unpacking = object()
     for entry in tree.entries():
         if entry.path == b"/":
             continue
         above, _, name = entry.path.rpartition(b"/")
-        path = where.get(above, top + above) + b"/" + name
-        if entry.type == fmt.HARDLINK:
-            link_above, _, link_name = entry.target.rpartition(b"/")
-            entry = replace(entry, target=where.get(link_above or b"/", top + link_above) + b"/" + link_name)
-        elif entry.type == fmt.DIRECTORY:
+        path = where[above] + b"/" + name
+        if entry.type == fmt.DIRECTORY:
             there = draft.resolve(path)
             found = draft.get(there)
             path = there if found is not None and found.type == fmt.DIRECTORY else path
             where[entry.path] = path
-        draft.put(how.apply(replace(entry, path=path)))
+            draft.put(how.apply(replace(entry, path=path)))
+            continue
+        first = entry.target if entry.type == fmt.HARDLINK else entry.path
+        content = files.setdefault(first, entry)
+        draft.put(how.apply(replace(content, path=path)), (unpacking, first))
 
 
 def gather(build: Build, state: State, step: Step, words: list[str], documents: list[Heredoc], origin: str | None) -> Gathered:
@@ -131,6 +136,10 @@ def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: b
         raise NotFound(f"no {quote(word)} to copy: {quote(origin or '')} has no files")
     try:
         matches = copying.find(top, word, parents=parents)
+        lost = [match.name for match in matches if copying.follow(top, match.node) is None]
+        if lost and build.places.is_context(origin, step.stage.number):  # links out of what was read of it so far
+            top = build.places.find(origin, step.stage.number, (copying.prefix_of(word), *lost)) or top
+            matches = copying.find(top, word, parents=parents)
     except PatternError as error:
         raise ValueError(str(error)) from None
     nodes = [node for match in matches if (node := copying.follow(top, match.node))]

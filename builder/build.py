@@ -14,7 +14,7 @@ from builder.errors import DockerfileError
 from builder.lexer import Dockerfile, Instruction, parse
 from builder.patterns import Ignore, PatternError, os_bytes
 from builder.places import Places
-from builder.stages import Plan, Stage, before, needed, platform, split
+from builder.stages import Plan, Stage, before, check_keyword, needed, platform, sources, split
 from cafs import commit, image
 from cafs.errors import CafsError, NotFound, UsageError, quote
 from cafs.format import Header
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cafs.lookup import Node
 
 _TAIL = 4096
+_MANY = 1000
 
 
 @dataclass(slots=True)
@@ -85,7 +86,8 @@ class Build:
         self.request = request
         self.progress = progress
         self.header = Header(self.store.hash_name, self.store.chunk_size)
-        self.plan: Plan = split(dockerfile, request.args, request.target)
+        request.contexts = {name.lower(): where for name, where in request.contexts.items()}
+        self.plan: Plan = split(dockerfile, request.args, request.target, request.contexts)
         self.states: dict[int, State] = {}
         self.places = Places(self)
         self._first: dict[int, int] = {}
@@ -151,7 +153,10 @@ class Build:
             state.key = cache.key_of(state.key, latest_ns=self._latest_ns())
         if "PATH" not in state.env:
             state.config["Env"] = [f"PATH={config.DEFAULT_PATH}", *(state.config.get("Env") or [])]
-        instructions = [*self._triggers(state, stage), *stage.instructions]
+        try:
+            instructions = [*self._triggers(state, stage), *stage.instructions]
+        except ValueError as error:
+            raise self._error(stage.line, error, "from") from error
         for number, one in enumerate(instructions):
             try:
                 step = Step(
@@ -177,7 +182,9 @@ class Build:
             raise CafsError(f"image {quote(stage.base)} is for {wanted}, and nothing is emulated")
         top = {name: value for name, value in found.config.items() if name not in ("config", "rootfs")}
         inner = found.config.get("config")
-        settings = dict(inner) if isinstance(inner, dict) else {}
+        settings = config.checked(inner) if isinstance(inner, dict) else {}
+        if not isinstance(top.get("history", []), list):
+            del top["history"]
         created = str(found.config.get("created") or "")
         return State(found.layers, found.metadata, f"image {found.digest.hex()}", settings, top, created=created)
 
@@ -185,6 +192,15 @@ class Build:
         """The base's ONBUILD: carried out right after FROM, and gone then."""
         texts = state.config.pop("OnBuild", None) or []
         found = [one for text in texts for one in parse(os_bytes(text), "ONBUILD").instructions]
+        for one in found:
+            check_keyword(one)
+            if one.keyword in ("from", "onbuild", "maintainer"):
+                raise ValueError(f"the base has a trigger {one.keyword.upper()}, which is not allowed")
+        for name in sources(found):  # what a trigger needs nobody could know before
+            other = self.plan.find(name, stage.number)
+            if other is not None and other.number not in self.states:
+                self._first.setdefault(other.number, max(self._first.values(), default=0) + _MANY)
+                self.states[other.number] = self._stage(other)
         return [replace(one, lines=(stage.line, stage.line)) for one in found]
 
     # Steps.
@@ -227,7 +243,7 @@ class Build:
         if path == "/":
             state.note("WORKDIR /", is_empty=True)
             return
-        key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "")
+        key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "", epoch=self.request.epoch)
 
         def make() -> bytes:
             draft = Draft(self.tree(state), self.now_ns())
@@ -265,11 +281,15 @@ class Build:
         if found.layer:
             state.layers, state.metadata = (*state.layers, found.layer), (*state.metadata, found.metadata)
         state.key = key
-        state.note(what, is_empty=not found.layer, created=found.created, comment="cafs")
+        created = found.created if self.request.epoch < 0 else self._now_text()
+        state.note(what, is_empty=not found.layer, created=created, comment="cafs")
+
+    def _now_text(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
 
     def _keep(self, state: State, data: bytes, key: str, seconds: float) -> cache.Record:
         self.writer.flush()
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
+        created = self._now_text()
         made = commit.add_to(self.store, data) if data else None
         layer, metadata = made if made else (b"", b"")
         record = cache.Record(layer, metadata, created, seconds)
@@ -315,8 +335,10 @@ class Build:
             copy=place,
             keyword=keyword,
             is_directory=is_directory,
-            flags={name: values for name, values in flags.items() if name not in ("from", "checksum")},
+            flags={name: values for name, values in flags.items() if name not in ("from", "checksum", "chmod", "chown")},
+            chmod=state.expand(flagging.one(flags, "chmod") or ""),
             owner=how.owner,
+            epoch=self.request.epoch,
             files=found.fingerprint(how),
         )
         if flagging.is_on(flags, "link"):

@@ -82,6 +82,20 @@ class State:
         self.top.setdefault("history", []).append({name: value for name, value in line.items() if value})
 
 
+_KINDS: dict[str, type] = {"Env": list, "Cmd": list, "Entrypoint": list, "Shell": list, "OnBuild": list}
+_KINDS |= {"Labels": dict, "Volumes": dict, "ExposedPorts": dict, "User": str, "WorkingDir": str, "StopSignal": str}
+
+
+def checked(found: dict[str, Any]) -> dict[str, Any]:
+    """The config of a base, which may be a stranger's.  Raises ValueError."""
+    settings = {name: value for name, value in found.items() if value is not None}
+    for name, kind in _KINDS.items():
+        value = settings.get(name, kind())
+        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(word, str) for word in value)):
+            raise ValueError(f"the base's {name} is not what it should be")
+    return settings
+
+
 def absolute(state: State, path: str) -> str:
     """A path in the image, relative to WORKDIR."""
     return posixpath.normpath(posixpath.join("/", state.workdir, path)).replace("//", "/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from dataclasses import replace
 
@@ -110,7 +111,21 @@ class Context:
             if not is_out or below.startswith(entry.path + b"/"):
                 kept.append(entry)
                 below = entry.path
-        return list(reversed(kept))
+        return _relinked(list(reversed(kept)), {entry.path: entry for entry in rows})
+
+
+def _relinked(kept: list[Entry], all_rows: dict[bytes, Entry]) -> list[Entry]:
+    """With the content of a file at the first of its names that is left."""
+    there = {entry.path for entry in kept}
+    first: dict[bytes, bytes] = {}
+    found: list[Entry] = []
+    for entry in kept:
+        if entry.type == fmt.HARDLINK and entry.target not in there:
+            name = first.setdefault(entry.target, entry.path)
+            is_first = name == entry.path
+            entry = replace(all_rows[entry.target], path=name) if is_first else replace(entry, target=name)
+        found.append(entry)
+    return found
 
 
 def _is_near(name: bytes, prefix: bytes) -> bool:
@@ -125,7 +140,7 @@ def open_context(root: str, dockerfile: str | None, writer: Writer) -> Context:
     names = [f"{dockerfile}.dockerignore"] if dockerfile else []
     for path in [*names, *(os.path.join(root, name) for name in (".dockerignore", ".containerignore"))]:
         try:
-            data = atomic.read_file(path, _IGNORE_MAX)
+            data = _read(root, path)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -135,3 +150,21 @@ def open_context(root: str, dockerfile: str | None, writer: Writer) -> Context:
         except PatternError as error:
             raise CafsError(f"{path}: {error}") from None
     return Context(root, Ignore([]), writer)
+
+
+def _read(root: str, path: str) -> bytes:
+    """A file; if it is in the context, a link does not lead out of that: it may be a stranger's."""
+    inside = os.path.relpath(path, root)
+    if inside.startswith("../"):
+        return atomic.read_file(path, _IGNORE_MAX)
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = linux.open_in_root(top, inside, os.O_RDONLY | os.O_NONBLOCK)
+    finally:
+        os.close(top)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(22, "not a regular file")
+        return atomic.read_exactly(fd, _IGNORE_MAX, 0)
+    finally:
+        os.close(fd)

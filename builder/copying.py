@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from builder.patterns import Ignore, glob, has_wildcard, os_bytes
 from cafs import format as fmt
 from cafs.errors import CafsError, NotFound, quote
-from cafs.format import Entry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from builder.draft import Draft
+    from cafs.format import Entry
     from cafs.lookup import Node
 
 _LINKS_MAX = 255
@@ -39,8 +39,6 @@ class How:
 
     def apply(self, entry: Entry) -> Entry:
         """An entry as it is to be."""
-        if entry.type == fmt.HARDLINK:
-            return entry
         if self.owner:
             entry = replace(entry, uid=self.owner[0], gid=self.owner[1])
         if self.chmod and entry.type != fmt.SYMLINK:
@@ -150,26 +148,18 @@ def copy(draft: Draft, matches: list[Match], top: Node, target: str, *, is_direc
         if how.parents:
             _with_parents(draft, top, match, node, where, how)
         elif node.is_directory:
-            _tree(draft, node, _top(draft, node, where, how), match.name, how)
+            _tree(draft, node, _directory(draft, where, how), how)
         else:
             name = match.name.rpartition(b"/")[2]
+            if how.exclude and how.exclude.matches(name):
+                continue
             _file(draft, node, where, name, is_directory=is_directory, how=how)
-
-
-def _top(draft: Draft, node: Node, where: bytes, how: How) -> bytes:
-    """Where the content of a directory goes: into one that is there, which stays as it is, else into one like the source."""
-    place = draft.resolve(where) if how.follows else where
-    if draft.get(place) is not None:
-        return _directory(draft, where, how)
-    _directory(draft, place.rpartition(b"/")[0] or b"/", how)
-    draft.put(how.apply(replace(node.entry, path=place)))
-    return place
 
 
 def _directory(draft: Draft, path: bytes, how: How) -> bytes:
     """Make the destination, if it is missing, as --chown and --chmod have it."""
     mode = how.chmod(0o755, True) if how.chmod else 0o755
-    return draft.make_directory(path, mode, how.owner or (0, 0))
+    return draft.make_directory(path, mode, how.owner or (0, 0), follows=how.follows)
 
 
 def _file(draft: Draft, node: Node, where: bytes, name: bytes, *, is_directory: bool, how: How) -> None:
@@ -193,40 +183,49 @@ def _with_parents(draft: Draft, top: Node, match: Match, node: Node, where: byte
     place = _directory(draft, where, how)
     source = match.name[: len(match.name) - len(kept)].rstrip(b"/")
     for part in above.split(b"/") if above else []:
-        source, place = _join(source, part), place.rstrip(b"/") + b"/" + part
+        source = _join(source, part)
         found = walk(top, source)
-        if draft.get(place) is None and found:
-            draft.put(how.apply(replace(found.entry, path=place)))
+        found = follow(top, found) if found else None
+        place = _one_directory(draft, place.rstrip(b"/") + b"/" + part, found.entry if found else None, how)
     if node.is_directory:
-        inner = place.rstrip(b"/") + b"/" + name if name else place
-        if draft.get(inner) is None:
-            draft.put(how.apply(replace(node.entry, path=inner)))
-        _tree(draft, node, inner, match.name, how)
-    else:
+        inner = _one_directory(draft, place.rstrip(b"/") + b"/" + name, node.entry, how) if name else place
+        _tree(draft, node, inner, how)
+    elif not (how.exclude and how.exclude.matches(name)):
         draft.put(how.apply(replace(node.entry, path=place.rstrip(b"/") + b"/" + name)))
 
 
-def _tree(draft: Draft, top: Node, where: bytes, name: bytes, how: How) -> None:
+def _one_directory(draft: Draft, path: bytes, like: Entry | None, how: How) -> bytes:
+    """Where a directory is, which is made like another if it is not there."""
+    there = draft.resolve(path) if how.follows else path
+    if draft.get(there) is None and like is not None:
+        above = _directory(draft, there.rpartition(b"/")[0] or b"/", how)
+        there = above.rstrip(b"/") + b"/" + there.rpartition(b"/")[2]
+        draft.put(how.apply(replace(like, path=there)))
+        return there
+    return _directory(draft, path, how)
+
+
+def _tree(draft: Draft, top: Node, where: bytes, how: How) -> None:
     """The content of a directory; what are names of one file stay that."""
-    first: dict[tuple[str, bytes], bytes] = {}
-    skipped: bytes | None = None
+    copying, skipped = object(), b""
+    places = {b"": where.rstrip(b"/")}
     for node in top.below():
         relative = node.path[len(top.path.rstrip(b"/")) + 1 :]
-        if skipped is not None and relative.startswith(skipped):
+        if skipped and relative.startswith(skipped):
             continue
-        if how.exclude and how.exclude.matches(_join(name, relative)):
-            skipped = (
-                relative + b"/" if node.is_directory and not how.exclude.may_hold_exceptions(_join(name, relative)) else None
-            )
+        if how.exclude and how.exclude.matches(relative):
+            skipped = relative + b"/" if node.is_directory and not how.exclude.may_hold_exceptions(relative) else b""
             if skipped or not node.is_directory:
                 continue
-        path = where.rstrip(b"/") + b"/" + relative
-        if node.is_directory:
-            there = draft.resolve(path) if how.follows else path
-            if there != path and (found := draft.get(there)) is not None and found.type == fmt.DIRECTORY:
-                path = there
-            draft.put(how.apply(replace(node.entry, path=path)))
+        above, _, name = relative.rpartition(b"/")
+        path = places[above] + b"/" + name
+        if not node.is_directory:
+            draft.put(how.apply(replace(node.entry, path=path)), (copying, node.key))
             continue
-        known = first.setdefault(node.key, path)
-        entry = replace(node.entry, path=path) if known == path else Entry(fmt.HARDLINK, path, target=known)
-        draft.put(how.apply(entry))
+        there = draft.resolve(path) if how.follows else path
+        found = draft.get(there)
+        if there != path and found is not None and found.type == fmt.DIRECTORY:
+            places[relative] = there  # a link of the image that leads to a directory stays, and what is below goes there
+            continue
+        places[relative] = path
+        draft.put(how.apply(replace(node.entry, path=path)))

@@ -13,7 +13,7 @@ from cafs.format import Entry, Header
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Hashable
 
     from cafs.lookup import Node
 
@@ -27,6 +27,7 @@ class Draft:
         self._below = below
         self._time_ns = time_ns
         self._entries: dict[bytes, Entry] = {}
+        self._inodes: dict[bytes, Hashable] = {}
         self._nodes: dict[bytes, Node | None] = {b"/": below}
 
     def get(self, path: bytes) -> Entry | None:
@@ -70,21 +71,28 @@ class Draft:
             todo = [part for part in entry.target.split(b"/") if part not in (b"", b".")] + todo
         return done or b"/"
 
-    def make_directory(self, path: bytes, mode: int = 0o755, owner: tuple[int, int] = (0, 0)) -> bytes:
-        """Make a directory and those above it, where they are missing; returns where it is.  Raises CafsError."""
-        where = self.resolve(path)
+    def make_directory(self, path: bytes, mode: int = 0o755, owner: tuple[int, int] = (0, 0), *, follows: bool = True) -> bytes:
+        """Make a directory and those above it, where they are missing; returns where it is.
+
+        follows: links lead on; else what is no directory is replaced by one.  Raises CafsError.
+        """
+        where = self.resolve(path) if follows else path
         parts = where.split(b"/")[1:] if where != b"/" else []
         for count in range(len(parts)):
             at = b"/" + b"/".join(parts[: count + 1])
             entry = self.get(at)
-            if entry is None:
+            if entry is None or (not follows and entry.type != fmt.DIRECTORY):
                 self._entries[at] = Entry(fmt.DIRECTORY, at, mode, *owner, mtime_ns=self._time_ns)
+                self._inodes.pop(at, None)
             elif entry.type != fmt.DIRECTORY:
                 raise CafsError(f"{quote(at)} is not a directory")
         return where
 
-    def put(self, entry: Entry) -> None:
-        """Put an entry at its path, whose directory is there; directories are merged.  Raises CafsError."""
+    def put(self, entry: Entry, inode: Hashable = None) -> None:
+        """Put an entry at its path, whose directory is there; directories are merged.
+
+        inode: the same for all names of one file.  Raises CafsError.
+        """
         there = self.get(entry.path)
         is_directory = entry.type == fmt.DIRECTORY
         if there is not None and (there.type == fmt.DIRECTORY) != is_directory:
@@ -95,10 +103,9 @@ class Draft:
         except FormatError as error:
             raise CafsError(f"cannot copy to {quote(entry.path)}: {error}") from error
         self._entries[entry.path] = entry
-
-    def change(self, path: bytes, how: Callable[[Entry], Entry]) -> None:
-        """Change an entry that the layer has."""
-        self._entries[path] = how(self._entries[path])
+        self._inodes.pop(entry.path, None)
+        if inode is not None:
+            self._inodes[entry.path] = inode
 
     def encode(self, header: Header, *, is_whole: bool = False, latest_ns: int = -1) -> bytes:
         """The index of the layer: what differs from below, and the directories above it; b'' if nothing does.
@@ -106,8 +113,7 @@ class Draft:
         is_whole: nothing is below, and the index is that of a tree.  latest_ns: as of commit.make_layer.
         """
         changed = {path: entry for path, entry in self._entries.items() if not self._is_as_below(path, entry)}
-        linked = {entry.target for entry in changed.values() if entry.type == fmt.HARDLINK}
-        changed |= {path: self._entries[path] for path in linked if path in self._entries}
+        changed = self._with_links(changed)
         for path in list(changed):
             while path != b"/":
                 path = path.rpartition(b"/")[0] or b"/"
@@ -123,13 +129,27 @@ class Draft:
             assert root is not None
             changed[b"/"] = root
         if latest_ns >= 0:
-            changed = {path: replace(one, mtime_ns=min(one.mtime_ns, latest_ns)) for path, one in changed.items()}
+            late = {path: one for path, one in changed.items() if one.mtime_ns > latest_ns}
+            changed |= {path: replace(one, mtime_ns=latest_ns) for path, one in late.items()}
         rows = sorted(((fmt.order_key(path), entry) for path, entry in changed.items()), key=lambda row: row[0])
         lines = [
             Header(header.hash_name, header.chunk_size, is_layer=not is_whole).encode(),
             *(entry.encode() for _, entry in rows),
         ]
         return b"".join([*lines, fmt.encode_trailer(len(rows))])
+
+    def _with_links(self, changed: dict[bytes, Entry]) -> dict[bytes, Entry]:
+        """With all names of a file of which one is there: the first in order has the content, the others are links to it."""
+        names: dict[Hashable, list[bytes]] = {}
+        for path, inode in self._inodes.items():
+            names.setdefault(inode, []).append(path)
+        found = dict(changed)
+        for paths in names.values():
+            if len(paths) > 1 and any(path in changed for path in paths):
+                first, *others = sorted(paths, key=fmt.order_key)
+                found[first] = self._entries[first]
+                found |= {path: Entry(fmt.HARDLINK, path, target=first) for path in others}
+        return found
 
     def _is_as_below(self, path: bytes, entry: Entry) -> bool:
         node = self._node(path)

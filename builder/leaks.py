@@ -25,11 +25,25 @@ def check(upper: str, secrets: dict[str, bytes]) -> None:
     wanted = {name: value.strip() for name, value in secrets.items() if len(value.strip()) >= _LEAST}
     if not wanted:
         return
-    for top, _, names, fd in os.fwalk(upper, follow_symlinks=False):
-        for name in names:
-            found = _in_file(fd, name, wanted)
+    for top, directories, names, fd in os.fwalk(upper, follow_symlinks=False):
+        for name in [*directories, *names]:
+            found = _in_name(fd, name, wanted) or _in_file(fd, name, wanted)
             if found is not None:
                 raise LeakError(found, os.path.join("/", os.path.relpath(os.path.join(top, name), upper)))
+
+
+def _in_name(directory: int, name: str, wanted: dict[str, bytes]) -> str | None:
+    """In the name itself, where a link leads, an attribute."""
+    texts = [os.fsencode(name)]
+    path = f"/proc/self/fd/{directory}/{name}"
+    try:
+        texts += [
+            os.getxattr(path, attribute, follow_symlinks=False) for attribute in os.listxattr(path, follow_symlinks=False)
+        ]
+        texts.append(os.fsencode(os.readlink(name, dir_fd=directory)))
+    except OSError:
+        pass  # no link, or no attributes
+    return next((secret for secret, value in wanted.items() if any(value in text for text in texts)), None)
 
 
 def _in_file(directory: int, name: str, wanted: dict[str, bytes]) -> str | None:

@@ -80,7 +80,6 @@ def parse(text: str, absolute: Callable[[str], str], expand: Callable[[str], str
         target = target or ("" if fields.get("env") else f"/run/secrets/{identity}")
     elif kind == "ssh":
         identity = identity or "default"
-        target = target or "/run/buildkit/ssh_agent.0"
     elif not target:
         raise ValueError(f"a mount of type {kind} needs a target")
     target = absolute(target) if target else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ _TYPES = {"oci": "oci-archive:", "docker": "docker-archive:", "tar": "", "local"
 def write(store: Store, found: Image, destination: str, tags: tuple[str, ...]) -> None:
     """Write the image.  Raises CafsError."""
     place, is_tar = _spelled(destination, tags)
+    if not place:
+        return
     kind, colon, rest = place.partition(":")
     threads = os.cpu_count() or 1
     if place.startswith("docker://"):
@@ -52,12 +55,11 @@ def _spelled(destination: str, tags: tuple[str, ...]) -> tuple[str, bool]:
         return destination, False
     fields = dict(field.partition("=")[::2] for field in destination.split(","))
     kind, place = fields.pop("type"), fields.pop("dest", "-")
-    if kind == "image":
-        return (
-            (f"docker://{fields.get('name') or (tags[0] if tags else '')}", False)
-            if fields.get("push") == "true"
-            else ("-", False)
-        )
+    if kind == "image":  # it is in the store
+        name = fields.get("name") or (tags[0] if tags else "")
+        return (f"docker://{name}" if fields.get("push") == "true" else ""), False
+    if kind == "local" and place == "-":
+        raise UsageError("-o type=local needs dest=DIRECTORY")
     if kind not in _TYPES:
         raise UsageError(f"unknown output type {quote(kind)}", hint=", ".join(_TYPES))
     if kind == "registry":
@@ -77,7 +79,8 @@ def _push(store: Store, found: Image, place: str, threads: int) -> None:
     """By skopeo(1), which knows registries and their credentials."""
     with tempfile.TemporaryDirectory(prefix="cafs-push-") as directory:
         writing.write_layout(found, store, directory, "push", threads)
-        secure = [] if not place.startswith(("docker://127.0.0.1", "docker://localhost")) else ["--dest-tls-verify=false"]
+        host = re.sub(":[0-9]*$", "", place.removeprefix("docker://").partition("/")[0])
+        secure = ["--dest-tls-verify=false"] if host in ("127.0.0.1", "localhost", "[::1]") else []
         try:
             command = ["skopeo", "--insecure-policy", "copy", "-q", *secure, f"oci:{directory}:push", place]
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ class PatternError(ValueError):
 
 def has_wildcard(text: str) -> bool:
     """Whether a source of COPY has to be matched."""
-    return bool(_WILD.search(text))
+    return bool(_WILD.search(re.sub(r"\\.", "", text)))
 
 
 def glob(pattern: str) -> re.Pattern[bytes]:

@@ -43,20 +43,21 @@ class Places:
 
     def base_image(self, name: str) -> Image:
         """What FROM means: a named context, an image of the store, or one of a registry.  Raises CafsError."""
-        return self._image(self._build.request.contexts.get(name, name), name)
+        return self._image(self._build.request.contexts.get(name.lower(), name), name.lower())
 
     def _image(self, where: str, name: str) -> Image:
         store = self._build.store
         kind, colon, rest = where.partition(":")
+        is_given = name in self._build.request.contexts  # a Dockerfile, which may be a stranger's, names no files of the host
         if where.startswith("docker-image://"):
             where = where.removeprefix("docker-image://")
-        elif where.startswith("oci-layout://"):
+        elif where.startswith("oci-layout://") and is_given:
             return self._imported("oci:" + where.removeprefix("oci-layout://"))
-        elif colon and kind in ("oci", "oci-archive", "docker-archive", "docker-daemon") and rest:
+        elif colon and kind in ("oci", "oci-archive", "docker-archive", "docker-daemon") and rest and is_given:
             return self._imported(where)
         elif where.startswith("docker://"):
             return self._pulled(where)
-        elif name in self._build.request.contexts and (os.sep in where or where.startswith(".")):
+        elif is_given and os.path.isdir(where):
             raise UsageError(f"context {quote(name)} is a directory, and FROM needs an image")
         try:
             return image.resolve(store, where)
@@ -84,22 +85,27 @@ class Places:
             return context.tree(prefixes)
         return self.tree(layers) if layers else None
 
+    def is_context(self, origin: str | None, before: int) -> bool:
+        """Whether it is a directory of this machine."""
+        return self._origin(origin, before)[0] is not None
+
     def _origin(self, origin: str | None, before: int) -> tuple[Context | None, tuple[bytes, ...]]:
         build = self._build
         if origin is None:
             if build.context is None:
                 raise UsageError("there is no build context", hint="cbuild DIRECTORY")
             return build.context, ()
-        stage = None if origin in build.request.contexts else build.plan.find(origin, before)
+        named = origin.lower()
+        stage = None if named in build.request.contexts else build.plan.find(origin, before)
         if stage is not None:
             return None, build.states[stage.number].layers
-        if origin.isdigit():
+        if origin.isascii() and origin.isdigit():
             raise NotFound(f"no stage {origin} before this one")
-        where = build.request.contexts.get(origin)
+        where = build.request.contexts.get(named)
         if where is not None and os.path.isdir(where):
-            if origin not in self._contexts:
-                self._contexts[origin] = open_context(where, None, build.writer)
-            return self._contexts[origin], ()
+            if named not in self._contexts:
+                self._contexts[named] = open_context(where, None, build.writer)
+            return self._contexts[named], ()
         later = build.plan.find(origin, len(build.plan.stages))
         if later is not None and where is None:
             raise NotFound(f"stage {quote(origin)} comes later than this one")

@@ -40,7 +40,7 @@ class StepError(CafsError):
 class Command:
     """words: what to run.  flags: of crun, beside those set here.  mounts: as of runner.create.
 
-    secrets: by id, those that must not be in what it leaves.
+    secrets: by id, those that must not be in what it leaves.  secret_env: variables that are not written down with the others.
     """
 
     words: list[str]
@@ -50,6 +50,7 @@ class Command:
     flags: dict[str, list[str]] = field(default_factory=dict)
     mounts: list[dict[str, Any]] = field(default_factory=list)
     secrets: dict[str, bytes] = field(default_factory=dict)
+    secret_env: dict[str, str] = field(default_factory=dict)
     trusts_cache: bool = False
 
 
@@ -70,7 +71,9 @@ def run(
         if stopped:
             raise stopped
         if problem:
-            raise failure(problem)
+            refused = failure(problem)
+            refused.exit_code = 1 if refused.exit_code in (125, 126, 127) else refused.exit_code
+            raise refused
         if code:
             raise StepError(f"exit code {code}" if code < 128 else f"exit code {code} ({_signal_name(code - 128)})", code)
         if container is None:
@@ -146,6 +149,7 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
         container = create.create(
             options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache, is_volatile=True
         )
+        container.asked["env"] |= command.secret_env
         os.write(answers, container.id.encode() + b"\n")
         code = Foreground(container).run()
         os._exit(code)

@@ -13,7 +13,7 @@ from builder.words import WordError, expand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from builder.lexer import Dockerfile, Instruction
 
@@ -68,22 +68,24 @@ class Plan:
 
     def find(self, name: str, before: int) -> Stage | None:
         """The stage of a name or number, of those before a stage; the last one of that name."""
-        if name.isdigit():
-            return self.stages[int(name)] if int(name) < before else None
+        if name.isascii() and name.isdigit():
+            return self.stages[int(name)] if len(name) < 9 and int(name) < before else None
         return next((one for one in reversed(self.stages[:before]) if one.name == name.lower()), None)
 
 
-def split(dockerfile: Dockerfile, given: Mapping[str, str], target: str) -> Plan:
-    """given: --build-arg.  Raises DockerfileError."""
+def split(dockerfile: Dockerfile, given: Mapping[str, str], target: str, contexts: Collection[str] = ()) -> Plan:
+    """given: --build-arg.  contexts: names of --build-context, which stand before stages.  Raises DockerfileError."""
     found = Plan([], automatic(target), set())
     found.globals |= {name: given[name] for name in found.globals if name in given}
     for one in dockerfile.instructions:
         try:
-            _check_keyword(one)
+            check_keyword(one)
+            if one.trigger:
+                check_keyword(one.trigger)
             if one.keyword == "arg":
                 found.declared |= {word.partition("=")[0] for word in one.words}
             if one.keyword == "from":
-                found.stages.append(_stage(found, one, dockerfile.escape))
+                found.stages.append(_stage(found, one, dockerfile.escape, contexts))
             elif found.stages:
                 found.stages[-1].instructions.append(one)
             elif one.keyword == "arg":
@@ -98,7 +100,7 @@ def split(dockerfile: Dockerfile, given: Mapping[str, str], target: str) -> Plan
     return found
 
 
-def _check_keyword(one: Instruction) -> None:
+def check_keyword(one: Instruction) -> None:
     if one.keyword not in KEYWORDS:
         import difflib
 
@@ -117,7 +119,7 @@ def _global(variables: dict[str, str], one: Instruction, given: Mapping[str, str
             variables[name] = expand(value, variables, escape)
 
 
-def _stage(plan: Plan, one: Instruction, escape: str) -> Stage:
+def _stage(plan: Plan, one: Instruction, escape: str, contexts: Collection[str]) -> Stage:
     words = one.words
     if len(words) not in (1, 3) or (len(words) == 3 and words[1].lower() != "as"):
         raise ValueError("needs an image, or an image AS a name")
@@ -134,15 +136,14 @@ def _stage(plan: Plan, one: Instruction, escape: str) -> Stage:
     if not base:
         raise ValueError(f"'{words[0]}' is empty; an ARG before the first FROM may have no default")
     number = len(plan.stages)
-    base_stage = None if base.isdigit() else plan.find(base, number)
+    base_stage = None if base.isdigit() or base.lower() in contexts else plan.find(base, number)
     return Stage(number, name, base, one.lines[0], base_stage=base_stage)
 
 
-def sources(stage: Stage) -> set[str]:
-    """What COPY, ADD and RUN of a stage take files from: names of stages, images, contexts."""
+def sources(instructions: Iterable[Instruction]) -> set[str]:
+    """What COPY, ADD and RUN take files from: names of stages, images, contexts."""
     found = set()
-    for outer in stage.instructions:
-        one = outer
+    for one in instructions:
         flags = flagging.parse(one.keyword, one.flags)
         if one.keyword == "copy" and (name := flagging.one(flags, "from")):
             found.add(name)
@@ -153,7 +154,7 @@ def sources(stage: Stage) -> set[str]:
 
 def before(plan: Plan, stage: Stage) -> set[int]:
     """The numbers of the stages that one stands on, or takes files from."""
-    names = (plan.find(name, stage.number) for name in sources(stage))
+    names = (plan.find(name, stage.number) for name in sources(stage.instructions))
     return {one.number for one in (stage.base_stage, *names) if one is not None}
 
 

@@ -6,11 +6,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
+import stat
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from builder import copying, mounts
+from builder import copying, mounts, scratch
 from builder import flags as flagging
 from builder.adding import Gathered, Source
 from builder.config import PROXIES, absolute, command_words
@@ -18,6 +18,7 @@ from builder.mounts import Mount
 from builder.running import Command
 from cafs import paths
 from cafs.errors import CafsError, NotFound, UsageError, quote
+from runner.treecopy import Copier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ def command_of(
             raise UsageError(f"{wanted} is not allowed here", hint=f"cbuild --allow {wanted}")
     definition: dict[str, object] = {
         "run": [*words, *((script.content,) if script else ())],
-        "env": {name: value for name, value in env.items() if name not in _proxy_names() - build.plan.declared},
+        "env": env,
         "cwd": state.workdir,
         "user": state.config.get("User") or "",
-        "network": network,
+        "network": _network(network, request.network),
         "security": security,
         "devices": devices,
         "mounts": [_definition(build, step, mount) for mount in found],
@@ -130,9 +131,10 @@ def _literal(path: str) -> str:
 def _ready(build: Build, step: Step, command: Command, found: list[Mount], script: Heredoc | None) -> Iterator[Command]:
     """The command with its mounts, which are there while it runs."""
     with ExitStack() as stack:
-        ready = replace(command, env=dict(command.env), mounts=list(command.mounts), secrets={})
+        ready = replace(command, env=dict(command.env), mounts=list(command.mounts), secrets={}, secret_env={})
+        held: dict[str, str] = {}
         for number, mount in enumerate(found):
-            made = _mount(build, step, mount, number, ready, stack)
+            made = _mount(build, step, mount, number, ready, held, stack)
             if made is not None:
                 ready.mounts.append(made)
         if script is not None:
@@ -151,30 +153,28 @@ def _bind(source: str, target: str, *, ro: bool) -> dict[str, Any]:
     return {"type": "bind", "source": source, "target": target, "options": ["ro"] if ro else []}
 
 
-def _private(stack: ExitStack) -> str:
-    """A directory in memory, of ours alone, while the step runs."""
-    top = os.path.join(paths.run(), "builds")
-    os.makedirs(top, mode=0o700, exist_ok=True)
-    return stack.enter_context(tempfile.TemporaryDirectory(prefix="step-", dir=top))
+def _private(stack: ExitStack, *, is_large: bool = False) -> str:
+    """A directory of ours alone while the step runs: in memory, unless it is for much."""
+    return stack.enter_context(scratch.directory(paths.state() if is_large else paths.run()))
 
 
-def _mount(build: Build, step: Step, mount: Mount, number: int, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
+def _mount(
+    build: Build, step: Step, mount: Mount, number: int, ready: Command, held: dict[str, str], stack: ExitStack
+) -> dict[str, Any] | None:
+    """held: caches that the step has, by name."""
     if mount.kind == "tmpfs":
-        options = [f"size={mount.size}"] if mount.size else []
+        options = ["exec", *([f"size={mount.size}"] if mount.size else [])]
         return {"type": "tmpfs", "target": mount.target, "options": options}
     if mount.kind == "secret":
         return _secret(build, mount, ready, stack)
     if mount.kind == "ssh":
         return _ssh(build, mount, number, ready)
     if mount.kind == "cache":
-        return _bind(_cache(build, mount, step.stage.number, stack), mount.target, ro=mount.is_readonly)
+        return _bind(_cache(build, mount, step.stage.number, held, stack), mount.target, ro=mount.is_readonly)
     source = stack.enter_context(build.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
     if not mount.is_readonly:
-        copied = os.path.join(_private(stack), "copy")  # what is written to it is thrown away
-        if os.path.isdir(source):
-            shutil.copytree(source, copied, symlinks=True)
-        else:
-            shutil.copy2(source, copied)
+        copied = os.path.join(_private(stack, is_large=True), "copy")  # what is written to it is thrown away
+        _copy(source, copied)
         source = copied
     return _bind(source, mount.target, ro=mount.is_readonly)
 
@@ -209,7 +209,7 @@ def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dic
     if mount.id not in build.request.allows_in_layer:
         ready.secrets[mount.id] = value
     if mount.env:
-        ready.env[mount.env] = value.decode("utf-8", "surrogateescape").rstrip("\n")
+        ready.secret_env[mount.env] = value.decode("utf-8", "surrogateescape").rstrip("\n")
     if not mount.target:
         return None
     path = os.path.join(_private(stack), "secret")
@@ -227,37 +227,68 @@ def _ssh(build: Build, mount: Mount, number: int, ready: Command) -> dict[str, A
         if mount.required:
             raise CafsError(f"ssh agent {quote(mount.id)} is required", hint="cbuild --ssh default")
         return None
-    if not os.path.exists(socket):
-        raise NotFound(f"no ssh agent at {quote(socket)}")
-    ready.env["SSH_AUTH_SOCK"] = mount.target
-    return _bind(socket, mount.target, ro=False)
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(socket).st_mode)
+    except OSError as error:
+        raise NotFound(f"no ssh agent at {quote(socket)}: {error.strerror}") from error
+    if not is_socket:
+        raise UsageError(f"--ssh: {quote(socket)} is not the socket of an agent", hint="ssh-agent, ssh-add, --ssh default")
+    target = mount.target or f"/run/buildkit/ssh_agent.{number}"
+    ready.env["SSH_AUTH_SOCK"] = target
+    return _bind(os.path.abspath(socket), target, ro=False)
 
 
-def _cache(build: Build, mount: Mount, number_of_stage: int, stack: ExitStack) -> str:
+def _cache(build: Build, mount: Mount, number_of_stage: int, held: dict[str, str], stack: ExitStack) -> str:
     """The directory of a cache mount, kept from build to build; its name cannot lead anywhere."""
     space = build.request.args.get("BUILDKIT_CACHE_MOUNT_NS", "")
     name = hashlib.sha256(f"{space}\0{mount.id}".encode("utf-8", "surrogateescape")).hexdigest()
     top = os.path.join(paths.state(), "caches")
     os.makedirs(top, mode=0o700, exist_ok=True)
+    if name in held:
+        return held[name]  # two descriptors of one lock would wait for each other
     for number in range(1 << 16):
         path = os.path.join(top, name if not number else f"{name}.{number}")
-        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, lock)
         how = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}[mount.sharing]
+        lock = _open_lock(path + ".lock", stack)
         try:
             fcntl.flock(lock, how)
             break
         except BlockingIOError:
             continue
-    if not os.path.isdir(path):
-        new = path + ".new"
-        shutil.rmtree(new, ignore_errors=True)
-        if mount.from_ or mount.source:
-            with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
-                shutil.copytree(seed, new, symlinks=True)
-        else:
-            os.mkdir(new, 0o755)
-        os.chmod(new, mount.mode)
-        os.chown(new, mount.uid, mount.gid)
-        os.rename(new, path)
+    with ExitStack() as making:
+        fcntl.flock(_open_lock(path + ".making", making), fcntl.LOCK_EX)
+        if not os.path.isdir(path):
+            _make_cache(build, mount, number_of_stage, path)
+    held[name] = path
     return path
+
+
+def _open_lock(path: str, stack: ExitStack) -> int:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, lock)
+    return lock
+
+
+def _make_cache(build: Build, mount: Mount, number_of_stage: int, path: str) -> None:
+    """A new one, empty or with what from= and source= say."""
+    new = path + ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    if mount.from_ or mount.source:
+        with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
+            _copy(seed, new)
+    else:
+        os.mkdir(new, 0o755)
+    os.chmod(new, mount.mode)
+    os.chown(new, mount.uid, mount.gid)
+    os.rename(new, path)
+
+
+def _copy(source: str, target: str) -> None:
+    """A tree with its owners, modes and attributes; devices and sockets are left out."""
+    above, name = os.path.split(source.rstrip("/"))
+    fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (above or "/", os.path.dirname(target))]
+    try:
+        Copier(keep_owner=True, keep_attributes=True).copy(fds[0], name or ".", fds[1], os.path.basename(target))
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -155,14 +155,16 @@ def _build_with(
     store: str | None,
     given: dict[str, object],
 ) -> int:
+    from builder import scratch
     from builder.build import Build
     from cafs.store import open_or_init
     from cafs.writer import Writer
     from cli._context import opened
 
-    request = _request(target, given)
+    request = _request(target, given | {"has_tags": bool(tags)})
     if check:
         return _check(context, file, request)
+    scratch.tidy()
     opened_store = open_or_init(store_root(store))
     with Writer(opened_store) as writer, opened(context, file, writer) as (dockerfile, found):
         build = Build(writer, dockerfile, found, request, progress)
@@ -178,7 +180,8 @@ def _build_with(
     _write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
     if explain:
         _explain(progress)
-    click.echo(made.digest.hex())
+    if not {"-", "type=tar"} & set(_texts(given["outputs"])):  # which have standard output for themselves
+        click.echo(made.digest.hex())
     return 0
 
 
@@ -223,14 +226,23 @@ def _request(target: str | None, given: dict[str, object]) -> Request:
         allows_in_layer=set(_texts(given["leaky"])),
         network=str(given["network"] or ""),
         flags=flags,
-        epoch=int(epoch) if epoch.isdigit() else 0 if given["reproducible"] else -1,
+        epoch=_epoch(epoch) if epoch else 0 if given["reproducible"] else -1,
         is_reproducible=bool(given["reproducible"]),
     )
+    if given["push"] and not given["has_tags"]:
+        raise click.UsageError("--push needs a REF: -t")
     if request.network == "host":
         request.allowed.add("network.host")
     for name in request.allowed - {"network.host", "security.insecure", "device"}:
         raise click.UsageError(f"--allow {name}: network.host, security.insecure or device")
     return request
+
+
+def _epoch(text: str) -> int:
+    """Seconds since 1970."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise click.UsageError(f"SOURCE_DATE_EPOCH is a number of seconds, not {text!r}")
+    return int(text)
 
 
 def _secret(text: str) -> tuple[str, tuple[str, str]]:
@@ -254,10 +266,14 @@ def _agent(text: str) -> tuple[str, str]:
 def _check(context: str, file: str | None, request: Request) -> int:
     """What can be seen without building."""
     from builder.build import read_dockerfile
+    from builder.lexer import parse
     from builder.stages import split
     from cli._context import dockerfile_of
 
-    dockerfile = read_dockerfile(file or dockerfile_of(context))
+    if "-" in (context, file):
+        dockerfile = parse(sys.stdin.buffer.read(), "Dockerfile")
+    else:
+        dockerfile = read_dockerfile(file or dockerfile_of(context))
     split(dockerfile, request.args, request.target)
     for line, text in dockerfile.warnings:
         click.echo(f"{dockerfile.name}:{line}: {text}")
@@ -272,7 +288,9 @@ def _squashed(store: Store, made: Image) -> Image:
     from cafs.indexing import put_layer
 
     data = image.load_tree(store, made).encode()
-    return put_layer(store, data, load(io.BytesIO(data)), made.config)
+    lines = [{**line, "empty_layer": True} for line in made.config.get("history") or []]
+    config = {**made.config, "history": [*lines, {"created_by": "cbuild --squash"}]}
+    return put_layer(store, data, load(io.BytesIO(data)), config)
 
 
 def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, object]) -> None:
@@ -296,12 +314,9 @@ def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, ob
 def _put(path: str, data: bytes) -> None:
     """Write a file that was asked for, whole or not at all."""
     from cafs import atomic
-    from cafs.errors import os_error, quote
 
-    try:
-        atomic.replace_file(os.path.abspath(path), data, 0o644)
-    except OSError as error:
-        raise os_error(f"cannot write {quote(path)}", error) from error
+    with atomic.output(path) as out:
+        out.write(data)
 
 
 def _write_reports(progress: Progress, title: str, read: set[str], given: dict[str, object]) -> None:

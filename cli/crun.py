@@ -141,6 +141,10 @@ def _call(verb: str, options: Options) -> int:
         return run(options)
     from runner.verbs import call
 
+    if verb == "gc":
+        from builder import scratch
+
+        scratch.tidy()
     return call(verb, options)
 
 

@@ -49,6 +49,8 @@ def create(
     asked = _asked(options, config, is_foreground=is_foreground)
     asked["mounts"] += more or []
     asked |= {"trusts_cache": trusts_cache, "is_volatile": is_volatile}
+    if is_volatile:
+        asked["builder"] = os.getppid(), containers.start_time(os.getppid())
     asked |= {"digest": found.digest.hex(), "store": root, "is_386": found.config.get("architecture") == "386"}
     identity = os.urandom(32).hex()
     try:

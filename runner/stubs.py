@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runner.containers import Container
 
 _NOTE = "stubs.json"
+_LINKS_MAX = 40
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -48,25 +49,31 @@ def noted(container: Container) -> list[str]:
         return []
 
 
-def _make(rootfs: int, target: str, *, is_file: bool) -> list[str]:
-    """The paths that were not there: the target, and directories above it."""
+def _make(rootfs: int, target: str, *, is_file: bool, links: int = _LINKS_MAX) -> list[str]:
+    """The paths that were not there: the target, or what a link there leads to, and directories above it."""
     try:
         os.close(linux.open_in_root(rootfs, target.lstrip("/"), os.O_PATH))
         return []
     except FileNotFoundError:
         pass
     above, _, name = target.rstrip("/").rpartition("/")
-    made = _make(rootfs, above, is_file=False) if above else []
+    made = _make(rootfs, above, is_file=False, links=links) if above else []
     parent = linux.open_in_root(rootfs, above.lstrip("/") or ".", _DIRECTORY)
     try:
         before = os.fstat(parent)
+        root, real = (os.readlink(f"/proc/self/fd/{fd}") for fd in (rootfs, parent))
+        here = "/" + real.removeprefix(root).strip("/")
+        try:
+            leads_to = os.readlink(name, dir_fd=parent)
+        except OSError:
+            leads_to = ""
+        if leads_to and links:
+            return made + _make(rootfs, os.path.normpath(os.path.join(here, leads_to)), is_file=is_file, links=links - 1)
         if is_file:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=parent))
         else:
             os.mkdir(name, 0o755, dir_fd=parent)
         os.utime(parent, ns=(before.st_atime_ns, before.st_mtime_ns))
-        real = os.readlink(f"/proc/self/fd/{parent}")
-        root = os.readlink(f"/proc/self/fd/{rootfs}")
     finally:
         os.close(parent)
-    return [*made, real.removeprefix(root).rstrip("/") + "/" + name]
+    return [*made, here.rstrip("/") + "/" + name]

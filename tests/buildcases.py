@@ -1,7 +1,8 @@
 """Dockerfiles, what they are built from, and what BuildKit makes of them.
 
 tree: path -> 'TYPE[MODE][,UID:GID][=CONTENT or TARGET]', '' if it must not be there.  files: path -> content, or 'dir', or
-'->TARGET', or 'MODE:content'.  config: keys of the image's config.  error: what is said instead; a place 'Dockerfile:N:' is implied.
+'->TARGET', '=NAME' for a
+hard link, 'mode MODE' of what is there, or 'MODE:content'.  config: keys of the image's config.  error: what is said instead; a place 'Dockerfile:N:' is implied.
 """
 
 from __future__ import annotations
@@ -640,4 +641,30 @@ METADATA = [
     Case("SHELL of words", "SHELL /bin/bash\n", error="JSON array"),
     Case("a base's config is inherited", "FROM b:1 AS one\nENV A=1\nLABEL l=1\nUSER 7\nWORKDIR /w\nEXPOSE 1\nFROM one\n", base="", config={"Env": [PATH, "A=1"], "Labels": {"l": "1"}, "User": "7", "WorkingDir": "/w", "ExposedPorts": {"1/tcp": {}}}),
 ]  # fmt: skip
-CASES = [*LEXICAL, *HEREDOCS, *VARIABLES, *STAGES, *RUN, *MOUNTS, *COPY, *ADD, *IGNORE, *METADATA]
+FOUND = [
+    Case("names of one file, and a later source over the first", "COPY d1 d2 /dst/\n", files={"d1/x": "one", "d1/y": "=d1/x", "d2/x": "two"}, tree={"/dst/x": "f=two", "/dst/y": "f=one"}),
+    Case("a directory of the context over a link of the image", "RUN mkdir -p /dst/real && ln -s real /dst/lib\nCOPY src /dst\n", files={"src/lib/foo": "F"}, tree={"/dst/lib": "l=real", "/dst/real/foo": "f=F"}),
+    Case("--parents through a link of the context", "COPY --parents link/f /dst/\n", files={"dir/f": "F", "link": "->dir"}, tree={"/dst/link": "d", "/dst/link/f": "f=F"}),
+    Case("--parents over a link of the image", "RUN mkdir /usr && ln -s usr /lib\nCOPY --parents lib/f /\n", files={"lib/f": "F"}, tree={"/lib": "l=usr", "/usr/f": "f=F"}),
+    Case("an exception that is a second name", "COPY . /w/\n", files={"a.md": "A", "b.txt": "=a.md", ".dockerignore": "*\n!**/*.txt\n"}, tree={"/w/b.txt": "f=A", "/w/a.md": ""}),
+    Case("an archive whose links change places", "RUN mkdir /zz && ln -s zz /dst\nADD t /\n", files={"t": "LINKS"}, tree={"/zz/f": "f=f", "/a": "f=f"}),
+    Case("a wildcard that finds a link out of its directory", "COPY d/*.txt /w/\n", files={"d/a.txt": "->../o/a.txt", "o/a.txt": "A"}, tree={"/w/a.txt": "f=A"}),
+    Case("--link goes through no link", "RUN mkdir /usr && ln -s usr /lib\nCOPY --link a /lib/a\n", files=A, tree={"/lib": "d", "/lib/a": "f=A", "/usr/a": ""}),
+    Case("--exclude is relative to the source", "COPY --exclude=c sub /o/\n", files=A, tree={"/o/c": "", "/o/deep/d": "f=D"}),
+    Case("--exclude of files that are named", "COPY --exclude=b a b /o/\n", files=A, tree={"/o/a": "f=A", "/o/b": ""}),
+    Case("a new destination has the mode of any", "RUN true\nCOPY d /new\n", files={"d/a": "A", "d": "mode 700"}, tree={"/new": "d755", "/new/a": "f=A"}),
+    Case("an escaped wildcard without a match", "COPY a\\\\*b /x\n", files=A, error="no 'a"),
+    Case("no traces of mounts on links that lead nowhere", "COPY etc /etc\nRUN true\n", files={"etc/resolv.conf": "->../run/resolve/stub.conf"}, tree={"/etc/resolv.conf": "l=../run/resolve/stub.conf", "/run": ""}),
+    Case("two names of a cache that is locked", "RUN --mount=type=cache,id=two,target=/x,sharing=locked --mount=type=cache,id=two,target=/y,sharing=locked echo 1 > /x/f; cp /y/f /a\n", tree={"/a": "f=1\n"}),
+    Case("a tmpfs from which programs run", "RUN --mount=type=tmpfs,target=/t cp /bin/busybox /t/true && /t/true\n"),
+    Case("a bind that may be written to keeps its owners", "FROM b:1 AS one\nRUN mkdir /d && chown 1000 /d && mkfifo /d/p || true\nFROM b:1\nUSER 1000\nRUN --mount=from=one,source=/d,target=/m,rw touch /m/f\n", base=""),
+    Case("a secret as the name of a file", "RUN --mount=type=secret,id=s touch /$(cat /run/secrets/s)\n", secrets={"s": "very-secret"}, error="secret 's' is in"),
+    Case("a secret as what a link leads to", "RUN --mount=type=secret,id=s ln -s $(cat /run/secrets/s) /l\n", secrets={"s": "very-secret"}, error="secret 's' is in"),
+    Case("files of the host after FROM", "FROM oci:/tmp\n", base="", error="oci:/tmp"),
+    Case("an ignore file that is a link out", "COPY . /d\n", files={"a": "A", ".dockerignore": "->/etc/passwd"}, tree={"/d/a": "f=A"}),
+    Case("a trigger that needs a stage", "FROM b:1 AS builder\nRUN echo 1 > /made\nFROM b:1 AS base\nONBUILD COPY --from=builder /made /got\nFROM base\n", base="", tree={"/got": "f=1\n"}),
+    Case("a trigger that is none", "ONBUILD FOO a\n", error="unknown instruction 'FOO'"),
+    Case("a number that is none", "COPY --from=\u00b2 a /x\n", error="'\u00b2'"),
+    Case("no variable of the caller in place of ENV", "ENV HTTP_PROXY=aaa\nRUN echo $HTTP_PROXY > /p\n", args={"HTTP_PROXY": "bbb"}, tree={"/p": "f=aaa\n"}),
+]
+CASES = [*LEXICAL, *HEREDOCS, *VARIABLES, *STAGES, *RUN, *MOUNTS, *COPY, *ADD, *IGNORE, *METADATA, *FOUND]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import socket
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from cafs.index import Index
 from cafs.store import Store
 from cafs.writer import Writer
 from tests.buildcases import CASES, Case
+from tests.conftest import BIN
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
 SPEC = re.compile(r"([fdl])([0-7]+)?(?:,([0-9]+):([0-9]+))?(?:=(.*))?", re.DOTALL)
@@ -49,6 +52,22 @@ ARCHIVES = {
 }
 
 
+def linked() -> bytes:
+    """dst/f, and a as another name of it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("dst/f")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"f"))
+        info = tarfile.TarInfo("a")
+        info.type, info.linkname = tarfile.LNKTYPE, "dst/f"
+        tar.addfile(info)
+    return out.getvalue()
+
+
+ARCHIVES["LINKS"] = linked()
+
+
 def make_context(top: Path, files: dict[str, str], text: str) -> Path:
     top.mkdir(exist_ok=True)
     (top / "Dockerfile").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -60,6 +79,10 @@ def make_context(top: Path, files: dict[str, str], text: str) -> Path:
             path.symlink_to(content[2:])
         elif content == "dir":
             path.mkdir()
+        elif content.startswith("=") and (top / content[1:]).exists():
+            os.link(top / content[1:], path)
+        elif content.startswith("mode "):
+            path.chmod(int(content[5:], 8))
         elif content in ARCHIVES:
             path.write_bytes(ARCHIVES[content])
         else:
@@ -293,3 +316,81 @@ def test_a_stage_that_fails_ends_those_beside_it(tmp_path: Path) -> None:
     )
     with pytest.raises(CafsError, match="RUN false: exit code 1"):
         build(make_context(tmp_path / "one", {}, text))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ARG M=755\nCOPY --chmod=$M a /f\n", "ARG M=600\nCOPY --chmod=$M a /f\n"),
+        ("ENV HTTP_PROXY=aaa\nRUN echo $HTTP_PROXY > /f\n", "ENV HTTP_PROXY=bbb\nRUN echo $HTTP_PROXY > /f\n"),
+        ("COPY --parents sub/deep/d /dst/\n", "COPY --parents sub/./deep/d /dst/\n"),
+        ("COPY --exclude=c sub /f\n", "COPY sub /f\n"),
+        ("COPY a /f\n", "COPY --chown=5 a /f\n"),
+        ("COPY a /f\n", "COPY a /f/\n"),
+        ("COPY a b /f/\n", "COPY b a /f/\n"),
+        ("USER 5\nWORKDIR /of-a-user\n", "WORKDIR /of-a-user\n"),
+        ("RUN --mount=type=bind,source=a,target=/f cp /f /g\n", "RUN --mount=type=bind,source=b,target=/f cp /f /g\n"),
+        ("RUN id > /f\n", "USER 5\nRUN id > /tmp/f\n"),
+        ("RUN echo $0 > /f\n", 'SHELL ["/bin/sh", "-e", "-c"]\nRUN echo $0 > /f\n'),
+        ("RUN pwd > /f\n", "WORKDIR /tmp\nRUN pwd > /f\n"),
+    ],
+)
+def test_what_makes_a_difference_is_in_the_key(tmp_path: Path, one: str, other: str) -> None:
+    files = {"a": "A", "b": "B", "sub/c": "C", "sub/deep/d": "D"}
+    top = make_context(tmp_path / "context", files, "FROM b:1\n" + one)
+    build(top)
+    (top / "Dockerfile").write_text("FROM b:1\n" + other)
+    from_cache, progress = build_all(top)
+    assert "made" in how(progress)
+    again = build(top, no_cache={""})
+    assert [entry.path for entry in tree_of(again).entries()] == [entry.path for entry in tree_of(from_cache).entries()]
+
+
+def test_the_network_and_the_epoch_are_in_the_key(tmp_path: Path) -> None:
+    top = make_context(tmp_path / "context", {}, "FROM b:1\nRUN ip -o link | grep -c . > /n\n")
+    assert how(build_all(top, network="none")[1]) == ["made"] and how(build_all(top, network="none")[1]) == ["cached"]
+    assert how(build_all(top, network="bridge")[1]) == ["made"]
+    (top / "Dockerfile").write_text("FROM b:1\nWORKDIR /aa\n")
+    plain, dated = build(top), build(top, epoch=1000)
+    assert plain.digest != dated.digest and dated.config["created"] == "1970-01-01T00:16:40Z"
+
+
+def test_a_named_context_stands_before_a_stage_and_what_is_not_given_is_no_file_of_the_host(tmp_path: Path) -> None:
+    top = make_context(tmp_path / "context", {}, "FROM scratch AS base\nFROM base\nRUN true\n")
+    build(top, contexts={"Base": "docker-image://b:1"})
+    with pytest.raises(CafsError, match="has no programs"):
+        build(top)
+
+
+def test_bases_of_strangers_are_checked(tmp_path: Path) -> None:
+    store = Store(os.environ["CAFS_STORE"])
+    below = images.resolve(store, "b:1")
+    for number, config in enumerate(
+        ({"OnBuild": 5}, {"Labels": [1]}, {"Env": [5]}, {"Cmd": "x"}, {"OnBuild": ["FROM x"]}, {"OnBuild": ["FOO"]})
+    ):
+        made = images.put_layers(store, below.layers, {"config": config}, below.metadata)
+        top = make_context(tmp_path / str(number), {}, f"FROM {made.digest.hex()}\nENV A=1\n")
+        with pytest.raises(CafsError, match=r"^Dockerfile:1:1: FROM: "):
+            build(top)
+    made = images.put_layers(store, below.layers, {"history": 5}, below.metadata)
+    build(make_context(tmp_path / "history", {}, f"FROM {made.digest.hex()}\nENV A=1\n"))
+
+
+def test_caches_that_are_made_at_once_are_made_once(tmp_path: Path) -> None:
+    text = "FROM b:1\nRUN --mount=type=cache,id=race,target=/k,from=b:1,source=/bin ls /k | wc -l > /n # {}\n"
+    running = []
+    for number in range(3):
+        top = make_context(tmp_path / str(number), {}, text.format(number))
+        running.append(subprocess.Popen([BIN / "cbuild", "-q", top], stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert [one.communicate(timeout=60)[1] for one in running] == [b""] * 3
+
+
+def test_a_key_file_is_no_agent(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("private")
+    top = make_context(tmp_path / "context", {}, "FROM b:1\nRUN --mount=type=ssh cat $SSH_AUTH_SOCK\n")
+    with pytest.raises(CafsError, match="is not the socket of an agent"):
+        build(top, ssh={"default": str(tmp_path / "key")})
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(tmp_path / "agent"))
+        (top / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=ssh test -S $SSH_AUTH_SOCK\n")
+        build(top, ssh={"default": str(tmp_path / "agent")})

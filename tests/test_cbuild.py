@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -309,3 +310,49 @@ def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path:
         finally:
             server.terminate()
     assert cbuild("-q", "-o", f"docker://127.0.0.1:{port}/app:1", context).returncode != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_build_at_once_and_leaves_nothing_of_the_step(context: Path, number: int) -> None:
+    (context / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=secret,id=s,env=S echo started; sleep 1000\n")
+    secret = os.urandom(16).hex()
+    command = [BIN / "cbuild", "--secret", "id=s,env=TOKEN", context]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"TOKEN": secret}) as build:
+        assert build.stderr
+        while b"started" not in (line := build.stderr.readline()):
+            assert line
+        build.send_signal(number)
+        assert build.wait(10) == 128 + number
+    for name in ("RUN", "STATE"):
+        for directory, _, files in os.walk(os.environ[f"CAFS_{name}"]):
+            assert not [one for one in files if secret.encode() in (Path(directory) / one).read_bytes()], directory
+
+
+def test_what_a_killed_build_has_left_the_next_one_removes(context: Path) -> None:
+    (context / "secret").write_text("quite a secret")
+    (context / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=secret,id=s echo started; sleep 1000\n")
+    with subprocess.Popen(
+        [BIN / "cbuild", "--secret", f"id=s,src={context}/secret", context], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as build:
+        assert build.stderr
+        while b"started" not in (line := build.stderr.readline()):
+            assert line
+        build.kill()
+    (context / "Dockerfile").write_text("FROM b:1\nENV A=1\n")
+    wait_until(lambda: cbuild("-q", context).returncode == 0 and not list((Path(os.environ["CAFS_RUN"]) / "builds").iterdir()))
+    wait_until(lambda: not list((Path(os.environ["CAFS_STATE"]) / "containers").iterdir()))
+
+
+def test_odd_places_for_output(context: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("")
+    (tmp_path / "link").symlink_to("real")
+    done = cbuild("-q", "--iidfile", "/dev/stdout", context)
+    assert done.returncode == 0 and done.stdout.count(done.stdout[:64]) == 2 and os.path.islink("/dev/stdout")
+    assert cbuild("-q", "-o", "type=local", context).returncode == 2
+    assert cbuild("-q", "--push", context).returncode == 2
+    assert cbuild("-q", "-o", "type=image,name=x:1", context).stdout.count(b"\n") == 1
+    tar = cbuild("-q", "-o", "-", context).stdout
+    listed = subprocess.run(["tar", "-t"], input=tar, capture_output=True, check=True)
+    assert b"b" in listed.stdout.split() and listed.stderr == b""
+    assert cbuild("-q", context, env=os.environ | {"SOURCE_DATE_EPOCH": "\u00b2"}).returncode == 2
+    assert cbuild("--check", "-", input=TEXT.encode()).returncode == 0
