@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
-    from builder.build import Build, Step
+    from builder.build import Build
     from builder.config import State
     from builder.copying import How, Match
     from builder.draft import Draft
     from builder.lexer import Heredoc
+    from builder.request import Step
     from cafs.format import Entry
     from cafs.lookup import Node
     from cafs.store import Store

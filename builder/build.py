@@ -4,73 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from builder import adding, cache, config, copying, leaks, parallel, running
+from builder import cache, config, making, parallel, running
 from builder import flags as flagging
-from builder.config import State, absolute
+from builder.config import State
 from builder.draft import Draft
 from builder.errors import DockerfileError
 from builder.lexer import Dockerfile, Instruction, parse
-from builder.patterns import Ignore, PatternError, os_bytes
+from builder.patterns import os_bytes
 from builder.places import Places
+from builder.request import Request, Step
 from builder.stages import Plan, Stage, before, check_keyword, needed, platform, sources, split
+from builder.steps import proxy_names
 from cafs import commit, image
-from cafs.errors import CafsError, NotFound, UsageError, quote
+from cafs.errors import CafsError, UsageError, quote
 from cafs.format import Header
 from cafs.image import Image
+from cafs.indexing import FOLD_AT
+from cafs.layers import merge
 from cafs.store import Store
 from cafs.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from builder.context import Context
-    from builder.flags import Flags
     from builder.progress import Progress
     from cafs.lookup import Node
 
-_TAIL = 4096
 _MANY = 1000
-
-
-@dataclass(slots=True)
-class Request:
-    """What is to be built.  args: --build-arg.  contexts: --build-context.  secrets: id -> (kind, where).
-
-    no_cache: None, or names of stages ('' for all).  epoch: SOURCE_DATE_EPOCH, -1 if not given.
-    """
-
-    target: str = ""
-    args: dict[str, str] = field(default_factory=dict)
-    contexts: dict[str, str] = field(default_factory=dict)
-    secrets: dict[str, tuple[str, str]] = field(default_factory=dict)
-    ssh: dict[str, str] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-    no_cache: set[str] = field(default_factory=set)
-    allowed: set[str] = field(default_factory=set)
-    network: str = ""
-    flags: dict[str, list[str]] = field(default_factory=dict)
-    epoch: int = -1
-    is_reproducible: bool = False
-    allows_in_layer: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class Step:
-    """One instruction of a stage.  number: of the build; where: (its place, how many) in the stage."""
-
-    number: int
-    stage: Stage
-    one: Instruction
-    where: tuple[int, int]
-    flags: Flags
-
-    @property
-    def title(self) -> str:
-        first = " ".join(self.one.original.split("\n")[0].split())
-        return f"[{self.stage.label} {self.where[0]}/{self.where[1]}] {first}"
 
 
 class Build:
@@ -91,7 +53,8 @@ class Build:
         self.states: dict[int, State] = {}
         self.places = Places(self)
         self._first: dict[int, int] = {}
-        self._has_run = False
+        self.has_run = False
+        self.records: dict[str, cache.Record] = {}
 
     def run(self) -> Image:
         """Raises DockerfileError, StepError, CafsError."""
@@ -103,27 +66,30 @@ class Build:
             ready = [stage for stage in waiting if not before(self.plan, stage) - set(self.states)]
             if len(ready) > 1:
                 self.writer.flush()
-                for number, (state, read) in parallel.run(ready, self._elsewhere, self.progress).items():
+                for number, (state, read, records) in parallel.run(ready, self._elsewhere, self.progress).items():
                     self.states[number] = state
                     self.places.add_read(read)
+                    self.records |= records
                 self.store.refresh()
             else:
                 self.states[ready[0].number] = self._stage(ready[0])
             waiting = [stage for stage in waiting if stage.number not in self.states]
-        unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - _proxies()
+        unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - proxy_names()
         for name in sorted(one for one in unused if not one.startswith("BUILDKIT_") and one != "SOURCE_DATE_EPOCH"):
             self.progress.warn(f"no ARG declares --build-arg {name}")
         return self._image(self.states[target.number])
 
-    def _elsewhere(self, stage: Stage, progress: Progress) -> tuple[State, set[str]]:
+    def _elsewhere(self, stage: Stage, progress: Progress) -> parallel.Outcome:
         """In a process of its own: build a stage, with a hold on the store of its own."""
         with Writer(Store(self.store.root)) as writer:
             context = self.context.for_writer(writer) if self.context else None
-            build = Build(writer, self.dockerfile, context, self.request, progress)
+            others = [Store(other.root) for other in self.request.cache_from]  # connections are not for two processes
+            request = replace(self.request, cache_from=others)
+            build = Build(writer, self.dockerfile, context, request, progress)
             build.states, build._first = self.states, self._first
             state = build._stage(build.plan.stages[stage.number])
             build.places.save()
-            return state, build.places.read_files()
+            return state, build.places.read_files(), build.records
 
     def _target(self) -> Stage:
         name = self.request.target
@@ -149,8 +115,8 @@ class Build:
         except (CafsError, ValueError) as error:
             raise self._error(stage.line, error, "from") from error
         state.escape = self.dockerfile.escape
-        if self._latest_ns() >= 0 and stage.base_stage is None:
-            state.key = cache.key_of(state.key, latest_ns=self._latest_ns())
+        if self.latest_ns() >= 0 and stage.base_stage is None:
+            state.key = cache.key_of(state.key, latest_ns=self.latest_ns())
         if "PATH" not in state.env:
             state.config["Env"] = [f"PATH={config.DEFAULT_PATH}", *(state.config.get("Env") or [])]
         try:
@@ -213,11 +179,11 @@ class Build:
             what = config.CHANGES[keyword](state, step.one, step.flags)
             state.note(f"{keyword.upper()} {what}", is_empty=True)
         elif keyword == "workdir":
-            self._workdir(state, step)
+            making.workdir(self, state, step)
         elif keyword == "run":
-            self._run(state, step)
+            making.run(self, state, step)
         else:
-            self._copy(state, step)
+            making.copy(self, state, step)
 
     def _arg(self, state: State, step: Step) -> None:
         if not step.one.words:
@@ -235,76 +201,11 @@ class Build:
                 state.args[name] = self.plan.globals[name]
         state.note(f"ARG {' '.join(step.one.words)}", is_empty=True)
 
-    def _workdir(self, state: State, step: Step) -> None:
-        if len(step.one.words) != 1:
-            raise ValueError("needs one argument")
-        path = absolute(state, state.expand(step.one.words[0]))
-        state.config["WorkingDir"] = path
-        if path == "/":
-            state.note("WORKDIR /", is_empty=True)
-            return
-        key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "", epoch=self.request.epoch)
-
-        def make() -> bytes:
-            draft = Draft(self.tree(state), self.now_ns())
-            draft.make_directory(os_bytes(path), 0o755, self._owner_of_user(state))
-            return self._encode(state, draft)
-
-        self._cached(state, step, key, f"WORKDIR {path}", make)
-
-    def _owner_of_user(self, state: State) -> tuple[int, int]:
-        user = str(state.config.get("User") or "")
-        tree = self.tree(state)
-        try:
-            return self.places.owner(tree, user) if user and tree else (0, 0)
-        except CafsError:
-            return 0, 0
-
-    def _cached(self, state: State, step: Step, key: str, what: str, make: Callable[[], bytes]) -> None:
-        """Take a step's layer from the cache, or make it and remember it."""
-        began = time.monotonic()
-        wanted = self.request.no_cache
-        may_find = "" not in wanted and not (step.stage.name and step.stage.name in wanted)
-        found = cache.find(self.store, key) if may_find else None
-        self.progress.begin(step.number, step.title)
-        if found is None:
-            with cache.alone(key):
-                found = cache.find(self.store, key) if may_find else None
-                if found is None:
-                    data = make()
-                    found = self._keep(state, data, key, time.monotonic() - began)
-                    self.progress.done(step.number, time.monotonic() - began, len(data))
-                else:
-                    self.progress.cached(step.number, found.seconds)
-        else:
-            self.progress.cached(step.number, found.seconds)
-        if found.layer:
-            state.layers, state.metadata = (*state.layers, found.layer), (*state.metadata, found.metadata)
-        state.key = key
-        created = found.created if self.request.epoch < 0 else self._now_text()
-        state.note(what, is_empty=not found.layer, created=created, comment="cafs")
-
-    def _now_text(self) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
-
-    def _keep(self, state: State, data: bytes, key: str, seconds: float) -> cache.Record:
-        self.writer.flush()
-        created = self._now_text()
-        made = commit.add_to(self.store, data) if data else None
-        layer, metadata = made if made else (b"", b"")
-        record = cache.Record(layer, metadata, created, seconds)
-        cache.put(self.store, key, record)
-        return record
-
-    def _encode(self, state: State, draft: Draft) -> bytes:
-        """The layer, b'' if nothing is changed; the first one of an empty stage is a whole tree."""
-        return draft.encode(self.header, is_whole=not state.layers, latest_ns=self._latest_ns())
-
     def tree(self, state: State) -> Node | None:
         """The root of what a stage has come to, None if that is nothing."""
         return self.places.tree(state.layers) if state.layers else None
 
-    def _latest_ns(self) -> int:
+    def latest_ns(self) -> int:
         """The time that nothing in a layer is later than, -1 if there is none."""
         return self.request.epoch * 10**9 if self.request.is_reproducible and self.request.epoch >= 0 else -1
 
@@ -314,109 +215,18 @@ class Build:
 
     # COPY and ADD.
 
-    def _copy(self, state: State, step: Step) -> None:
-        one, flags, keyword = step.one, step.flags, step.one.keyword
-        words = [state.expand(word) for word in one.words if not _is_heredoc(one, word)]
-        documents = list(one.heredocs)
-        if one.heredocs and one.words and _is_heredoc(one, one.words[-1]):
-            raise ValueError("a heredoc cannot be the destination")
-        if len(words) + len(documents) < 2 or not words:
-            raise ValueError("needs a source and a destination")
-        target, sources = words.pop(), words
-        is_directory = target.endswith("/") or target in ("", ".") or target.endswith("/.") or len(sources) + len(documents) > 1
-        place = absolute(state, target)
-        how = self._how(state, flags)
-        origin = flagging.one(flags, "from")
-        if origin is not None and "$" in origin:
-            raise ValueError("no variables in --from: define a stage with FROM and use that")
-        found = adding.gather(self, state, step, sources, documents, origin)
-        key = cache.key_of(
-            "" if flagging.is_on(flags, "link") else state.key,
-            copy=place,
-            keyword=keyword,
-            is_directory=is_directory,
-            flags={name: values for name, values in flags.items() if name not in ("from", "checksum", "chmod", "chown")},
-            chmod=state.expand(flagging.one(flags, "chmod") or ""),
-            owner=how.owner,
-            epoch=self.request.epoch,
-            files=found.fingerprint(how),
-        )
-        if flagging.is_on(flags, "link"):
-            key = cache.key_of(state.key, link=key)
-
-        def make() -> bytes:
-            draft = Draft(self.tree(state), self.now_ns())
-            found.put(draft, place, is_directory=is_directory, how=how)
-            return self._encode(state, draft)
-
-        shown = [f"--{name}={value}" for name, values in flags.items() for value in values]
-        what = " ".join([keyword.upper(), *shown, *sources, *(f"<<{doc.name}" for doc in documents), target, "# buildkit"])
-        self._cached(state, step, key, what, make)
-
-    def _how(self, state: State, flags: Flags) -> copying.How:
-        owner = chmod = None
-        text = flagging.one(flags, "chown")
-        if text:
-            owner = self.places.owner(self.tree(state), state.expand(text))
-        text = flagging.one(flags, "chmod")
-        if text:
-            chmod = flagging.mode_of(state.expand(text))
-        try:
-            exclude = Ignore(flags["exclude"]) if "exclude" in flags else None
-        except PatternError as error:
-            raise ValueError(str(error)) from None
-        is_linked = flagging.is_on(flags, "link")
-        return copying.How(owner, chmod, flagging.is_on(flags, "parents"), exclude, follows=not is_linked)
-
-    # RUN.
-
-    def _run(self, state: State, step: Step) -> None:
-        from builder import steps
-
-        command, definition, finish = steps.command_of(self, state, step)
-        arguments = {name: value for name, value in state.args.items() if name not in state.env and name not in _proxies()}
-        key = cache.key_of(state.key, **definition)
-        what = " ".join([f"|{len(arguments)} {' '.join(f'{k}={v}' for k, v in arguments.items())}"] if arguments else [])
-        what = f"RUN {what + ' ' if what else ''}{' '.join(config.command_words(state, step.one) or ['heredoc'])} # buildkit"
-
-        def make() -> bytes:
-            if not state.layers:
-                raise NotFound(f"{quote(command.words[0])}: a stage of nothing has no programs")
-            self.writer.flush()
-            tail = bytearray()
-
-            def said(data: bytes) -> None:
-                tail.extend(data)
-                del tail[: max(len(tail) - _TAIL, 0)]
-                self.progress.output(step.number, data)
-
-            below = Image(state.layers, {}, metadata=state.metadata)
-            try:
-                with finish() as ready:
-                    ready.trusts_cache, self._has_run = self._has_run, True
-                    data = running.run(self.writer, below, self.places.tree(state.layers), ready, said, self._latest_ns())
-            except leaks.LeakError as error:
-                raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None
-            except running.StepError as error:
-                raise self._failed(below, step, error, bytes(tail)) from None
-            return b"" if data.count(b"\n") == 2 else data
-
-        self._cached(state, step, key, what, make)
-
-    def _failed(self, below: Image, step: Step, error: running.StepError, tail: bytes) -> running.StepError:
-        made = image.put_layers(self.store, below.layers, {}, below.metadata)
-        line = step.one.lines[0]
-        first = " ".join(step.one.original.split("\n")[0].split())
-        self.progress.failed(tail)
-        found = running.StepError(f"{self.dockerfile.name}:{line}: {first}: {error}", error.code)
-        found.hint = f"crun run --rm -it {made.digest.hex()[:12]} sh   opens a shell where it failed"
-        return found
+    def now_text(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
 
     def _image(self, state: State) -> Image:
         if not state.layers:
             draft = Draft(None, 0)
             data = draft.encode(self.header, is_whole=True)
             self.writer.flush()
+            layer, metadata = commit.add_to(self.store, data)
+            state.layers, state.metadata = (layer,), (metadata,)
+        if len(state.layers) > FOLD_AT:  # each costs a mount and a look-up
+            data = merge([image.load_layer(self.store, layer) for layer in state.layers])
             layer, metadata = commit.add_to(self.store, data)
             state.layers, state.metadata = (layer,), (metadata,)
         if self.request.labels:
@@ -430,14 +240,6 @@ class Build:
             found["created"] = state.created
         self.writer.flush()
         return image.put_layers(self.store, state.layers, found, state.metadata)
-
-
-def _is_heredoc(one: Instruction, word: str) -> bool:
-    return bool(one.heredocs) and not one.is_json and "<<" in word
-
-
-def _proxies() -> set[str]:
-    return {*config.PROXIES, *(name.lower() for name in config.PROXIES)}
 
 
 def read_dockerfile(path: str) -> Dockerfile:

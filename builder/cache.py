@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cafs.store import Store
+    from cafs.writer import Writer
 
 _RECORD_MAX = 1 << 16
 
@@ -60,6 +61,43 @@ def find(store: Store, key: str) -> Record | None:
         return record
     except (OSError, CafsError, ValueError, KeyError, TypeError):
         return None
+
+
+def bring(stores: list[Store], key: str, writer: Writer) -> Record | None:
+    """The same from other stores, with the layer; what cannot be had counts as none."""
+    from cafs.image import Image
+    from cafs.transfer import copy_layers
+
+    for other in stores:
+        record = find(other, key)
+        if record is None:
+            continue
+        try:
+            if record.layer:
+                copy_layers(Image((record.layer,), {}, metadata=(record.metadata,)), other, writer.store, writer)
+            put(writer.store, key, record)
+            return record
+        except (CafsError, OSError):
+            continue
+    return None
+
+
+def send(records: dict[str, Record], source: Store, target: Store) -> None:
+    """Bring steps, with their layers, to another store.  Raises CafsError."""
+    from cafs.errors import os_error, quote
+    from cafs.image import Image
+    from cafs.transfer import copy_layers
+    from cafs.writer import Writer
+
+    rows = {record.layer: record.metadata for record in records.values() if record.layer}
+    try:
+        with Writer(target) as writer:
+            if rows:
+                copy_layers(Image(tuple(rows), {}, metadata=tuple(rows.values())), source, target, writer)
+            for key, record in records.items():
+                put(target, key, record)
+    except OSError as error:
+        raise os_error(f"cannot write to store {quote(target.root)}", error) from error
 
 
 @contextmanager

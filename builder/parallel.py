@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from builder.cache import Record
     from builder.config import State
     from builder.stages import Stage
 
     Pipe = connection.Connection[Any, Any]
-    Work = Callable[[Stage, Progress], tuple[State, set[str]]]
+    Outcome = tuple[State, set[str], dict[str, Record]]
+    Work = Callable[[Stage, Progress], Outcome]
 
 
 class _Told(Progress):
@@ -50,9 +52,9 @@ class _Told(Progress):
         self._pipe.send(("warn", text))
 
 
-def run(stages: list[Stage], work: Work, progress: Progress) -> dict[int, tuple[State, set[str]]]:
+def run(stages: list[Stage], work: Work, progress: Progress) -> dict[int, Outcome]:
     """What becomes of each stage, by its number.  If one fails the others are ended.  Raises CafsError."""
-    found: dict[int, tuple[State, set[str]]] = {}
+    found: dict[int, Outcome] = {}
     waiting = list(stages)
     living: dict[Pipe, tuple[int, Stage]] = {}
     try:
@@ -83,8 +85,7 @@ def _start(stage: Stage, work: Work, others: list[Pipe]) -> tuple[Pipe, int]:
         signal.signal(signal.SIGTERM, _end)
         for one in (ours, *others):
             one.close()
-        state, read = work(stage, _Told(theirs))
-        theirs.send(("state", state, read))
+        theirs.send(("outcome", work(stage, _Told(theirs))))
     except CafsError as error:
         theirs.send(("error", str(error), error.exit_code, error.hint))
     except BaseException as error:
@@ -101,7 +102,7 @@ def _end(*_: object) -> None:
 def _hear(
     pipe: Pipe,
     living: dict[Pipe, tuple[int, Stage]],
-    found: dict[int, tuple[State, set[str]]],
+    found: dict[int, Outcome],
     progress: Progress,
 ) -> None:
     pid, stage = living[pipe]
@@ -110,8 +111,8 @@ def _hear(
         kind, rest = said[0], said[1:]
     except EOFError:
         kind, rest = "error", (f"what builds stage {stage.label} was killed", 1, None)
-    if kind == "state":
-        found[stage.number] = rest[0], rest[1]
+    if kind == "outcome":
+        found[stage.number] = rest[0]
     elif kind == "error":
         error = CafsError(str(rest[0]), hint=rest[2])
         error.exit_code = rest[1]

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Any
 
-    from builder.build import Build, Step
+    from builder.build import Build
     from builder.config import State
     from builder.lexer import Heredoc, Instruction
+    from builder.request import Step
 
 PIPES = "/dev/pipes"
 _NETWORKS = ("default", "none", "host")
@@ -66,7 +67,7 @@ def command_of(
         "devices": devices,
         "mounts": [_definition(build, step, mount) for mount in found],
     }
-    proxies = {name: value for name, value in request.args.items() if name in _proxy_names()}
+    proxies = {name: value for name, value in request.args.items() if name in proxy_names()}
     own = {"network": [_network(network, request.network)], **request.flags}
     if security == "insecure":
         own["privileged"] = ["true"]
@@ -82,7 +83,7 @@ def _network(asked: str, default: str) -> str:
     return default or "bridge"
 
 
-def _proxy_names() -> set[str]:
+def proxy_names() -> set[str]:
     return {*PROXIES, *(name.lower() for name in PROXIES)}
 
 

@@ -192,6 +192,11 @@ def open_in_root(root_fd: int, path: str, flags: int) -> int:
     return _check(_libc.syscall(_SYS_OPENAT2, root_fd, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)), path)
 
 
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): a copy, not inherited, of another process's descriptor."""
+    return _check(_libc.syscall(438, pidfd, fd, 0), "pidfd_getfd")
+
+
 def lock_byte(fd: int, kind: int, at: int, *, wait: bool = False) -> None:
     """Lock one byte of a file for the open file description (F_OFD_SETLK, fcntl(2)): it goes when all copies of FD are closed.
 

@@ -64,6 +64,14 @@ def copy(
     return moved
 
 
+def copy_layers(found: Image, source: Store, target: Store, writer: Writer) -> None:
+    """Bring the layers of an image, of which no store need have a manifest, to where WRITER writes.
+
+    Raises CafsError, OSError.
+    """
+    _Copy(source, target, writer, Moved(), None).layers(found)
+
+
 def wanted(store: Store, index: Index) -> list[Key]:
     """Every object that an index needs, in index order, then the chunks of its large files.  Raises CafsError."""
     found = dict.fromkeys(locator.contents(index))
@@ -89,6 +97,11 @@ class _Copy:
     progress: Callable[[int, int], None] | None
 
     def run(self, found: Image) -> None:
+        self.layers(found)
+        self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
+
+    def layers(self, found: Image) -> None:
+        """All but the manifest."""
         self.source.refresh()
         layers = {layer: self.source.get_meta(layer, "index") for layer in found.layers}
         indexes = {layer: load(io.BytesIO(data)) for layer, data in layers.items()}
@@ -109,7 +122,6 @@ class _Copy:
         for layer, metadata in zip(found.layers, found.metadata, strict=True):
             if metadata:
                 self.target.put_meta(self._metadata(metadata, indexes[layer]), METADATA)
-        self.target.put_meta(self.source.get_meta(found.digest, "image"), "image")
 
     def _metadata(self, digest: bytes, index: Index) -> bytes:
         """A metadata image; made anew if the source has none that is sound."""

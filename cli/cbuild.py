@@ -8,15 +8,14 @@ from contextlib import ExitStack
 
 import click
 
+from cli import _built as built
 from cli._app import run
 from cli._options import quiet_option, store_option, store_root, version_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from builder.build import Request
     from builder.progress import Progress
-    from cafs.image import Image
-    from cafs.store import Store
+    from builder.request import Request
 
 PROGRAM = "cbuild"
 CONTEXT = {"help_option_names": ["--help"], "max_content_width": 80}
@@ -37,6 +36,8 @@ _NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 @click.option("-o", "--output", "outputs", multiple=True, metavar="DEST", help="Also write it: oci:DIR, oci-archive:FILE, ...")
 @click.option("--push", is_flag=True, help="Send each REF to its registry.")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the image.")
+@click.option("--cache-from", "others", multiple=True, metavar="STORE", help="Take steps from another store too.")
+@click.option("--cache-to", metavar="STORE", help="Bring the steps to another store afterwards.")
 @click.option("--no-cache", is_flag=True, help="Carry out every step.")
 @click.option("--no-cache-filter", "filters", multiple=True, metavar="STAGE", help="Carry out every step of a stage.")
 @click.option("--allow-secret-in-layer", "leaky", multiple=True, metavar="ID", help="Do not look for this secret in files.")
@@ -155,8 +156,9 @@ def _build_with(
     store: str | None,
     given: dict[str, object],
 ) -> int:
-    from builder import scratch
+    from builder import cache, scratch
     from builder.build import Build
+    from cafs import paths
     from cafs.store import open_or_init
     from cafs.writer import Writer
     from cli._context import opened
@@ -172,27 +174,24 @@ def _build_with(
             progress.warn(f"{dockerfile.name}:{line}: {text}")
         made = build.run()
         build.places.save()
-        made = _squashed(opened_store, made) if squash else made
+        if given["cache_to"]:
+            cache.send(build.records, opened_store, open_or_init(paths.located(str(given["cache_to"]))))
+        made = built.squashed(opened_store, made) if squash else made
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
         read = build.places.read_files()
-    _write(opened_store, made, tags, given)
-    _write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
+    built.write(opened_store, made, tags, given)
+    built.write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
     if explain:
-        _explain(progress)
-    if not {"-", "type=tar"} & set(_texts(given["outputs"])):  # which have standard output for themselves
+        built.explain(progress)
+    if not {"-", "type=tar"} & set(built.texts(given["outputs"])):  # which have standard output for themselves
         click.echo(made.digest.hex())
     return 0
 
 
-def _texts(value: object) -> list[str]:
-    """The values of an option that may be repeated."""
-    return [str(one) for one in value] if isinstance(value, tuple) else []
-
-
 def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str, str]:
     found = {}
-    for word in _texts(words):
+    for word in built.texts(words):
         name, equals, value = word.partition("=")
         if not name or (not equals and not takes_caller):
             raise click.UsageError(f"{what} {word!r} is not K=V")
@@ -204,26 +203,29 @@ def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str,
 
 
 def _request(target: str | None, given: dict[str, object]) -> Request:
-    from builder.build import Request
+    from builder.request import Request
     from builder.stages import platform
+    from cafs import paths
+    from cafs.store import Store
 
     wanted = given["platform"]
     if wanted not in (None, platform()):
         raise click.UsageError(f"platform {wanted} is not this host's, {platform()}, and nothing is emulated")
     args = _pairs(given["args"], "--build-arg", takes_caller=True)
-    flags = {name: _texts(given[key]) for name, key in (("add-host", "hosts"), ("ulimit", "ulimits")) if given[key]}
+    flags = {name: built.texts(given[key]) for name, key in (("add-host", "hosts"), ("ulimit", "ulimits")) if given[key]}
     flags |= {"shm-size": [str(given["shm_size"])]} if given["shm_size"] else {}
     epoch = args.get("SOURCE_DATE_EPOCH", os.environ.get("SOURCE_DATE_EPOCH", ""))
     request = Request(
         target=target or "",
         args=args,
         contexts=_pairs(given["contexts"], "--build-context"),
-        secrets=dict(map(_secret, _texts(given["secrets"]))),
-        ssh=dict(map(_agent, _texts(given["agents"]))),
+        secrets=dict(map(_secret, built.texts(given["secrets"]))),
+        ssh=dict(map(_agent, built.texts(given["agents"]))),
         labels=_pairs(given["labels"], "--label"),
-        no_cache={*_texts(given["filters"]), *([""] if given["no_cache"] else [])},
-        allowed=set(_texts(given["allowed"])),
-        allows_in_layer=set(_texts(given["leaky"])),
+        no_cache={*built.texts(given["filters"]), *([""] if given["no_cache"] else [])},
+        allowed=set(built.texts(given["allowed"])),
+        cache_from=[Store(paths.located(url)) for url in built.texts(given["others"])],
+        allows_in_layer=set(built.texts(given["leaky"])),
         network=str(given["network"] or ""),
         flags=flags,
         epoch=_epoch(epoch) if epoch else 0 if given["reproducible"] else -1,
@@ -278,61 +280,6 @@ def _check(context: str, file: str | None, request: Request) -> int:
     for line, text in dockerfile.warnings:
         click.echo(f"{dockerfile.name}:{line}: {text}")
     return 1 if dockerfile.warnings else 0
-
-
-def _squashed(store: Store, made: Image) -> Image:
-    import io
-
-    from cafs import image
-    from cafs.index import load
-    from cafs.indexing import put_layer
-
-    data = image.load_tree(store, made).encode()
-    lines = [{**line, "empty_layer": True} for line in made.config.get("history") or []]
-    config = {**made.config, "history": [*lines, {"created_by": "cbuild --squash"}]}
-    return put_layer(store, data, load(io.BytesIO(data)), config)
-
-
-def _write(store: Store, made: Image, tags: tuple[str, ...], given: dict[str, object]) -> None:
-    """Outputs, and the files that say what was built."""
-    import json
-
-    from builder.output import write
-
-    store.refresh()
-    destinations = _texts(given["outputs"])
-    destinations += [f"docker://{ref}" for ref in tags] if given["push"] else []
-    for destination in destinations:
-        write(store, made, destination, tags)
-    if given["iidfile"]:
-        _put(str(given["iidfile"]), made.digest.hex().encode())
-    if given["metadata_file"]:
-        found = {"cafs.digest": made.digest.hex(), "image.name": ",".join(tags), "layers": [one.hex() for one in made.layers]}
-        _put(str(given["metadata_file"]), json.dumps(found, indent=2).encode() + b"\n")
-
-
-def _put(path: str, data: bytes) -> None:
-    """Write a file that was asked for, whole or not at all."""
-    from cafs import atomic
-
-    with atomic.output(path) as out:
-        out.write(data)
-
-
-def _write_reports(progress: Progress, title: str, read: set[str], given: dict[str, object]) -> None:
-    from builder import report
-
-    if given["report"]:
-        _put(str(given["report"]), report.page(progress.rows, f"Build of {title}"))
-    if given["depfile"]:
-        target = str(given["iidfile"] or given["depfile"])
-        _put(str(given["depfile"]), report.depfile(target, read))
-
-
-def _explain(progress: Progress) -> None:
-    for row in progress.rows:
-        what = f"cached, saved {row.seconds:.1f} s" if row.is_cached else f"made in {row.seconds:.1f} s"
-        sys.stderr.write(f"#{row.number}\t{what}\t{row.title}\n")
 
 
 def entry() -> None:

@@ -145,7 +145,14 @@ def _call(verb: str, options: Options) -> int:
         from builder import scratch
 
         scratch.tidy()
-    return call(verb, options)
+    return call(verb, options, {"commit": _commit})
+
+
+def _commit(options: Options) -> int:
+    from builder import changes
+    from runner import committing
+
+    return committing.run(options, changes.apply)
 
 
 def _ours(error: CafsError) -> CafsError:

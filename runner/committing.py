@@ -14,14 +14,17 @@ from runner import cgroups, containers, spec, stubs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from cafs.options import Options
     from runner.containers import Container
 
+    Change = Callable[[dict[str, Any], list[str]], dict[str, Any]]
 
-def run(options: Options) -> int:
-    """crun commit CONTAINER [REF]: print the image's digest."""
+
+def run(options: Options, change: Change) -> int:
+    """crun commit CONTAINER [REF]: print the image's digest.  change: applies --change to a configuration."""
     if len(options.words) > 2:
         raise UsageError("crun commit takes a container and a name for the image", hint="crun commit --help")
     ref = options.words[1] if options.words[1:] else None
@@ -31,6 +34,7 @@ def run(options: Options) -> int:
     store = Store(container.asked["store"])
     below = image.get(store, bytes.fromhex(container.asked["digest"]))
     config = _config(container, below.config, options)
+    config["config"] = change(config["config"], options.all("change"))
     paused = options.value("pause") != "false" and _freeze(container)
     try:
         made = commit.commit(store, below, container.path("upper"), config, ref, map(os.fsencode, stubs.noted(container)))

@@ -6,7 +6,7 @@ import os
 import time
 
 from cafs import atomic, linux
-from runner import alive, cgroups, cleanup, containers, create, lower, starting
+from runner import alive, cgroups, cleanup, containers, create, holding, lower, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _DELETE_TRIES = 20
 _DYING_S = 2
+_READ_S = 2
 KILLED = 137
 
 
@@ -44,6 +45,7 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
 
 def settle(container: Container, code: int | None, *, error: str = "", **more: Any) -> None:
     """Note that it has ended, and with what; None: nobody knows.  With --rm, or if nobody wants its files, remove it."""
+    holding.let_go(container)
     if container.has("rm") or (error and container.asked.get("is_volatile")):
         containers.event(container, "die", exit_code=code)
         create.discard(container)
@@ -64,6 +66,11 @@ def release(container: Container, *, is_sudden: bool = False) -> None:
     alive.forget(container.id)
 
 
+def _is_unread(container: Container, state: dict[str, Any]) -> bool:
+    """Whether it has ended, and what it has written may still be in its pipes."""
+    return state["status"] == containers.RUNNING and holding.is_held(container)
+
+
 def tidy() -> None:
     """See to containers whose watchers were killed: those in the background go on, all others are ended."""
     for identity, lock in alive.abandoned():
@@ -78,11 +85,14 @@ def tidy() -> None:
         pidfd = containers.open_process(state)
         if pidfd is not None:
             os.close(pidfd)
-            if not container.asked["foreground"]:
-                from runner import launching
+        if not container.asked["foreground"] and (pidfd is not None or _is_unread(container, state)):
+            from runner import launching
 
-                launching.succeed(container)
-                continue
+            launching.succeed(container)
+            deadline = time.monotonic() + (_READ_S if pidfd is None else 0)
+            while alive.is_watched(identity) and time.monotonic() < deadline:
+                time.sleep(0.01)  # it has only to read what is left
+            continue
         is_new = state["status"] == containers.CREATED and not container.asked["foreground"] and not container.has("detach")
         is_over = state["status"] == containers.EXITED and not container.has("rm")
         # One that is to be started some time, or has ended: a start may have been cut off after the runtime's.

@@ -196,6 +196,7 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
         "Make an image of a container and what it has changed; print its digest.",
         {
             "author": (VALUE, "a", "NAME", _WHAT, "Who made it."),
+            "change": (LIST, "c", "INSTRUCTION", _WHAT, "An instruction of a Dockerfile for its configuration."),
             "message": (VALUE, "m", "TEXT", _WHAT, "A comment for its history."),
             "pause": (SWITCH, "p", "", _WHAT, "The container stands still meanwhile (default; --pause=false)."),
         },

@@ -12,7 +12,7 @@ import time
 
 from cafs import linux
 from cafs.errors import CafsError, os_error
-from runner import cgroups, containers, create, ending, logs, starting, stdio
+from runner import cgroups, containers, create, ending, holding, logs, starting, stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Foreground:
             return
         try:
             linux.leave_session()
+            holding.hold(container, {"terminal": master})
             fds = {"terminal": master, "process": -1 if pidfd is None else pidfd, "host": self._host, "lower": lower}
             launching.become_monitor(container, fds)
         finally:

@@ -15,7 +15,7 @@ import time
 from cafs import linux
 from cafs.answer import failure, receive, tell
 from cafs.errors import CafsError
-from runner import containers, ending, starting
+from runner import containers, ending, holding, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _run(container: Container, uid: int) -> dict[str, int]:
         status=containers.RUNNING, started_ns=time.time_ns(), exit_code=None, restarts=restarts, restarting=False,
         health="starting" if container.asked["health"] else "", **containers.identify(pid),
     )  # fmt: skip
+    holding.hold(container, found)
     return found | {"process": os.pidfd_open(pid)}
 
 
@@ -100,7 +101,7 @@ def become_monitor(container: Container, descriptors: dict[str, int]) -> None:
 
 
 def succeed(container: Container) -> None:
-    """Start another monitor for a container that runs: the one it had was killed."""
+    """Start another monitor for a container that runs, or has ended with something unread: the one it had was killed."""
     from runner import stdio
 
     child = os.fork()
@@ -114,7 +115,8 @@ def succeed(container: Container) -> None:
             os._exit(0)
         linux.leave_session()
         pidfd = containers.open_process(container.state())
-        descriptors = stdio.reopen(container.directory) | {"process": -1 if pidfd is None else pidfd}
+        process = -1 if pidfd is None else pidfd
+        descriptors = stdio.reopen(container.directory) | holding.recover(container) | {"process": process}
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         linux.become_subreaper()
         become_monitor(container, descriptors | {"host": host})

@@ -22,8 +22,8 @@ _FEW = {"logs": 1, "attach": 1, "top": 1, "diff": 1, "rename": 2, "cp": 2}
 _NONE_OK = ("ps", "stats", "events", "gc", "volume", "network")
 
 
-def call(verb: str, options: Options) -> int:
-    """Run a command; returns its exit code.  Raises CafsError."""
+def call(verb: str, options: Options, more: dict[str, Callable[[Options], int]] | None = None) -> int:
+    """Run a command; returns its exit code.  more: commands that need what is not the runner's.  Raises CafsError."""
     words = options.words
     if verb not in (*_NONE_OK, "create") and not words:
         raise UsageError("CONTAINER is missing", hint=f"crun {verb} --help")
@@ -33,7 +33,7 @@ def call(verb: str, options: Options) -> int:
         raise UsageError(f"crun {verb} takes no arguments", hint=f"crun {verb} --help")
     linux.close_on_exec()
     ending.tidy()
-    return _VERBS[verb](options)
+    return (_VERBS | (more or {}))[verb](options)
 
 
 def _create(options: Options) -> int:
@@ -159,12 +159,6 @@ def _diff(options: Options) -> int:
     return 0
 
 
-def _commit(options: Options) -> int:
-    from runner import committing
-
-    return committing.run(options)
-
-
 def _logs(options: Options) -> int:
     from runner import logview
 
@@ -247,7 +241,6 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "port": _port,
     "top": _top,
     "stats": _stats,
-    "commit": _commit,
     "diff": _diff,
     "cp": _cp,
     "events": _events,

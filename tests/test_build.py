@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from builder.build import Build, Request
+from builder.build import Build
 from builder.context import open_context
 from builder.lexer import parse
 from builder.progress import Progress
+from builder.request import Request
 from cafs import image as images
 from cafs.content import pieces
 from cafs.errors import CafsError
@@ -394,3 +395,9 @@ def test_a_key_file_is_no_agent(tmp_path: Path) -> None:
         agent.bind(str(tmp_path / "agent"))
         (top / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=ssh test -S $SSH_AUTH_SOCK\n")
         build(top, ssh={"default": str(tmp_path / "agent")})
+
+
+def test_very_many_layers_are_folded_into_one(tmp_path: Path) -> None:
+    text = "FROM b:1\n" + "".join(f"WORKDIR /many/{number}\n" for number in range(110))
+    made = build(make_context(tmp_path / "context", {}, text))
+    assert len(made.layers) == 1 and described(tree_of(made), "/many/109", "d755") == "d755"

@@ -356,3 +356,26 @@ def test_odd_places_for_output(context: Path, tmp_path: Path) -> None:
     assert b"b" in listed.stdout.split() and listed.stderr == b""
     assert cbuild("-q", context, env=os.environ | {"SOURCE_DATE_EPOCH": "\u00b2"}).returncode == 2
     assert cbuild("--check", "-", input=TEXT.encode()).returncode == 0
+
+
+def test_steps_go_to_another_store_and_come_from_it(context: Path, tmp_path: Path) -> None:
+    (context / "a").write_text(os.urandom(8).hex())
+    (context / "Dockerfile").write_text(
+        "FROM b:1 AS one\nCOPY a /a\nFROM b:1 AS two\nRUN echo 1 > /b\nWORKDIR /w\nFROM b:1\nCOPY --from=one /a /\nCOPY --from=two /b /\n"
+    )
+    wanted = digest("--cache-to", tmp_path / "shared", context)
+    environment = os.environ | {f"CAFS_{name}": str(tmp_path / name) for name in ("STORE", "CACHE")}
+    subprocess.run(
+        [BIN / "cafs-index", "create", Path(os.environ["CAFS_STORE"]).parent / "rootfs", "-t", "b:1"],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    done = cbuild("--cache-from", tmp_path / "shared", context, env=environment)
+    assert done.returncode == 0 and done.stderr.count(b"CACHED") == 5, done.stderr
+    assert done.stdout.decode().strip() == wanted
+    assert (
+        subprocess.run([BIN / "cafs-index", "verify", wanted], env=environment, check=False, capture_output=True).returncode
+        == 0
+    )
+    assert cbuild("--cache-from", tmp_path / "none", context).returncode == 4

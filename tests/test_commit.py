@@ -86,3 +86,21 @@ def test_layers_are_laid_over_layers_and_wrong_names_are_refused_first() -> None
     assert cr("commit", "c6", "NOT A REF").returncode == 2
     ok("commit", "c6")
     ok("rm", "c6")
+
+
+def test_instructions_change_the_configuration() -> None:
+    ok("create", "--name", "c7", BASE, "true")
+    changes = ['CMD ["echo", "changed"]', "ENV A=1 B=$A", "WORKDIR /tmp", "EXPOSE 80", "LABEL l=m", "USER 7"]
+    ok("commit", *(word for one in changes for word in ("-c", one)), "c7", "made:7")
+    config = _config("made:7")["config"]
+    assert config["Cmd"] == ["echo", "changed"] and config["Env"][-2:] == ["A=1", "B="]
+    assert (config["WorkingDir"], config["ExposedPorts"], config["Labels"], config["User"]) == (
+        "/tmp",
+        {"80/tcp": {}},
+        {"l": "m"},
+        "7",
+    )
+    for wrong in ("RUN true", "ENV A", "NONSENSE", "EXPOSE x"):
+        done = cr("commit", "-c", wrong, "c7")
+        assert done.returncode in (1, 2) and "--change" in done.stderr and "Traceback" not in done.stderr
+    ok("rm", "c7")

@@ -227,7 +227,28 @@ def test_what_nobody_saw_the_end_of_has_an_unknown_exit_code(image: Path) -> Non
     pid = int(json.loads((image / "state" / "containers" / identity / "state.json").read_text())["pid"])
     assert until(lambda: not os.path.exists(f"/proc/{pid}"))
     assert "Exited (unknown)" in ok("ps", "-a") and ok("wait", "uu") == "unknown\n"
+    assert ok("logs", "uu") == "late\n", "it is in the log what was written when nobody watched"
     ok("rm", "uu")
+
+
+def holder_of(image: Path, identity: str) -> int:
+    return int(json.loads((image / "state" / "containers" / identity / "state.json").read_text())["holder"]["pid"])
+
+
+def test_a_terminal_outlives_a_killed_monitor_and_who_held_it_ends_with_the_container(image: Path) -> None:
+    identity = background("tt", "-t", "b:1", "sh", "-c", "i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.02; done")
+    holder = holder_of(image, identity)
+    for _ in range(3):
+        assert until(lambda: ok("logs", "tt").count("tick") > 3)
+        kill_monitor(identity)
+    before = ok("logs", "tt").count("tick")
+    assert until(lambda: ok("logs", "tt").count("tick") > before + 5)
+    assert state("tt")["Running"]
+    ok("stop", "-t", "0", "tt")
+    assert until(lambda: not os.path.exists(f"/proc/{holder}"))
+    numbers = [int(line.split()[1]) for line in ok("logs", "tt").splitlines()]
+    assert numbers == sorted(numbers) and len(numbers) > 10
+    ok("rm", "tt")
 
 
 def test_two_commands_that_find_a_dead_monitor_start_one_successor(image: Path) -> None:

@@ -1,0 +1,199 @@
+"""The steps that make layers: WORKDIR, COPY, ADD and RUN; from the cache, or carried out and remembered."""
+
+from __future__ import annotations
+
+import time
+
+from builder import adding, cache, config, copying, leaks, running, steps
+from builder import flags as flagging
+from builder.config import State, absolute
+from builder.draft import Draft
+from builder.patterns import Ignore, PatternError, os_bytes
+from cafs import commit, image
+from cafs.errors import CafsError, NotFound, quote
+from cafs.image import Image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from builder.build import Build
+    from builder.flags import Flags
+    from builder.lexer import Instruction
+    from builder.request import Step
+
+_TAIL = 4096
+
+
+def workdir(build: Build, state: State, step: Step) -> None:
+    """The directory, made as the user's if it is missing.  Raises CafsError, ValueError."""
+    if len(step.one.words) != 1:
+        raise ValueError("needs one argument")
+    path = absolute(state, state.expand(step.one.words[0]))
+    state.config["WorkingDir"] = path
+    if path == "/":
+        state.note("WORKDIR /", is_empty=True)
+        return
+    key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "", epoch=build.request.epoch)
+
+    def make() -> bytes:
+        draft = Draft(build.tree(state), build.now_ns())
+        draft.make_directory(os_bytes(path), 0o755, _owner_of_user(build, state))
+        return _encode(build, state, draft)
+
+    _cached(build, state, step, key, f"WORKDIR {path}", make)
+
+
+def _owner_of_user(build: Build, state: State) -> tuple[int, int]:
+    user = str(state.config.get("User") or "")
+    tree = build.tree(state)
+    try:
+        return build.places.owner(tree, user) if user and tree else (0, 0)
+    except CafsError:
+        return 0, 0
+
+
+def _cached(build: Build, state: State, step: Step, key: str, what: str, make: Callable[[], bytes]) -> None:
+    """Take a step's layer from the cache, or make it and remember it."""
+    began = time.monotonic()
+    wanted = build.request.no_cache
+    may_find = "" not in wanted and not (step.stage.name and step.stage.name in wanted)
+    found = cache.find(build.store, key) if may_find else None
+    build.progress.begin(step.number, step.title)
+    if found is None:
+        with cache.alone(key):
+            found = cache.find(build.store, key) if may_find else None
+            found = found or (cache.bring(build.request.cache_from, key, build.writer) if may_find else None)
+            if found is None:
+                data = make()
+                found = _keep(build, state, data, key, time.monotonic() - began)
+                build.progress.done(step.number, time.monotonic() - began, len(data))
+            else:
+                build.progress.cached(step.number, found.seconds)
+    else:
+        build.progress.cached(step.number, found.seconds)
+    build.records[key] = found
+    if found.layer:
+        state.layers, state.metadata = (*state.layers, found.layer), (*state.metadata, found.metadata)
+    state.key = key
+    created = found.created if build.request.epoch < 0 else build.now_text()
+    state.note(what, is_empty=not found.layer, created=created, comment="cafs")
+
+
+def _keep(build: Build, state: State, data: bytes, key: str, seconds: float) -> cache.Record:
+    build.writer.flush()
+    created = build.now_text()
+    made = commit.add_to(build.store, data) if data else None
+    layer, metadata = made if made else (b"", b"")
+    record = cache.Record(layer, metadata, created, seconds)
+    cache.put(build.store, key, record)
+    return record
+
+
+def _encode(build: Build, state: State, draft: Draft) -> bytes:
+    """The layer, b'' if nothing is changed; the first one of an empty stage is a whole tree."""
+    return draft.encode(build.header, is_whole=not state.layers, latest_ns=build.latest_ns())
+
+
+def copy(build: Build, state: State, step: Step) -> None:
+    """COPY and ADD.  Raises CafsError, ValueError."""
+    one, flags, keyword = step.one, step.flags, step.one.keyword
+    words = [state.expand(word) for word in one.words if not _is_heredoc(one, word)]
+    documents = list(one.heredocs)
+    if one.heredocs and one.words and _is_heredoc(one, one.words[-1]):
+        raise ValueError("a heredoc cannot be the destination")
+    if len(words) + len(documents) < 2 or not words:
+        raise ValueError("needs a source and a destination")
+    target, sources = words.pop(), words
+    is_directory = target.endswith("/") or target in ("", ".") or target.endswith("/.") or len(sources) + len(documents) > 1
+    place = absolute(state, target)
+    how = _how(build, state, flags)
+    origin = flagging.one(flags, "from")
+    if origin is not None and "$" in origin:
+        raise ValueError("no variables in --from: define a stage with FROM and use that")
+    found = adding.gather(build, state, step, sources, documents, origin)
+    key = cache.key_of(
+        "" if flagging.is_on(flags, "link") else state.key,
+        copy=place,
+        keyword=keyword,
+        is_directory=is_directory,
+        flags={name: values for name, values in flags.items() if name not in ("from", "checksum", "chmod", "chown")},
+        chmod=state.expand(flagging.one(flags, "chmod") or ""),
+        owner=how.owner,
+        epoch=build.request.epoch,
+        files=found.fingerprint(how),
+    )
+    if flagging.is_on(flags, "link"):
+        key = cache.key_of(state.key, link=key)
+
+    def make() -> bytes:
+        draft = Draft(build.tree(state), build.now_ns())
+        found.put(draft, place, is_directory=is_directory, how=how)
+        return _encode(build, state, draft)
+
+    shown = [f"--{name}={value}" for name, values in flags.items() for value in values]
+    what = " ".join([keyword.upper(), *shown, *sources, *(f"<<{doc.name}" for doc in documents), target, "# buildkit"])
+    _cached(build, state, step, key, what, make)
+
+
+def _how(build: Build, state: State, flags: Flags) -> copying.How:
+    owner = chmod = None
+    text = flagging.one(flags, "chown")
+    if text:
+        owner = build.places.owner(build.tree(state), state.expand(text))
+    text = flagging.one(flags, "chmod")
+    if text:
+        chmod = flagging.mode_of(state.expand(text))
+    try:
+        exclude = Ignore(flags["exclude"]) if "exclude" in flags else None
+    except PatternError as error:
+        raise ValueError(str(error)) from None
+    is_linked = flagging.is_on(flags, "link")
+    return copying.How(owner, chmod, flagging.is_on(flags, "parents"), exclude, follows=not is_linked)
+
+
+def run(build: Build, state: State, step: Step) -> None:
+    """RUN.  Raises CafsError, ValueError."""
+    command, definition, finish = steps.command_of(build, state, step)
+    arguments = {name: value for name, value in state.args.items() if name not in state.env and name not in steps.proxy_names()}
+    key = cache.key_of(state.key, **definition)
+    what = " ".join([f"|{len(arguments)} {' '.join(f'{k}={v}' for k, v in arguments.items())}"] if arguments else [])
+    what = f"RUN {what + ' ' if what else ''}{' '.join(config.command_words(state, step.one) or ['heredoc'])} # buildkit"
+
+    def make() -> bytes:
+        if not state.layers:
+            raise NotFound(f"{quote(command.words[0])}: a stage of nothing has no programs")
+        build.writer.flush()
+        tail = bytearray()
+
+        def said(data: bytes) -> None:
+            tail.extend(data)
+            del tail[: max(len(tail) - _TAIL, 0)]
+            build.progress.output(step.number, data)
+
+        below = Image(state.layers, {}, metadata=state.metadata)
+        try:
+            with finish() as ready:
+                ready.trusts_cache, build.has_run = build.has_run, True
+                data = running.run(build.writer, below, build.places.tree(state.layers), ready, said, build.latest_ns())
+        except leaks.LeakError as error:
+            raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None
+        except running.StepError as error:
+            raise _failed(build, below, step, error, bytes(tail)) from None
+        return b"" if data.count(b"\n") == 2 else data
+
+    _cached(build, state, step, key, what, make)
+
+
+def _failed(build: Build, below: Image, step: Step, error: running.StepError, tail: bytes) -> running.StepError:
+    made = image.put_layers(build.store, below.layers, {}, below.metadata)
+    line = step.one.lines[0]
+    first = " ".join(step.one.original.split("\n")[0].split())
+    build.progress.failed(tail)
+    found = running.StepError(f"{build.dockerfile.name}:{line}: {first}: {error}", error.code)
+    found.hint = f"crun run --rm -it {made.digest.hex()[:12]} sh   opens a shell where it failed"
+    return found
+
+
+def _is_heredoc(one: Instruction, word: str) -> bool:
+    return bool(one.heredocs) and not one.is_json and "<<" in word

@@ -1,0 +1,77 @@
+"""A process that only waits, and has a background container's pipes or terminal open: a killed monitor then loses nothing.
+
+Pipes keep what was written to them, also by a container that has ended, as long as somebody has them open; the terminal goes to
+the next monitor by pidfd_getfd(2).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from cafs import linux
+from runner import containers, programs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runner.containers import Container
+
+_FIRST = 10
+"""Where its descriptors begin."""
+
+
+def hold(container: Container, fds: dict[str, int]) -> None:
+    """Start one for a container that has just been started, and note it.  fds: stdout, stderr, terminal."""
+    let_go(container)
+    program = programs.find("sleep", "/bin", "/usr/bin")
+    wanted = {name: fd for name, fd in fds.items() if name in ("stdout", "stderr", "terminal")}
+    if program is None or not wanted:
+        return
+    places = {name: _FIRST + number for number, name in enumerate(sorted(wanted))}
+    actions = [(os.POSIX_SPAWN_DUP2, wanted[name], place) for name, place in places.items()]
+    pid = os.posix_spawn(program, ["cafs-holder", "infinity"], {}, file_actions=actions)
+    container.note(holder={"pid": pid, "start": containers.start_time(pid), **places})
+
+
+def _pidfd(container: Container) -> int:
+    """Of the process, -1 if it does not live."""
+    found = container.state().get("holder") or {}
+    try:
+        pidfd = os.pidfd_open(found["pid"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return -1
+    if containers.start_time(found["pid"]) != found["start"]:
+        os.close(pidfd)
+        return -1
+    return pidfd
+
+
+def is_held(container: Container) -> bool:
+    """Whether there may be something left that nobody has read."""
+    pidfd = _pidfd(container)
+    if pidfd >= 0:
+        os.close(pidfd)
+    return pidfd >= 0
+
+
+def recover(container: Container) -> dict[str, int]:
+    """The terminal, by its name, if one is held."""
+    place = (container.state().get("holder") or {}).get("terminal")
+    pidfd = _pidfd(container)
+    if pidfd < 0 or not isinstance(place, int):
+        os.close(pidfd) if pidfd >= 0 else None
+        return {}
+    try:
+        return {"terminal": linux.pidfd_getfd(pidfd, place)}
+    except OSError:
+        return {}
+    finally:
+        os.close(pidfd)
+
+
+def let_go(container: Container) -> None:
+    """End it."""
+    pidfd = _pidfd(container)
+    if pidfd >= 0:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
