@@ -1,9 +1,10 @@
 # make demo: install what is missing and show the main job.  make test: everything.  make check: types and style only.
+# make referee: build the tests' Dockerfiles with docker's classic builder too, where dockerd is installed, and compare.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench referee clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh $(IMAGE)
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml setup.cfg packages.sh
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --config-settings editable_mode=compat -e '.[fuse,s3,dev]'
 	touch $@
+
+referee: $(STAMP)
+	$(VENV)/bin/python -m tests.referee
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
