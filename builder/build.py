@@ -23,6 +23,7 @@ from cafs.format import Header
 from cafs.image import Image
 from cafs.indexing import FOLD_AT
 from cafs.layers import merge
+from cafs.steps import Record
 from cafs.store import Store
 from cafs.writer import Writer
 
@@ -54,7 +55,7 @@ class Build:
         self.places = Places(self)
         self._first: dict[int, int] = {}
         self.has_run = False
-        self.records: dict[str, cache.Record] = {}
+        self.records: dict[str, Record] = {}
 
     def run(self) -> Image:
         """Raises DockerfileError, StepError, CafsError."""

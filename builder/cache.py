@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from cafs import atomic, paths
+from cafs import atomic, paths, steps
 from cafs.errors import CafsError
 from cafs.image import METADATA
+from cafs.steps import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from cafs.store import Store
     from cafs.writer import Writer
 
-_RECORD_MAX = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """layer: digest of the index, b'' if the step changed no files.  created: RFC 3339.  seconds: what the step took."""
-
-    layer: bytes
-    metadata: bytes
-    created: str
-    seconds: float
-
 
 def key_of(parent: str, **definition: object) -> str:
     """The key of a step: of the one before it, and of all that it depends on."""
@@ -42,25 +30,20 @@ def key_of(parent: str, **definition: object) -> str:
     return hashlib.sha256(data.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _name(store: Store, key: str) -> str:
-    name = store.name_of(bytes.fromhex(key)).hex()
-    return f"steps/{name[:2]}/{name}"
-
-
 def find(store: Store, key: str) -> Record | None:
     """What a step has made before, if its layer is still there."""
+    record = steps.read(store, steps.name_of(store, key))
     try:
-        found = json.loads(store.backend.read(_name(store, key), _RECORD_MAX))
-        layer, metadata = bytes.fromhex(found["index"]), bytes.fromhex(found["metadata"])
-        record = Record(layer, metadata, str(found["created"]), float(found["seconds"]))
-        if layer and not store.has_meta(layer, "index"):
-            return None
-        if layer:
-            store.claim(store.meta_name(layer, "index"))
-            store.claim(store.meta_name(metadata, METADATA)) if metadata else None
-        return record
-    except (OSError, CafsError, ValueError, KeyError, TypeError):
+        if record and record.layer:
+            if not store.has_meta(record.layer, "index"):
+                return None
+            store.claim(store.meta_name(record.layer, "index"))
+            store.claim(store.meta_name(record.metadata, METADATA)) if record.metadata else None
+    except (OSError, CafsError):
         return None
+    if record:
+        steps.note_use(store, key)
+    return record
 
 
 def bring(stores: list[Store], key: str, writer: Writer) -> Record | None:
@@ -75,7 +58,7 @@ def bring(stores: list[Store], key: str, writer: Writer) -> Record | None:
         try:
             if record.layer:
                 copy_layers(Image((record.layer,), {}, metadata=(record.metadata,)), other, writer.store, writer)
-            put(writer.store, key, record)
+            steps.write(writer.store, key, record)
             return record
         except (CafsError, OSError):
             continue
@@ -95,7 +78,7 @@ def send(records: dict[str, Record], source: Store, target: Store) -> None:
             if rows:
                 copy_layers(Image(tuple(rows), {}, metadata=tuple(rows.values())), source, target, writer)
             for key, record in records.items():
-                put(target, key, record)
+                steps.write(target, key, record)
     except OSError as error:
         raise os_error(f"cannot write to store {quote(target.root)}", error) from error
 
@@ -113,14 +96,3 @@ def alone(key: str) -> Iterator[None]:
     finally:
         atomic.unlink_quietly(path)  # who waits for this file goes on alone, at worst for nothing
         os.close(lock)
-
-
-def put(store: Store, key: str, record: Record) -> None:
-    """Remember a step, whose layer is in the store.  Raises OSError."""
-    found = {
-        "created": record.created,
-        "index": record.layer.hex(),
-        "metadata": record.metadata.hex(),
-        "seconds": round(record.seconds, 3),
-    }
-    store.backend.replace(_name(store, key), json.dumps(found, sort_keys=True).encode() + b"\n")

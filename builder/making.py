@@ -12,6 +12,7 @@ from builder.patterns import Ignore, PatternError, os_bytes
 from cafs import commit, image
 from cafs.errors import CafsError, NotFound, quote
 from cafs.image import Image
+from cafs.steps import Record, write
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ def _cached(build: Build, state: State, step: Step, key: str, what: str, make: C
     state.note(what, is_empty=not found.layer, created=created, comment="cafs")
 
 
-def _keep(build: Build, state: State, data: bytes, key: str, seconds: float) -> cache.Record:
+def _keep(build: Build, state: State, data: bytes, key: str, seconds: float) -> Record:
     build.writer.flush()
     created = build.now_text()
     made = commit.add_to(build.store, data) if data else None
     layer, metadata = made if made else (b"", b"")
-    record = cache.Record(layer, metadata, created, seconds)
-    cache.put(build.store, key, record)
+    record = Record(layer, metadata, created, seconds)
+    write(build.store, key, record)
     return record
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from builder.cache import Record
     from builder.config import State
     from builder.stages import Stage
+    from cafs.steps import Record
 
     Pipe = connection.Connection[Any, Any]
     Outcome = tuple[State, set[str], dict[str, Record]]

@@ -10,7 +10,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from cafs import candidates, image, lease, locator
+from cafs import candidates, image, lease, locator, steps
 from cafs.bulk import read_frames
 from cafs.candidates import Candidate
 from cafs.errors import BusyError, CafsError, CorruptError, quote
@@ -55,25 +55,29 @@ class _Live:
     images: int = 0
 
 
-def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Report:
-    """One pass.  Raises BusyError if another runs, and CorruptError, with nothing deleted, if what is needed is damaged."""
+def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False, steps_s: float = steps.KEPT_S) -> Report:
+    """One pass.  steps_s: how long layers of builds are kept that no image has, after they were used.
+
+    Raises BusyError if another runs, and CorruptError, with nothing deleted, if what is needed is damaged.
+    """
     store.is_checked = True
     store.refresh()
     if dry_run:
-        return _Pass(store, grace_s, dry_run).run()
+        return _Pass(store, grace_s, dry_run, steps_s).run()
     name = lease.take(store.backend, "gc")
     try:
         mine = name.removeprefix("leases/")
         if min(candidates.holders(store.backend, "gc") | {mine}) != mine:
             raise BusyError(f"store {quote(store.root)} is being collected already")
-        return _Pass(store, grace_s, dry_run).run()
+        return _Pass(store, grace_s, dry_run, steps_s).run()
     finally:
         store.backend.remove(name)
 
 
 class _Pass:
-    def __init__(self, store: Store, grace_s: float, dry_run: bool) -> None:
+    def __init__(self, store: Store, grace_s: float, dry_run: bool, steps_s: float) -> None:
         self.store = store
+        self.steps_s = steps_s
         self.grace_s = grace_s
         self.dry_run = dry_run
         self.report = Report()
@@ -101,6 +105,8 @@ class _Pass:
         self.report.waiting_bytes = sum(dead.values()) - self.report.deleted_bytes
         if not self.dry_run:
             self._delete(ripe)
+            for name in steps.kept(self.store, self.steps_s)[1]:
+                self.store.backend.remove(name)
         return self.report
 
     def _still_dead(self, ripe: list[str], before: _Live) -> list[str]:
@@ -130,11 +136,21 @@ class _Pass:
             live.profiled.update(self.store.name_of(one).hex() for one in (digest, *found.layers))
             live.names |= {self.store.meta_name(one, image.METADATA) for one in found.metadata if one}
             for layer in found.layers:
-                live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}
-                if layer not in live.indexes:
-                    live.indexes[layer], objects = self._read(layer)
-                    live.objects |= objects
+                self._mark_layer(live, layer)
+        for step in steps.kept(self.store, self.steps_s)[0]:
+            try:
+                self._mark_layer(live, step.layer)
+            except CafsError:
+                continue  # it is gone: the step will be made again
+            if step.metadata:
+                live.names.add(self.store.meta_name(step.metadata, image.METADATA))
         return live
+
+    def _mark_layer(self, live: _Live, layer: bytes) -> None:
+        if layer not in live.indexes:
+            live.indexes[layer], objects = self._read(layer)
+            live.objects |= objects
+        live.names |= {self.store.meta_name(layer, "index"), self.store.meta_name(layer, "loc")}
 
     def _read(self, layer: bytes) -> tuple[Index, set[Key]]:
         """An index and what it needs, read once a pass."""

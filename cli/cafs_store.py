@@ -146,10 +146,11 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
 @main.command()
 @click.option("-n", "--dry-run", is_flag=True, help="Delete nothing; say what would be.")
 @click.option("--grace", type=click.FloatRange(0), metavar="SECONDS", help="Wait so long before deleting (86400).")
+@click.option("--steps", type=click.FloatRange(0), metavar="SECONDS", help="Keep steps of builds used since (604800).")
 @json_option()
 @store_option()
 @quiet_option()
-def gc(dry_run: bool, grace: float | None, as_json: bool, store: str | None, quiet: bool) -> None:
+def gc(dry_run: bool, grace: float | None, steps: float | None, as_json: bool, store: str | None, quiet: bool) -> None:
     """Delete what no ref and no mount needs.
 
     What is found is deleted by the first run after the grace time.
@@ -157,9 +158,12 @@ def gc(dry_run: bool, grace: float | None, as_json: bool, store: str | None, qui
     from dataclasses import asdict
 
     from cafs.collect import GRACE_S, collect
+    from cafs.steps import KEPT_S
     from cafs.store import Store
 
-    report = collect(Store(store_root(store)), grace_s=GRACE_S if grace is None else grace, dry_run=dry_run)
+    kept_s = KEPT_S if steps is None else steps
+    wait_s = GRACE_S if grace is None else grace
+    report = collect(Store(store_root(store)), grace_s=wait_s, dry_run=dry_run, steps_s=kept_s)
     if as_json:
         write_json(asdict(report))
     elif not quiet:

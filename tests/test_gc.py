@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cafs import candidates, fsck, image, lease, transfer
+from cafs import candidates, fsck, image, lease, steps, transfer
 from cafs.collect import Report, collect
 from cafs.errors import BusyError, CafsError, CorruptError
 from cafs.indexing import Options, create_image
@@ -279,3 +279,22 @@ def test_a_pack_of_tiny_objects_is_not_copied_by_every_collection(home: Path, tm
     for _ in range(2):
         report = collect(Store(str(tmp_path / "store")), grace_s=0)
         assert (report.repacked, report.deleted) == (0, 0)
+
+
+def test_layers_of_steps_are_kept_while_they_are_used(trees: dict[str, Path], tmp_path: Path, cmd: Run) -> None:
+    store = create(trees, tmp_path, "a", "b")
+    made = image.resolve(store, "b:1")
+    key = "ab" * 32
+    steps.write(store, key, steps.Record(made.layers[0], made.metadata[0], "2026-01-31T12:00:00Z", 1.0))
+    steps.write(store, "cd" * 32, steps.Record(b"", b"", "", 0.0))
+    assert cmd("cafs-store", "untag", "b:1").returncode == 0
+    kept = json.loads(cmd("cafs-store", "gc", "--grace", "0", "--json").stdout)
+    assert kept["deleted"] == 1, "the manifest alone"
+    assert is_whole(store, trees["b"]) and steps.read(store, steps.name_of(store, key)) is not None
+    for path in (tmp_path / "store" / "steps").glob("*/*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    gone = json.loads(cmd("cafs-store", "gc", "--grace", "0", "--json").stdout)
+    assert gone["deleted"] == 4 and not list((tmp_path / "store" / "steps").glob("*/*"))
+    assert is_whole(store, trees["a"]) and cmd("cafs-store", "fsck").stdout == b""
+    steps.write(store, key, steps.Record(made.layers[0], made.metadata[0], "", 1.0))  # of what is not there any more
+    assert json.loads(cmd("cafs-store", "gc", "--grace", "0", "--json").stdout)["deleted"] == 0
