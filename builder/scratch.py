@@ -8,6 +8,7 @@ import tempfile
 from contextlib import contextmanager
 
 from cafs import paths
+from cafs.errors import CafsError
 from runner.cleanup import remove_directory
 
 TYPE_CHECKING = False
@@ -46,7 +47,10 @@ def tidy() -> None:
         builder = container.asked.get("builder")
         is_left = builder and containers.start_time(builder[0]) != builder[1]
         if is_left and not container.is_running():
-            control.remove(container, force=True, with_volumes=True)
+            try:
+                control.remove(container, force=True, with_volumes=True)
+            except CafsError:
+                continue  # its guard is at it
 
 
 def _remove_if_left(made: str) -> None:
