@@ -22,7 +22,7 @@ from cafs.errors import CafsError, FormatError, NotFound, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from builder.build import Build
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Source:
-    """top: the root of a tree; matches: what of it.  archive: instead of a file, what is in it."""
+    """top: the root of a tree; matches: what of it.  archive: reads what is in a file, which is wanted instead of it."""
 
     top: Node
     matches: list[Match]
-    archive: VirtualTree | None = None
+    archive: Callable[[], VirtualTree] | None = None
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Gathered:
         is_directory = is_directory or sum(len(source.matches) for source in self.sources) > 1
         for source in self.sources:
             if source.archive is not None:
-                _put_archive(draft, source.archive, os_bytes(place), how)
+                _put_archive(draft, source.archive(), os_bytes(place), how)
             else:
                 copying.copy(draft, source.matches, source.top, place, is_directory=is_directory, how=how)
 
@@ -144,8 +144,8 @@ def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: b
     except PatternError as error:
         raise ValueError(str(error)) from None
     nodes = [node for match in matches if (node := copying.follow(top, match.node))]
-    files = [one.path for node in nodes for one in ([node] if not node.is_directory else node.below()) if not one.is_directory]
-    build.places.note_read(origin, files)
+    trees = (node.below() if node.is_directory else iter([node]) for node in nodes)
+    build.places.note_read(origin, (one.path for tree in trees for one in tree if not one.is_directory))
     if not is_add or flagging.one(step.flags, "unpack") == "false":
         return [Source(top, matches)] if matches else []
     return [_unpacked(build, Source(top, [match])) for match in matches]
@@ -167,7 +167,7 @@ def _unpacked(build: Build, source: Source, *, must: bool = False) -> Source:
             raise FormatError(f"{quote(node.path)} is not an archive") from None
         return source
     reader = MemberReader(build.header, build.writer, os.cpu_count() or 1)
-    return replace(source, archive=tar_tree(reader, _open(build.store, node)))
+    return replace(source, archive=lambda: tar_tree(reader, _open(build.store, node)))
 
 
 class _Content(io.RawIOBase):

@@ -11,12 +11,11 @@ from builder import flags as flagging
 from builder.config import State
 from builder.draft import Draft
 from builder.errors import DockerfileError
-from builder.lexer import Dockerfile, Instruction, parse
+from builder.lexer import FILE_MAX, Dockerfile, Instruction, parse
 from builder.patterns import os_bytes
 from builder.places import Places
 from builder.request import Request, Step
 from builder.stages import Plan, Stage, before, check_keyword, needed, platform, sources, split
-from builder.steps import proxy_names
 from cafs import commit, image
 from cafs.errors import CafsError, UsageError, quote
 from cafs.format import Header
@@ -26,6 +25,7 @@ from cafs.layers import merge
 from cafs.steps import Record
 from cafs.store import Store
 from cafs.writer import Writer
+from runner.spec import DEFAULT_PATH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Build:
             else:
                 self.states[ready[0].number] = self._stage(ready[0])
             waiting = [stage for stage in waiting if stage.number not in self.states]
-        unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - proxy_names()
+        unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - config.PROXIES
         for name in sorted(one for one in unused if not one.startswith("BUILDKIT_") and one != "SOURCE_DATE_EPOCH"):
             self.progress.warn(f"no ARG declares --build-arg {name}")
         return self._image(self.states[target.number])
@@ -119,7 +119,7 @@ class Build:
         if self.latest_ns() >= 0 and stage.base_stage is None:
             state.key = cache.key_of(state.key, latest_ns=self.latest_ns())
         if "PATH" not in state.env:
-            state.config["Env"] = [f"PATH={config.DEFAULT_PATH}", *(state.config.get("Env") or [])]
+            state.config["Env"] = [f"PATH={DEFAULT_PATH}", *(state.config.get("Env") or [])]
         try:
             instructions = [*self._triggers(state, stage), *stage.instructions]
         except ValueError as error:
@@ -214,9 +214,8 @@ class Build:
         """For what is made now."""
         return self.request.epoch * 10**9 if self.request.epoch >= 0 else time.time_ns()
 
-    # COPY and ADD.
-
     def now_text(self) -> str:
+        """The same, as an image's configuration has it (RFC 3339)."""
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
 
     def _image(self, state: State) -> Image:
@@ -249,7 +248,7 @@ def read_dockerfile(path: str) -> Dockerfile:
     from cafs.errors import os_error
 
     try:
-        data = atomic.read_file(path, 16 << 20)
+        data = atomic.read_file(path, FILE_MAX)
     except OSError as error:
         raise os_error(f"cannot read {quote(path)}", error) from error
     return parse(data, os.path.relpath(path) if os.path.isabs(path) and path.startswith(os.getcwd() + "/") else path)

@@ -38,6 +38,7 @@ class Context:
         self._header = Header(store.hash_name, store.chunk_size)
         self._cache = StatCache(root, store.hash_name, DIGEST_SIZES[store.hash_name])
         self._cache.load()
+        self._indexes: dict[tuple[bytes, ...], bytes] = {}
         self._trees: dict[tuple[bytes, ...], Node] = {}
 
     def tree(self, prefixes: tuple[bytes, ...]) -> Node:
@@ -85,7 +86,12 @@ class Context:
         self._cache.save()
 
     def index(self, prefixes: tuple[bytes, ...]) -> bytes:
-        """The index of such a tree."""
+        """The index of such a tree; what was read of it once is not read again."""
+        if prefixes not in self._indexes:
+            self._indexes[prefixes] = self._read(prefixes)
+        return self._indexes[prefixes]
+
+    def _read(self, prefixes: tuple[bytes, ...]) -> bytes:
         prefixes = prefixes if b"" in prefixes else tuple(self._with_links(prefixes))
 
         def is_out(path: bytes) -> bool:

@@ -61,18 +61,18 @@ def _cached(build: Build, state: State, step: Step, key: str, what: str, make: C
     may_find = "" not in wanted and not (step.stage.name and step.stage.name in wanted)
     found = cache.find(build.store, key) if may_find else None
     build.progress.begin(step.number, step.title)
+    data = None
     if found is None:
         with cache.alone(key):
-            found = cache.find(build.store, key) if may_find else None
-            found = found or (cache.bring(build.request.cache_from, key, build.writer) if may_find else None)
+            if may_find:
+                found = cache.find(build.store, key) or cache.bring(build.request.cache_from, key, build.writer)
             if found is None:
                 data = make()
-                found = _keep(build, state, data, key, time.monotonic() - began)
-                build.progress.done(step.number, time.monotonic() - began, len(data))
-            else:
-                build.progress.cached(step.number, found.seconds)
-    else:
+                found = _keep(build, data, key, time.monotonic() - began)
+    if data is None:
         build.progress.cached(step.number, found.seconds)
+    else:
+        build.progress.done(step.number, time.monotonic() - began, len(data))
     build.records[key] = found
     if found.layer:
         state.layers, state.metadata = (*state.layers, found.layer), (*state.metadata, found.metadata)
@@ -81,7 +81,7 @@ def _cached(build: Build, state: State, step: Step, key: str, what: str, make: C
     state.note(what, is_empty=not found.layer, created=created, comment="cafs")
 
 
-def _keep(build: Build, state: State, data: bytes, key: str, seconds: float) -> Record:
+def _keep(build: Build, data: bytes, key: str, seconds: float) -> Record:
     build.writer.flush()
     created = build.now_text()
     made = commit.add_to(build.store, data) if data else None
@@ -156,7 +156,7 @@ def _how(build: Build, state: State, flags: Flags) -> copying.How:
 def run(build: Build, state: State, step: Step) -> None:
     """RUN.  Raises CafsError, ValueError."""
     command, definition, finish = steps.command_of(build, state, step)
-    arguments = {name: value for name, value in state.args.items() if name not in state.env and name not in steps.proxy_names()}
+    arguments = {name: value for name, value in state.args.items() if name not in state.env and name not in config.PROXIES}
     key = cache.key_of(state.key, **definition)
     what = " ".join([f"|{len(arguments)} {' '.join(f'{k}={v}' for k, v in arguments.items())}"] if arguments else [])
     what = f"RUN {what + ' ' if what else ''}{' '.join(config.command_words(state, step.one) or ['heredoc'])} # buildkit"

@@ -16,7 +16,7 @@ from cafs.image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from builder.build import Build
     from cafs.lookup import MappedIndex, Node
@@ -111,7 +111,7 @@ class Places:
             raise NotFound(f"stage {quote(origin)} comes later than this one")
         return None, self.base_image(origin).layers
 
-    def note_read(self, origin: str | None, paths: list[bytes]) -> None:
+    def note_read(self, origin: str | None, paths: Iterable[bytes]) -> None:
         """Note what of the build context a step has used."""
         if origin is None and self._build.context is not None:
             self._read |= {os.path.join(self._build.context.root, os.fsdecode(path[1:])) for path in paths}

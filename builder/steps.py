@@ -57,34 +57,26 @@ def command_of(
     ):
         if needs and wanted not in request.allowed:
             raise UsageError(f"{wanted} is not allowed here", hint=f"cbuild --allow {wanted}")
+    if network == "default":
+        network = request.network or "bridge"
     definition: dict[str, object] = {
         "run": [*words, *((script.content,) if script else ())],
         "env": env,
         "cwd": state.workdir,
         "user": state.config.get("User") or "",
-        "network": _network(network, request.network),
+        "network": network,
         "security": security,
         "devices": devices,
         "mounts": [_definition(build, step, mount) for mount in found],
     }
-    proxies = {name: value for name, value in request.args.items() if name in proxy_names()}
-    own = {"network": [_network(network, request.network)], **request.flags}
+    proxies = {name: value for name, value in request.args.items() if name in PROXIES}
+    own = {"network": [network], **request.flags}
     if security == "insecure":
         own["privileged"] = ["true"]
     if devices:
         own["device"] = [text.partition(",")[0] for text in devices]
     command = Command(words, proxies | env, state.workdir, str(state.config.get("User") or ""), own)
     return command, definition, lambda: _ready(build, step, command, found, script)
-
-
-def _network(asked: str, default: str) -> str:
-    if asked != "default":
-        return asked
-    return default or "bridge"
-
-
-def proxy_names() -> set[str]:
-    return {*PROXIES, *(name.lower() for name in PROXIES)}
 
 
 def _words(state: State, one: Instruction) -> tuple[list[str], Heredoc | None]:
@@ -112,10 +104,8 @@ def _definition(build: Build, step: Step, mount: Mount) -> list[object]:
         if top is None:
             raise NotFound(f"{quote(mount.from_)} has no files")
         matches = copying.find(top, _literal(mount.source))
-        files = [
-            one.path for match in matches for one in (match.node, *(match.node.below() if match.node.is_directory else ()))
-        ]
-        build.places.note_read(mount.from_ or None, files)
+        trees = ((one.node, *(one.node.below() if one.node.is_directory else ())) for one in matches)
+        build.places.note_read(mount.from_ or None, (one.path for tree in trees for one in tree))
         row += Gathered([Source(top, matches)]).fingerprint(copying.How())
     elif mount.kind in ("secret", "ssh"):
         row += [mount.id, mount.mode, mount.uid, mount.gid, mount.env]

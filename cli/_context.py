@@ -80,7 +80,7 @@ def _is_archive(head: bytes) -> bool:
 def _inside(top: str, file: str | None, writer: Writer) -> tuple[Dockerfile, Context]:
     """A context that was unpacked for us, with its Dockerfile, which a link in it does not lead out of."""
     from builder.context import open_context
-    from builder.lexer import parse
+    from builder.lexer import FILE_MAX, parse
     from cafs import atomic, linux
     from cafs.errors import os_error, quote
 
@@ -93,7 +93,7 @@ def _inside(top: str, file: str | None, writer: Writer) -> tuple[Dockerfile, Con
     finally:
         os.close(root)
     try:
-        data = atomic.read_exactly(fd, 16 << 20, 0)
+        data = atomic.read_exactly(fd, FILE_MAX, 0)
     finally:
         os.close(fd)
     return parse(data, name), open_context(top, os.path.join(top, name), writer)

@@ -284,9 +284,9 @@ def export(image: str, dest: str, jobs: int | None, store: str | None) -> None:
     DEST is oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:REF],
     FILE.tar or '-' (a tar of the tree), or a new directory.
     """
+    from cafs.destination import write
     from cafs.image import resolve
     from cafs.store import Store
-    from cli._export import export as write
 
     opened = Store(store_root(store))
     write(resolve(opened, image), opened, dest, jobs or os.cpu_count() or 1)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "cbuild"
 CONTEXT = {"help_option_names": ["--help"], "max_content_width": 80}
-_NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 
 
 @click.command(context_settings=CONTEXT)
@@ -63,19 +62,7 @@ _NAMES = ("Dockerfile", "dockerfile", "Containerfile")
 @store_option()
 @quiet_option()
 @version_option(PROGRAM)
-def main(
-    context: str,
-    file: str | None,
-    tags: tuple[str, ...],
-    target: str | None,
-    how: str,
-    check: bool,
-    explain: bool,
-    squash: bool,
-    store: str | None,
-    quiet: bool,
-    **given: object,
-) -> int:
+def main(context: str, **given: object) -> int:
     """Build an image from a Dockerfile and CONTEXT, and print its digest.
 
     \b
@@ -89,9 +76,17 @@ def main(
     program.  Full manual: man cbuild
     """
     from cafs.errors import CafsError
+    from cafs.refs import split_ref
 
     try:
-        return _build(context, file, tags, target, how, check, explain, squash, store, quiet, given)
+        if os.geteuid():
+            from runner import rootless
+
+            rootless.enter()
+        for ref in built.texts(given["tags"]):
+            split_ref(ref)
+        with ExitStack() as stack:
+            return _build(_progress(str(given["how"]), stack, is_quiet=bool(given["quiet"])), context, given)
     except CafsError as error:
         _annotate(str(error))
         raise
@@ -108,32 +103,6 @@ def _annotate(message: str) -> None:
         sys.stderr.write(f"::error file={place[1]},line={place[2]}{column}::{text}\n")
 
 
-def _build(
-    context: str,
-    file: str | None,
-    tags: tuple[str, ...],
-    target: str | None,
-    how: str,
-    check: bool,
-    explain: bool,
-    squash: bool,
-    store: str | None,
-    quiet: bool,
-    given: dict[str, object],
-) -> int:
-    from cafs.refs import split_ref
-
-    if os.geteuid():
-        from runner import rootless
-
-        rootless.enter()
-    for ref in tags:
-        split_ref(ref)
-    with ExitStack() as stack:
-        progress = _progress(how, stack, is_quiet=quiet)
-        return _build_with(progress, context, file, tags, target, check, explain, squash, store, given)
-
-
 def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
     from builder import progress as saying
 
@@ -144,18 +113,7 @@ def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
     return saying.chosen(how, is_quiet=is_quiet)
 
 
-def _build_with(
-    progress: Progress,
-    context: str,
-    file: str | None,
-    tags: tuple[str, ...],
-    target: str | None,
-    check: bool,
-    explain: bool,
-    squash: bool,
-    store: str | None,
-    given: dict[str, object],
-) -> int:
+def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
     from builder import cache, scratch
     from builder.build import Build
     from cafs import paths
@@ -163,11 +121,12 @@ def _build_with(
     from cafs.writer import Writer
     from cli._context import opened
 
-    request = _request(target, given | {"has_tags": bool(tags)})
-    if check:
+    request, tags = _request(given), built.texts(given["tags"])
+    file = None if given["file"] is None else str(given["file"])
+    if given["check"]:
         return _check(context, file, request)
     scratch.tidy()
-    opened_store = open_or_init(store_root(store))
+    opened_store = open_or_init(store_root(None if given["store"] is None else str(given["store"])))
     with Writer(opened_store) as writer, opened(context, file, writer) as (dockerfile, found):
         build = Build(writer, dockerfile, found, request, progress)
         for line, text in dockerfile.warnings:
@@ -176,13 +135,13 @@ def _build_with(
         build.places.save()
         if given["cache_to"]:
             cache.send(build.records, opened_store, open_or_init(paths.located(str(given["cache_to"]))))
-        made = built.squashed(opened_store, made) if squash else made
+        made = built.squashed(opened_store, made) if given["squash"] else made
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
         read = build.places.read_files()
-    built.write(opened_store, made, tags, given)
+    built.write(opened_store, made, tuple(tags), given)
     built.write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
-    if explain:
+    if given["explain"]:
         built.explain(progress)
     if not {"-", "type=tar"} & set(built.texts(given["outputs"])):  # which have standard output for themselves
         click.echo(made.digest.hex())
@@ -202,7 +161,7 @@ def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str,
     return found
 
 
-def _request(target: str | None, given: dict[str, object]) -> Request:
+def _request(given: dict[str, object]) -> Request:
     from builder.request import Request
     from builder.stages import platform
     from cafs import paths
@@ -216,7 +175,7 @@ def _request(target: str | None, given: dict[str, object]) -> Request:
     flags |= {"shm-size": [str(given["shm_size"])]} if given["shm_size"] else {}
     epoch = args.get("SOURCE_DATE_EPOCH", os.environ.get("SOURCE_DATE_EPOCH", ""))
     request = Request(
-        target=target or "",
+        target=str(given["target"] or ""),
         args=args,
         contexts=_pairs(given["contexts"], "--build-context"),
         secrets=dict(map(_secret, built.texts(given["secrets"]))),
@@ -231,7 +190,7 @@ def _request(target: str | None, given: dict[str, object]) -> Request:
         epoch=_epoch(epoch) if epoch else 0 if given["reproducible"] else -1,
         is_reproducible=bool(given["reproducible"]),
     )
-    if given["push"] and not given["has_tags"]:
+    if given["push"] and not given["tags"]:
         raise click.UsageError("--push needs a REF: -t")
     if request.network == "host":
         request.allowed.add("network.host")

@@ -30,39 +30,30 @@ def hold(container: Container, fds: dict[str, int]) -> None:
     places = {name: _FIRST + number for number, name in enumerate(sorted(wanted))}
     actions = [(os.POSIX_SPAWN_DUP2, wanted[name], place) for name, place in places.items()]
     pid = os.posix_spawn(program, ["cafs-holder", "infinity"], {}, file_actions=actions)
-    container.note(holder={"pid": pid, "start": containers.start_time(pid), **places})
+    container.note(holder={**containers.identify(pid), **places})
 
 
-def _pidfd(container: Container) -> int:
-    """Of the process, -1 if it does not live."""
-    found = container.state().get("holder") or {}
-    try:
-        pidfd = os.pidfd_open(found["pid"])
-    except (OSError, KeyError, TypeError, ValueError):
-        return -1
-    if containers.start_time(found["pid"]) != found["start"]:
-        os.close(pidfd)
-        return -1
-    return pidfd
+def _pidfd(container: Container) -> int | None:
+    """Of the process, None if it does not live."""
+    return containers.open_process(container.state().get("holder") or {})
 
 
 def is_held(container: Container) -> bool:
     """Whether there may be something left that nobody has read."""
     pidfd = _pidfd(container)
-    if pidfd >= 0:
+    if pidfd is not None:
         os.close(pidfd)
-    return pidfd >= 0
+    return pidfd is not None
 
 
 def recover(container: Container) -> dict[str, int]:
     """The terminal, by its name, if one is held."""
     place = (container.state().get("holder") or {}).get("terminal")
     pidfd = _pidfd(container)
-    if pidfd < 0 or not isinstance(place, int):
-        os.close(pidfd) if pidfd >= 0 else None
+    if pidfd is None:
         return {}
     try:
-        return {"terminal": linux.pidfd_getfd(pidfd, place)}
+        return {"terminal": linux.pidfd_getfd(pidfd, place)} if isinstance(place, int) else {}
     except OSError:
         return {}
     finally:
@@ -72,6 +63,6 @@ def recover(container: Container) -> dict[str, int]:
 def let_go(container: Container) -> None:
     """End it."""
     pidfd = _pidfd(container)
-    if pidfd >= 0:
+    if pidfd is not None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)

@@ -1,10 +1,14 @@
-"""Where `cafs-index export` writes to."""
+"""Where an image is written to beside a store: DEST of cafs-index export, and of cbuild -o."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from contextlib import contextmanager
+
+from cafs import atomic, checkout, image
+from cafs import export as writing
+from cafs.errors import UsageError, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,12 +20,8 @@ if TYPE_CHECKING:
 _KINDS = ("oci", "oci-archive", "docker-archive")
 
 
-def export(found: Image, store: Store, destination: str, threads: int) -> None:
-    """Write the image to DEST of cafs-index(1).  Raises CafsError."""
-    from cafs import atomic, checkout, image
-    from cafs import export as writing
-    from cafs.errors import UsageError, quote
-
+def write(found: Image, store: Store, destination: str, threads: int, name: str | None = None) -> None:
+    """Write the image to DEST, as cafs-index(1) has it.  name: in a docker-archive, unless DEST says one.  Raises CafsError."""
     kind, colon, place = destination.partition(":")
     if colon and (kind in ("docker", "docker-daemon") or (kind in _KINDS and not place.partition(":")[0])):
         raise UsageError(f"cannot export to {quote(destination)}", hint="cafs-index export --help")
@@ -32,9 +32,11 @@ def export(found: Image, store: Store, destination: str, threads: int) -> None:
         path, _, tag = place.partition(":")
         if kind == "oci":
             return writing.write_layout(found, store, path, tag or None, threads)
-        write = writing.write_layout_archive if kind == "oci-archive" else writing.write_saved
         with atomic.output(path) as out, _scratch(path) as scratch:
-            write(found, store, out, tag or None, threads, scratch)
+            if kind == "oci-archive":
+                writing.write_layout_archive(found, store, out, tag or None, threads, scratch)
+            else:
+                writing.write_saved(found, store, out, tag or name, threads, scratch)
     else:
         checkout.checkout(image.load_tree(store, found), store, destination)
 
