@@ -25,10 +25,7 @@ def write(found: Image, store: Store, destination: str, threads: int, name: str 
     kind, colon, place = destination.partition(":")
     if colon and (kind in ("docker", "docker-daemon") or (kind in _KINDS and not place.partition(":")[0])):
         raise UsageError(f"cannot export to {quote(destination)}", hint="cafs-index export --help")
-    if destination == "-" or (destination.endswith(".tar") and not colon):
-        with atomic.output(destination) as out:
-            writing.write_tar(found, store, out)
-    elif colon and kind in _KINDS:
+    if colon and kind in _KINDS:
         path, _, tag = place.partition(":")
         if kind == "oci":
             return writing.write_layout(found, store, path, tag or None, threads)
@@ -37,6 +34,9 @@ def write(found: Image, store: Store, destination: str, threads: int, name: str 
                 writing.write_layout_archive(found, store, out, tag or None, threads, scratch)
             else:
                 writing.write_saved(found, store, out, tag or name, threads, scratch)
+    elif destination == "-" or destination.endswith(".tar"):
+        with atomic.output(destination) as out:
+            writing.write_tar(found, store, out)
     else:
         checkout.checkout(image.load_tree(store, found), store, destination)
 

@@ -117,10 +117,10 @@ def test_what_is_exported_is_read_back_as_the_same_image_and_by_others(
     assert cmd("cafs-index", "export", "v:3", tmp_path / "tree").returncode == 0
     assert cmd("cafs-index", "verify", "v:3", tmp_path / "tree").stdout == b""
     assert cmd("cafs-index", "export", "v:3", tmp_path / "tree").returncode == 1, "a directory that is not empty"
-    assert cmd("cafs-index", "export", "v:3", tmp_path / "t.tar").returncode == 0
-    subprocess.run(["tar", "--diff", "-f", tmp_path / "t.tar", "-C", layout / "rootfs"], check=True, capture_output=True)
+    assert cmd("cafs-index", "export", "v:3", tmp_path / "t:1.tar").returncode == 0
+    subprocess.run(["tar", "--diff", "-f", tmp_path / "t:1.tar", "-C", layout / "rootfs"], check=True, capture_output=True)
     piped = cmd("cafs-index", "export", "v:3", "-")
-    assert piped.stdout == (tmp_path / "t.tar").read_bytes()
+    assert piped.stdout == (tmp_path / "t:1.tar").read_bytes()
     assert (
         create(cmd, "-", "-o", "-", input=piped.stdout)
         == cmd("cafs-index", "create", layout / "rootfs", "-o", "-").stdout.decode().strip()
