@@ -42,9 +42,11 @@ def test_nothing_but_mount_points_made_leaves_the_tree_as_it_was() -> None:
 
 
 def test_a_running_container_stands_still_while_it_is_read_and_goes_on() -> None:
-    ok("run", "-d", "--name", "c3", BASE, "sh", "-c", "echo 1 > /a; while :; do echo 2 > /b; sleep 0.01; done")
+    writing = "echo 1 > /a; until test -f /end; do echo 2 > /b; sleep 0.01; done; touch /ended; exec sleep 1000"
+    ok("run", "-d", "--name", "c3", BASE, "sh", "-c", writing)
     ok("exec", "c3", "sh", "-c", "until test -f /b; do sleep 0.01; done")
     ok("commit", "c3", "made:3")
+    ok("exec", "c3", "sh", "-c", "touch /end; until test -f /ended; do sleep 0.01; done")
     ok("commit", "--pause=false", "c3", "made:4")
     assert json.loads(ok("inspect", "c3"))["State"]["Status"] == "running"
     assert ok("run", "--rm", "made:3", "cat", "/a", "/b") in ("1\n2\n", "1\n")
