@@ -1,7 +1,9 @@
 """Time `python3 -c 'import sklearn'` in the benchmark's tree: natively (chroot), on the kernel engine and on the fuse engine;
 with warm and cold page cache, and with nothing on the machine and a store of 15 ms a request.  Needs root.
 
-usage: start.py TREE [RUNS]    from the top of the project; works in $CAFS_BENCH (default /var/tmp/cafs-bench)
+usage: start.py TREE [RUNS [OUT.svg]]    from the top of the project; works in $CAFS_BENCH (default /var/tmp/cafs-bench)
+
+With OUT.svg it also draws how long reading 1, 5, 30 and 100 % of the files takes: touched.py.
 """
 
 import os
@@ -126,6 +128,8 @@ def main() -> None:
     for name, seconds in middle.items():
         ratio = f"\t{seconds / middle[against[name]]:.2f} x {against[name]}" if name in against else ""
         print(f"{name}\t{seconds:.3f} s{ratio}")
+    if sys.argv[3:]:
+        subprocess.run([sys.executable, os.path.join(HERE, "touched.py"), tree, sys.argv[3], "2"], check=True)
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def _is_dying(pid: int) -> bool:
 
 
 def _init(body: bytes, more: int) -> bytes:
-    _, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
+    _, minor, _, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
     wanted = flags & (_FLAGS | more)
     wanted2 = flags2 & _HAS_RESEND if flags & _INIT_EXT else 0
-    return _INIT_OUT.pack(7, min(minor, 40), min(readahead, READAHEAD), wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0)
+    return _INIT_OUT.pack(7, min(minor, 40), READAHEAD, wanted, 64, 48, _MAX_WRITE, 1, _PAGES, 0, wanted2, 0, 0)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAP_MAGIC = b"CAFSMAP1"
 _MAP_HEAD = struct.Struct("<QQ")
 _SAVE_EVERY = 8
-_AHEAD_MAX = 4
+_AHEAD_MAX = 8
 _TRACKED_MAX = 1 << 26
 """A file of more chunks (256 TiB of 4 MiB each) is not kept in the cache: its map would be too large."""
 
@@ -104,7 +104,7 @@ class ChunkedFile:
         if None in found:
             return None
         self._look_ahead(parts)
-        return b"".join(found)  # type: ignore[arg-type]
+        return found[0] if len(found) == 1 else b"".join(found)  # type: ignore[arg-type]
 
     def _look_ahead(self, parts: list[tuple[int, int, int]]) -> None:
         """Who goes from one chunk to the next will want the one after it: have it fetched, and more the longer it goes on."""

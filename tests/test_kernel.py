@@ -43,6 +43,10 @@ def test_everything_is_as_in_the_source_and_through_the_fuse_engine(home: Path, 
     for path, what in source.items():
         assert seen[path] == what == other[path], path
     assert (tmp_path / "k" / "plain").stat().st_ino == (tmp_path / "k" / "sub" / "zz-link").stat().st_ino
+    for one in mountinfo.mounts():
+        if one.fstype.startswith(b"fuse.cafs") and one.point.startswith(os.fsencode(tmp_path)):
+            ahead = Path(f"/sys/class/bdi/{one.device}/read_ahead_kb").read_text()
+            assert ahead == "1024\n", "the kernel asks for a megabyte at once, not for 128 KiB"
     again = cmd("cafs-index", "create", tmp_path / "k", "-o", "-")
     assert again.stdout == cmd("cafs-index", "create", tmp_path / "tree", "-o", "-").stdout
     with pytest.raises(OSError, match="Read-only"):
