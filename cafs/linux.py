@@ -7,6 +7,11 @@ import errno
 import os
 import re
 import signal
+from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -15,7 +20,10 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
+_PR_GET_SECUREBITS, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP = 27, 28, 4
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _SYS_OPENAT2 = 437
+_SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 429, 430, 431, 432, 433
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
 _FSPICK_CLOEXEC, _FSPICK_SYMLINK_NOFOLLOW = 1, 2
@@ -65,8 +73,7 @@ def _mount_overlay_by_keys(source: str, target: str, settings: list[tuple[str, s
             _configure(fs, _FSCONFIG_SET_STRING if value else _FSCONFIG_SET_FLAG, key, value or None)
         _configure(fs, _FSCONFIG_CMD_CREATE, None, None)
         mount_fd = _check(_libc.syscall(_SYS_FSMOUNT, fs, 1, attributes), "fsmount")
-        empty_path = 0x4  # MOVE_MOUNT_F_EMPTY_PATH
-        _check(_libc.syscall(_SYS_MOVE_MOUNT, mount_fd, b"", -100, os.fsencode(target), empty_path), target)
+        _check(_libc.syscall(_SYS_MOVE_MOUNT, mount_fd, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
     finally:
         os.close(fs)
         if mount_fd >= 0:
@@ -79,6 +86,39 @@ def _overlay_options(settings: list[tuple[str, str]]) -> str:
     lowers = ":".join(value for key, value in spelled if key == "lowerdir+")
     lowers += "".join(f"::{value}" for key, value in spelled if key == "datadir+")
     return ",".join([f"lowerdir={lowers}", *(f"{k}={v}" if v else k for k, v in spelled if k not in ("lowerdir+", "datadir+"))])
+
+
+def mount_idmapped(source: str, target: str, namespace: int) -> None:
+    """Bind a directory to another with ids mapped as in a user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP; Linux 5.12).
+
+    An id that is there N is seen as what N of the namespace is outside of it.  Raises OSError, EINVAL of a file system that
+    cannot have that.
+    """
+    clone, cloexec, empty_path, idmap = 1, os.O_CLOEXEC, 0x1000, 0x100000
+    tree = _check(_libc.syscall(_SYS_OPEN_TREE, -100, os.fsencode(source), clone | cloexec), source)
+    try:
+        attributes = (ctypes.c_uint64 * 4)(idmap, 0, 0, namespace)  # struct mount_attr: set, clear, propagation, userns_fd
+        size = ctypes.sizeof(attributes)
+        _check(_libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", empty_path, ctypes.byref(attributes), size), source)
+        _check(_libc.syscall(_SYS_MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+    finally:
+        os.close(tree)
+
+
+@contextmanager
+def owning_as(number: int) -> Iterator[None]:
+    """What this thread makes meanwhile is of user and group NUMBER (setfsuid(2)); it may still do what it may."""
+    before = _check(_libc.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0), "prctl")
+    # Else capabilities over files would go with the id.  It must not last: what we start would keep its own over setuid(2).
+    _check(_libc.prctl(_PR_SET_SECUREBITS, before | _SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "prctl")
+    try:
+        _libc.setfsgid(number)
+        _libc.setfsuid(number)
+        yield
+    finally:
+        _libc.setfsuid(os.geteuid())
+        _libc.setfsgid(os.getegid())
+        _check(_libc.prctl(_PR_SET_SECUREBITS, before, 0, 0, 0), "prctl")
 
 
 def reconfigure(path: str, *, is_read_only: bool) -> None:

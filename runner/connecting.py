@@ -63,10 +63,13 @@ def _range(text: str) -> list[int]:
     return list(range(low, high + 1))
 
 
-def connect(container: Container) -> str:
-    """Make its network namespace and set it up; a path by which the runtime finds it, as long as we live.  Raises CafsError."""
+def connect(container: Container, owner: int = -1) -> str:
+    """Make its network namespace and set it up; a path by which the runtime finds it, as long as we live.  Raises CafsError.
+
+    owner: descriptor of the user namespace whose it is to be, -1: ours.
+    """
     network = networks.find(container.network)
-    child, namespace, go = _new_namespace()
+    child, namespace, go = _new_namespace(owner)
     veth = f"veth{container.id[:10]}"
     ports: list[Port] = []
     try:
@@ -96,7 +99,7 @@ def connect(container: Container) -> str:
     return f"/proc/{os.getpid()}/fd/{namespace}"
 
 
-def _new_namespace() -> tuple[int, int, int]:
+def _new_namespace(owner: int) -> tuple[int, int, int]:
     """(child, descriptor of its network namespace, where to write what it is to set up)."""
     reader, go = os.pipe2(os.O_CLOEXEC)
     ready, done = os.pipe2(os.O_CLOEXEC)
@@ -105,6 +108,8 @@ def _new_namespace() -> tuple[int, int, int]:
         code = 1
         try:
             os.close(go)
+            if owner >= 0:
+                linux.setns(owner, linux.CLONE_NEWUSER)
             linux.unshare(linux.CLONE_NEWNET)
             os.write(done, b"r")
             _set_up(os.read(reader, 100).decode())
@@ -130,7 +135,8 @@ def _set_up(text: str) -> None:
         link.add_address(_INNER, address, int(width))
         link.set_up(_INNER)
         link.add_default_route(_INNER, gateway)
-    for name, value in (("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")):
+    last = 65535 if linux.in_user_namespace() else 2147483647
+    for name, value in (("ping_group_range", f"0 {last}"), ("ip_unprivileged_port_start", "0")):
         try:
             with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
                 file.write(value)

@@ -12,7 +12,7 @@ import stat
 import sys
 import tarfile
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from cafs import linux
 from cafs.answer import ask_child, failure, tell
@@ -39,14 +39,19 @@ def copy(options: Options) -> None:
     keep, follow = options.has("archive"), options.has("follow-link")
     if one is not None:
         container, path = containers.find(one[0]), one[1]
-        _with_root(container, lambda root: _copy_out(root, path, target, keep=keep, follow=follow))
+        _with_root(container, lambda root, first: _copy_out(root, path, target, first, keep=keep, follow=follow))
     elif other is not None:
         container, path = containers.find(other[0]), other[1]
         with tempfile.TemporaryFile() as archive:
             if source == "-":  # before it stands still: who sends may be slow
                 shutil.copyfileobj(sys.stdin.buffer, archive, 1 << 20)
                 archive.seek(0)
-            _with_root(container, lambda root: _copy_in(root, source, path, archive, keep=keep, follow=follow))
+
+            def work(root: int, first: int) -> None:
+                with linux.owning_as(first) if first else nullcontext():
+                    _copy_in(root, source, path, archive, first, keep=keep, follow=follow)
+
+            _with_root(container, work)
 
 
 def _split(text: str) -> tuple[str, str] | None:
@@ -57,15 +62,17 @@ def _split(text: str) -> tuple[str, str] | None:
     return name, "/" + path.lstrip("/") if path else "/"
 
 
-def _with_root(container: Container, work: Callable[[int], None]) -> None:
+def _with_root(container: Container, work: Callable[[int, int], None]) -> None:
+    """work: with a descriptor of the container's root, and what 0 in it is for us."""
     state = container.state()
     pidfd = containers.open_process(state)
     if pidfd is not None:
         os.close(pidfd)
         with _frozen(container):
             root = os.open(f"/proc/{state['pid']}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            first = int(state.get("ids") or 0)
             try:
-                work(root)
+                work(root, first)
             finally:
                 os.close(root)
         return
@@ -98,14 +105,14 @@ def _frozen(container: Container) -> Iterator[None]:
         os.waitpid(child, 0)
 
 
-def _in_child(container: Container, work: Callable[[int], None]) -> None:
+def _in_child(container: Container, work: Callable[[int, int], None]) -> None:
     """Mount the container's root in a mount namespace that ends with a child."""
 
     def child(writer: int) -> int:
         try:
             starting.mount_root(container, low)
             root = os.open(container.path("rootfs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            work(root)
+            work(root, 0)
             sys.stdout.flush()
             os.write(writer, b"ok")
             return 0
@@ -123,28 +130,29 @@ def _in_child(container: Container, work: Callable[[int], None]) -> None:
         raise failure(answer, CafsError("cannot copy: the process that does it was killed"))
 
 
-def _copy_out(root: int, path: str, target: str, *, keep: bool, follow: bool) -> None:
+def _copy_out(root: int, path: str, target: str, first: int, *, keep: bool, follow: bool) -> None:
     parent, name = _open_parent(root, path, follow=follow)
     try:
         if target == "-":
             with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
-                add_to_tar(tar, parent, name, name)
+                add_to_tar(tar, parent, name, name, first)
             return
-        _copy(parent, name, _host_target(target, name, path, is_directory=_is_directory(parent, name)), keep=keep)
+        where = _host_target(target, name, path, is_directory=_is_directory(parent, name))
+        _copy(parent, name, where, keep=keep, shift=-first)
     except OSError as error:
         raise os_error(f"cannot copy {quote(path)}", error) from error
     finally:
         os.close(parent)
 
 
-def _copy_in(root: int, source: str, path: str, archive: IO[bytes], *, keep: bool, follow: bool) -> None:
+def _copy_in(root: int, source: str, path: str, archive: IO[bytes], first: int, *, keep: bool, follow: bool) -> None:
     if source == "-":
         try:
             top = linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise os_error(f"cannot extract to {quote(path)}", error) from error
         try:
-            extract_tar(archive, top)
+            extract_tar(archive, top, first)
         finally:
             os.close(top)
         return
@@ -156,17 +164,18 @@ def _copy_in(root: int, source: str, path: str, archive: IO[bytes], *, keep: boo
         raise os_error(f"cannot open {quote(source)}", error) from error
     name = os.path.basename(real) or "."
     try:
-        _copy(parent, name, _container_target(root, path, name, wants_content=wants_content), keep=keep)
+        where = _container_target(root, path, name, wants_content=wants_content)
+        _copy(parent, name, where, keep=keep, shift=first)
     except OSError as error:
         raise os_error(f"cannot copy {quote(source)} to {quote(path)}", error) from error
     finally:
         os.close(parent)
 
 
-def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool) -> None:
+def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool, shift: int) -> None:
     """target: a directory, which is closed, and the new name in it."""
     try:
-        Copier(keep_owner=keep).copy(parent, name, *target)
+        Copier(keep_owner=keep, shift=shift).copy(parent, name, *target)
     finally:
         os.close(target[0])
 

@@ -149,7 +149,9 @@ def _check(options: Options) -> None:
     if (options.value("ipc") or "private") not in ("private", "host", "shareable", "none"):
         _check_other(options, "ipc")
     if options.value("userns") not in (None, "", "host"):
-        raise UsageError(f"--userns {quote(str(options.value('userns')))}", hint="host; an ordinary user's crun makes one")
+        from runner import idmapping
+
+        idmapping.check(options)
     for flag in ("pid", "uts"):
         if options.value(flag) not in (None, "", "host"):
             _check_other(options, flag)

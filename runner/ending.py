@@ -36,10 +36,15 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         from runner import connecting
 
         connecting.disconnect(container)
-    try:
-        linux.umount(container.path("rootfs"), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-    except OSError:
-        pass  # never mounted, or in another namespace that is gone
+    if container.value("userns") == "auto":
+        from runner import idmapping
+
+        idmapping.give_back(container)
+    for name in ("rootfs", "layers"):
+        try:
+            linux.umount(container.path(name), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+        except OSError:
+            continue  # never mounted, or in another namespace that is gone
     return found
 
 

@@ -25,8 +25,8 @@ def directory(container: Container) -> str:
     return containers.find(other).directory if kind == "container" else container.directory
 
 
-def write(container: Container) -> None:
-    """All three, for a start.  Raises UsageError, CafsError."""
+def write(container: Container, owner: int = 0) -> None:
+    """All three, for a start.  owner: the host's id of its root.  Raises UsageError, CafsError."""
     for name, data in (
         ("hostname", hostname_of(container).encode() + b"\n"),
         ("hosts", hosts(container)),
@@ -37,6 +37,8 @@ def write(container: Container) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             atomic.write_all(fd, data)
+            if owner:
+                os.fchown(fd, owner, owner)
         finally:
             os.close(fd)
 

@@ -56,7 +56,7 @@ RUN: Flags = {
     "pid": (VALUE, "", "host|container:X", _SAFETY, "Whose processes it sees."),
     "ipc": (VALUE, "", "private|host|..", _SAFETY, "Whose shared memory it uses: host, container:X."),
     "uts": (VALUE, "", "host", _SAFETY, "The host's name and domain."),
-    "userns": (VALUE, "", "host", _SAFETY, "That of who runs crun; without root it is one of the user's."),
+    "userns": (VALUE, "", "host|auto", _SAFETY, "auto: its users are ids that nobody else has on the host."),
     "sysctl": (LIST, "", "K=V", _SAFETY, "A kernel parameter of its namespaces."),
     "network": (VALUE, "", "MODE", _NET, "bridge, none, host, container:X, or a network (default: bridge)."),
     "publish": (LIST, "p", "[[IP:]PORT:]PORT", _NET, "A port of the host for one of the container; also ranges, /udp."),

@@ -57,8 +57,8 @@ class Foreground:
         try:
             self._host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             low = starting.get_lower(container)
-            starting.prepare(container, low)
-            code = self._run()
+            uid = starting.prepare(container, low)
+            code = self._run(uid)
             has_ended = True
         except _Left as left:
             self._hand_over(left.master, low.lock if low else -1)
@@ -129,7 +129,7 @@ class Foreground:
         os.close(self._pipe)
         os.waitpid(self._guard, 0)
 
-    def _run(self) -> int:
+    def _run(self, uid: int) -> int:
         container = self.container
         forward = Forwarder()
         has_terminal, interactive = container.has("tty"), container.has("interactive")
@@ -137,7 +137,7 @@ class Foreground:
         if not container.has("rm") and container.asked["log"]["driver"] != "none":
             log = logs.Log(container.path("log"), container.asked["log"]["max_size"], container.asked["log"]["max_files"])
         console = stdio.Console(container.directory) if has_terminal else None
-        streams = None if console else stdio.Streams(interactive, log)
+        streams = None if console else stdio.Streams(interactive, log, uid)
         pid = starting.start(container, streams, console.directory if console else -1)
         container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
         containers.event(container, "start")

@@ -91,13 +91,24 @@ def _shared_point(key: str) -> str:
     return os.path.join(paths.run(), "images", key)
 
 
-def find(digest: bytes, store_root: str, key: str, record: str | None = None, *, trusts_cache: bool = False) -> Lower:
-    """Mount the image, or find it mounted.  record: a file for what is read, of a mount of its own.  Raises CafsError."""
+def find(
+    digest: bytes,
+    store_root: str,
+    key: str,
+    record: str | None = None,
+    *,
+    trusts_cache: bool = False,
+    by_kernel: bool = False,
+) -> Lower:
+    """Mount the image, or find it mounted.  Raises CafsError.
+
+    record: a file for what is read, of a mount of its own.  by_kernel: a mount of the user's by another engine will not do.
+    """
     name = digest.hex()
     shared = os.path.join(paths.run(), "images")
     for mount in mountinfo.ours() if not record else []:
         point = os.fsdecode(mount.point)
-        is_right = mount.digest == name and mountinfo.is_mine(mount)
+        is_right = mount.digest == name and mountinfo.is_mine(mount) and (not by_kernel or mountinfo.is_kernel(mount))
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
     os.makedirs(shared, mode=0o700, exist_ok=True)

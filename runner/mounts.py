@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cafs.options import Options
     from runner.containers import Container
+    from runner.idmapping import Ids
 
 _PROPAGATION = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
 _TMPFS = ("ro", "rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "noatime", "relatime")
@@ -130,8 +131,11 @@ def _tmpfs(text: str) -> dict[str, Any]:
     return {"type": "tmpfs", "target": _target(target, text), "options": options}
 
 
-def build(container: Container, rootfs: int) -> list[dict[str, Any]]:
-    """All OCI mounts; volumes that are new get what the image has there.  rootfs: O_PATH of its root.  Raises CafsError."""
+def build(container: Container, rootfs: int, ids: Ids | None = None) -> list[dict[str, Any]]:
+    """All OCI mounts; volumes that are new get what the image has there.  Raises CafsError.
+
+    rootfs: O_PATH of a root that has it, with the image's ids.  ids: if it has its own, which a volume is seen with.
+    """
     found = []
     for one in container.asked["mounts"]:
         if one["type"] == "tmpfs":
@@ -143,7 +147,7 @@ def build(container: Container, rootfs: int) -> list[dict[str, Any]]:
                 source = volumes.ready(one["name"], rootfs, one["target"] if one["copy"] else "")
             except OSError as error:
                 raise os_error(f"cannot use volume {quote(one['name'])}", error) from error
-            found.append(bind(source, one["target"], *one["options"]))
+            found.append(bind(ids.mounted(source) if ids else source, one["target"], *one["options"]))
     taken = {one["destination"] for one in found}
     found = [one for one in _system(container) if one["destination"] not in taken] + found
     return sorted(found, key=lambda one: str(one["destination"]).count("/"))  # what is mounted on comes before what is in it

@@ -180,7 +180,7 @@ def _write_map(program: str, pid: int, rows: Sequence[tuple[int, int, int]]) -> 
 def _map(kind: str, own: int) -> list[tuple[int, int, int]]:
     """(in the namespace, outside, how many): the user itself as 0, then all its subordinate ids, as /etc/sub{u,g}id says."""
     rows, first = [(0, own, 1)], 1
-    for start, count in _subordinate(f"/etc/sub{kind}"):
+    for start, count in subordinate(f"/etc/sub{kind}", {_user_name(), str(os.getuid())}):
         rows.append((first, start, count))
         first += count
     if len(rows) == 1:
@@ -201,9 +201,8 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def _subordinate(path: str) -> list[tuple[int, int]]:
-    """(first, count) of each line of the user's."""
-    mine = {_user_name(), str(os.getuid())}
+def subordinate(path: str, names: set[str]) -> list[tuple[int, int]]:
+    """(first, count) of each line of /etc/subuid or /etc/subgid for one of these names (subuid(5))."""
     found = []
     try:
         lines = atomic.read_file(path, 1 << 20).decode(errors="replace").splitlines()
@@ -212,6 +211,6 @@ def _subordinate(path: str) -> list[tuple[int, int]]:
     for line in lines:
         name, _, numbers = line.partition(":")
         start, _, count = numbers.partition(":")
-        if name in mine and start.isdigit() and count.isdigit() and int(count):
+        if name in names and start.isdigit() and count.isdigit() and int(count):
             found.append((int(start), int(count)))
     return found

@@ -139,6 +139,8 @@ def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
 def namespaces(options: Container, joined: dict[str, str]) -> list[dict[str, str]]:
     """Those of its own, and those of others.  joined: kind -> path of another's namespace."""
     found = [{"type": "mount"}]
+    if "user" in joined:
+        found.append({"type": "user", "path": joined["user"]})
     for kind, flag in (("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("network", "network")):
         if kind in joined:
             found.append({"type": kind, "path": joined[kind]})
@@ -156,8 +158,9 @@ def build(
     mounts: list[dict[str, Any]],
     devices: list[dict[str, Any]],
     joined: dict[str, str],
+    first_id: int = 0,
 ) -> dict[str, Any]:
-    """The whole config.json.  Raises CafsError."""
+    """The whole config.json.  first_id: what 0 in it is on the host.  Raises CafsError."""
     from runner import cgroups, etc, privileges, seccomp
 
     is_privileged = container.has("privileged")
@@ -189,6 +192,11 @@ def build(
     }
     if not linux.in_user_namespace():  # whose root can make none, and runc then does without if no path is given
         found["linux"]["cgroupsPath"] = cgroups.path_for(container, container.id)
+    if first_id:
+        from runner.idmapping import WIDTH
+
+        for kind in ("uidMappings", "gidMappings"):
+            found["linux"][kind] = [{"containerID": 0, "hostID": first_id, "size": WIDTH}]
     if limits := privileges.ulimits(container):
         found["process"]["rlimits"] = limits
     if container.value("uts") != "host" and "uts" not in joined:

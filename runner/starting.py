@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 
 from cafs import atomic, linux, mountinfo, paths
 from cafs.errors import CafsError, UnsupportedError, quote
@@ -15,6 +16,7 @@ from runner.containers import Container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from runner.idmapping import Ids
     from runner.stdio import Given
 
 _INIT = "/dev/.init"
@@ -60,24 +62,32 @@ def lower_key(container: Container) -> str:
 def get_lower(container: Container) -> lower.Lower:
     """Mount its image, or find it mounted.  Raises CafsError."""
     asked, record = container.asked, container.value("record")
-    trusts = bool(asked.get("trusts_cache"))
-    return lower.find(bytes.fromhex(asked["digest"]), asked["store"], lower_key(container), record, trusts_cache=trusts)
+    trusts, by_kernel = bool(asked.get("trusts_cache")), container.value("userns") == "auto"
+    digest = bytes.fromhex(asked["digest"])
+    return lower.find(digest, asked["store"], lower_key(container), record, trusts_cache=trusts, by_kernel=by_kernel)
 
 
 def prepare(container: Container, low: lower.Lower) -> int:
-    """Mount its root, and write its bundle; returns the uid of its command.  This process changes its mount namespace."""
+    """Mount its root, and write its bundle, in another mount namespace from now on; returns the host's uid of its command."""
     linux.become_subreaper()
     os.makedirs(runtime_root(), mode=0o700, exist_ok=True)
-    mount_root(container, low)
+    ids = None
+    if container.value("userns") == "auto":
+        from runner import idmapping
+
+        ids = idmapping.begin(container, low)
+    image = os.open(low.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount_root(container, low, ids)
     rootfs = os.open(container.path("rootfs"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _write_bundle(container, rootfs)
+        return _write_bundle(container, rootfs, image, ids)
     finally:
         os.close(rootfs)
+        os.close(image)
 
 
-def mount_root(container: Container, low: lower.Lower) -> None:
-    """In a mount namespace of our own, so that the overlay goes with the last process in it."""
+def mount_root(container: Container, low: lower.Lower, ids: Ids | None = None) -> None:
+    """In a mount namespace of our own, so that the overlay goes with the last process in it.  ids: if it has its own."""
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
     target, up, work = (container.path(name) for name in ("rootfs", "upper", "work"))
@@ -88,7 +98,9 @@ def mount_root(container: Container, low: lower.Lower) -> None:
             settings += [("upperdir", up), ("workdir", work)]
             if container.asked.get("is_volatile"):
                 settings.append(("volatile", ""))
-            linux.mount_overlay("overlay", target, settings)
+            settings = ids.mount_layers(settings, container.directory) if ids else settings
+            with ids.owning() if ids else nullcontext():
+                linux.mount_overlay("overlay", target, settings)
         else:
             _overlay_on(low.path, up, work, target)
     except OSError as error:
@@ -129,25 +141,27 @@ def _copy_attributes(source: str, target: str) -> None:
     os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
-def _write_bundle(container: Container, rootfs: int) -> int:
-    """Write config.json and the files of /etc; returns the uid of the command."""
+def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None) -> int:
+    """Write config.json and the files of /etc; returns the host's uid of the command."""
     asked = container.asked
     users.refuse_links(rootfs)
     user = users.resolve(rootfs, asked["user"], container.all("group-add"))
     defaults = {"HOSTNAME": etc.hostname_of(container), "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
     variables, arguments = defaults | asked["env"], list(asked["arguments"])
     mounts.check_sources(container)
-    everything = mounts.build(container, rootfs)
+    everything = mounts.build(container, image if ids else rootfs, ids)
     if not asked["mounts"]:  # a volume may bring the program
         check_program(rootfs, arguments[0], variables, asked["cwd"], "image")
     if container.has("init"):
         everything.append(spec.bind(_find_init(), _INIT, "ro"))
         arguments = [_INIT, "--", *arguments]
     joined, devices = _joined(container), []
+    if ids:
+        joined["user"] = ids.path
     if container.is_on_bridge:
         from runner import connecting
 
-        joined["network"] = connecting.connect(container)
+        joined["network"] = connecting.connect(container, ids.namespace if ids else -1)
     if container.all("device") or container.value("gpus") or container.has("privileged"):
         from runner import devices as finding
 
@@ -155,8 +169,9 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         devices, everything = found.nodes, everything + found.mounts
         variables |= found.env
         user.groups += [gid for gid in found.groups if gid not in user.groups]
-    etc.write(container)
-    stubs.make(container, rootfs, everything)
+    etc.write(container, ids.first if ids else 0)
+    with ids.owning() if ids else nullcontext():
+        stubs.make(container, rootfs, everything)
     if container.is_on_bridge:
         from runner import connecting
 
@@ -169,9 +184,10 @@ def _write_bundle(container: Container, rootfs: int) -> int:
         mounts=everything,
         devices=devices,
         joined=joined,
+        first_id=ids.first if ids else 0,
     )
     atomic.replace_hint(container.path("config.json"), json.dumps(document).encode("utf-8", "surrogateescape"), 0o600)
-    return user.uid
+    return user.uid + (ids.first if ids else 0)
 
 
 def check_program(root: int, name: str, variables: dict[str, str], cwd: str, where: str) -> None:
@@ -244,7 +260,7 @@ def spawn(arguments: list[str], streams: list[int], inherit: list[int]) -> int:
 
 
 def _start_error(container: Container) -> CafsError:
-    return explain(container.path("runc.log"), "runc create failed: ", "cannot start the container")
+    return explain(container.path("runc.log"), "unable to start container process: ", "cannot start the container")
 
 
 def explain(log: str, prefix: str, what: str) -> CafsError:

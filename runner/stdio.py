@@ -63,9 +63,13 @@ class Given:
 class Streams(Given):
     """Ours, and the threads that carry what cannot be passed."""
 
-    def __init__(self, interactive: bool, log: Log | None = None) -> None:
-        """log: where what it prints is kept; then it is always carried."""
+    def __init__(self, interactive: bool, log: Log | None = None, owner: int = -1) -> None:
+        """log: where what it prints is kept; then it is always carried.  owner: who may open the pipes anew, as /dev/stdout.
+
+        The runtime would see to that, but not in a user namespace, where the pipes' owner is nobody.
+        """
         super().__init__()
+        self._owner = owner
         self._log = log
         self._outputs: list[Thread] = []
         self._failures: list[OSError] = []
@@ -74,6 +78,7 @@ class Streams(Given):
                 self.child.append(self._own(_nothing()))
             elif _can_pass(fd) and (fd == 0 or log is None):
                 _widen(fd)
+                _give(fd, owner)
                 self.child.append(fd)
             else:
                 self.child.append(self._relay(fd))
@@ -82,6 +87,7 @@ class Streams(Given):
         from threading import Thread
 
         reader, writer = os.pipe2(os.O_CLOEXEC)
+        _give(reader, self._owner)
         if fd == 0:
             Thread(target=_copy, args=(0, writer, True, [], None), daemon=True).start()
             return self._own(reader)
@@ -105,6 +111,13 @@ def _can_pass(fd: int) -> bool:
         return os.readlink(f"/proc/self/fd/{fd}").startswith(("pipe:[", "socket:["))
     except OSError:
         return False
+
+
+def _give(fd: int, owner: int) -> None:
+    try:
+        os.fchown(fd, owner, -1)
+    except OSError:
+        pass  # we may not
 
 
 def _nothing() -> int:

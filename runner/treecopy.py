@@ -14,11 +14,12 @@ FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 class Copier:
     """keep_owner: as in the source, else whoever copies.  keep_attributes: extended ones too, but for overlayfs' own.
 
-    Devices and sockets are left out.
+    Devices and sockets are left out.  shift: from the source's ids to the target's, where one is in a user namespace.
     """
 
-    def __init__(self, *, keep_owner: bool, keep_attributes: bool = False) -> None:
+    def __init__(self, *, keep_owner: bool, keep_attributes: bool = False, shift: int = 0) -> None:
         self._keep_owner = keep_owner
+        self._shift = shift
         self._keep_attributes = keep_attributes
 
     def copy(self, source: int, name: str, target: int, new_name: str) -> None:
@@ -32,7 +33,8 @@ class Copier:
             clear(target, new_name)
             os.symlink(os.readlink(name, dir_fd=source), new_name, dir_fd=target)
             if self._keep_owner:
-                os.chown(new_name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
+                owner = status.st_uid + self._shift, status.st_gid + self._shift
+                os.chown(new_name, *owner, dir_fd=target, follow_symlinks=False)
         elif stat.S_ISFIFO(status.st_mode):
             clear(target, new_name)
             os.mkfifo(new_name, stat.S_IMODE(status.st_mode), dir_fd=target)
@@ -79,7 +81,7 @@ class Copier:
         status = os.fstat(source)
         mode = stat.S_IMODE(status.st_mode)
         if self._keep_owner:
-            os.fchown(target, status.st_uid, status.st_gid)
+            os.fchown(target, status.st_uid + self._shift, status.st_gid + self._shift)
         else:
             mode &= 0o1777  # set-user-id of another is not of ours
         os.fchmod(target, mode)

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from typing import IO
 
 
-def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str) -> None:
-    """NAME and all below it, by descriptors."""
+def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, first: int = 0) -> None:
+    """NAME and all below it, by descriptors.  first: the id that is 0 in the archive."""
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     member = tarfile.TarInfo(arcname)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
-    member.uid, member.gid = status.st_uid, status.st_gid
+    member.uid, member.gid = status.st_uid - first, status.st_gid - first
     if stat.S_ISDIR(status.st_mode):
         member.type = tarfile.DIRTYPE
         tar.addfile(member)
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=directory)
         try:
             for child in sorted(os.listdir(fd)):
-                add_to_tar(tar, fd, child, f"{arcname}/{child}")
+                add_to_tar(tar, fd, child, f"{arcname}/{child}", first)
         finally:
             os.close(fd)
     elif stat.S_ISREG(status.st_mode):
@@ -39,17 +39,20 @@ def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str) ->
         tar.addfile(member)
 
 
-def extract_tar(stream: IO[bytes], top: int) -> None:
-    """Below the directory TOP; '..' and links never lead out of it.  Raises CafsError, FormatError."""
+def extract_tar(stream: IO[bytes], top: int, first: int = 0) -> None:
+    """Below the directory TOP; '..' and links never lead out of it.  first: the id that is 0 there.
+
+    Raises CafsError, FormatError.
+    """
     try:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
-                _extract(tar, member, top)
+                _extract(tar, member, top, first)
     except tarfile.TarError as error:
         raise FormatError(f"the archive is not a tar: {error}") from None
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int) -> None:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise CafsError(f"the archive has the name {quote(member.name)}")
@@ -82,7 +85,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int) -> None:
             return
         else:
             return  # devices and the like are not for cp
-        os.fchown(fd, member.uid, member.gid)
+        os.fchown(fd, member.uid + first, member.gid + first)
         os.fchmod(fd, member.mode & 0o7777)
         os.utime(fd, (member.mtime, member.mtime))
         os.close(fd)

@@ -205,7 +205,7 @@ def _cp(options: Options) -> int:
 
 
 def _gc(_: Options) -> int:
-    from runner import networks
+    from runner import idmapping, networks
 
     if linux.in_user_namespace():
         from runner import rootless
@@ -213,6 +213,7 @@ def _gc(_: Options) -> int:
         rootless.end_if_unused()
         return 0
     networks.free_stale()
+    idmapping.free_stale()
     return 0
 
 
