@@ -175,7 +175,7 @@ class Build:
     def _step(self, state: State, step: Step) -> None:
         keyword = step.one.keyword
         if keyword == "arg":
-            self._arg(state, step)
+            config.declare(state, step.one, self.request.args, self.plan.globals)
         elif keyword in config.CHANGES:
             what = config.CHANGES[keyword](state, step.one, step.flags)
             state.note(f"{keyword.upper()} {what}", is_empty=True)
@@ -185,22 +185,6 @@ class Build:
             making.run(self, state, step)
         else:
             making.copy(self, state, step)
-
-    def _arg(self, state: State, step: Step) -> None:
-        if not step.one.words:
-            raise ValueError("needs a name")
-        for word in step.one.words:
-            name, equals, value = word.partition("=")
-            name = state.expand(name)
-            if not name:
-                raise ValueError("a name is missing")
-            if name in self.request.args:
-                state.args[name] = self.request.args[name]
-            elif equals:
-                state.args[name] = state.expand(value)
-            elif name in self.plan.globals:
-                state.args[name] = self.plan.globals[name]
-        state.note(f"ARG {' '.join(step.one.words)}", is_empty=True)
 
     def tree(self, state: State) -> Node | None:
         """The root of what a stage has come to, None if that is nothing."""

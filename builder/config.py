@@ -17,7 +17,7 @@ from builder.words import expand, expand_words
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from builder.lexer import Instruction
@@ -101,6 +101,33 @@ def checked(found: dict[str, Any]) -> dict[str, Any]:
 def absolute(state: State, path: str) -> str:
     """A path in the image, relative to WORKDIR."""
     return posixpath.normpath(posixpath.join("/", state.workdir, path)).replace("//", "/")
+
+
+def declare(state: State, one: Instruction, given: Mapping[str, str], outer: Mapping[str, str]) -> None:
+    """ARG.  given: --build-arg; outer: the global arguments.  Raises ValueError."""
+    if not one.words:
+        raise ValueError("needs a name")
+    for word in one.words:
+        name, equals, value = word.partition("=")
+        name = state.expand(name)
+        if not name:
+            raise ValueError("a name is missing")
+        if name in given:
+            state.args[name] = given[name]
+        elif equals:
+            state.args[name] = state.expand(value)
+        elif name in outer:
+            state.args[name] = outer[name]
+    state.note(f"ARG {' '.join(one.words)}", is_empty=True)
+
+
+def work_in(state: State, one: Instruction) -> str:
+    """WORKDIR; returns where that is.  Raises ValueError."""
+    if len(one.words) != 1:
+        raise ValueError("needs one argument")
+    path = absolute(state, state.expand(one.words[0]))
+    state.config["WorkingDir"] = path
+    return path
 
 
 def _env(state: State, one: Instruction, flags: Flags) -> str:

@@ -35,7 +35,10 @@ def download(url: str, path: str) -> tuple[str, str]:
 
 
 def clone(url: str, directory: str, *, keeps: bool) -> tuple[str, str]:
-    """REPOSITORY[#REF[:DIRECTORY]] into a directory: (the commit, DIRECTORY).  keeps: .git.  Raises RemoteError, ValueError."""
+    """REPOSITORY[#REF[:DIRECTORY]], with its submodules, into a directory: (the commit, DIRECTORY).  keeps: .git.
+
+    Raises RemoteError, ValueError.
+    """
     if shutil.which("git") is None:
         raise UnsupportedError("no git", hint="apt install git")
     repository, _, rest = url.partition("#")
@@ -49,9 +52,18 @@ def clone(url: str, directory: str, *, keeps: bool) -> tuple[str, str]:
         _git(url, directory, "fetch", "-q", "--", repository, ref or "HEAD")
     _git(url, directory, "checkout", "-q", "FETCH_HEAD")
     commit = _git(url, directory, "rev-parse", "HEAD").strip()
+    if os.path.lexists(os.path.join(directory, ".gitmodules")):
+        _git(url, directory, "submodule", "-q", "init")
+        try:
+            _git(url, directory, "submodule", "-q", "update", "--init", "--recursive", "--depth=1")
+        except RemoteError:
+            _git(url, directory, "submodule", "-q", "update", "--init", "--recursive")
     if not keeps:
         shutil.rmtree(os.path.join(directory, ".git"))
     for top, names, files in os.walk(directory):
+        if not keeps and ".git" in files:  # of a submodule: where its part of the other .git was
+            files.remove(".git")
+            os.unlink(os.path.join(top, ".git"))
         for name in [*names, *files]:
             path = os.path.join(top, name)
             if not os.path.islink(path):
@@ -60,8 +72,9 @@ def clone(url: str, directory: str, *, keeps: bool) -> tuple[str, str]:
 
 
 def _git(url: str, directory: str, *words: str) -> str:
-    """No hook, no prompt, no helper that a URL names."""
-    safe = ["-c", "protocol.ext.allow=never", "-c", "core.hooksPath=/dev/null"]
+    """No hook, no prompt, no helper that a URL names, no file of this machine that a submodule names."""
+    forbidden = [word for kind in ("ext", "file") for word in ("-c", f"protocol.{kind}.allow=never")]
+    safe = [*forbidden, "-c", "core.hooksPath=/dev/null"]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     command = ["git", "-C", directory, *safe, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

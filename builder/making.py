@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from builder.build import Build
     from builder.flags import Flags
-    from builder.lexer import Instruction
+    from builder.lexer import Heredoc, Instruction
     from builder.request import Step
 
 _TAIL = 4096
@@ -28,10 +28,7 @@ _TAIL = 4096
 
 def workdir(build: Build, state: State, step: Step) -> None:
     """The directory, made as the user's if it is missing.  Raises CafsError, ValueError."""
-    if len(step.one.words) != 1:
-        raise ValueError("needs one argument")
-    path = absolute(state, state.expand(step.one.words[0]))
-    state.config["WorkingDir"] = path
+    path = config.work_in(state, step.one)
     if path == "/":
         state.note("WORKDIR /", is_empty=True)
         return
@@ -96,22 +93,46 @@ def _encode(build: Build, state: State, draft: Draft) -> bytes:
     return draft.encode(build.header, is_whole=not state.layers, latest_ns=build.latest_ns())
 
 
-def copy(build: Build, state: State, step: Step) -> None:
-    """COPY and ADD.  Raises CafsError, ValueError."""
-    one, flags, keyword = step.one, step.flags, step.one.keyword
+def copy_words(state: State, one: Instruction) -> tuple[list[str], list[Heredoc], str]:
+    """(sources, documents that are sources, destination) of COPY and ADD, expanded.  Raises ValueError."""
     words = [state.expand(word) for word in one.words if not _is_heredoc(one, word)]
     documents = list(one.heredocs)
     if one.heredocs and one.words and _is_heredoc(one, one.words[-1]):
         raise ValueError("a heredoc cannot be the destination")
     if len(words) + len(documents) < 2 or not words:
         raise ValueError("needs a source and a destination")
-    target, sources = words.pop(), words
-    is_directory = target.endswith("/") or target in ("", ".") or target.endswith("/.") or len(sources) + len(documents) > 1
-    place = absolute(state, target)
-    how = _how(build, state, flags)
+    return words[:-1], documents, words[-1]
+
+
+def origin_of(flags: Flags) -> str | None:
+    """--from.  Raises ValueError."""
     origin = flagging.one(flags, "from")
     if origin is not None and "$" in origin:
         raise ValueError("no variables in --from: define a stage with FROM and use that")
+    return origin
+
+
+def how_to(state: State, flags: Flags, owner: tuple[int, int] | None) -> copying.How:
+    """What the flags say of how to copy.  owner: --chown, looked up.  Raises ValueError."""
+    text = flagging.one(flags, "chmod")
+    chmod = flagging.mode_of(state.expand(text)) if text else None
+    try:
+        exclude = Ignore(flags["exclude"]) if "exclude" in flags else None
+    except PatternError as error:
+        raise ValueError(str(error)) from None
+    is_linked = flagging.is_on(flags, "link")
+    return copying.How(owner, chmod, flagging.is_on(flags, "parents"), exclude, follows=not is_linked)
+
+
+def copy(build: Build, state: State, step: Step) -> None:
+    """COPY and ADD.  Raises CafsError, ValueError."""
+    one, flags, keyword = step.one, step.flags, step.one.keyword
+    sources, documents, target = copy_words(state, one)
+    is_directory = target.endswith("/") or target in ("", ".") or target.endswith("/.") or len(sources) + len(documents) > 1
+    place = absolute(state, target)
+    chown = flagging.one(flags, "chown")
+    how = how_to(state, flags, build.places.owner(build.tree(state), state.expand(chown)) if chown else None)
+    origin = origin_of(flags)
     found = adding.gather(build, state, step, sources, documents, origin)
     key = cache.key_of(
         "" if flagging.is_on(flags, "link") else state.key,
@@ -135,22 +156,6 @@ def copy(build: Build, state: State, step: Step) -> None:
     shown = [f"--{name}={value}" for name, values in flags.items() for value in values]
     what = " ".join([keyword.upper(), *shown, *sources, *(f"<<{doc.name}" for doc in documents), target, "# buildkit"])
     _cached(build, state, step, key, what, make)
-
-
-def _how(build: Build, state: State, flags: Flags) -> copying.How:
-    owner = chmod = None
-    text = flagging.one(flags, "chown")
-    if text:
-        owner = build.places.owner(build.tree(state), state.expand(text))
-    text = flagging.one(flags, "chmod")
-    if text:
-        chmod = flagging.mode_of(state.expand(text))
-    try:
-        exclude = Ignore(flags["exclude"]) if "exclude" in flags else None
-    except PatternError as error:
-        raise ValueError(str(error)) from None
-    is_linked = flagging.is_on(flags, "link")
-    return copying.How(owner, chmod, flagging.is_on(flags, "parents"), exclude, follows=not is_linked)
 
 
 def run(build: Build, state: State, step: Step) -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 
-from cafs import atomic, destination
+from cafs import atomic, checkout, destination, image
 from cafs import export as writing
 from cafs.errors import RemoteError, UnsupportedError, UsageError, quote
 
@@ -16,38 +16,40 @@ if TYPE_CHECKING:
     from cafs.image import Image
     from cafs.store import Store
 
-_TYPES = {"oci": "oci-archive:", "docker": "docker-archive:", "tar": "", "local": "", "registry": "docker://"}
+_PREFIXES = {"oci": "oci-archive:", "docker": "docker-archive:", "tar": "", "local": "", "registry": "docker://"}
 
 
 def write(store: Store, found: Image, place: str, tags: tuple[str, ...]) -> None:
     """Write the image.  Raises CafsError."""
-    place, is_tar = _spelled(place, tags)
+    place, kind = _spelled(place, tags)
     threads = os.cpu_count() or 1
     if place.startswith("docker://"):
         _push(store, found, place, threads)
-    elif is_tar:
+    elif kind == "local":
+        checkout.checkout(image.load_tree(store, found), store, place, merges=True)
+    elif kind == "tar":
         with atomic.output(place) as out:
             writing.write_tar(found, store, out)
     elif place:
-        destination.write(found, store, place, threads, tags[0] if tags else None)
+        destination.write(found, store, place, threads, tags[0] if tags else None, merges=True)
 
 
-def _spelled(text: str, tags: tuple[str, ...]) -> tuple[str, bool]:
-    """(in our spelling, whether it is a tar of the tree)."""
+def _spelled(text: str, tags: tuple[str, ...]) -> tuple[str, str]:
+    """(in our spelling, its type, '' if none was given)."""
     if not text.startswith("type="):
-        return text, False
+        return text, ""
     fields = dict(field.partition("=")[::2] for field in text.split(","))
     kind, place = fields.pop("type"), fields.pop("dest", "-")
     if kind == "image":  # it is in the store
         name = fields.get("name") or (tags[0] if tags else "")
-        return (f"docker://{name}" if fields.get("push") == "true" else ""), False
+        return (f"docker://{name}" if fields.get("push") == "true" else ""), kind
     if kind == "local" and place == "-":
         raise UsageError("-o type=local needs dest=DIRECTORY")
-    if kind not in _TYPES:
-        raise UsageError(f"unknown output type {quote(kind)}", hint=", ".join(_TYPES))
+    if kind not in _PREFIXES:
+        raise UsageError(f"unknown output type {quote(kind)}", hint=", ".join(_PREFIXES))
     if kind == "registry":
         place = fields.pop("name", tags[0] if tags else "")
-    return _TYPES[kind] + place, kind == "tar"
+    return _PREFIXES[kind] + place, kind
 
 
 def _push(store: Store, found: Image, place: str, threads: int) -> None:

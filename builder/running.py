@@ -40,7 +40,8 @@ class StepError(CafsError):
 class Command:
     """words: what to run.  flags: of crun, beside those set here.  mounts: as of runner.create.
 
-    secrets: by id, those that must not be in what it leaves.  secret_env: variables that are not written down with the others.
+    secrets: by id, those that must not be in what it leaves.  secret_env: variables that are not written down with the others,
+    but for a file in bundle, a directory in memory.
     """
 
     words: list[str]
@@ -51,6 +52,7 @@ class Command:
     mounts: list[dict[str, Any]] = field(default_factory=list)
     secrets: dict[str, bytes] = field(default_factory=dict)
     secret_env: dict[str, str] = field(default_factory=dict)
+    bundle: str = ""
     trusts_cache: bool = False
 
 
@@ -150,6 +152,7 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
             options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache, is_volatile=True
         )
         container.asked["env"] |= command.secret_env
+        container.asked["bundle"] = command.bundle
         os.write(answers, container.id.encode() + b"\n")
         code = Foreground(container).run()
         os._exit(code)

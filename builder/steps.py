@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import shutil
 import stat
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from builder import copying, mounts, scratch
+from builder import agent, cachemounts, copying, mounts, scratch
 from builder import flags as flagging
 from builder.adding import Gathered, Source
 from builder.config import PROXIES, absolute, command_words
@@ -18,7 +15,6 @@ from builder.mounts import Mount
 from builder.running import Command
 from cafs import paths
 from cafs.errors import CafsError, NotFound, UsageError, quote
-from runner.treecopy import Copier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,11 +24,12 @@ if TYPE_CHECKING:
 
     from builder.build import Build
     from builder.config import State
+    from builder.flags import Flags
     from builder.lexer import Heredoc, Instruction
     from builder.request import Step
 
 PIPES = "/dev/pipes"
-_NETWORKS = ("default", "none", "host")
+_CHOICES = {"network": ("default", "none", "host"), "security": ("sandbox", "insecure")}
 
 
 def command_of(
@@ -40,16 +37,11 @@ def command_of(
 ) -> tuple[Command, dict[str, object], Callable[[], AbstractContextManager[Command]]]:
     """(the command, what its key is made of, how to have its mounts while it runs).  Raises CafsError, ValueError."""
     one, flags, request = step.one, step.flags, build.request
-    found = [mounts.parse(text, lambda path: absolute(state, path), state.expand) for text in flags.get("mount", [])]
+    found, words, script = read(state, one, flags)
     env = {name: value for name, value in state.args.items() if name not in state.env} | state.env
-    words, script = _words(state, one)
     network = flagging.one(flags, "network") or "default"
     security = flagging.one(flags, "security") or "sandbox"
     devices = flags.get("device", [])
-    if network not in _NETWORKS:
-        raise ValueError(f"--network is {', '.join(_NETWORKS)}, not '{network}'")
-    if security not in ("sandbox", "insecure"):
-        raise ValueError(f"--security is sandbox or insecure, not '{security}'")
     for wanted, needs in (
         ("network.host", network == "host"),
         ("security.insecure", security == "insecure"),
@@ -77,6 +69,19 @@ def command_of(
         own["device"] = [text.partition(",")[0] for text in devices]
     command = Command(words, proxies | env, state.workdir, str(state.config.get("User") or ""), own)
     return command, definition, lambda: _ready(build, step, command, found, script)
+
+
+def read(state: State, one: Instruction, flags: Flags) -> tuple[list[Mount], list[str], Heredoc | None]:
+    """(mounts, words of the command, a script that the last of them is the path of), as far as the words say.
+
+    Raises ValueError.
+    """
+    found = [mounts.parse(text, lambda path: absolute(state, path), state.expand) for text in flags.get("mount", [])]
+    for name, allowed in _CHOICES.items():
+        value = flagging.one(flags, name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"--{name} is {' or '.join(allowed)}, not '{value}'")
+    return found, *_words(state, one)
 
 
 def _words(state: State, one: Instruction) -> tuple[list[str], Heredoc | None]:
@@ -159,13 +164,14 @@ def _mount(
     if mount.kind == "secret":
         return _secret(build, mount, ready, stack)
     if mount.kind == "ssh":
-        return _ssh(build, mount, number, ready)
+        return _ssh(build, mount, number, ready, stack)
     if mount.kind == "cache":
-        return _bind(_cache(build, mount, step.stage.number, held, stack), mount.target, ro=mount.is_readonly)
+        path = cachemounts.directory(build, mount, step.stage.number, held, stack)
+        return _bind(path, mount.target, ro=mount.is_readonly)
     source = stack.enter_context(build.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
     if not mount.is_readonly:
         copied = os.path.join(_private(stack, is_large=True), "copy")  # what is written to it is thrown away
-        _copy(source, copied)
+        cachemounts.copy_tree(source, copied)
         source = copied
     return _bind(source, mount.target, ro=mount.is_readonly)
 
@@ -200,6 +206,7 @@ def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dic
     if mount.id not in build.request.allows_in_layer:
         ready.secrets[mount.id] = value
     if mount.env:
+        ready.bundle = ready.bundle or _private(stack)
         ready.secret_env[mount.env] = value.decode("utf-8", "surrogateescape").rstrip("\n")
     if not mount.target:
         return None
@@ -212,7 +219,7 @@ def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dic
     return _bind(path, mount.target, ro=True)
 
 
-def _ssh(build: Build, mount: Mount, number: int, ready: Command) -> dict[str, Any] | None:
+def _ssh(build: Build, mount: Mount, number: int, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
     socket = build.request.ssh.get(mount.id)
     if not socket:
         if mount.required:
@@ -226,60 +233,6 @@ def _ssh(build: Build, mount: Mount, number: int, ready: Command) -> dict[str, A
         raise UsageError(f"--ssh: {quote(socket)} is not the socket of an agent", hint="ssh-agent, ssh-add, --ssh default")
     target = mount.target or f"/run/buildkit/ssh_agent.{number}"
     ready.env["SSH_AUTH_SOCK"] = target
-    return _bind(os.path.abspath(socket), target, ro=False)
-
-
-def _cache(build: Build, mount: Mount, number_of_stage: int, held: dict[str, str], stack: ExitStack) -> str:
-    """The directory of a cache mount, kept from build to build; its name cannot lead anywhere."""
-    space = build.request.args.get("BUILDKIT_CACHE_MOUNT_NS", "")
-    name = hashlib.sha256(f"{space}\0{mount.id}".encode("utf-8", "surrogateescape")).hexdigest()
-    top = os.path.join(paths.state(), "caches")
-    os.makedirs(top, mode=0o700, exist_ok=True)
-    if name in held:
-        return held[name]  # two descriptors of one lock would wait for each other
-    for number in range(1 << 16):
-        path = os.path.join(top, name if not number else f"{name}.{number}")
-        how = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}[mount.sharing]
-        lock = _open_lock(path + ".lock", stack)
-        try:
-            fcntl.flock(lock, how)
-            break
-        except BlockingIOError:
-            continue
-    with ExitStack() as making:
-        fcntl.flock(_open_lock(path + ".making", making), fcntl.LOCK_EX)
-        if not os.path.isdir(path):
-            _make_cache(build, mount, number_of_stage, path)
-    held[name] = path
-    return path
-
-
-def _open_lock(path: str, stack: ExitStack) -> int:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    stack.callback(os.close, lock)
-    return lock
-
-
-def _make_cache(build: Build, mount: Mount, number_of_stage: int, path: str) -> None:
-    """A new one, empty or with what from= and source= say."""
-    new = path + ".new"
-    shutil.rmtree(new, ignore_errors=True)
-    if mount.from_ or mount.source:
-        with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
-            _copy(seed, new)
-    else:
-        os.mkdir(new, 0o755)
-    os.chmod(new, mount.mode)
-    os.chown(new, mount.uid, mount.gid)
-    os.rename(new, path)
-
-
-def _copy(source: str, target: str) -> None:
-    """A tree with its owners, modes and attributes; devices and sockets are left out."""
-    above, name = os.path.split(source.rstrip("/"))
-    fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (above or "/", os.path.dirname(target))]
-    try:
-        Copier(keep_owner=True, keep_attributes=True).copy(fds[0], name or ".", fds[1], os.path.basename(target))
-    finally:
-        for fd in fds:
-            os.close(fd)
+    path = os.path.join(_private(stack), "agent")
+    stack.enter_context(agent.passed_on(os.path.abspath(socket), path, mount))
+    return _bind(path, target, ro=False)

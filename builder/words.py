@@ -19,6 +19,10 @@ class WordError(ValueError):
     """A word that cannot be expanded."""
 
 
+class UnsetError(WordError):
+    """A variable that has to be set, and is not."""
+
+
 def expand(text: str, variables: Mapping[str, str], escape: str = "\\", *, keeps_quotes: bool = False) -> str:
     """One word, in which spaces are like other characters.  keeps_quotes: they have no meaning, as in a heredoc.
 
@@ -178,7 +182,7 @@ class _Reader:
         if operator == "?":
             if not is_set:
                 state = "empty" if name in self._variables else "unset"
-                raise WordError(f"{name}: {word or f'is not allowed to be {state}'}")
+                raise UnsetError(f"{name}: {word or f'is not allowed to be {state}'}")
             return value
         is_longest = word.startswith(operator)
         return _without(value, word[is_longest:], is_longest=is_longest, is_suffix=operator == "%")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 
 from cafs import format as fmt
 from cafs import linux
@@ -21,29 +22,33 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODES = {fmt.CHAR_DEVICE: stat.S_IFCHR, fmt.BLOCK_DEVICE: stat.S_IFBLK, fmt.FIFO: stat.S_IFIFO, fmt.SOCKET: stat.S_IFSOCK}
 
 
-def checkout(index: Index, store: Store, target: str) -> None:
+def checkout(index: Index, store: Store, target: str, *, merges: bool = False) -> None:
     """Fill TARGET, a new or empty directory.  As root owners are set; others own what they make.  Raises CafsError.
 
-    What was written stays if it fails half-way.
+    What was written stays if it fails half-way.  merges: it may have something in it; files of the same names are replaced,
+    each at once, nothing else is removed, and the directory itself stays as it is.
     """
     linux.raise_descriptor_limit()  # one a level
     try:
+        is_new = not os.path.isdir(target)
         os.makedirs(target, exist_ok=True)
-        if os.listdir(target):
+        if not merges and os.listdir(target):
             raise CafsError(f"cannot write to {quote(target)}: Directory not empty")
         top = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise os_error(f"cannot write to {quote(target)}", error) from error
     try:
-        _Checkout(index, store).run(top)
+        _Checkout(index, store, merges=merges, keeps_top=merges and not is_new).run(top)
     finally:
         os.close(top)
 
 
 class _Checkout:
-    def __init__(self, index: Index, store: Store) -> None:
+    def __init__(self, index: Index, store: Store, *, merges: bool, keeps_top: bool) -> None:
         self.index = index
         self.store = store
+        self.merges = merges
+        self.keeps_top = keeps_top
         self.is_root = os.geteuid() == 0
 
     def run(self, top: int) -> None:
@@ -73,8 +78,28 @@ class _Checkout:
     def _make(self, number: int, where: int, top: int) -> None:
         entry, name = self.index.entry(number), self.index.name(number)
         if entry.type == fmt.DIRECTORY:
+            self._make_directory(name, where)
+        elif not self.merges:
+            self._make_file(number, entry, name, where, top)
+        else:
+            temporary = b".cafs." + os.urandom(8).hex().encode()
+            try:
+                self._make_file(number, entry, temporary, where, top)
+                os.rename(temporary, name, src_dir_fd=where, dst_dir_fd=where)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=where)
+                raise
+
+    def _make_directory(self, name: bytes, where: int) -> None:
+        try:
             os.mkdir(name, 0o700, dir_fd=where)
-        elif entry.type in (fmt.FILE, fmt.CHUNKED):
+        except FileExistsError:
+            if not self.merges or not stat.S_ISDIR(os.stat(name, dir_fd=where, follow_symlinks=False).st_mode):
+                raise
+
+    def _make_file(self, number: int, entry: Entry, name: bytes, where: int, top: int) -> None:
+        if entry.type in (fmt.FILE, fmt.CHUNKED):
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=where)
             try:
                 self._write(number, fd)
@@ -115,7 +140,8 @@ class _Checkout:
 
     def _finish(self, number: int, fd: int) -> None:
         try:
-            self._attributes(self.index.entry(number), fd)
+            if number or not self.keeps_top:
+                self._attributes(self.index.entry(number), fd)
         except OSError as error:
             raise os_error(f"cannot write {quote(self.index.path(number))}", error) from error
         finally:

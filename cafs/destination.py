@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 _KINDS = ("oci", "oci-archive", "docker-archive")
 
 
-def write(found: Image, store: Store, destination: str, threads: int, name: str | None = None) -> None:
-    """Write the image to DEST, as cafs-index(1) has it.  name: in a docker-archive, unless DEST says one.  Raises CafsError."""
+def write(found: Image, store: Store, destination: str, threads: int, name: str | None = None, *, merges: bool = False) -> None:
+    """Write the image to DEST, as cafs-index(1) has it.  Raises CafsError.
+
+    name: in a docker-archive, unless DEST says one.  merges: a directory may have something in it.
+    """
     kind, colon, place = destination.partition(":")
     if colon and (kind in ("docker", "docker-daemon") or (kind in _KINDS and not place.partition(":")[0])):
         raise UsageError(f"cannot export to {quote(destination)}", hint="cafs-index export --help")
@@ -38,7 +41,7 @@ def write(found: Image, store: Store, destination: str, threads: int, name: str 
         with atomic.output(destination) as out:
             writing.write_tar(found, store, out)
     else:
-        checkout.checkout(image.load_tree(store, found), store, destination)
+        checkout.checkout(image.load_tree(store, found), store, destination, merges=merges)
 
 
 @contextmanager

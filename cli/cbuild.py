@@ -37,6 +37,9 @@ CONTEXT = {"help_option_names": ["--help"], "max_content_width": 80}
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the image.")
 @click.option("--cache-from", "others", multiple=True, metavar="STORE", help="Take steps from another store too.")
 @click.option("--cache-to", metavar="STORE", help="Bring the steps to another store afterwards.")
+@click.option(
+    "--cache-mount-to", "cache_images", multiple=True, metavar="ID=REF", help="Make an image of what a cache mount holds."
+)
 @click.option("--no-cache", is_flag=True, help="Carry out every step.")
 @click.option("--no-cache-filter", "filters", multiple=True, metavar="STAGE", help="Carry out every step of a stage.")
 @click.option("--allow-secret-in-layer", "leaky", multiple=True, metavar="ID", help="Do not look for this secret in files.")
@@ -83,7 +86,7 @@ def main(context: str, **given: object) -> int:
             from runner import rootless
 
             rootless.enter()
-        for ref in built.texts(given["tags"]):
+        for ref in [*built.texts(given["tags"]), *_pairs(given["cache_images"], "--cache-mount-to").values()]:
             split_ref(ref)
         with ExitStack() as stack:
             return _build(_progress(str(given["how"]), stack, is_quiet=bool(given["quiet"])), context, given)
@@ -114,7 +117,7 @@ def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
 
 
 def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
-    from builder import cache, scratch
+    from builder import cache, cachemounts, scratch
     from builder.build import Build
     from cafs import paths
     from cafs.store import open_or_init
@@ -124,7 +127,7 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
     request, tags = _request(given), built.texts(given["tags"])
     file = None if given["file"] is None else str(given["file"])
     if given["check"]:
-        return _check(context, file, request)
+        return _check(context, file, request, given["store"])
     scratch.tidy()
     opened_store = open_or_init(store_root(None if given["store"] is None else str(given["store"])))
     with Writer(opened_store) as writer, opened(context, file, writer) as (dockerfile, found):
@@ -139,6 +142,8 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
         read = build.places.read_files()
+    for identity, ref in _pairs(given["cache_images"], "--cache-mount-to").items():
+        cachemounts.export(request, opened_store.root, identity, ref)
     built.write(opened_store, made, tuple(tags), given)
     built.write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
     if given["explain"]:
@@ -224,21 +229,27 @@ def _agent(text: str) -> tuple[str, str]:
     return name, socket
 
 
-def _check(context: str, file: str | None, request: Request) -> int:
+def _check(context: str, file: str | None, request: Request, given_store: object) -> int:
     """What can be seen without building."""
+    from builder import checking
     from builder.build import read_dockerfile
     from builder.lexer import parse
-    from builder.stages import split
     from cli._context import dockerfile_of
 
     if "-" in (context, file):
         dockerfile = parse(sys.stdin.buffer.read(), "Dockerfile")
     else:
         dockerfile = read_dockerfile(file or dockerfile_of(context))
-    split(dockerfile, request.args, request.target)
-    for line, text in dockerfile.warnings:
+    found = sorted(
+        {
+            *dockerfile.warnings,
+            *checking.check(dockerfile, request, store_root(None if given_store is None else str(given_store))),
+        }
+    )
+    for line, text in found:
         click.echo(f"{dockerfile.name}:{line}: {text}")
-    return 1 if dockerfile.warnings else 0
+        _annotate(f"{dockerfile.name}:{line}: {text}")
+    return 1 if found else 0
 
 
 def entry() -> None:

@@ -171,7 +171,7 @@ def build(
     is_open = is_privileged or "systempaths=unconfined" in container.all("security-opt")
     found: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "root": {"path": "rootfs", "readonly": container.has("read-only")},
+        "root": {"path": container.path("rootfs"), "readonly": container.has("read-only")},
         "process": {
             "terminal": container.has("tty"),
             "args": arguments,

@@ -186,8 +186,14 @@ def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None
         joined=joined,
         first_id=ids.first if ids else 0,
     )
-    atomic.replace_hint(container.path("config.json"), json.dumps(document).encode("utf-8", "surrogateescape"), 0o600)
+    config = os.path.join(_bundle(container), "config.json")
+    atomic.replace_hint(config, json.dumps(document).encode("utf-8", "surrogateescape"), 0o600)
     return user.uid + (ids.first if ids else 0)
+
+
+def _bundle(container: Container) -> str:
+    """Where the runtime finds config.json: in memory, if something in it is not to be on a disk."""
+    return str(container.asked.get("bundle") or container.directory)
 
 
 def check_program(root: int, name: str, variables: dict[str, str], cwd: str, where: str) -> None:
@@ -224,7 +230,9 @@ def _joined(container: Container) -> dict[str, str]:
 def start(container: Container, streams: Given | None, console: int = -1) -> int:
     """Run runc until process 1 runs; returns its pid.  console: directory with its socket, -1: none.  Raises CafsError."""
     directory = container.directory
-    arguments = runc("run", "--detach", "--bundle", directory, "--pid-file", f"{directory}/pid", log=f"{directory}/runc.log")
+    arguments = runc(
+        "run", "--detach", "--bundle", _bundle(container), "--pid-file", f"{directory}/pid", log=f"{directory}/runc.log"
+    )
     atomic.unlink_quietly(f"{directory}/runc.log")
     if console >= 0:
         arguments += ["--console-socket", f"/proc/self/fd/{console}/console"]

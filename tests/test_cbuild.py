@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import http.server
 import json
 import os
@@ -10,13 +12,16 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from builder import agent
+from builder.mounts import Mount
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
 from tests.test_build import make_context
@@ -97,6 +102,17 @@ def test_git_repositories_are_contexts_and_sources(context: Path, tmp_path: Path
         assert done.returncode == 1 and b"has the checksum sha256:" in done.stderr
         assert cbuild("-", input=f"FROM b:1\nADD {url}/none /file\n".encode()).returncode == 7
         assert cbuild(f"{url}/none.git").returncode == 7
+        for place, code in ((f"{url}/r.git", 0), (tmp_path / "r.git", 7)):  # that of the server, and one of this machine
+            (context / ".gitmodules").write_text(f'[submodule "m"]\n\tpath = m\n\turl = {place}\n')
+            main = subprocess.run(["git", "-C", tmp_path / "r.git", "rev-parse", "main"], capture_output=True, check=True)
+            git("update-index", "--add", "--cacheinfo", f"160000,{main.stdout.decode().strip()},m")
+            git("add", ".gitmodules")
+            git("commit", "-q", "-m", "with a submodule")
+            subprocess.run(["git", "clone", "-q", "--bare", context, tmp_path / f"with{code}.git"], check=True)
+            subprocess.run(["git", "-C", tmp_path / f"with{code}.git", "update-server-info"], check=True)
+            text = f"FROM b:1\nADD {url}/with{code}.git /got\nRUN cat /got/m/a && test ! -e /got/m/.git\n"
+            done = cbuild("-", input=text.encode())
+            assert done.returncode == code, done.stderr
 
 
 def test_what_is_said_and_written(context: Path, tmp_path: Path) -> None:
@@ -225,6 +241,31 @@ def test_outputs_are_read_by_other_programs(context: Path, tmp_path: Path) -> No
     assert (tmp_path / "bundle" / "rootfs" / "b").read_text() == "A\n"
 
 
+def test_a_directory_may_have_something_in_it_that_stays(context: Path, tmp_path: Path) -> None:
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY a /a\nCOPY a /sub/a\nCOPY a /sub/link\n")
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    (tmp_path / "outside").write_text("mine")
+    (out / "sub" / "link").symlink_to(tmp_path / "outside")
+    for path in (out / "a", out / "kept", out / "sub" / "kept"):
+        path.write_text("old")
+    out.chmod(0o705)
+    for words in (["-o", out], ["-o", f"type=local,dest={out}"]):
+        assert cbuild("-q", *words, context).returncode == 0
+        assert {p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file()} == {
+            "a": "A\n", "kept": "old", "sub/a": "A\n", "sub/kept": "old", "sub/link": "A\n",
+        }  # fmt: skip
+    assert (tmp_path / "outside").read_text() == "mine" and out.stat().st_mode & 0o777 == 0o705
+    (out / "a").unlink()
+    (out / "a").mkdir()
+    refused = cbuild("-q", "-o", out, context)
+    assert refused.returncode == 1 and b"cannot write '/a': Is a directory" in refused.stderr, refused.stderr
+    (out / "sub").rename(tmp_path / "moved")
+    (out / "sub").symlink_to(tmp_path / "moved")
+    (out / "a").rmdir()
+    assert cbuild("-q", "-o", out, context).returncode == 1, "no link is followed out of it"
+
+
 def test_squash_makes_one_layer_and_the_same_tree(context: Path) -> None:
     one, many = digest("--squash", context), digest(context)
     assert one != many
@@ -241,12 +282,108 @@ def test_secrets_are_in_no_file_of_the_store_and_in_no_output(context: Path, tmp
     words = ["--secret", f"id=s,src={tmp_path}/secret", "--secret", "id=e,env=TOKEN", "--no-cache", context]
     done = cbuild(*words, env=os.environ | {"TOKEN": value})
     assert done.returncode == 0 and value.encode() not in done.stdout + done.stderr
-    for name in ("STORE", "CACHE", "STATE", "RUN"):
-        for directory, _, files in os.walk(os.environ[f"CAFS_{name}"]):
-            for one in files:
-                path = Path(directory) / one
-                if path.is_file() and not path.is_symlink():
-                    assert value.encode() not in path.read_bytes(), path
+    assert having(value, "STORE", "CACHE", "STATE", "RUN") == []
+
+
+def having(value: str, *places: str) -> list[Path]:
+    """The files below the directories of these names that have a value in them."""
+    tops = [os.environ[f"CAFS_{name}"] for name in places]
+    files = [Path(directory) / one for top in tops for directory, _, names in os.walk(top) for one in names]
+    return [path for path in files if path.is_file() and not path.is_symlink() and value.encode() in path.read_bytes()]
+
+
+def test_a_secret_variable_is_on_no_disk_while_the_command_runs(context: Path) -> None:
+    value = os.urandom(16).hex()
+    wait = 'touch /c/here; until test -f /c/go; do sleep 0.01; done; rm /c/*; test -n "$E"'
+    (context / "Dockerfile").write_text(
+        f"FROM b:1\nRUN --mount=type=secret,id=e,env=E --mount=type=cache,target=/c,id=sync {wait}\n"
+    )
+    cache = Path(os.environ["CAFS_STATE"]) / "caches" / hashlib.sha256(b"\0sync").hexdigest()
+    command = [BIN / "cbuild", "-q", "--secret", "id=e,env=TOKEN", "--no-cache", context]
+    with subprocess.Popen(command, env=os.environ | {"TOKEN": value}, stdout=subprocess.DEVNULL) as running:
+        wait_until((cache / "here").exists)
+        assert having(value, "STORE", "CACHE", "STATE") == []
+        assert having(value, "RUN"), "which is memory: the runtime has to read it somewhere"
+        (cache / "go").touch()
+        assert running.wait() == 0
+    assert having(value, "RUN") == []
+
+
+def test_a_cache_mount_becomes_an_image_that_starts_another(context: Path) -> None:
+    use = "RUN --mount=type=cache,target=/c,id={id}{more} cat /c/kept 2> /old; echo {id} > /c/kept\n"
+    (context / "Dockerfile").write_text("FROM b:1\n" + use.format(id="one", more=""))
+    done = cbuild("-q", "--no-cache", "--cache-mount-to", "one=kept:1", context)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([BIN / "cafs-index", "cat", "kept:1", "kept"], capture_output=True, check=True).stdout == b"one\n"
+    (context / "Dockerfile").write_text("FROM b:1\n" + use.format(id="two", more=",from=kept:1"))
+    assert b"one" in cbuild("--progress", "plain", context).stderr
+    refused = cbuild("-q", "--cache-mount-to", "three=kept:3", context)
+    assert refused.returncode == 4 and b"no cache mount 'three'" in refused.stderr
+    assert cbuild("-q", "--cache-mount-to", "three", context).returncode == 2
+
+
+def test_an_agent_is_for_the_user_that_the_mount_names(context: Path) -> None:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        os.chmod(directory, 0o711)
+        listener.bind(f"{directory}/agent")
+        os.chmod(f"{directory}/agent", 0o600)
+        listener.listen()
+
+        def answer() -> None:
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(b"key of " + connection.recv(100))
+
+        threading.Thread(target=answer, daemon=True).start()
+        mount = Mount("ssh", "/agent", uid=1000, gid=7, mode=0o640)
+        with agent.passed_on(f"{directory}/agent", f"{directory}/other", mount):
+            for uid, wanted in ((1000, b"key of me"), (1001, b"EACCES")):
+                assert as_user(uid, lambda: ask(f"{directory}/other")) == wanted
+            assert as_user(1000, lambda: ask(f"{directory}/agent")) == b"EACCES"
+        text = "FROM b:1\nUSER 1000\nRUN --mount=type=ssh,uid=1000,gid=7,mode=0640 stat -c '%u %g %a' $SSH_AUTH_SOCK\n"
+        (context / "Dockerfile").write_text(text)
+        done = cbuild("--no-cache", "--progress", "plain", "--ssh", f"default={directory}/agent", context)
+    assert done.returncode == 0 and b"1000 7 640" in done.stderr, done.stderr
+
+
+def ask(path: str) -> bytes:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(path)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0].encode()
+        client.sendall(b"me")
+        return client.recv(100)
+
+
+def as_user(uid: int, work: Callable[[], bytes]) -> bytes:
+    """What it returns in a process of a user's."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setresgid(uid, uid, uid)
+            os.setgroups([])
+            os.setresuid(uid, uid, uid)
+            os.write(writer, work())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as pipe:
+        return pipe.read()
+
+
+def test_a_check_says_all_that_is_wrong_and_builds_nothing(context: Path) -> None:
+    (context / "Dockerfile").write_text(
+        "FROM absent:1 AS one\nARG A=${B:?}\nENV C=${D\nRUN --mount=type=odd true\nCOPY a\nFROM b:1\n"
+        "WORKDIR ${E:?no place}\nEXPOSE x\nRUN --network=odd true\nRUN --mount=type=cache,target=/c true\n"
+    )
+    done = cbuild("--check", context)
+    said = done.stdout.decode().splitlines()
+    assert done.returncode == 1 and [line.split(":")[1] for line in said] == ["3", "4", "5", "7", "8", "9"], said
+    assert "E: no place" in said[3] and "unknown mount type 'odd'" in said[1]
 
 
 def test_two_builds_at_once_of_one_thing_give_one_image(context: Path) -> None:

@@ -1,0 +1,97 @@
+"""RUN --mount=type=cache: directories that are kept from build to build, and made images of when that is asked for.
+
+state/caches/NAME, NAME being the hash of the mount's id, which so leads nowhere; .lock is held while a step has it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from contextlib import ExitStack
+
+from cafs import paths
+from cafs.errors import NotFound, quote
+from runner.treecopy import Copier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from builder.build import Build
+    from builder.mounts import Mount
+    from builder.request import Request
+
+_HOW = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}
+
+
+def _path(request: Request, identity: str) -> str:
+    space = request.args.get("BUILDKIT_CACHE_MOUNT_NS", "")
+    name = hashlib.sha256(f"{space}\0{identity}".encode("utf-8", "surrogateescape")).hexdigest()
+    return os.path.join(paths.state(), "caches", name)
+
+
+def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, str], stack: ExitStack) -> str:
+    """That of a cache mount, made if it is new, and locked as the mount says until STACK ends.
+
+    held: those that the step has already.
+    """
+    first = _path(build.request, mount.id)
+    os.makedirs(os.path.dirname(first), mode=0o700, exist_ok=True)
+    if first in held:
+        return held[first]  # two descriptors of one lock would wait for each other
+    for number in range(1 << 16):
+        path = first if not number else f"{first}.{number}"
+        try:
+            _lock(path + ".lock", _HOW[mount.sharing], stack)
+            break
+        except BlockingIOError:
+            continue
+    with ExitStack() as making:
+        _lock(path + ".making", fcntl.LOCK_EX, making)
+        if not os.path.isdir(path):
+            _make(build, mount, number_of_stage, path)
+    held[first] = path
+    return path
+
+
+def export(request: Request, store_root: str, identity: str, ref: str) -> None:
+    """Make an image of what a cache mount holds, when no step has it.  Raises NotFound, CafsError."""
+    from cafs.indexing import Options, create_image
+
+    path = _path(request, identity)
+    if not os.path.isdir(path):
+        raise NotFound(f"no cache mount {quote(identity)} on this machine", hint="without id= its target is its id")
+    with ExitStack() as stack:
+        _lock(path + ".lock", fcntl.LOCK_EX, stack)
+        create_image(Options(path, jobs=os.cpu_count() or 1), store_root, ref)
+
+
+def _lock(path: str, how: int, stack: ExitStack) -> None:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, lock)
+    fcntl.flock(lock, how)
+
+
+def _make(build: Build, mount: Mount, number_of_stage: int, path: str) -> None:
+    """A new one, empty or with what from= and source= say."""
+    new = path + ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    if mount.from_ or mount.source:
+        with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
+            copy_tree(seed, new)
+    else:
+        os.mkdir(new, 0o755)
+    os.chmod(new, mount.mode)
+    os.chown(new, mount.uid, mount.gid)
+    os.rename(new, path)
+
+
+def copy_tree(source: str, target: str) -> None:
+    """A tree with its owners, modes and attributes; devices and sockets are left out."""
+    above, name = os.path.split(source.rstrip("/"))
+    fds = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (above or "/", os.path.dirname(target))]
+    try:
+        Copier(keep_owner=True, keep_attributes=True).copy(fds[0], name or ".", fds[1], os.path.basename(target))
+    finally:
+        for fd in fds:
+            os.close(fd)
