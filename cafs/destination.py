@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 _KINDS = ("oci", "oci-archive", "docker-archive")
 
 
-def write(found: Image, store: Store, destination: str, threads: int, name: str | None = None, *, merges: bool = False) -> None:
+def write(
+    found: Image,
+    store: Store,
+    destination: str,
+    threads: int,
+    name: str | None = None,
+    *,
+    merges: bool = False,
+    codec: str = "gzip",
+) -> None:
     """Write the image to DEST, as cafs-index(1) has it.  Raises CafsError.
 
-    name: in a docker-archive, unless DEST says one.  merges: a directory may have something in it.
+    name: in a docker-archive, unless DEST says one.  merges: a directory may have something in it.  codec: of OCI layers.
     """
     kind, colon, place = destination.partition(":")
     if colon and (kind in ("docker", "docker-daemon") or (kind in _KINDS and not place.partition(":")[0])):
@@ -31,10 +40,10 @@ def write(found: Image, store: Store, destination: str, threads: int, name: str 
     if colon and kind in _KINDS:
         path, _, tag = place.partition(":")
         if kind == "oci":
-            return writing.write_layout(found, store, path, tag or None, threads)
+            return writing.write_layout(found, store, path, tag or None, threads, codec)
         with atomic.output(path) as out, _scratch(path) as scratch:
             if kind == "oci-archive":
-                writing.write_layout_archive(found, store, out, tag or None, threads, scratch)
+                writing.write_layout_archive(found, store, out, tag or None, threads, scratch, codec)
             else:
                 writing.write_saved(found, store, out, tag or name, threads, scratch)
     elif destination == "-" or destination.endswith(".tar"):

@@ -1,7 +1,6 @@
 """Images for others: a tar of the tree, an OCI layout, its archive, an archive as of `docker save`.  The same bytes every time.
 
-No clock is read: dates are the image's own, else SOURCE_DATE_EPOCH, else 1970.  Layers are gzip members of 4 MiB in a row
-(RFC 1952, 2.2), so that all processors work on one.
+No clock is read: dates are the image's own, else SOURCE_DATE_EPOCH, else 1970.
 """
 
 from __future__ import annotations
@@ -11,39 +10,19 @@ import json
 import os
 import tarfile
 import time
-import zlib
-from dataclasses import dataclass
 
-from cafs import atomic, image, oci, tarwrite
+from cafs import atomic, image, layerblob, oci, tarwrite
 from cafs.errors import CafsError, UsageError, os_error, quote
-from cafs.ordered import ordered_map
+from cafs.layerblob import Blob
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
     from typing import Any, BinaryIO
 
     from cafs.image import Image
     from cafs.store import Store
 
-_MEMBER = 4 << 20
-_LEVEL = 6
-_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 _CONFIG = "application/vnd.oci.image.config.v1+json"
-_GZIP_HEAD = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """A written blob.  digest: hex SHA-256; diff_id: that of the uncompressed bytes."""
-
-    digest: str
-    size: int
-    diff_id: str = ""
-
-    def descriptor(self, media_type: str) -> dict[str, Any]:
-        """What points to it."""
-        return {"mediaType": media_type, "digest": f"sha256:{self.digest}", "size": self.size}
 
 
 def write_tar(found: Image, store: Store, out: BinaryIO) -> None:
@@ -52,18 +31,32 @@ def write_tar(found: Image, store: Store, out: BinaryIO) -> None:
         out.write(piece)
 
 
-def write_layout(found: Image, store: Store, directory: str, tag: str | None, threads: int) -> None:
-    """An OCI layout; an existing one gains the image, and its tag names that.  Raises CafsError."""
+def write_layout(
+    found: Image,
+    store: Store,
+    directory: str,
+    tag: str | None,
+    threads: int,
+    codec: str = "gzip",
+    *,
+    may_lack_layers: bool = False,
+) -> None:
+    """An OCI layout; an existing one gains the image, and its tag names that.  Raises CafsError.
+
+    codec: of layers, one of layerblob.CODECS.  may_lack_layers: those that were compressed before are only named in it.
+    """
     blobs = os.path.join(directory, "blobs", "sha256")
     try:
         atomic.make_directory(blobs)
-        layers = [_layer_blob(layer, store, blobs, threads) for layer in found.layers]
+        layers = [
+            layerblob.write(layer, store, blobs, threads, codec, may_be_elsewhere=may_lack_layers) for layer in found.layers
+        ]
         config = _blob(oci_config(found, [layer.diff_id for layer in layers]), blobs)
         manifest = {
             "schemaVersion": 2,
             "mediaType": oci.MANIFEST_TYPES[0],
             "config": config.descriptor(_CONFIG),
-            "layers": [layer.descriptor(_LAYER) for layer in layers],
+            "layers": [layer.descriptor(layerblob.media_type(codec)) for layer in layers],
         }
         described = _blob(_json(manifest), blobs).descriptor(oci.MANIFEST_TYPES[0])
         if tag:
@@ -74,9 +67,11 @@ def write_layout(found: Image, store: Store, directory: str, tag: str | None, th
         raise os_error(f"cannot write {quote(directory)}", error) from error
 
 
-def write_layout_archive(found: Image, store: Store, out: BinaryIO, tag: str | None, threads: int, scratch: str) -> None:
+def write_layout_archive(
+    found: Image, store: Store, out: BinaryIO, tag: str | None, threads: int, scratch: str, codec: str = "gzip"
+) -> None:
     """The same in a tar.  scratch: an empty directory for what has to be known before it can be written."""
-    write_layout(found, store, scratch, tag, threads)
+    write_layout(found, store, scratch, tag, threads, codec)
     _archive(
         out, scratch, sorted(os.path.relpath(os.path.join(d, f), scratch) for d, _, names in os.walk(scratch) for f in names)
     )
@@ -135,49 +130,6 @@ def _blob(data: bytes, directory: str) -> Blob:
     digest = hashlib.sha256(data).hexdigest()
     atomic.replace_file(os.path.join(directory, digest), data)
     return Blob(digest, len(data))
-
-
-def _layer_blob(layer: bytes, store: Store, directory: str, threads: int) -> Blob:
-    """A layer as gzip, under its digest."""
-    plain, packed, size = hashlib.sha256(), hashlib.sha256(), 0
-    pieces = tarwrite.write(image.load_layer(store, layer), store, is_layer=True)
-    fd, temporary = atomic.open_temporary(directory)
-    try:
-        try:
-            for raw, data in ordered_map(_gzip, _joined(pieces), threads, window=2 * threads):
-                plain.update(raw)
-                packed.update(data)
-                atomic.write_all(fd, data)
-                size += len(data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        atomic.publish(temporary, os.path.join(directory, packed.hexdigest()), replace=True)
-    except BaseException:
-        atomic.unlink_quietly(temporary)
-        raise
-    return Blob(packed.hexdigest(), size, plain.hexdigest())
-
-
-def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of one size, whatever they came in."""
-    waiting, size = [], 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= _MEMBER:
-            data = b"".join(waiting)
-            for at in range(0, size - size % _MEMBER, _MEMBER):
-                yield data[at : at + _MEMBER]
-            waiting, size = [data[size - size % _MEMBER :]], size % _MEMBER
-    if size:
-        yield b"".join(waiting)
-
-
-def _gzip(raw: bytes) -> tuple[bytes, bytes]:
-    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15)
-    body = packer.compress(raw) + packer.flush()
-    return raw, _GZIP_HEAD + body + zlib.crc32(raw).to_bytes(4, "little") + (len(raw) & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def _add_to_index(path: str, described: dict[str, Any]) -> None:

@@ -17,14 +17,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from builder import agent
+from builder import agent, output
 from builder.mounts import Mount
+from cafs import layerblob
+from cafs.store import Store
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
 from tests.test_build import make_context
+from tests.test_commit import image_of
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
 TEXT = "FROM b:1\nARG V=1\nCOPY a /a\nRUN cat /a > /b; echo $V\n"
@@ -428,25 +432,81 @@ def test_on_a_terminal_steps_are_drawn_and_stdout_has_the_digest_alone(context: 
     assert build.returncode == 0
 
 
-@pytest.mark.needs("docker-registry", "skopeo")
-def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path: Path) -> None:
+@contextmanager
+def registry(directory: Path) -> Iterator[str]:
+    """Debian's docker-registry on an empty directory; its HOST:PORT."""
     port = free_port()
-    (tmp_path / "registry.yml").write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {tmp_path}/registry\nhttp:\n  addr: 127.0.0.1:{port}\n"
+    directory.mkdir()
+    (directory / "registry.yml").write_text(
+        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {directory}/data\nhttp:\n  addr: 127.0.0.1:{port}\n"
     )
-    with subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"], stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(["docker-registry", "serve", directory / "registry.yml"], stderr=subprocess.DEVNULL) as server:
         try:
             wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
-            done = cbuild("-q", "-o", f"docker://127.0.0.1:{port}/app:1", context)
-            assert done.returncode == 0, done.stderr
-            (context / "Dockerfile").write_text(f"FROM docker://127.0.0.1:{port}/app:1\nRUN cat /b > /c\n")
-            done = cbuild("-q", "-t", "upon:1", context)
-            assert done.returncode == 0, done.stderr
-            found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
-            assert found == b"A\n"
+            yield f"127.0.0.1:{port}"
         finally:
             server.terminate()
-    assert cbuild("-q", "-o", f"docker://127.0.0.1:{port}/app:1", context).returncode != 0
+
+
+@pytest.mark.needs("docker-registry", "skopeo")
+def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path: Path) -> None:
+    with registry(tmp_path / "one") as place:
+        done = cbuild("-q", "-o", f"docker://{place}/app:1", context)
+        assert done.returncode == 0, done.stderr
+        (context / "Dockerfile").write_text(f"FROM docker://{place}/app:1\nRUN cat /b > /c\n")
+        done = cbuild("-q", "-t", "upon:1", context)
+        assert done.returncode == 0, done.stderr
+        found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
+        assert found == b"A\n"
+    assert cbuild("-q", "-o", f"docker://{place}/app:1", context).returncode != 0
+
+
+@pytest.mark.needs("docker-registry", "skopeo")
+def test_a_layer_that_a_registry_has_is_not_compressed_again(
+    context: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    write = layerblob._write
+
+    def counted(*words: Any) -> layerblob.Blob:
+        made.append(words[-1])
+        return write(*words)
+
+    monkeypatch.setattr(layerblob, "_write", counted)
+    monkeypatch.setenv("CAFS_CACHE", str(tmp_path / "cache"))
+    store = Store(os.environ["CAFS_STORE"])
+
+    def pushed(place: str) -> list[str]:
+        """How the layers were compressed that had to be."""
+        made.clear()
+        found = image_of(digest(context))
+        store.refresh()
+        output.write(store, found, place, ())
+        return list(made)
+
+    with registry(tmp_path / "one") as one, registry(tmp_path / "two") as two:
+        (context / "Dockerfile").write_text("FROM b:1\nCOPY a /a\n")
+        assert pushed(f"docker://{one}/app:1") == ["gzip"] * 2
+        (context / "Dockerfile").write_text("FROM b:1\nCOPY a /a\nCOPY a /c\n")
+        assert pushed(f"docker://{one}/app:2") == ["gzip"], "the layer that is new"
+        assert pushed(f"docker://{one}/app:3") == []
+        assert pushed(f"docker://{two}/app:1") == ["gzip"] * 3, "which has none of them"
+        assert pushed(f"oci:{tmp_path}/layout:v") == ["gzip"] * 3 and pushed(f"oci:{tmp_path}/layout:w") == []
+        assert pushed(f"type=registry,name={one}/app:4,compression=zstd") == ["zstd"] * 3
+        raw = subprocess.run(
+            ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{one}/app:4"], capture_output=True, check=True
+        )
+        assert {layer["mediaType"].rpartition("+")[2] for layer in json.loads(raw.stdout)["layers"]} == {"zstd"}
+        for name in (f"{one}/app:2", f"{one}/app:4", f"{two}/app:1"):
+            create = subprocess.run(
+                [BIN / "cafs-index", "create", f"docker://{name}"], capture_output=True, text=True, check=True
+            )
+            assert (
+                subprocess.run([BIN / "cafs-index", "diff", digest(context), create.stdout.strip()], check=False).returncode
+                == 0
+            )
+    assert cbuild("-q", "-o", "type=oci,compression=lzma", context).returncode == 2
+    assert cbuild("-q", "-o", "type=oci,odd=1", context).returncode == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
