@@ -31,7 +31,7 @@ _RECORD_MAX = 1 << 31
 _PINNED = "pinned"
 _LEFT_AFTER_S = 3600
 _F_SETSIG = 10
-_DERIVED = ("columns", "indexes", "locators", "meta", "metadata", "refs", "stores", "used")
+_DERIVED = ("columns", "indexes", "layerblobs", "locators", "meta", "metadata", "refs", "stores", "used")
 _UNUSED_AFTER_S = 90 * 86400
 
 

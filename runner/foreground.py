@@ -6,6 +6,7 @@ and the guard kills the container and cleans up in its place.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -139,6 +140,7 @@ class Foreground:
         console = stdio.Console(container.directory) if has_terminal else None
         streams = None if console else stdio.Streams(interactive, log, uid)
         pid = starting.start(container, streams, console.directory if console else -1)
+        gc.enable()
         container.note(status=containers.RUNNING, started_ns=time.time_ns(), **containers.identify(pid))
         containers.event(container, "start")
         forward.to(pid)

@@ -13,7 +13,6 @@ import fcntl
 import os
 import select
 import signal
-import socket
 import struct
 import termios
 from functools import partial
@@ -186,6 +185,8 @@ class Console:
     def __init__(self, directory: str) -> None:
         self.directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         atomic.unlink_quietly(os.path.join(directory, "console"))
+        import socket  # which takes 3 ms, and most containers have no terminal
+
         self.socket = socket.socket(socket.AF_UNIX)
         # sun_path holds 107 bytes; a directory may be deeper, its descriptor never is
         self.socket.bind(f"/proc/self/fd/{self.directory}/console")
@@ -194,10 +195,12 @@ class Console:
 
     def receive(self) -> int:
         """The master side, after runc has started (SCM_RIGHTS, unix(7))."""
+        from socket import CMSG_SPACE
+
         connection, _ = self.socket.accept()
         with connection:
             fds = array.array("i")
-            _, ancillary, _, _ = connection.recvmsg(4096, socket.CMSG_SPACE(fds.itemsize))
+            _, ancillary, _, _ = connection.recvmsg(4096, CMSG_SPACE(fds.itemsize))
             for _, _, data in ancillary:
                 fds.frombytes(data[: fds.itemsize])
         self.socket.close()
