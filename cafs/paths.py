@@ -74,6 +74,12 @@ def state() -> str:
     return _directory("CAFS_STATE", "/var/lib/cafs", "XDG_DATA_HOME", ".local/share", "cafs")
 
 
+def pool() -> str:
+    """State of a pool of workers."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local/state")
+    return os.path.realpath(os.environ.get("CAFS_POOL") or os.path.join(base, "cafs/pool"))
+
+
 def _own(path: str) -> str:
     """A directory where others may make one too: ours, made if there is none.  Raises UnsupportedError if it is not ours."""
     from cafs.errors import UnsupportedError, quote

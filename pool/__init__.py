@@ -1,1 +1,1 @@
-"""Workers, clouds, jobs and functions; runs the other tools as commands.  Empty as yet."""
+"""Workers, clouds, jobs and functions; runs the other tools as commands."""

@@ -20,7 +20,27 @@ COMMANDS = {
     "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull", "pin", "unpin"],
     "cbuild": [],
     "crun": list(VERBS),
+    "cpool": [
+        "init",
+        "serve",
+        "down",
+        "submit",
+        "map",
+        "jobs",
+        "job",
+        "logs",
+        "wait",
+        "cancel",
+        "hold",
+        "release",
+        "nodes",
+        "host",
+        "node",
+    ],
 }
+BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]
+"""Verbs of verbs."""
+
 COMMON = {"--help", "--version"}
 
 
@@ -48,7 +68,8 @@ def test_every_help_fits_a_terminal_and_lists_every_verb(program: str) -> None:
 
 @pytest.mark.parametrize("program", COMMANDS)
 def test_every_option_is_in_the_man_page_and_the_reverse(program: str) -> None:
-    shown = options_in(" ".join(help_of(program, *verb) for verb in [(), *[(verb,) for verb in COMMANDS[program]]]))
+    verbs = [(), *[(verb,) for verb in COMMANDS[program]], *[verb for verb in BELOW if verb[0] in COMMANDS[program]]]
+    shown = options_in(" ".join(help_of(program, *verb) for verb in verbs))
     text = re.sub(r"\.SH DIFFERENCES FROM DOCKER.*?\.fi", "", (ROOT / "man" / f"{program}.1").read_text(), flags=re.S)
     page = options_in(text)
     assert shown - page - COMMON == set()
@@ -60,7 +81,7 @@ def test_every_exit_code_and_variable_is_in_cafs_7() -> None:
     codes = [getattr(errors, name) for name in ("OK", "FAILED", "USAGE", "DIFFERS", "NO_SUCH", "CORRUPT", "BUSY", "REMOTE", "UNSUPPORTED")]  # fmt: skip
     assert all(re.search(rf"^{code} +\w", page, re.M) for code in codes)
     used = set()
-    for path in [p for room in ("cafs", "cli", "runner") for p in (ROOT / room).glob("*.py")]:
+    for path in [p for room in ("cafs", "cli", "runner", "pool") for p in (ROOT / room).glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 used |= set(re.findall(r"^(?:CAFS|XDG)_[A-Z_]+$", node.value))

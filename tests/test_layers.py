@@ -25,6 +25,7 @@ HOMES = {
     "boto3": "cafs/s3.py",
     "botocore": "cafs/s3.py",
     "urllib3": "cafs/web.py",
+    "paramiko": "pool/ssh.py",
 }
 HEAVY = ["rich", "pyfuse3", "trio", "boto3", "urllib3", "paramiko", "zstandard", "xxhash", "cafs.index", "dataclasses"]
 
@@ -54,7 +55,7 @@ def test_heavy_libraries_are_imported_in_one_place() -> None:
         assert home is None or path.startswith(home), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["cli.cafs_index", "cli.cafs_mount", "cli.cafs_store", "cli.crun"])
+@pytest.mark.parametrize("module", ["cli.cafs_index", "cli.cafs_mount", "cli.cafs_store", "cli.crun", "cli.cpool"])
 def test_help_loads_no_heavy_module(module: str) -> None:
     """cafs-mount and crun load no click either."""
     more = ["click"] if module in ("cli.cafs_mount", "cli.crun") else []

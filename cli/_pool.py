@@ -1,0 +1,213 @@
+"""What the verbs of cpool share: jobs from options, asking the controller or doing without, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+import click
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool.client import Client
+
+_ARRAY_MAX = 1_000_000
+
+
+def directory() -> str:
+    """Of the pool."""
+    from cafs import paths
+
+    return paths.pool()
+
+
+def client() -> Client:
+    """A connection to the controller.  Raises RemoteError."""
+    from pool.client import Client
+
+    return Client(directory())
+
+
+def ask(do: str, **fields: Any) -> dict[str, Any]:
+    """Of the controller; if none runs, of its state, for what can be done without.  Raises CafsError."""
+    from cafs.errors import RemoteError
+
+    try:
+        with client() as connection:
+            return connection.ask(do, **fields)
+    except RemoteError as error:
+        if do not in ("jobs", "job") or "no controller" not in str(error):
+            raise
+    from pool.state import State
+
+    state = State(directory())
+    if do == "job":
+        return {"job": state.job(fields["id"]).shown()}
+    return {"jobs": [one.shown() for one in state.jobs(fields["limit"], all_of_them=fields["all"])]}
+
+
+def submit(jobs: list[dict[str, Any]]) -> list[int]:
+    """Their numbers.  Without a controller they are queued all the same.  Raises CafsError."""
+    from cafs.errors import RemoteError
+    from pool import requests, state
+
+    try:
+        with client() as connection:
+            return list(connection.ask("submit", jobs=jobs)["ids"])
+    except RemoteError as error:
+        if "no controller" not in str(error):
+            raise
+    with state.locked(directory(), wait_s=5):
+        found = state.State(directory())
+        how = {True: state.HELD, False: state.QUEUED}
+        ids = [found.submit(requests.check(one["spec"]), one["key"], one["priority"], how[one["hold"]]) for one in jobs]
+        found.commit()
+    sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")
+    return ids
+
+
+def change_host(**fields: Any) -> None:
+    """By the controller, or in the state if none runs.  Raises CafsError."""
+    from cafs.errors import NotFound, RemoteError
+    from pool import state
+
+    try:
+        with client() as connection:
+            connection.ask("hosts", **fields)
+            return
+    except RemoteError as error:
+        if "no controller" not in str(error):
+            raise
+    with state.locked(directory(), wait_s=5):
+        found = state.State(directory())
+        if fields["what"] != "remove":
+            found.put_host(fields["name"], fields["address"], fields["state"])
+        elif not found.remove_host(fields["name"]):
+            raise NotFound(f"no host {fields['name']!r}", hint="cpool host ls")
+        found.commit()
+
+
+def hosts() -> list[dict[str, Any]]:
+    """Those that were added."""
+    from pool.state import State
+
+    return State(directory()).hosts()
+
+
+def set_host_state(name: str, state: str) -> None:
+    """Raises NotFound."""
+    from cafs.errors import NotFound
+
+    row = next((one for one in hosts() if one["name"] == name), {"address": ""} if name == "local" else None)
+    if row is None:
+        raise NotFound(f"no host {name!r}", hint="cpool host ls")
+    change_host(what="put", name=name, address=row["address"], state=state)
+
+
+def add_host(name: str, address: str | None, identity: str | None, *, is_sure: bool) -> None:
+    """Its host key is shown, and pinned if the user agrees.  Raises CafsError."""
+    from cafs.errors import CafsError, UsageError
+
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
+        raise UsageError(f"{name!r} is not a name for a host")
+    if address is None:
+        if name != "local":
+            raise UsageError(f"where is {name!r}?", hint=f"cpool host add {name} [USER@]HOST[:PORT]")
+        return change_host(what="put", name=name, address="", state="ready")
+    from pool import ssh
+
+    whole = address + (f"?{os.path.abspath(identity)}" if identity else "")
+    key, fingerprint = ssh.host_key(whole)
+    sys.stderr.write(f"cpool: the host key of {address} is {key.partition(' ')[0]} {fingerprint}\n")
+    if not is_sure and not (sys.stdin.isatty() and click.confirm("Is that so?", err=True)):
+        raise CafsError("the host key was not accepted", hint="--yes, if it is the right one")
+    ssh.pin(directory(), name, key)
+    change_host(what="put", name=name, address=whole, state="ready")
+
+
+def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tuple[str, ...], **given: Any) -> dict[str, Any]:
+    """A job from options."""
+    if (image is None) == (not is_plain):
+        raise click.UsageError("one of --image IMAGE and --no-container is needed")
+    variables = {}
+    for text in env:
+        name, equals, value = text.partition("=")
+        if not name:
+            raise click.UsageError(f"-e {text!r} is not K=V")
+        if equals or name in os.environ:
+            variables[name] = value if equals else os.environ[name]
+    return {
+        "command": list(command[1:] if command[0] == "--" else command),
+        "image": _digest(image) if image else "",
+        "env": variables,
+        "cwd": given["workdir"] or ("" if image else os.getcwd()),
+        "cpus": given["cpus"],
+        "memory": given["memory"],
+        "gpus": given["gpus"],
+        "timeout_s": given["timeout"],
+        "retries": given["retries"],
+        "requeue": not given["no_requeue"],
+        "name": given.get("name", ""),
+    }
+
+
+def _digest(name: str) -> str:
+    """What a ref means now.  Raises CafsError."""
+    from cafs import image, paths
+    from cafs.store import Store
+    from pool import settings
+
+    return image.resolve(Store(settings.read(directory()).store or paths.store()), name).digest.hex()
+
+
+def numbers(text: str | None) -> range:
+    """Of --array N-M; one, 0, without."""
+    if text is None:
+        return range(1)
+    match = re.fullmatch("([0-9]{1,7})-([0-9]{1,7})", text)
+    if not match or int(match[2]) < int(match[1]) or int(match[2]) - int(match[1]) >= _ARRAY_MAX:
+        raise click.UsageError(f"--array {text!r} is not N-M")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def exit_code(job: dict[str, Any]) -> int:
+    """Of who waits for it."""
+    if job["state"] == "cancelled":
+        return 143
+    return 1 if job["code"] is None or job["code"] < 0 else int(job["code"])
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str], *, as_json: bool, only: str) -> None:
+    """Rows, one a line.  only: the one column that is printed."""
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row, sort_keys=True))
+        return
+    if only:
+        for row in rows:
+            click.echo(row[only])
+        return
+    cells = [list(columns.values())] + [[_cell(row, name) for name in columns] for row in rows]
+    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    for line in cells:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row["spec"]["command"] if name == "command" else row.get(name)
+    text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+    return "".join(char if char.isprintable() else "?" for char in text)[:60]
+
+
+def describe(job: dict[str, Any], *, as_json: bool) -> None:
+    """A job, a line a field."""
+    if as_json:
+        click.echo(json.dumps(job, sort_keys=True))
+        return
+    for name, value in {**job, **job.pop("spec")}.items():
+        if value not in (None, "", {}, []):
+            click.echo(f"{name:<12} {json.dumps(value) if isinstance(value, dict | list) else value}")

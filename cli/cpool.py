@@ -1,0 +1,326 @@
+"""cpool: a pool of machines that runs jobs.  man page: cpool(1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import click
+
+from cli import _pool as asking
+from cli._app import run
+from cli._options import CONTEXT, Size, json_option, quiet_option, version_option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+PROGRAM = "cpool"
+PLAIN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.group(context_settings=CONTEXT)
+@version_option(PROGRAM)
+def main() -> None:
+    """Run jobs on a pool of machines, this one among them.
+
+    \b
+    cpool init ; cpool serve &
+    cpool submit --cpus 2 --no-container -- make all ; cpool wait 1
+    ls *.csv | cpool map --no-container -- wc -l {}
+
+    Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 5 damaged, 6 busy,
+    7 no controller, 8 not possible here; of wait the job's own, of map how
+    many failed (101: more).  Full manual: man cpool
+    """
+
+
+def _job_options(command: Callable[..., object]) -> Callable[..., object]:
+    """What a job asks for."""
+    for option in reversed(
+        (
+            click.option("--image", metavar="IMAGE", help="Run it in this image, by crun."),
+            click.option("--no-container", "is_plain", is_flag=True, help="Run it as a plain command."),
+            click.option("--cpus", type=click.FloatRange(0), default=1.0, help="Processors that it has for itself (1)."),
+            click.option("--memory", type=Size(), default=0, metavar="SIZE", help="Memory that it has for itself (0)."),
+            click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs that it has for itself (0)."),
+            click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment."),
+            click.option("--workdir", metavar="DIR", help="Where it runs (default: here, or the image's)."),
+            click.option("--timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="End it after so many seconds."),
+            click.option("--retries", type=click.IntRange(0), default=0, help="How often it is tried again if it fails (0)."),
+            click.option("--no-requeue", is_flag=True, help="Do not start it again if its worker is lost."),
+            click.option("--priority", type=int, default=0, help="Those of higher priority go first (0)."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@quiet_option(used=False)
+def init() -> int:
+    """Make a pool: in $CAFS_POOL, else $XDG_STATE_HOME/cafs/pool."""
+    from cafs import atomic
+    from pool import settings, state
+
+    directory = asking.directory()
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.chmod(directory, 0o700)
+    state.create(directory)
+    path = os.path.join(directory, "pool.toml")
+    if not os.path.exists(path):
+        atomic.replace_file(path, settings.COMMENTED.encode(), 0o600)
+    return 0
+
+
+@main.command()
+@quiet_option(used=False)
+def serve() -> int:
+    """Be the controller, until SIGTERM or Ctrl-C.  Jobs go on."""
+    from pool import client, settings
+
+    settings.read(asking.directory())
+    client.serve(asking.directory())
+    return 0
+
+
+@main.command()
+@click.option("--grace", "grace_s", type=float, default=10.0, metavar="S", help="From SIGTERM to SIGKILL (10).")
+@quiet_option(used=False)
+def down(grace_s: float) -> int:
+    """Cancel all jobs, then end agents and controller."""
+    with asking.client() as client:
+        client.ask("end", jobs=True, grace_s=grace_s)
+    return 0
+
+
+@main.command(context_settings=PLAIN)
+@_job_options
+@click.option("--key", metavar="KEY", help="Submitted once: the same key again is the same job.")
+@click.option("--name", default="", metavar="TEXT", help="What to call it.")
+@click.option("--hold", is_flag=True, help="Do not start it before `release`.")
+@click.option("--array", metavar="N-M", help="A job for each number, which is CPOOL_INDEX.")
+@quiet_option(used=False)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def submit(key: str | None, name: str, hold: bool, array: str | None, **given: Any) -> int:
+    """Put a job into the queue, and print its number."""
+    spec = asking.spec(name=name, **given)
+    jobs = []
+    for index in asking.numbers(array):
+        own = f"{key}-{index}" if key and array else key
+        jobs.append({"spec": {**spec, "index": index}, "key": own, "hold": hold, "priority": given["priority"]})
+    for number in asking.submit(jobs):
+        click.echo(number)
+    return 0
+
+
+@main.command("map", context_settings=PLAIN)
+@_job_options
+@click.option("-0", "--null", "is_null", is_flag=True, help="Arguments end in a zero byte, not a newline.")
+@click.option("-n", "size", type=click.IntRange(1), default=1, metavar="N", help="So many arguments a job (1).")
+@click.option("-k", "--keep-order", is_flag=True, help="Results in the order of the arguments.")
+@click.option("--tag", is_flag=True, help="Begin each line with the argument.")
+@click.option("--halt", type=click.IntRange(1), default=None, metavar="N", help="End all when so many have failed.")
+@click.option("--joblog", default="", metavar="FILE", help="Write a line a job, as GNU parallel does.")
+@click.option("--resume", is_flag=True, help="Leave out what the job log has.")
+@click.option("--resume-failed", is_flag=True, help="The same, but do again what failed.")
+@click.option("--dry-run", is_flag=True, help="Print the commands.")
+@quiet_option(used=False)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def map_(**given: Any) -> int:
+    """Run COMMAND for each line of standard input; {} is the line."""
+    import shlex
+
+    from pool import client, mapping
+
+    names = ("size", "keep_order", "tag", "joblog", "resume", "resume_failed")
+    how = {name: given.pop(name) for name in names}
+    separator, halt, dry_run = b"\0" if given.pop("is_null") else b"\n", given.pop("halt") or 0, given.pop("dry_run")
+    template = list(given["command"])
+    if dry_run:
+        for number, arguments in enumerate(mapping.arguments_of(sys.stdin.buffer, separator, how["size"]), 1):
+            click.echo(shlex.join(mapping.expand(template, arguments, number)))
+        return 0
+    options = mapping.Options(template, asking.spec(**given), separator, halt=halt, **how)
+    with client.controlled(asking.directory()) as connection:
+        return mapping.Map(connection, options).run(sys.stdin.buffer)
+
+
+@main.command()
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those that have ended, too.")
+@click.option("--limit", type=click.IntRange(1), default=1000, help="The latest so many (1000).")
+@json_option()
+@click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Print numbers alone.")
+def jobs(all_of_them: bool, limit: int, as_json: bool, is_quiet: bool) -> int:
+    """List the jobs."""
+    found = asking.ask("jobs", all=all_of_them, limit=limit)["jobs"]
+    asking.table(
+        found,
+        {"id": "JOB", "state": "STATE", "worker": "WORKER", "code": "CODE", "attempt": "TRY", "command": "COMMAND"},
+        as_json=as_json,
+        only="id" if is_quiet else "",
+    )
+    return 0
+
+
+@main.command()
+@click.argument("number", metavar="JOB", type=int)
+@json_option()
+@quiet_option(used=False)
+def job(number: int, as_json: bool) -> int:
+    """Say all there is to say of a job."""
+    asking.describe(asking.ask("job", id=number)["job"], as_json=as_json)
+    return 0
+
+
+@main.command()
+@click.argument("number", metavar="JOB", type=int)
+@click.option("-f", "--follow", is_flag=True, help="Go on until it has ended.")
+@quiet_option(used=False)
+def logs(number: int, follow: bool) -> int:
+    """Print what a job has written."""
+    import base64
+
+    from cafs import atomic
+
+    offsets = {"out": 0, "err": 0}
+    with asking.client() as client:
+        while True:
+            ended = 0
+            for stream, fd in (("out", 1), ("err", 2)):
+                found = client.ask("read", id=number, stream=stream, offset=offsets[stream])
+                data = base64.b64decode(found["data"])
+                atomic.write_all(fd, data)
+                offsets[stream] += len(data)
+                ended += not data and (found["end"] or not follow)
+            if ended == 2:
+                return 0
+            if not data:
+                time.sleep(0.1)
+
+
+@main.command()
+@click.argument("numbers", metavar="JOB...", type=int, nargs=-1, required=True)
+@quiet_option(used=False)
+def wait(numbers: tuple[int, ...]) -> int:
+    """Wait for jobs to end; the exit code is the last one's."""
+    code = 0
+    with asking.client() as client:
+        client.wait_for(list(numbers))
+        for _ in set(numbers):
+            found = client.event()
+            if found and found["job"]["id"] == numbers[-1]:
+                code = asking.exit_code(found["job"])
+    return code
+
+
+@main.command()
+@click.argument("numbers", metavar="JOB...", type=int, nargs=-1, required=True)
+@click.option("--grace", "grace_s", type=float, default=10.0, metavar="S", help="From SIGTERM to SIGKILL (10).")
+@quiet_option(used=False)
+def cancel(numbers: tuple[int, ...], grace_s: float) -> int:
+    """End jobs, with all of their processes."""
+    asking.ask("cancel", ids=numbers, grace_s=grace_s)
+    return 0
+
+
+@main.command()
+@click.argument("numbers", metavar="JOB...", type=int, nargs=-1, required=True)
+@quiet_option(used=False)
+def hold(numbers: tuple[int, ...]) -> int:
+    """Keep jobs that wait from starting."""
+    asking.ask("release", ids=numbers, hold=True)
+    return 0
+
+
+@main.command()
+@click.argument("numbers", metavar="JOB...", type=int, nargs=-1, required=True)
+@quiet_option(used=False)
+def release(numbers: tuple[int, ...]) -> int:
+    """Let jobs go that were held."""
+    asking.ask("release", ids=numbers, hold=False)
+    return 0
+
+
+@main.group()
+def host() -> None:
+    """Machines that the pool may use."""
+
+
+@host.command("add")
+@click.argument("name")
+@click.argument("address", metavar="[[USER@]HOST[:PORT]]", required=False)
+@click.option("--identity", metavar="FILE", help="The key to log in with.")
+@click.option("--yes", "is_sure", is_flag=True, help="Take the host key that is shown there.")
+@quiet_option(used=False)
+def host_add(name: str, address: str | None, identity: str | None, is_sure: bool) -> int:
+    """Add a machine that is reached by SSH, or this one: local."""
+    asking.add_host(name, address, identity, is_sure=is_sure)
+    return 0
+
+
+@host.command("ls")
+@json_option()
+@click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Print names alone.")
+def host_ls(as_json: bool, is_quiet: bool) -> int:
+    """List them."""
+    columns = {"name": "NAME", "address": "ADDRESS", "state": "STATE"}
+    asking.table(asking.hosts(), columns, as_json=as_json, only="name" if is_quiet else "")
+    return 0
+
+
+@host.command("rm")
+@click.argument("name")
+@quiet_option(used=False)
+def host_rm(name: str) -> int:
+    """Remove one; its jobs are done elsewhere."""
+    asking.change_host(what="remove", name=name)
+    return 0
+
+
+@main.group()
+def node() -> None:
+    """Workers: what they may take."""
+
+
+@node.command("drain")
+@click.argument("name")
+@quiet_option(used=False)
+def node_drain(name: str) -> int:
+    """Let no more jobs go there."""
+    asking.set_host_state(name, "drain")
+    return 0
+
+
+@node.command("resume")
+@click.argument("name")
+@quiet_option(used=False)
+def node_resume(name: str) -> int:
+    """Let jobs go there again."""
+    asking.set_host_state(name, "ready")
+    return 0
+
+
+@main.command()
+@json_option()
+@click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Print names alone.")
+def nodes(as_json: bool, is_quiet: bool) -> int:
+    """List the workers."""
+    names = {
+        "name": "NAME",
+        "address": "ADDRESS",
+        "state": "STATE",
+        "jobs": "JOBS",
+        "free_cpus": "FREE",
+        "cpus": "CPUS",
+        "reason": "",
+    }
+    asking.table(asking.ask("nodes")["nodes"], names, as_json=as_json, only="name" if is_quiet else "")
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    run(main, PROGRAM)

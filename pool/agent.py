@@ -1,0 +1,331 @@
+"""The agent on a worker: starts jobs, says how they end, and reports what is free.  cpool-agent(7).
+
+Standard library only, Python 3.9: it is sent to the worker as one file.  Its only way in is a socket in its own directory.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import errno
+import fcntl
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+
+from pool import frames, machine
+from pool.processes import Job, found_in
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+REPORT_S = 2.0
+ALONE_S = 600.0
+_PIECE = 1 << 18
+_UNSENT_MAX = 32 << 20
+_READ_MAX = 1 << 20
+_SET_CHILD_SUBREAPER = 36
+
+
+class _Peer:
+    """A connection.  is_trusted: it has said hello, and may command."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.reader = frames.Reader()
+        self.unsent = bytearray()
+        self.is_trusted = False
+
+
+class Agent:
+    """directory: its own.  build: of its program."""
+
+    def __init__(self, directory: str, build: str) -> None:
+        self.directory = directory
+        self.build = build
+        self.pool, self.worker = os.path.basename(directory).partition(".")[::2]
+        self.epoch = _number(os.path.join(directory, "epoch"))
+        self.jobs: dict[tuple[int, int], Job] = {}
+        self.by_pid: dict[int, Job] = {}
+        self.peers: list[_Peer] = []
+        self.selector = selectors.DefaultSelector()
+        self.sequence = 0
+        self.is_leaving = False
+        self._next_report = 0.0
+        self._alone_since = time.monotonic()
+
+    def run(self) -> None:
+        """Until it is told to leave, or nobody wants anything for a long time."""
+        jobs = os.path.join(self.directory, "jobs")
+        os.makedirs(jobs, mode=0o700, exist_ok=True)
+        wake, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.selector.register(wake, selectors.EVENT_READ, lambda _: self._drain(wake))
+        listener = _listen(self.directory)
+        self.selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
+        for job in found_in(jobs):
+            self.jobs[job.key] = job
+            self._adopt(job)
+        while not self.is_leaving:
+            for key, events in self.selector.select(self._wait_s()):
+                key.data(events) if not isinstance(key.data, _Peer) else self._serve(key.data, events)
+            self._reap()
+            self._mind_time()
+
+    def _wait_s(self) -> float:
+        times = [self._next_report, self._alone_since + ALONE_S]
+        times += [min(job.deadline, job.kill_at) for job in self.jobs.values() if not job.ended]
+        return max(min(times) - time.monotonic(), 0)
+
+    @staticmethod
+    def _drain(wake: int) -> None:
+        os.read(wake, 4096)
+
+    # Jobs.
+
+    def _adopt(self, job: Job) -> None:
+        """One of an agent before us: watch it, or note that it has ended."""
+        if not job.is_alive():
+            job.finish()
+            return
+        if job.asked.get("timeout_s"):
+            job.deadline = time.monotonic() + job.asked["started_s"] + job.asked["timeout_s"] - time.time()
+        try:
+            fd = os.pidfd_open(job.pid)
+        except OSError:
+            job.finish()
+            return
+
+        def ended(_: int) -> None:
+            self.selector.unregister(fd)
+            os.close(fd)
+            self._ended(job)
+
+        self.selector.register(fd, selectors.EVENT_READ, ended)
+
+    def _start(self, asked: dict[str, Any]) -> None:
+        job = Job(os.path.join(self.directory, "jobs", f"{int(asked['id'])}.{int(asked['attempt'])}"), asked)
+        known = self.jobs.get(job.key)
+        if known:
+            self._say("running", id=job.id, attempt=job.attempt) if not known.ended else self._say_done(known)
+            return
+        self.jobs[job.key] = job
+        try:
+            job.start()
+            self.by_pid[job.pid] = job
+        except (OSError, ValueError) as error:
+            os.makedirs(job.directory, mode=0o700, exist_ok=True)
+            with open(job.path("err"), "w", encoding="utf-8") as file:
+                file.write(f"cpool-agent: cannot start: {error}\n")
+            self._ended(job, 126)
+            return
+        self._say("running", id=job.id, attempt=job.attempt)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            job = self.by_pid.pop(pid, None)
+            if job:
+                code = os.waitstatus_to_exitcode(status)
+                code = 128 - code if code < 0 else code
+                self._ended(job, code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+        for job in [one for one in self.jobs.values() if one.outcome]:
+            self._ended(job, *job.outcome)  # type: ignore[misc]
+
+    def _ended(self, job: Job, code: int | None = None, cpu_s: float = 0.0, memory: int = 0) -> None:
+        if job.kill_at < float("inf") and job.processes():
+            job.outcome = code, cpu_s, memory  # it has ended when nothing of it is left
+            return
+        job.outcome, job.kill_at = None, float("inf")
+        job.finish(code, cpu_s, memory)
+        self._say_done(job)
+
+    def _say_done(self, job: Job) -> None:
+        assert job.ended
+        found = dict(job.ended)
+        keep = int(job.asked.get("keep", 0))
+        if found["out_size"] + found["err_size"] <= keep:
+            for stream in ("out", "err"):
+                found[stream] = base64.b64encode(job.read(stream, 0, keep)).decode() if found[f"{stream}_size"] else ""
+        self._say("done", **found)
+
+    def _mind_time(self) -> None:
+        now = time.monotonic()
+        for job in list(self.jobs.values()):
+            if job.deadline <= now and not job.ended:
+                job.asked["timed_out"], job.deadline = True, float("inf")
+                job.end(float(job.asked.get("grace_s", 10)))
+            if job.kill_at <= now:
+                job.kill_rest()
+        if now >= self._next_report:
+            self._next_report = now + REPORT_S
+            self._report()
+        if self.peers or any(not job.ended for job in self.jobs.values()):
+            self._alone_since = now
+        elif now >= self._alone_since + ALONE_S:
+            self.is_leaving = True
+
+    def _report(self) -> None:
+        self.sequence += 1
+        images = "" if machine.runner() else "no crun"
+        running = sum(not job.ended for job in self.jobs.values())
+        self._say("report", sequence=self.sequence, running=running, images=images, **machine.report(self.directory))
+
+    # Peers.
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        peer = _Peer(connection)
+        self.peers.append(peer)
+        self.selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _serve(self, peer: _Peer, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._send(peer, b"")
+            if events & selectors.EVENT_READ:
+                data = peer.socket.recv(_PIECE)
+                if not data:
+                    raise ConnectionResetError
+                for kind, body in peer.reader.feed(data):
+                    if kind == frames.JSON:
+                        self._obey(peer, body)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(error, OSError):
+                print(f"a controller said what cannot be understood: {error!r}", file=sys.stderr, flush=True)
+            self._drop(peer)
+
+    def _drop(self, peer: _Peer) -> None:
+        if peer in self.peers:
+            self.peers.remove(peer)
+            self.selector.unregister(peer.socket)
+            peer.socket.close()
+
+    def _say(self, kind: str, **fields: Any) -> None:
+        """To all who command."""
+        frame = frames.message(kind, **fields)
+        for peer in [one for one in self.peers if one.is_trusted]:
+            self._send(peer, frame)
+
+    def _send(self, peer: _Peer, frame: bytes) -> None:
+        peer.unsent += frame
+        try:
+            sent = peer.socket.send(peer.unsent[: 1 << 20])
+            del peer.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return self._drop(peer)
+        if len(peer.unsent) > _UNSENT_MAX:
+            return self._drop(peer)  # who reads nothing is not there
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
+        if peer in self.peers and self.selector.get_key(peer.socket).events != wanted:
+            self.selector.modify(peer.socket, wanted, peer)
+
+    def _obey(self, peer: _Peer, said: dict[str, Any]) -> None:
+        kind = said["is"]
+        if kind == "hello":
+            return self._greet(peer, said)
+        if not peer.is_trusted:
+            raise ValueError("no hello")
+        if kind == "start":
+            for asked in said["jobs"]:
+                self._start(asked)
+        elif kind == "cancel":
+            job = self.jobs.get((int(said["id"]), int(said["attempt"])))
+            if job and not job.ended:
+                job.end(float(said["grace_s"]))
+        elif kind == "forget":
+            for one, attempt in said["jobs"]:
+                job = self.jobs.pop((int(one), int(attempt)), None)
+                if job:
+                    job.remove()
+        elif kind == "read":
+            job = self.jobs.get((int(said["id"]), int(said["attempt"])))
+            size = min(int(said["size"]), _READ_MAX)
+            data = job.read(str(said["stream"]), int(said["offset"]), size) if job else b""
+            self._send(peer, frames.answer(int(said["request"]), data))
+        elif kind == "leave":
+            self.is_leaving = not any(not job.ended for job in self.jobs.values())
+
+    def _greet(self, peer: _Peer, said: dict[str, Any]) -> None:
+        epoch = int(said["epoch"])
+        is_mine = said["pool"] == self.pool and said["worker"] == self.worker and said["protocol"] == frames.PROTOCOL
+        if not is_mine or epoch < self.epoch:
+            self._send(peer, frames.message("fenced", epoch=self.epoch, protocol=frames.PROTOCOL))
+            return
+        if epoch > self.epoch:
+            self.epoch = epoch
+            _note(os.path.join(self.directory, "epoch"), epoch)
+            for other in [one for one in self.peers if one.is_trusted]:
+                self._drop(other)
+        peer.is_trusted = True
+        fields = {"protocol": frames.PROTOCOL, "build": self.build, "pool": self.pool, "worker": self.worker}
+        known = [{"id": job.id, "attempt": job.attempt, "ended": bool(job.ended)} for job in self.jobs.values()]
+        self._send(peer, frames.message("hello", boot_id=machine.boot_id(), jobs=known, **fields))
+        self._report()
+        for job in self.jobs.values():
+            if job.ended:
+                self._say_done(job)
+
+
+def _listen(directory: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path = f"/proc/self/fd/{here}/socket"  # however long the path is
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    os.close(here)
+    listener.listen(16)
+    listener.setblocking(False)
+    return listener
+
+
+def _number(path: str) -> int:
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _note(path: str, number: int) -> None:
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.write(fd, b"%d" % number)
+    os.fsync(fd)
+    os.close(fd)
+    os.rename(path + ".new", path)
+
+
+def daemon(directory: str, build: str) -> None:
+    """Be the agent of a directory, if there is none."""
+    lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        return
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that we hear of the end of all that jobs leave
+    Agent(directory, build).run()
+    try:
+        os.unlink(os.path.join(directory, "socket"))
+    except OSError:
+        pass

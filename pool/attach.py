@@ -1,0 +1,111 @@
+"""The way to the agent of a directory: start it if there is none, then carry bytes between our standard streams and its socket.
+
+The main program of the agent's file.  Standard library only, Python 3.9.  cpool-agent(7), AGENT.
+
+usage: agent.pyz attach DIRECTORY | agent.pyz build
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+
+from pool import frames
+
+_PIECE = 1 << 16
+_BEGIN_S = 10.0
+
+
+def main(build: str) -> int:
+    """build: names this file."""
+    if sys.argv[1:] == ["build"]:
+        print(build)
+        return 0
+    if len(sys.argv) != 3 or sys.argv[1] != "attach":
+        print(__doc__, file=sys.stderr)
+        return 2
+    directory = os.path.expanduser(sys.argv[2])
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    try:
+        connection = _reach(directory, build)
+    except OSError as error:
+        print(f"cpool-agent: cannot reach the agent: {error}", file=sys.stderr)
+        return 7
+    os.write(1, frames.GREETING)
+    _carry(connection)
+    return 0
+
+
+def _reach(directory: str, build: str) -> socket.socket:
+    """Raises OSError."""
+    deadline = time.monotonic() + _BEGIN_S
+    is_started = False
+    while True:
+        try:
+            return _connect(directory)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        if not is_started:
+            is_started = True
+            _start(directory, build)
+        time.sleep(0.005)
+
+
+def _connect(directory: str) -> socket.socket:
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"/proc/self/fd/{here}/socket")
+        return connection
+    except OSError:
+        connection.close()
+        raise
+    finally:
+        os.close(here)
+
+
+def _start(directory: str, build: str) -> None:
+    """Two forks: it is nobody's child but that of process 1, and of no session of ours."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.umask(0o077)
+        log = os.open(os.path.join(directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.chdir("/")
+        for fd, to in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(fd, to)
+        os.closerange(3, 256)
+        from pool import agent
+
+        agent.daemon(directory, build)
+    except BaseException as error:
+        print(f"agent: {error!r}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        os._exit(0)
+
+
+def _carry(connection: socket.socket) -> None:
+    """Until either side ends."""
+    there = connection.fileno()
+    poll = select.poll()
+    for fd in (0, there):
+        poll.register(fd, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            data = os.read(fd, _PIECE)
+            if not data:
+                return
+            to = there if fd == 0 else 1
+            while data:
+                data = data[os.write(to, data) :]

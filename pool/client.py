@@ -1,0 +1,162 @@
+"""How commands reach the controller; and what they do themselves where none runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from contextlib import contextmanager
+
+from cafs import atomic, linux
+from cafs.errors import CafsError, RemoteError
+from pool import state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+_BEGIN_S = 10.0
+_PIECE = 1 << 18
+
+
+class Client:
+    """A connection.  Raises RemoteError if there is no controller."""
+
+    def __init__(self, directory: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._held = b""
+        self._tag = 0
+        self._events: deque[dict[str, Any]] = deque()
+        try:
+            here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._socket.connect(f"/proc/self/fd/{here}/socket")
+            finally:
+                os.close(here)
+        except OSError:
+            self._socket.close()
+            raise RemoteError("no controller runs for this pool", hint="cpool serve &") from None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """For select(2)."""
+        return self._socket.fileno()
+
+    def wait_for(self, ids: list[int], *, output: bool = False) -> None:
+        """Have the ends of jobs come as events.  output: with what they have written, if it is little."""
+        self._send("wait", ids=ids, output=output)
+
+    def event(self, *, wait: bool = True) -> dict[str, Any] | None:
+        """The end of a job; None if there is none yet and it is not to be waited for.  Raises CafsError."""
+        while not self._events:
+            found = self._next(wait=wait)
+            if found is None:
+                return None
+            self._sort(found)
+        return self._events.popleft()
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Ask, and wait for the answer.  Raises CafsError, which may be the controller's."""
+        tag = self._send(do, **fields)
+        while True:
+            found = self._next(wait=True)
+            assert found is not None
+            if found.get("tag") == tag:
+                return found
+            self._sort(found)
+
+    def _sort(self, found: dict[str, Any]) -> None:
+        if "job" in found and found.get("tag") is None:
+            self._events.append(found)
+
+    def _send(self, do: str, **fields: Any) -> int:
+        self._tag += 1
+        self._socket.sendall(json.dumps({"do": do, "tag": self._tag, **fields}).encode() + b"\n")
+        return self._tag
+
+    def _next(self, *, wait: bool) -> dict[str, Any] | None:
+        while b"\n" not in self._held:
+            try:
+                data = self._socket.recv(_PIECE, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise RemoteError("the controller has ended", hint="cpool serve &")
+            self._held += data
+        line, _, self._held = self._held.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            error = CafsError(found["error"], hint=found["hint"])
+            error.exit_code = found["code"]
+            raise error
+        return found
+
+
+def serve(directory: str) -> None:
+    """Be the controller.  Raises BusyError if there is one."""
+    from pool.controller import Controller
+
+    with state.locked(directory):
+        Controller(directory).run()
+
+
+@contextmanager
+def controlled(directory: str) -> Iterator[Client]:
+    """A connection to the controller; if there is none, to one of ours that ends with us, and jobs that run go on."""
+    try:
+        client = Client(directory)
+    except RemoteError:
+        client = None
+    if client is not None:
+        with client:
+            yield client
+        return
+    child = os.fork()
+    if not child:
+        _be_controller(directory)
+    try:
+        with _wait_for(directory, child) as client:
+            yield client
+            client.ask("end", jobs=False, grace_s=0)
+    finally:
+        _end(child)
+
+
+def _be_controller(directory: str) -> None:
+    """Never returns."""
+    try:
+        linux.die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends us
+        serve(directory)
+    except CafsError as error:
+        atomic.write_all(2, f"cpool: {error}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def _wait_for(directory: str, child: int) -> Client:
+    deadline = time.monotonic() + _BEGIN_S
+    while True:
+        try:
+            return Client(directory)
+        except RemoteError:
+            if time.monotonic() > deadline or os.waitpid(child, os.WNOHANG)[0]:
+                raise
+            time.sleep(0.005)
+
+
+def _end(child: int) -> None:
+    try:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass

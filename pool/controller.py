@@ -1,0 +1,389 @@
+"""The controller: one loop that hears agents and commands, decides, writes down what it has decided, and only then says it.
+
+cpool-agent(7), cpool-state(5).  What is to be said in a turn waits in a list until the turn's changes are on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import selectors
+import signal
+import socket
+import threading
+import time
+
+from cafs.errors import CafsError
+from pool import frames, links, outputs, requests, state, workers
+from pool.placement import Placement
+from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
+from pool.workers import Remote, need_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pool.requests import Client
+
+_TICK_S = 1.0
+_PLACING_S = 0.02
+_LOSSES_MAX = 3
+_BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
+_PIECE = 1 << 18
+GRACE_S = 10.0
+KEEP = 64 << 10
+"""Output of a job up to so many bytes comes with its end."""
+
+
+class Controller:
+    """directory: of the pool, whose lock we hold."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.state = State(directory)
+        self.pool = self.state.meta("pool")
+        self.epoch = self.state.next_epoch()
+        self.selector = selectors.DefaultSelector()
+        self.jobs: dict[int, Job] = {job.id: job for job in self.state.open_jobs()}
+        self.queue: list[Job] = []
+        self.remotes: dict[str, Remote] = {}
+        self.outputs = outputs.Outputs(self)
+        self.clients: dict[int, Client] = {}
+        self.is_ending = self._is_leaving = False
+        self._not_before: dict[int, float] = {}
+        self._to_say: list[Callable[[], None]] = []
+        self._opened: queue.SimpleQueue[tuple[Remote, socket.socket | None, str]] = queue.SimpleQueue()
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.look_at_hosts()
+        for job in self.jobs.values():
+            if job.state in (STARTING, RUNNING) and job.worker in self.remotes:
+                self.remotes[job.worker].jobs[job.id] = job
+            elif job.state in (STARTING, RUNNING):
+                self.lose(job, "its worker is no host of the pool any more")
+        self.requeue()
+
+    # The loop.
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT, or a command ends it.  Jobs go on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.end())
+        self.selector.register(self._wake, selectors.EVENT_READ, lambda _: self._take_opened())
+        listener = requests.listen(self.directory)
+        self.selector.register(listener, selectors.EVENT_READ, lambda _: requests.accept(self, listener))
+        try:
+            self.turn(0)
+            while not self.is_ending:
+                self.turn(_TICK_S)
+        finally:
+            self.turn(0)
+            for remote in self.remotes.values():
+                if remote.link:
+                    remote.link.close()
+            os.unlink(os.path.join(self.directory, "socket"))
+            self.state.close()
+
+    def end(self) -> None:
+        """Stop after this turn.  May be called by a signal handler."""
+        self.is_ending = True
+        os.write(self._waker, b"x")
+
+    def leave(self, *, when_idle: bool) -> None:
+        """End, and let agents without jobs end.  when_idle: not before all jobs have."""
+        self._is_leaving = True
+        if not when_idle or not self.jobs:
+            for remote in self.remotes.values():
+                self.send(remote, frames.message("leave"))
+            self.is_ending = True
+
+    def turn(self, wait_s: float) -> None:
+        """Hear, decide, write, say."""
+        for key, events in self.selector.select(0 if self._is_due() else wait_s):
+            key.data(events)
+        self._mind_workers()
+        self._place()
+        if self._is_leaving and not self.jobs and not self.is_ending:
+            self.leave(when_idle=True)
+        self.state.commit()
+        said, self._to_say = self._to_say, []
+        for one in said:
+            one()
+
+    def say(self, one: Callable[[], None]) -> None:
+        """Do it when what was decided is on disk."""
+        self._to_say.append(one)
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        return any(when <= now for when in self._not_before.values())
+
+    # Workers.
+
+    def look_at_hosts(self) -> None:
+        """What hosts there are may have changed.  A pool without any has this machine."""
+        rows = self.state.hosts() or [{"name": "local", "address": links.LOCAL, "state": "ready"}]
+        for row in rows:
+            known = self.remotes.get(row["name"])
+            if known is None or known.address != row["address"]:
+                self.remotes[row["name"]] = Remote(row["name"], row["address"], is_draining=row["state"] != "ready")
+            else:
+                known.is_draining = row["state"] != "ready"
+        for name in set(self.remotes) - {row["name"] for row in rows}:
+            gone = self.remotes.pop(name)
+            self.send(gone, frames.message("leave"))
+            for job in list(gone.jobs.values()):
+                self.lose(job, "its worker was removed")
+            self.say(lambda gone=gone: self._drop(gone, "removed"))  # type: ignore[misc]
+
+    def _mind_workers(self) -> None:
+        now = time.monotonic()
+        for remote in self.remotes.values():
+            if remote.state == workers.LOST and remote.jobs:
+                for job in list(remote.jobs.values()):
+                    self.lose(job, f"worker {remote.name} was lost")
+                self._drop(remote, remote.problem or "no report came")
+            if remote.link is None and not remote.is_opening and now >= remote.try_after:
+                remote.is_opening = True
+                threading.Thread(target=self._open, args=(remote,), daemon=True).start()
+
+    def _open(self, remote: Remote) -> None:
+        """In a thread."""
+        try:
+            found: tuple[Remote, socket.socket | None, str] = (
+                remote,
+                links.open_link(self.directory, self.pool, remote.name, remote.address),
+                "",
+            )
+        except (CafsError, OSError) as error:
+            found = (remote, None, str(error))
+        self._opened.put(found)
+        os.write(self._waker, b"x")
+
+    def _take_opened(self) -> None:
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+        while not self._opened.empty():
+            remote, link, problem = self._opened.get()
+            if link is None or self.remotes.get(remote.name) is not remote:
+                remote.failed(problem)
+                link.close() if link else None
+                continue
+            remote.connected(link)
+            self.selector.register(link, selectors.EVENT_READ, lambda events, remote=remote: self._hear(remote, events))
+            hello = {"protocol": frames.PROTOCOL, "pool": self.pool, "worker": remote.name, "epoch": self.epoch}
+            self._write(remote, frames.message("hello", **hello))
+
+    def _drop(self, remote: Remote, problem: str) -> None:
+        if remote.link:
+            self.selector.unregister(remote.link)
+        remote.failed(problem)
+        self.outputs.lost(remote)
+
+    def send(self, remote: Remote, frame: bytes) -> None:
+        """When this turn is on disk."""
+        self.say(lambda: self._write(remote, frame))
+
+    def _write(self, remote: Remote, frame: bytes) -> None:
+        if remote.link is None:
+            return
+        remote.unsent += frame
+        try:
+            sent = remote.link.send(remote.unsent[: 1 << 20])
+            del remote.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            return self._drop(remote, str(error))
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if remote.unsent else 0)
+        key = self.selector.get_key(remote.link)
+        if key.events != wanted:
+            self.selector.modify(remote.link, wanted, key.data)
+
+    def _hear(self, remote: Remote, events: int) -> None:
+        assert remote.link
+        if events & selectors.EVENT_WRITE:
+            self._write(remote, b"")
+        if remote.link is None or not events & selectors.EVENT_READ:
+            return
+        try:
+            data = remote.link.recv(_PIECE)
+            if not data:
+                raise ConnectionResetError("the connection has ended")
+            for kind, body in remote.reader.feed(data):
+                if kind == frames.BYTES:
+                    self.outputs.answered(*body)
+                else:
+                    self._heed(remote, body)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._drop(remote, str(error))
+
+    def _heed(self, remote: Remote, said: dict[str, Any]) -> None:
+        """What an agent says.  Raises ValueError, KeyError, TypeError for nonsense."""
+        kind = said["is"]
+        if kind == "fenced":
+            raise ValueError("another controller has it, or its agent is of another version")
+        if kind == "hello":
+            remote.has_greeted = True
+            self._reconcile(remote, {(int(one["id"]), int(one["attempt"])): bool(one["ended"]) for one in said["jobs"]})
+        elif kind == "report":
+            remote.reported(said)
+        elif kind == "running":
+            job = self._current(remote, said)
+            if job and job.state == STARTING:
+                self.state.change(job, state=RUNNING, started_s=time.time())
+        elif kind == "done":
+            self._done(remote, said)
+
+    def _current(self, remote: Remote, said: dict[str, Any]) -> Job | None:
+        """The job that an agent speaks of, if what it has is the attempt that counts."""
+        job = remote.jobs.get(int(said["id"]))
+        return job if job and job.attempt == said["attempt"] and job.state in (STARTING, RUNNING) else None
+
+    def _reconcile(self, remote: Remote, known: dict[tuple[int, int], bool]) -> None:
+        """What it has and we do not want any more ends; what we want and it does not have is started, or was lost."""
+        for one, attempt in known:
+            job = remote.jobs.get(one)
+            if not known[one, attempt] and (job is None or job.attempt != attempt):
+                self.send(remote, frames.message("cancel", id=one, attempt=attempt, grace_s=0))
+        for job in list(remote.jobs.values()):
+            if (job.id, job.attempt) in known:
+                if job.reason == requests.CANCEL_ASKED:
+                    self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=GRACE_S))
+                continue
+            if job.state == STARTING:
+                self._tell_to_start(remote, [job])
+            else:
+                self.lose(job, f"worker {remote.name} knows nothing of it any more")
+
+    # Jobs.
+
+    def add(self, job: Job) -> None:
+        """One that was just submitted."""
+        self.jobs[job.id] = job
+        if job.state == QUEUED:
+            self.queue.append(job)
+            if len(self.queue) > 1 and self.queue[-2].priority < job.priority:
+                self.requeue()
+
+    def requeue(self) -> None:
+        """Put the queue in order."""
+        self.queue = sorted((one for one in self.jobs.values() if one.state == QUEUED), key=lambda one: (-one.priority, one.id))
+
+    def _place(self) -> None:
+        ready = [remote.free() for remote in self.remotes.values()] if self.queue else []
+        if not any(not one.reason for one in ready):
+            return
+        placement, began, now = Placement(ready), time.monotonic(), time.time()
+        started: dict[str, list[Job]] = {}
+        left: list[Job] = []
+        for number, job in enumerate(self.queue):
+            if time.monotonic() - began > _PLACING_S:
+                left += self.queue[number:]
+                self.say(self._turn_again)
+                break
+            if job.state != QUEUED:
+                continue
+            if self._not_before.get(job.id, 0) > time.monotonic():
+                left.append(job)
+                continue
+            chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
+            if chosen is None:
+                left.append(job)
+                continue
+            self._not_before.pop(job.id, None)
+            self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
+            self.remotes[chosen.name].jobs[job.id] = job
+            started.setdefault(chosen.name, []).append(job)
+        self.queue = left
+        for name, jobs in started.items():
+            self._tell_to_start(self.remotes[name], jobs)
+
+    def _turn_again(self) -> None:
+        os.write(self._waker, b"x")
+
+    def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
+        asked = [requests.asked(job, remote.name) for job in jobs]
+        self.send(remote, frames.message("start", jobs=asked))
+
+    def _done(self, remote: Remote, said: dict[str, Any]) -> None:
+        number, attempt, code = int(said["id"]), int(said["attempt"]), int(said["code"])
+        job = self._current(remote, said)
+        if job is None:
+            self.outputs.fetch_or_forget(remote, number, attempt, said)
+            return
+        usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if isinstance(said[name], int | float)}
+        self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
+        del remote.jobs[job.id]
+        if job.reason == requests.CANCEL_ASKED:
+            self.finish(job, state.CANCELLED, "cancelled")
+        elif code and job.failures < int(job.spec["retries"]):
+            self.state.change(job, failures=job.failures + 1)
+            self._again(job, self._back_off(job.failures))
+            self.forget(remote, number, attempt)
+            return
+        else:
+            self.finish(job, state.FINISHED, _in_words(code))
+        self.outputs.fetch_or_forget(remote, number, attempt, said)
+
+    @staticmethod
+    def _back_off(failures: int) -> float:
+        return min(_BACK_OFF_S * 2.0 ** (failures - 1), _BACK_OFF_MAX_S) * (0.5 + random.random())
+
+    def _again(self, job: Job, wait_s: float = 0.0) -> None:
+        self.state.change(job, state=QUEUED, worker="")
+        if wait_s:
+            self._not_before[job.id] = time.monotonic() + wait_s
+        self.requeue()
+
+    def lose(self, job: Job, why: str) -> None:
+        """Its worker is not heard of: it is done again elsewhere, but not for ever."""
+        remote = self.remotes.get(job.worker)
+        if remote:
+            remote.jobs.pop(job.id, None)
+        if job.reason == requests.CANCEL_ASKED:
+            self.finish(job, state.CANCELLED, "cancelled")
+        elif job.losses >= _LOSSES_MAX or not job.spec.get("requeue", True):
+            self.state.change(job, code=-1)
+            self.finish(job, state.FINISHED, why)
+        else:
+            self.state.change(job, losses=job.losses + 1, reason=why)
+            self._again(job)
+
+    def finish(self, job: Job, how: str, reason: str) -> None:
+        """It has ended.  Who waits for it is told."""
+        self.state.change(job, state=how, reason=reason, finished_s=time.time())
+        self.jobs.pop(job.id, None)
+        self._not_before.pop(job.id, None)
+        for client in list(self.clients.values()):
+            client.ended(job)
+
+    def forget(self, remote: Remote, number: int, attempt: int) -> None:
+        """Nothing more of it is wanted from its agent."""
+        self.send(remote, frames.message("forget", jobs=[[number, attempt]]))
+
+    def cancel(self, job: Job, grace_s: float) -> None:
+        """End it, wherever it is."""
+        if job.state in ENDED:
+            return
+        if job.state in (STARTING, RUNNING):
+            self.state.change(job, reason=requests.CANCEL_ASKED)
+            remote = self.remotes.get(job.worker)
+            if remote:
+                self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=grace_s))
+        else:
+            self.finish(job, state.CANCELLED, "cancelled")
+            self.requeue()
+
+
+def _in_words(code: int) -> str:
+    if code == 0:
+        return ""
+    if code == 124:
+        return "ran out of time"
+    return "killed; nobody knows its exit code" if code < 0 else f"exit code {code}"

@@ -1,0 +1,65 @@
+"""Ways to agents: a socket each, behind which somebody carries bytes to an agent's own.  Made in threads: it takes time."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+
+from cafs import atomic
+from cafs.errors import RemoteError
+from pool import frames, program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LOCAL = ""
+"""The address of this machine."""
+
+_GREETING_S = 20.0
+
+
+def open_link(directory: str, pool: str, name: str, address: str) -> socket.socket:
+    """To the agent of a worker, which is started if need be.  directory: of the pool.  Raises CafsError, OSError."""
+    if address != LOCAL:
+        from pool import ssh
+
+        return ssh.open_link(directory, pool, name, address)
+    build, data = program.make()
+    place = os.path.join(directory, "agents", f"{pool}.{name}")
+    os.makedirs(place, mode=0o700, exist_ok=True)
+    path = os.path.join(directory, "agents", f"{build}.pyz")
+    if not os.path.exists(path):
+        atomic.replace_file(path, data, 0o600)
+    ours, theirs = socket.socketpair()
+    with theirs, open(os.path.join(place, "log"), "ab") as log:
+        environment = {**os.environ, "CPOOL_CRUN": os.path.join(os.path.dirname(sys.executable), "cafs-run")}
+        subprocess.Popen(
+            [sys.executable, path, "attach", place], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, env=environment
+        )
+    try:
+        skip_greeting(ours.recv, lambda left_s: bool(select.select([ours], [], [], left_s)[0]))
+        return ours
+    except BaseException:
+        ours.close()
+        raise
+
+
+def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool]) -> None:
+    """Read up to the line with which the protocol begins, a byte at a time: the rest is for others.  Raises RemoteError."""
+    said = b""
+    deadline = time.monotonic() + _GREETING_S
+    while not said.endswith(frames.GREETING):
+        if not wait(max(deadline - time.monotonic(), 0)):
+            raise RemoteError("the agent does not answer")
+        data = receive(1)
+        if not data:
+            last = said.decode(errors="replace").strip().splitlines()
+            raise RemoteError(f"the agent has not begun: {last[-1] if last else 'it said nothing'}")
+        said += data
+        if len(said) > frames.GREETING_WITHIN:
+            raise RemoteError("the agent's greeting does not come: the shell there says too much")

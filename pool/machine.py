@@ -1,0 +1,50 @@
+"""What a worker has, and what of it is free.  Part of the agent's program: standard library only, Python 3.9.  proc(5)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def boot_id() -> str:
+    """Another after each boot."""
+    return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def report(directory: str) -> dict[str, Any]:
+    """cpus, gpus (how many), memory, free_memory, free_disk (bytes, where DIRECTORY is), load (of the last minute), arch."""
+    memory = {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+([0-9]+) kB", _read("/proc/meminfo"), re.M)}
+    status = os.statvfs(directory)
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory": memory.get("MemTotal", 0),
+        "free_memory": memory.get("MemAvailable", 0),
+        "free_disk": status.f_bavail * status.f_frsize,
+        "load": os.getloadavg()[0],
+        "gpus": len([name for name in os.listdir("/dev") if re.fullmatch("nvidia[0-9]+", name)]),
+        "arch": os.uname().machine,
+    }
+
+
+def runner() -> str:
+    """Path of our crun, '' if there is none; never another program of that name, which is an OCI runtime."""
+    given = os.environ.get("CPOOL_CRUN", "")
+    return given if given and os.access(given, os.X_OK) else shutil.which("cafs-run") or ""
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks from the boot to the start of a process, 0 if there is none (proc(5), stat)."""
+    try:
+        return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()

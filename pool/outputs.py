@@ -1,0 +1,98 @@
+"""What jobs have written: with their end if it is little, else fetched from the agent in pieces into a file.
+
+Only what is here as a whole is forgotten there.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+
+from cafs import atomic
+from pool import frames
+from pool.state import ENDED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pool.controller import Controller
+    from pool.workers import Remote
+
+_PIECE = 1 << 18
+_STREAMS = ("out", "err")
+
+
+class Outputs:
+    """Those that are being fetched, and questions that agents have not answered."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._asked: dict[int, tuple[Remote, Callable[[bytes], None]]] = {}
+        self._number = 0
+        self._fetching: set[tuple[int, int]] = set()
+        os.makedirs(os.path.join(controller.directory, "logs"), mode=0o700, exist_ok=True)
+
+    def path(self, number: int, stream: str) -> str:
+        """Of a file that has all of it."""
+        return os.path.join(self._controller.directory, "logs", f"{number}.{stream}")
+
+    def ask(self, remote: Remote, number: int, attempt: int, stream: str, offset: int, then: Callable[[bytes], None]) -> None:
+        """A piece of what a job has written so far; b'' if its agent cannot say."""
+        self._number += 1
+        self._asked[self._number] = remote, then
+        fields = {"id": number, "attempt": attempt, "stream": stream, "offset": offset, "size": _PIECE}
+        self._controller.send(remote, frames.message("read", request=self._number, **fields))
+
+    def answered(self, request: int, data: bytes) -> None:
+        """By an agent.  Raises KeyError if nobody has asked."""
+        _, then = self._asked.pop(request)
+        then(data)
+
+    def lost(self, remote: Remote) -> None:
+        """Nobody answers any more."""
+        for request in [one for one, (other, _) in self._asked.items() if other is remote]:
+            del self._asked[request]
+        self._fetching.clear()
+
+    def fetch_or_forget(self, remote: Remote, number: int, attempt: int, said: dict[str, Any]) -> None:
+        """After an end was recorded, or was refused: what is still to be had of it."""
+        controller = self._controller
+        known = controller.state.job(number) if controller.state.has_job(number) else None
+        is_last = known is not None and known.attempt == attempt and known.state in ENDED
+        is_here = controller.state.output(number) is not None or os.path.exists(self.path(number, "err"))
+        if not is_last or is_here:
+            controller.forget(remote, number, attempt)
+        elif "out" in said and "err" in said:
+            out, err = (base64.b64decode(said[stream], validate=True) for stream in _STREAMS)
+            controller.state.keep_output(number, out, err)
+            controller.forget(remote, number, attempt)
+        elif (number, attempt) not in self._fetching:
+            self._fetching.add((number, attempt))
+            self._fetch(remote, number, attempt, 0, 0)
+
+    def _fetch(self, remote: Remote, number: int, attempt: int, which: int, offset: int) -> None:
+        stream = _STREAMS[which]
+        part = self.path(number, stream) + ".part"
+
+        def then(data: bytes) -> None:
+            if data:
+                with open(part, "r+b" if offset else "wb") as file:
+                    file.seek(offset)
+                    file.write(data)
+                self._fetch(remote, number, attempt, which, offset + len(data))
+                return
+            if not offset:
+                open(part, "wb").close()
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(part, self.path(number, stream))
+            atomic.fsync_directory(os.path.dirname(part))
+            if which == 0:
+                self._fetch(remote, number, attempt, 1, 0)
+            else:
+                self._fetching.discard((number, attempt))
+                self._controller.forget(remote, number, attempt)
+
+        self.ask(remote, number, attempt, stream, offset, then)

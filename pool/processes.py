@@ -1,0 +1,196 @@
+"""The processes of jobs on a worker: a shell each, which needs no agent to end well.  cpool-agent(7), AGENT.
+
+Part of the agent's program: standard library only, Python 3.9.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+from pool import machine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_SHELL = 'cd "$1" || { echo 125 > "$2"; exit 125; }; status=$2; shift 2; "$@"; printf "%s\\n" $? > "$status"'
+"""The code is one write of a few bytes, a newline last: it is there as a whole or not at all, and costs no other process."""
+
+_KILL_S = 0.05
+LOST = -1
+"""The code of a job whose shell was killed: nobody knows."""
+
+
+class Job:
+    """One attempt at a job.  directory: its own; pid: of the shell; ended: what is to be said of its end."""
+
+    def __init__(self, directory: str, asked: dict[str, Any]) -> None:
+        self.directory = directory
+        self.asked = asked
+        self.id, self.attempt = int(asked["id"]), int(asked["attempt"])
+        self.pid = int(asked.get("pid", 0))
+        self.deadline = float("inf")
+        self.kill_at = float("inf")
+        self.ended: dict[str, Any] | None = None
+        self.outcome: tuple[int | None, float, int] | None = None
+        """What is known of the end of a shell of which other processes are being killed."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.id, self.attempt
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    def start(self) -> None:
+        """Raises OSError."""
+        asked = self.asked
+        os.makedirs(self.directory, mode=0o700)
+        environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, self.path("out"), flags, 0o600),
+            (os.POSIX_SPAWN_OPEN, 2, self.path("err"), flags, 0o600),
+        ]
+        place = "/" if asked["image"] else asked["cwd"] or os.path.expanduser("~")
+        words = ["/bin/sh", "-c", _SHELL, "cpool-job", place, self.path("status"), *_command(asked)]
+        defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
+        self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
+        asked.update(pid=self.pid, pid_start=machine.start_time(self.pid), started_s=time.time())
+        with open(self.path("job.json.new"), "w", encoding="utf-8") as file:
+            json.dump(asked, file)
+        os.rename(self.path("job.json.new"), self.path("job.json"))
+        if asked.get("timeout_s"):
+            self.deadline = time.monotonic() + asked["timeout_s"]
+
+    def is_alive(self) -> bool:
+        """Whether the shell that was started is still there, and no other process with its number."""
+        return self.pid > 0 and machine.start_time(self.pid) == self.asked.get("pid_start") != 0
+
+    def finish(self, code: int | None = None, cpu_s: float = 0.0, memory: int = 0) -> None:
+        """It has ended.  code: of the shell, if we know."""
+        written = _read_code(self.path("status"))
+        found = written if written is not None else LOST if code is None or code == 0 else code
+        self.ended = {
+            "id": self.id,
+            "attempt": self.attempt,
+            "code": 124 if self.asked.get("timed_out") else found,
+            "wall_s": round(max(time.time() - self.asked.get("started_s", time.time()), 0), 3),
+            "cpu_s": round(cpu_s, 3),
+            "memory": memory,
+            "out_size": _size(self.path("out")),
+            "err_size": _size(self.path("err")),
+        }
+
+    def read(self, stream: str, offset: int, size: int) -> bytes:
+        """Of what it has written so far."""
+        try:
+            fd = os.open(self.path("err" if stream == "err" else "out"), os.O_RDONLY)
+        except OSError:
+            return b""
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def end(self, grace_s: float) -> None:
+        """Begin to end it: SIGTERM to all of it now; `kill_rest` does the rest when its time has come."""
+        for pid in self.processes():
+            _send(pid, signal.SIGTERM)
+        self.kill_at = min(self.kill_at, time.monotonic() + grace_s)
+
+    def kill_rest(self) -> bool:
+        """SIGKILL to what is left; whether nothing was."""
+        left = self.processes()
+        for pid in left:
+            _send(pid, signal.SIGKILL)
+        self.kill_at = time.monotonic() + _KILL_S if left else float("inf")
+        return not left
+
+    def processes(self) -> list[int]:
+        """All that has the job in its environment, and what is below such a process."""
+        mine = {b"CPOOL_JOB=%d" % self.id, b"CPOOL_ATTEMPT=%d" % self.attempt}
+        parents: dict[int, int] = {}
+        found = set()
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                pid = int(name)
+                try:
+                    with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                        state, parent = file.read().rpartition(")")[2].split()[:2]
+                    if state == "Z":
+                        continue
+                    parents[pid] = int(parent)
+                    with open(f"/proc/{name}/environ", "rb") as environ:
+                        if mine <= set(environ.read(1 << 20).split(b"\0")):
+                            found.add(pid)
+                except OSError:
+                    continue
+        grown = True
+        while grown:
+            more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
+            found |= more
+            grown = bool(more)
+        return sorted(found - {os.getpid()})
+
+    def remove(self) -> None:
+        """Nothing of it is wanted any more."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _command(asked: dict[str, Any]) -> list[str]:
+    """What the shell runs: the command, or crun with it."""
+    if not asked["image"]:
+        return list(asked["command"])
+    words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
+    words += ["--memory", str(asked["memory"])] if asked["memory"] else []
+    words += ["--workdir", asked["cwd"]] if asked["cwd"] else []
+    for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
+        words += ["-e", name]
+    return [*words, asked["image"], *asked["command"]]
+
+
+def found_in(directory: str) -> list[Job]:
+    """What agents before have started; what was never started completely is removed."""
+    jobs = []
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        try:
+            with open(os.path.join(path, "job.json"), encoding="utf-8") as file:
+                jobs.append(Job(path, json.load(file)))
+        except (OSError, ValueError, KeyError):
+            if re.fullmatch(r"[0-9]+\.[0-9]+", name):
+                number, _, attempt = name.partition(".")
+                half = Job(path, {"id": number, "attempt": attempt})
+                half.kill_rest()
+                half.remove()
+    return jobs
+
+
+def _read_code(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read(16)
+        return int(text) if text.endswith("\n") else None
+    except (OSError, ValueError):
+        return None
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError:
+        pass  # it has ended, or is another user's

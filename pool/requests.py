@@ -1,0 +1,291 @@
+"""What commands ask of the controller, over a socket in the pool's directory: a JSON object a line each way."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import selectors
+import socket
+import struct
+
+from cafs.errors import CafsError, UsageError, quote
+from pool import links, state
+from pool.state import Job
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool.controller import Controller
+
+CANCEL_ASKED = "cancelled while it ran"
+_LINE_MAX = 64 << 20
+_PIECE = 1 << 18
+_KEEP = 64 << 10
+
+
+def asked(job: Job, worker: str) -> dict[str, Any]:
+    """What an agent is told of a job."""
+    spec = job.spec
+    own = {"CPOOL_WORKER": worker, "CPOOL_INDEX": str(spec.get("index", "")), "CPOOL_TENANT": str(spec.get("tenant", ""))}
+    return {
+        "id": job.id,
+        "attempt": job.attempt,
+        "command": spec["command"],
+        "image": spec["image"],
+        "cpus": spec["cpus"],
+        "memory": spec["memory"],
+        "env": {**spec["env"], **own},
+        "cwd": spec["cwd"],
+        "timeout_s": spec["timeout_s"],
+        "keep": _KEEP,
+    }
+
+
+def listen(directory: str) -> socket.socket:
+    """The socket for commands: for the pool's owner alone."""
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path = f"/proc/self/fd/{here}/socket"
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    before = os.umask(0o177)
+    listener.bind(path)
+    os.umask(before)
+    os.close(here)
+    listener.listen(64)
+    listener.setblocking(False)
+    return listener
+
+
+def accept(controller: Controller, listener: socket.socket) -> None:
+    """A command."""
+    connection, _ = listener.accept()
+    uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    if uid not in (os.geteuid(), 0):
+        connection.close()
+        return
+    connection.setblocking(False)
+    Client(controller, connection)
+
+
+class Client:
+    """A command that is connected."""
+
+    def __init__(self, controller: Controller, connection: socket.socket) -> None:
+        self._controller = controller
+        self._socket = connection
+        self._held, self._unsent = bytearray(), bytearray()
+        self._waits: dict[int, bool] = {}
+        self.tag: object = None
+        """Of the request that is being seen to; its answer bears it."""
+        controller.clients[id(self)] = self
+        controller.selector.register(connection, selectors.EVENT_READ, self._serve)
+
+    def _serve(self, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush()
+            if events & selectors.EVENT_READ:
+                data = self._socket.recv(_PIECE)
+                if not data:
+                    raise ConnectionResetError
+                self._held += data
+                while b"\n" in self._held:
+                    line, _, rest = self._held.partition(b"\n")
+                    self._held = rest
+                    self._obey(bytes(line))
+                if len(self._held) > _LINE_MAX:
+                    raise ConnectionResetError
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._controller.clients.pop(id(self), None):
+            self._controller.selector.unregister(self._socket)
+            self._socket.close()
+
+    def answer(self, found: dict[str, Any], tag: object = None) -> None:
+        """When what was decided is on disk.  tag: of a request before."""
+        tag = self.tag if tag is None else tag
+        self._controller.say(lambda: self._answer_now({**found, "tag": tag}))
+
+    def _answer_now(self, found: dict[str, Any]) -> None:
+        if id(self) in self._controller.clients:
+            self._unsent += json.dumps(found, separators=(",", ":")).encode() + b"\n"
+            try:
+                self._flush()
+            except OSError:
+                self._drop()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._socket.send(self._unsent[: 1 << 20])
+            del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+        self._controller.selector.modify(self._socket, wanted, self._serve)
+
+    def _obey(self, line: bytes) -> None:
+        try:
+            self.tag = None
+            said = json.loads(line)
+            self.tag = said.get("tag")
+            handler = _HANDLERS.get(said["do"])
+            if handler is None:
+                raise UsageError(f"unknown request {quote(str(said['do']))}", hint="is the controller of another release?")
+            handler(self, self._controller, said)
+        except CafsError as error:
+            self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.answer({"error": f"bad request: {error!r}", "code": 2, "hint": None})
+
+    def ended(self, job: Job) -> None:
+        """A job has; say so if it is waited for."""
+        with_output = self._waits.pop(job.id, None)
+        if with_output is not None:
+            self._controller.say(lambda: self._answer_now({"job": job.shown(), **(self._output(job) if with_output else {})}))
+
+    def _output(self, job: Job) -> dict[str, Any]:
+        kept = self._controller.state.output(job.id)
+        return {name: base64.b64encode(data).decode() for name, data in zip(("out", "err"), kept, strict=True)} if kept else {}
+
+    def wait_for(self, number: int, *, with_output: bool) -> None:
+        """Have its end said, without a tag, once it comes."""
+        self._waits[number] = with_output
+
+
+def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    ids = []
+    for one in said["jobs"]:
+        how = state.HELD if one.get("hold") else state.QUEUED
+        number = controller.state.submit(check(one["spec"]), one.get("key"), int(one.get("priority", 0)), how)
+        ids.append(number)
+        if number not in controller.jobs and (job := controller.state.job(number)).state not in state.ENDED:
+            controller.add(job)
+    client.answer({"ids": ids})
+
+
+def check(spec: dict[str, Any]) -> dict[str, Any]:
+    """A job as it is kept.  Raises UsageError."""
+    kinds: dict[str, tuple[Any, Any]] = {
+        "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
+        "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
+        "array": (int, 0), "index": (int, 0), "requeue": (bool, True),
+    }  # fmt: skip
+    unknown = set(spec) - set(kinds)
+    if unknown:
+        raise UsageError(f"a job has no {quote(sorted(unknown)[0])}")
+    found = {name: spec.get(name, default) for name, (_, default) in kinds.items()}
+    for name, (kind, _) in kinds.items():
+        if not isinstance(found[name], kind) or (isinstance(found[name], int | float) and found[name] < 0):
+            raise UsageError(f"a job's {name} cannot be {found[name]!r}")
+    words = [*found["command"], *found["env"], *found["env"].values()]
+    if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise UsageError("a job's command is a list of words")
+    return found
+
+
+def _wait(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    for number in said["ids"]:
+        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        client.wait_for(job.id, with_output=bool(said.get("output")))
+        if job.state in state.ENDED:
+            client.ended(job)
+
+
+def _jobs(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    found = controller.state.jobs(int(said["limit"]), all_of_them=bool(said["all"]))
+    client.answer({"jobs": [job.shown() for job in found]})
+
+
+def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    from pool.placement import why_not
+    from pool.workers import need_of
+
+    job = controller.state.job(int(said["id"]))
+    found = job.shown()
+    if job.state == state.QUEUED:
+        free = [one.free() for one in controller.remotes.values()]
+        found["waits"] = why_not(need_of(job.spec), free)
+    client.answer({"job": found})
+
+
+def _cancel(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    for number in said["ids"]:
+        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        controller.cancel(job, float(said["grace_s"]))
+    client.answer({"done": True})
+
+
+def _release(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """Hold what is queued, or let go what is held."""
+    before, after = (state.QUEUED, state.HELD) if said["hold"] else (state.HELD, state.QUEUED)
+    for number in said["ids"]:
+        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        if job.state == before:
+            controller.state.change(job, state=after)
+    controller.requeue()
+    client.answer({"done": True})
+
+
+def _nodes(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    client.answer({"nodes": [remote.shown() for remote in controller.remotes.values()]})
+
+
+def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """Add, change or remove one."""
+    if said["what"] == "remove":
+        if not controller.state.remove_host(said["name"]):
+            raise CafsError(f"no host {quote(said['name'])}")
+    else:
+        controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"))
+    controller.look_at_hosts()
+    client.answer({"done": True})
+
+
+def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """A piece of what a job has written: from here if it is all here, else from where it runs."""
+    number, stream, offset = int(said["id"]), str(said["stream"]), int(said["offset"])
+    if stream not in ("out", "err"):
+        raise UsageError(f"no stream {quote(stream)}")
+    job, tag = controller.jobs.get(number) or controller.state.job(number), client.tag
+
+    def reply(data: bytes, is_end: bool) -> None:
+        client.answer({"data": base64.b64encode(data).decode(), "end": is_end, "job": job.shown()}, tag)
+
+    kept = controller.state.output(number)
+    path = controller.outputs.path(number, stream)
+    if kept is not None:
+        data = kept[stream == "err"][offset : offset + _PIECE]
+        return reply(data, not data)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(_PIECE)
+        return reply(data, not data)
+    remote = controller.remotes.get(job.worker)
+    if job.state not in (state.STARTING, state.RUNNING, state.FINISHED) or remote is None or remote.link is None:
+        return reply(b"", job.state in state.ENDED)
+    controller.outputs.ask(remote, number, job.attempt, stream, offset, lambda data: reply(data, False))
+
+
+def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """Stop the controller; with 'jobs', them too."""
+    if said["jobs"]:
+        for job in list(controller.jobs.values()):
+            controller.cancel(job, float(said["grace_s"]))
+    client.answer({"done": True})
+    controller.leave(when_idle=bool(said["jobs"]))
+
+
+_HANDLERS = {
+    "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
+    "hosts": _hosts, "read": _read, "end": _end,
+}  # fmt: skip

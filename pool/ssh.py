@@ -1,0 +1,239 @@
+"""Agents on other machines, over SSH: one connection a worker, whose host key was pinned.  The only module with paramiko.
+
+Nothing is copied by SFTP, no shell is assumed to be quiet: the agent's program goes in by `cat >`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shlex
+import socket
+import threading
+
+import paramiko
+
+from cafs import atomic
+from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
+from pool import links, program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_CONNECT_S = 15.0
+_PIECE = 1 << 16
+_ABSENT = 44
+KEYS = "known_hosts"
+
+
+class Address:
+    """[USER@]HOST[:PORT][?IDENTITY] as the pool keeps it; ~/.ssh/config fills in what is not said."""
+
+    def __init__(self, text: str) -> None:
+        place, _, self.identity = text.partition("?")
+        user, at, host = place.rpartition("@")
+        name, colon, port = host.rpartition(":")
+        if not colon or not port.isdigit() or name.endswith(":"):
+            name, port = host, ""
+        if not name or (at and not user):
+            raise UsageError(f"{quote(text)} is not [USER@]HOST[:PORT]")
+        found = _configured(name)
+        self.host = str(found.get("hostname", name)).strip("[]")
+        self.port = int(port or found.get("port", 22))
+        self.user = user or str(found.get("user", "")) or os.environ.get("USER") or "root"
+        self.identities = [self.identity] if self.identity else list(found.get("identityfile", []))
+        self.jump = str(found.get("proxyjump", ""))
+        self.command = str(found.get("proxycommand", ""))
+
+
+def _configured(name: str) -> dict[str, Any]:
+    config = paramiko.SSHConfig()
+    try:
+        with open(os.path.expanduser("~/.ssh/config"), encoding="utf-8") as file:
+            config.parse(file)
+    except OSError:
+        return {}
+    return dict(config.lookup(name))
+
+
+def _socket(address: Address) -> Any:
+    """To the server: directly, through another, or as a command says.  Raises OSError."""
+    if address.command and address.command != "none":
+        return paramiko.ProxyCommand(address.command)
+    if address.jump and address.jump != "none":
+        words = ["ssh", "-W", f"{address.host}:{address.port}", "--", address.jump]
+        return paramiko.ProxyCommand(shlex.join(words))
+    return socket.create_connection((address.host, address.port), timeout=_CONNECT_S)
+
+
+def host_key(text: str) -> tuple[str, str]:
+    """(the key that a server shows, as of known_hosts; its fingerprint).  Raises RemoteError."""
+    address = Address(text)
+    try:
+        transport = paramiko.Transport(_socket(address))
+        try:
+            transport.start_client(timeout=_CONNECT_S)
+            key = transport.get_remote_server_key()
+        finally:
+            transport.close()
+    except (paramiko.SSHException, OSError) as error:
+        raise RemoteError(f"cannot reach {quote(address.host)}: {error}") from error
+    import hashlib
+
+    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+    return f"{key.get_name()} {key.get_base64()}", f"SHA256:{digest}"
+
+
+def pin(directory: str, name: str, key: str) -> None:
+    """From now on the worker of this name has this key and no other."""
+    rows = {**_pinned(directory), name: key}
+    text = "".join(f"{one} {rows[one]}\n" for one in sorted(rows))
+    atomic.replace_file(os.path.join(directory, KEYS), text.encode(), 0o600)
+
+
+def unpin(directory: str, name: str) -> None:
+    rows = _pinned(directory)
+    if rows.pop(name, None):
+        text = "".join(f"{one} {rows[one]}\n" for one in sorted(rows))
+        atomic.replace_file(os.path.join(directory, KEYS), text.encode(), 0o600)
+
+
+def _pinned(directory: str) -> dict[str, str]:
+    try:
+        lines = atomic.read_file(os.path.join(directory, KEYS), 1 << 24).decode().splitlines()
+    except OSError:
+        return {}
+    return dict(line.partition(" ")[::2] for line in lines)
+
+
+def _connect(directory: str, name: str, text: str) -> paramiko.Transport:
+    """Raises CafsError, OSError."""
+    address, wanted = Address(text), _pinned(directory).get(name)
+    if wanted is None:
+        raise NotFound(f"no host key of {quote(name)} is known", hint=f"cpool host add {name} {text}")
+    transport = paramiko.Transport(_socket(address))
+    try:
+        transport.get_security_options().key_types = _key_types(wanted.partition(" ")[0])
+        transport.start_client(timeout=_CONNECT_S)
+        shown = transport.get_remote_server_key()
+        if f"{shown.get_name()} {shown.get_base64()}" != wanted:
+            raise RemoteError(f"the host key of {quote(name)} has changed", hint="somebody else may answer there")
+        transport.set_keepalive(10)
+        transport._active_check_timeout = 5  # idle connections take a fifteenth of the time so
+        _authenticate(transport, address)
+        return transport
+    except paramiko.SSHException as error:
+        transport.close()
+        raise RemoteError(f"cannot log in at {quote(address.host)}: {error}") from error
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _key_types(kind: str) -> tuple[str, ...]:
+    return ("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,)
+
+
+def _authenticate(transport: paramiko.Transport, address: Address) -> None:
+    """By the identities that are named, the agent's, the usual ones.  Raises SSHException."""
+    usual = [os.path.expanduser(f"~/.ssh/id_{kind}") for kind in ("ed25519", "ecdsa", "rsa")]
+    found: list[Any] = []
+    for path in [*address.identities, *([] if address.identity else usual)]:
+        try:
+            found.append(paramiko.PKey.from_path(os.path.expanduser(path)))
+        except Exception:  # absent, encrypted, of an unknown kind: the next may do
+            continue
+    if not address.identity:
+        found += paramiko.Agent().get_keys()
+    problem: Exception = paramiko.SSHException("there is no key to log in with")
+    for key in found:
+        try:
+            transport.auth_publickey(address.user, key)
+            return
+        except paramiko.SSHException as error:
+            problem = error
+    raise problem
+
+
+def open_link(directory: str, pool: str, name: str, address: str) -> socket.socket:
+    """To the agent of a worker, whose program is brought if it is not there.  Raises CafsError, OSError."""
+    build, data = program.make()
+    transport = _connect(directory, name, address)
+    try:
+        place = f".cache/cafs-agent/{pool}.{name}"
+        path = f"{place}/agent-{build}.pyz"
+        command = f'test -f "$HOME/{path}" || exit {_ABSENT}; exec python3 "$HOME/{path}" attach "$HOME/{place}"'
+        channel = _run(transport, command)
+        try:
+            links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+        except RemoteError:
+            if not channel.exit_status_ready() or channel.recv_exit_status() != _ABSENT:
+                raise
+            _bring(transport, path, data)
+            channel = _run(transport, command)
+            links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+        ours, theirs = socket.socketpair()
+        _carry(channel, theirs, transport)
+        return ours
+    except paramiko.SSHException as error:
+        transport.close()
+        raise RemoteError(f"cannot run the agent at {quote(name)}: {error}") from error
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _readable(channel: paramiko.Channel, left_s: float) -> bool:
+    channel.settimeout(left_s)
+    return True
+
+
+def _run(transport: paramiko.Transport, command: str) -> paramiko.Channel:
+    channel = transport.open_session(timeout=_CONNECT_S)
+    channel.exec_command(f"/bin/sh -c {shlex.quote(command)}")
+    return channel
+
+
+def _bring(transport: paramiko.Transport, path: str, data: bytes) -> None:
+    """Raises CafsError."""
+    new = f'"$HOME/{path}".new'
+    above = os.path.dirname(path)
+    channel = _run(transport, f'umask 077; mkdir -p "$HOME/{above}" && cat > {new} && mv {new} "$HOME/{path}"')
+    channel.sendall(data)
+    channel.shutdown_write()
+    if channel.recv_exit_status():
+        raise CafsError(f"cannot write the agent's program: {channel.recv_stderr(4096).decode(errors='replace').strip()}")
+
+
+def _carry(channel: paramiko.Channel, there: socket.socket, transport: paramiko.Transport) -> None:
+    """Both ways, in threads of ours, until either side ends."""
+    channel.settimeout(None)
+
+    def down() -> None:
+        try:
+            while data := channel.recv(_PIECE):
+                there.sendall(data)
+        except OSError:
+            pass
+        finally:
+            end()
+
+    def up() -> None:
+        try:
+            while data := there.recv(_PIECE):
+                channel.sendall(data)
+        except OSError:
+            pass
+        finally:
+            end()
+
+    def end() -> None:
+        transport.close()
+        try:
+            there.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    for work in (down, up):
+        threading.Thread(target=work, daemon=True).start()

@@ -1,0 +1,232 @@
+"""What must survive: one SQLite file.  cpool-state(5).
+
+One process writes, the holder of the lock; nothing is durable before `commit`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from contextlib import contextmanager
+
+from cafs import mountinfo
+from cafs.errors import BusyError, CafsError, FormatError, NotFound, UnsupportedError, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+VERSION = 1
+QUEUED, HELD, STARTING, RUNNING, FINISHED, CANCELLED = "queued", "held", "starting", "running", "finished", "cancelled"
+ENDED = (FINISHED, CANCELLED)
+_NETWORKED = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "lustre", "glusterfs")
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE hosts (name TEXT PRIMARY KEY, address TEXT NOT NULL, state TEXT NOT NULL, added_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE jobs (
+  id INTEGER PRIMARY KEY, key TEXT UNIQUE, spec TEXT NOT NULL, digest TEXT NOT NULL, state TEXT NOT NULL,
+  priority INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+  losses INTEGER NOT NULL DEFAULT 0, worker TEXT NOT NULL DEFAULT '', code INTEGER, reason TEXT NOT NULL DEFAULT '',
+  submitted_s REAL NOT NULL, started_s REAL, finished_s REAL, usage TEXT NOT NULL DEFAULT '{}'
+);
+CREATE INDEX jobs_open ON jobs (state) WHERE state NOT IN ('finished', 'cancelled');
+CREATE TABLE outputs (id INTEGER PRIMARY KEY, out BLOB NOT NULL, err BLOB NOT NULL);
+"""
+
+
+class Job:
+    """A row of jobs.  Changed through State.change alone."""
+
+    __slots__ = (
+        "attempt", "code", "digest", "failures", "finished_s", "id", "key", "losses", "priority", "reason", "spec",
+        "started_s", "state", "submitted_s", "usage", "worker",
+    )  # fmt: skip
+
+    def __init__(self, row: sqlite3.Row) -> None:
+        for name in self.__slots__:
+            setattr(self, name, row[name])
+        self.spec: dict[str, Any] = json.loads(row["spec"])
+        self.usage: dict[str, Any] = json.loads(row["usage"])
+        self.id: int
+        self.attempt: int
+        self.failures: int
+        self.losses: int
+        self.priority: int
+        self.code: int | None
+        self.state: str
+        self.worker: str
+        self.reason: str
+        self.key: str | None
+        self.digest: str
+        self.submitted_s: float
+        self.started_s: float | None
+        self.finished_s: float | None
+
+    def shown(self) -> dict[str, Any]:
+        """As commands print it."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "digest"}
+
+
+class State:
+    """directory: of the pool.  Raises NotFound if there is none, FormatError."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        path = os.path.join(directory, "state.db")
+        if not os.path.exists(path):
+            raise NotFound(f"no pool in {quote(directory)}", hint="cpool init")
+        try:
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA synchronous=FULL")
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"cannot read {quote(path)}: {error}") from None
+        if found != VERSION:
+            raise FormatError(
+                f"{quote(path)} has version {found}, not {VERSION}", hint="a newer release of these tools reads it"
+            )
+        self._is_open = False
+
+    def close(self) -> None:
+        """What was not committed is lost."""
+        self._db.close()
+
+    def _do(self, text: str, values: Iterable[Any] = ()) -> sqlite3.Cursor:
+        try:
+            if not self._is_open and not text.startswith("SELECT"):
+                self._db.execute("BEGIN IMMEDIATE")
+                self._is_open = True
+            return self._db.execute(text, tuple(values))
+        except sqlite3.OperationalError as error:
+            raise CafsError(f"cannot write the state of the pool: {error}") from error
+
+    def commit(self) -> None:
+        """From here on it survives."""
+        if self._is_open:
+            self._is_open = False
+            try:
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise CafsError(f"cannot write the state of the pool: {error}") from error
+
+    def meta(self, name: str) -> str:
+        row = self._do("SELECT value FROM meta WHERE name = ?", [name]).fetchone()
+        return str(row[0]) if row else ""
+
+    def next_epoch(self) -> int:
+        """Of a controller that begins; durable."""
+        epoch = int(self.meta("epoch")) + 1
+        self._do("UPDATE meta SET value = ? WHERE name = 'epoch'", [str(epoch)])
+        self.commit()
+        return epoch
+
+    # Hosts.
+
+    def hosts(self) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._do("SELECT * FROM hosts ORDER BY name")]
+
+    def put_host(self, name: str, address: str, state: str = "ready") -> None:
+        self._do("INSERT OR REPLACE INTO hosts VALUES (?, ?, ?, ?)", [name, address, state, time.time()])
+
+    def remove_host(self, name: str) -> bool:
+        return self._do("DELETE FROM hosts WHERE name = ?", [name]).rowcount > 0
+
+    # Jobs.
+
+    def submit(self, spec: dict[str, Any], key: str | None = None, priority: int = 0, state: str = QUEUED) -> int:
+        """The id of a new job, or of the one that has this key.  Raises BusyError if that is another."""
+        text = json.dumps(spec, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if key is not None:
+            row = self._do("SELECT id, digest FROM jobs WHERE key = ?", [key]).fetchone()
+            if row:
+                if row["digest"] != digest:
+                    raise BusyError(f"key {quote(key)} is that of job {row['id']}, which is another")
+                return int(row["id"])
+        names = "key, spec, digest, state, priority, submitted_s"
+        values = [key, text, digest, state, priority, time.time()]
+        return int(self._do(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid or 0)
+
+    def job(self, number: int) -> Job:
+        """Raises NotFound."""
+        row = self._do("SELECT * FROM jobs WHERE id = ?", [number]).fetchone()
+        if row is None:
+            raise NotFound(f"no job {number}", hint="cpool jobs --all")
+        return Job(row)
+
+    def has_job(self, number: int) -> bool:
+        return self._do("SELECT 1 FROM jobs WHERE id = ?", [number]).fetchone() is not None
+
+    def open_jobs(self) -> list[Job]:
+        """All that have not ended, in the order in which they are due."""
+        wanted = "SELECT * FROM jobs WHERE state NOT IN ('finished', 'cancelled') ORDER BY priority DESC, id"
+        return [Job(row) for row in self._do(wanted)]
+
+    def jobs(self, limit: int, *, all_of_them: bool) -> list[Job]:
+        """The latest, oldest first."""
+        where = "" if all_of_them else "WHERE state NOT IN ('finished', 'cancelled')"
+        rows = self._do(f"SELECT * FROM jobs {where} ORDER BY id DESC LIMIT ?", [limit]).fetchall()
+        return [Job(row) for row in reversed(rows)]
+
+    def change(self, job: Job, **fields: Any) -> None:
+        """Of the row and of JOB."""
+        for name, value in fields.items():
+            setattr(job, name, value)
+        text = ", ".join(f"{name} = ?" for name in fields)
+        values = [json.dumps(value) if name == "usage" else value for name, value in fields.items()]
+        self._do(f"UPDATE jobs SET {text} WHERE id = ?", [*values, job.id])
+
+    def keep_output(self, number: int, out: bytes, err: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?)", [number, out, err])
+
+    def output(self, number: int) -> tuple[bytes, bytes] | None:
+        """(out, err) of a job whose output was little, and has ended."""
+        row = self._do("SELECT out, err FROM outputs WHERE id = ?", [number]).fetchone()
+        return (bytes(row["out"]), bytes(row["err"])) if row else None
+
+
+def create(directory: str) -> None:
+    """Make the state of a new pool.  Raises BusyError if there is one, UnsupportedError, CafsError."""
+    path = os.path.join(directory, "state.db")
+    if os.path.exists(path):
+        raise BusyError(f"there is a pool in {quote(directory)}")
+    kind = mountinfo.fstype(directory)
+    if kind in _NETWORKED:
+        raise UnsupportedError(
+            f"{quote(directory)} is on {kind}, where SQLite's log is not safe", hint="set CAFS_POOL to a local directory"
+        )
+    new = path + ".new"
+    for name in (new, new + "-wal", new + "-shm"):
+        if os.path.exists(name):
+            os.unlink(name)
+    db = sqlite3.connect(new, isolation_level=None)
+    os.chmod(new, 0o600)
+    db.executescript(f"PRAGMA journal_mode=WAL; BEGIN; {_SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+    db.executemany("INSERT INTO meta VALUES (?, ?)", [("pool", os.urandom(8).hex()), ("epoch", "0")])
+    db.close()
+    os.rename(new, path)
+
+
+@contextmanager
+def locked(directory: str, *, wait_s: float = 0) -> Iterator[None]:
+    """Be the one who writes.  Raises BusyError if somebody else is."""
+    lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BusyError("a controller runs for this pool") from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(lock)

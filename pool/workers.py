@@ -1,0 +1,118 @@
+"""A worker as the controller sees it: its link, what it has last said, and what is on it."""
+
+from __future__ import annotations
+
+import time
+
+from pool import frames
+from pool.placement import Need, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Any
+
+    from pool.state import Job
+
+SUSPECT_S, LOST_S = 6.0, 30.0
+_AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
+CONNECTING, READY, SUSPECT, LOST = "connecting", "ready", "suspect", "lost"
+
+
+class Remote:
+    """name, address: of the host.  link: None while there is none.  jobs: what we have put there and has not ended, by id."""
+
+    def __init__(self, name: str, address: str, *, is_draining: bool) -> None:
+        self.name = name
+        self.address = address
+        self.is_draining = is_draining
+        self.link: socket.socket | None = None
+        self.is_opening = False
+        self.has_greeted = False
+        self.reader = frames.Reader()
+        self.unsent = bytearray()
+        self.report: dict[str, Any] = {}
+        self.heard = time.monotonic()
+        self.problem = ""
+        self.jobs: dict[int, Job] = {}
+        self.try_after = 0.0
+        self._failures = 0
+
+    @property
+    def state(self) -> str:
+        """By this controller's own clock, from the last report or its own beginning."""
+        silent_s = time.monotonic() - self.heard
+        if silent_s > LOST_S:
+            return LOST
+        if not self.report:
+            return CONNECTING
+        return SUSPECT if silent_s > SUSPECT_S or not self.has_greeted else READY
+
+    @property
+    def reason(self) -> str:
+        """Why no job goes there, '' if one may."""
+        if self.is_draining:
+            return "is drained"
+        return "" if self.state == READY else f"is {self.state}" + (f" ({self.problem})" if self.problem else "")
+
+    def connected(self, link: socket.socket) -> None:
+        """There is a way to it."""
+        link.setblocking(False)
+        self.link, self.is_opening, self.has_greeted = link, False, False
+        self.reader, self.unsent, self.problem = frames.Reader(), bytearray(), ""
+
+    def failed(self, problem: str) -> None:
+        """There is none, or none any more; the next try comes later the more have failed."""
+        if self.link:
+            self.link.close()
+        self.link, self.is_opening, self.has_greeted = None, False, False
+        self.problem = problem
+        self.try_after = time.monotonic() + min(_AGAIN_S * 2**self._failures, _AGAIN_MAX_S)
+        self._failures += 1
+
+    def reported(self, said: dict[str, Any]) -> None:
+        """What it says is a stranger's until it is checked."""
+        numbers = ("cpus", "memory", "free_memory", "free_disk", "load", "gpus", "running")
+        found = {name: said[name] for name in numbers}
+        if not all(isinstance(value, int | float) and 0 <= value < 1 << 62 for value in found.values()):
+            raise ValueError("a report of what is no number")
+        self.report = {**found, "images": str(said["images"])[:200], "arch": str(said["arch"])[:40]}
+        self.heard = time.monotonic()
+        self._failures = 0
+
+    def free(self) -> Worker:
+        """For placement."""
+        report = self.report or {"cpus": 0, "memory": 0, "gpus": 0, "images": ""}
+        found = Worker(
+            self.name,
+            report["cpus"],
+            int(report["memory"]),
+            int(report["gpus"]),
+            report["cpus"],
+            int(report["memory"]),
+            int(report["gpus"]),
+            images=not report["images"],
+            reason=self.reason,
+        )
+        for job in self.jobs.values():
+            found.take(need_of(job.spec))
+        return found
+
+    def shown(self) -> dict[str, Any]:
+        """As `cpool nodes` prints it."""
+        free = self.free()
+        state = "draining" if self.is_draining else self.state
+        return {
+            "name": self.name,
+            "address": self.address or "local",
+            "state": state,
+            "jobs": len(self.jobs),
+            "free_cpus": round(free.cpus, 3),
+            "reason": self.problem,
+            **{name: value for name, value in self.report.items() if name != "running"},
+        }
+
+
+def need_of(spec: dict[str, Any]) -> Need:
+    """What a job is to have for itself."""
+    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), bool(spec["image"]))

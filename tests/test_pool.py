@@ -1,0 +1,543 @@
+"""cpool as a user runs it: a real controller, real agents, jobs that end well, badly or not at all, kills at any moment."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pool import frames, links, mapping, state
+from pool.placement import Need, Placement, Worker, why_not
+from tests.conftest import BIN, wait_until
+from tests.faultproxy import free_port
+
+PLAIN = ("--no-container",)
+
+
+def cp(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    options.setdefault("timeout", 60)
+    return subprocess.run([str(BIN / "cpool"), *map(str, words)], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def ok(*words: object, **options: object) -> str:
+    done = cp(*words, **options)
+    assert done.returncode == 0, (words, done.stderr)
+    return str(done.stdout)
+
+
+def job(number: object) -> dict[str, object]:
+    found: dict[str, object] = json.loads(ok("job", number, "--json"))
+    return found
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A pool; afterwards no agent of it is left."""
+    monkeypatch.setenv("CAFS_POOL", str(tmp_path / "pool"))
+    monkeypatch.chdir(tmp_path)
+    ok("init")
+    yield tmp_path / "pool"
+    for pid in agents(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def agents(place: Path) -> list[int]:
+    """The processes of agents whose directory is below a place."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"attach" in words and any(word.startswith(os.fsencode(place)) for word in words):
+            found.append(int(name))
+    return found
+
+
+@contextmanager
+def serving() -> Iterator[subprocess.Popen[bytes]]:
+    """A controller that has a worker that is ready."""
+    with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
+        try:
+            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout)
+            yield controller
+        finally:
+            controller.terminate()
+
+
+@pytest.fixture
+def controller(pool: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with serving() as found:
+        yield found
+        if found.poll() is None:
+            cp("down", "--grace", "0")
+
+
+def test_a_job_runs_here_and_its_code_and_words_come_back(controller: object) -> None:
+    number = ok(
+        "submit",
+        *PLAIN,
+        "-e",
+        "A=b c",
+        "--",
+        "sh",
+        "-c",
+        'echo "$A $CPOOL_JOB $CPOOL_ATTEMPT $CPOOL_WORKER"; pwd; echo err >&2; exit 3',
+    ).strip()
+    assert cp("wait", number).returncode == 3
+    found = cp("logs", number)
+    assert found.stdout == f"b c {number} 1 local\n{os.getcwd()}\n" and found.stderr == "err\n"
+    shown = job(number)
+    assert (shown["state"], shown["code"], shown["reason"], shown["worker"]) == ("finished", 3, "exit code 3", "local")
+    assert cp("wait", ok("submit", *PLAIN, "--", "no-such-program").strip()).returncode == 127
+    assert cp("wait", ok("submit", *PLAIN, "--workdir", "/no/such", "--", "true").strip()).returncode == 125
+    assert cp("wait", ok("submit", *PLAIN, "--", "sh", "-c", "kill -9 $$").strip()).returncode == 137
+
+
+def test_much_output_comes_whole(controller: object, tmp_path: Path) -> None:
+    text = os.urandom(700_000).hex()
+    (tmp_path / "text").write_text(text)
+    number = ok("submit", *PLAIN, "--", "sh", "-c", f"cat {tmp_path}/text; cat {tmp_path}/text >&2").strip()
+    assert cp("wait", number).returncode == 0
+    found = cp("logs", "-f", number)
+    assert found.stdout == text and found.stderr == text
+    wait_until(lambda: not os.listdir(next((tmp_path / "pool" / "agents").glob("*/jobs"))))
+    assert cp("logs", number).stdout == text, "also when the agent has forgotten it"
+
+
+def test_a_job_that_is_cancelled_or_late_ends_with_all_its_processes(controller: object, tmp_path: Path) -> None:
+    script = f"trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/deep; while :; do sleep 1; done' & echo $$ > {tmp_path}/top; wait; while :; do sleep 1; done"
+    number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
+    wait_until(lambda: (tmp_path / "deep").exists() and (tmp_path / "deep").read_text().endswith("\n"))
+    pids = [int((tmp_path / name).read_text()) for name in ("top", "deep")]
+    ok("cancel", number, "--grace", "0.2")
+    assert cp("wait", number).returncode == 143 and job(number)["state"] == "cancelled"
+    wait_until(
+        lambda: (
+            not any(
+                os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in pids
+            )
+        )
+    )
+    late = ok("submit", *PLAIN, "--timeout", "0.2", "--", "sleep", "1000").strip()
+    assert cp("wait", late).returncode == 124 and job(late)["reason"] == "ran out of time"
+    ok("cancel", ok("submit", *PLAIN, "--cpus", "9999", "--", "true").strip())
+
+
+def test_one_key_is_one_job_and_another_job_with_it_is_refused(controller: object) -> None:
+    first = ok("submit", *PLAIN, "--key", "k", "--", "echo", "once")
+    assert cp("wait", first.strip()).returncode == 0
+    assert ok("submit", *PLAIN, "--key", "k", "--", "echo", "once") == first
+    other = cp("submit", *PLAIN, "--key", "k", "--", "echo", "twice")
+    assert other.returncode == 6 and "is that of job" in other.stderr
+
+
+def test_a_job_that_fails_is_tried_again_as_often_as_was_said(controller: object, tmp_path: Path) -> None:
+    number = ok(
+        "submit", *PLAIN, "--retries", "2", "--", "sh", "-c", f"echo $CPOOL_ATTEMPT >> {tmp_path}/tries; exit 1"
+    ).strip()
+    assert cp("wait", number).returncode == 1
+    assert (tmp_path / "tries").read_text() == "1\n2\n3\n" and job(number)["failures"] == 2
+
+
+def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
+    large = ok("submit", *PLAIN, "--gpus", "99", "--", "true").strip()
+    assert job(large)["waits"] == "no worker fits: needs 99 GPUs, the largest has 0"
+    held = ok("submit", *PLAIN, "--hold", "--", "true").strip()
+    assert job(held)["state"] == "held"
+    ok("release", held)
+    assert cp("wait", held).returncode == 0
+    ok("node", "drain", "local")
+    waiting = ok("submit", *PLAIN, "--", "true").strip()
+    assert "is drained" in str(job(waiting)["waits"])
+    ok("node", "resume", "local")
+    assert cp("wait", waiting).returncode == 0
+    assert [json.loads(line)["id"] for line in ok("jobs", "--json").splitlines()] == [int(large)]
+
+
+def test_without_a_controller_jobs_are_queued_and_the_next_one_runs_them(pool: Path) -> None:
+    done = cp("submit", *PLAIN, "--array", "3-5", "--", "sh", "-c", "echo $CPOOL_INDEX")
+    assert done.stdout == "1\n2\n3\n" and "queued; no controller runs" in done.stderr
+    waits = cp("wait", "1")
+    assert waits.returncode == 7 and "cpool serve" in waits.stderr
+    assert job(1)["state"] == "queued"
+    with serving():
+        assert cp("wait", "1", "2", "3").returncode == 0
+        assert [cp("logs", n).stdout for n in (1, 2, 3)] == ["3\n", "4\n", "5\n"]
+        second = cp("serve")
+        assert second.returncode == 6 and "a controller runs" in second.stderr
+        ok("down")
+
+
+DYING = """
+import os, sys
+from pool import client, state
+left, when, commit = int(sys.argv[1]), sys.argv[2], state.State.commit
+def counted(self):
+    global left
+    left -= self._is_open
+    if left == 0 and when == "before":
+        os.kill(os.getpid(), 9)
+    commit(self)
+    if left == 0:
+        os.kill(os.getpid(), 9)
+state.State.commit = counted
+client.serve(os.environ["CAFS_POOL"])
+"""
+
+
+def test_a_controller_that_is_killed_at_each_durable_step_loses_and_doubles_nothing(pool: Path, tmp_path: Path) -> None:
+    """Before what was decided is on disk, and after that but before anybody is told."""
+    count = steps = 0
+    for step in range(1, 9):
+        for when in ("before", "after"):
+            numbers = f"{count}-{count + 3}"
+            count += 4
+            ok(
+                "submit",
+                *PLAIN,
+                "--cpus",
+                "0.4",
+                "--array",
+                numbers,
+                "--",
+                "sh",
+                "-c",
+                f"echo $CPOOL_INDEX >> {tmp_path}/ran; exit $((CPOOL_INDEX % 3))",
+            )
+            with subprocess.Popen([sys.executable, "-c", DYING, str(step), when]) as dying:
+                try:
+                    steps += dying.wait(3) == -signal.SIGKILL
+                except subprocess.TimeoutExpired:  # there are not so many steps
+                    dying.kill()
+    with serving():
+        assert cp("wait", *range(1, count + 1)).returncode == (count - 1) % 3
+        found = [json.loads(line) for line in ok("jobs", "-a", "--json").splitlines()]
+        ok("down")
+    assert steps >= 10, steps
+    assert sorted(map(int, (tmp_path / "ran").read_text().split())) == list(range(count)), "each ran once"
+    assert all((one["state"], one["code"], one["attempt"]) == ("finished", one["spec"]["index"] % 3, 1) for one in found)
+    print(f"killed at {steps} durable steps, {count} jobs")
+
+
+def test_an_agent_that_is_killed_leaves_its_jobs_to_the_next(controller: object, tmp_path: Path) -> None:
+    script = f"echo begun; until test -f {tmp_path}/go; do sleep 0.01; done; exit 5"
+    waiting = ok("submit", *PLAIN, "--cpus", "0.5", "--", "sh", "-c", script).strip()
+    wait_until(lambda: job(waiting)["state"] == "running")
+    for number in range(3):
+        for pid in agents(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(agents(tmp_path)) >= 2 and cp("nodes", "--json").stdout.count('"ready"'))
+        assert cp("wait", ok("submit", *PLAIN, "--cpus", "0.5", "--", "true").strip()).returncode == 0, number
+    (tmp_path / "go").touch()
+    assert cp("wait", waiting).returncode == 5 and job(waiting)["attempt"] == 1
+    assert cp("logs", waiting).stdout == "begun\n"
+
+
+def test_an_agent_obeys_the_latest_controller_alone(pool: Path, tmp_path: Path) -> None:
+    def hello(link: socket.socket, epoch: int) -> dict[str, object]:
+        link.sendall(frames.message("hello", protocol=frames.PROTOCOL, pool="p" * 16, worker="local", epoch=epoch))
+        reader = frames.Reader()
+        while True:
+            for _, found in reader.feed(link.recv(1 << 16)):
+                return dict(found)
+
+    first, second, third = (links.open_link(str(pool), "p" * 16, "local", links.LOCAL) for _ in range(3))
+    assert hello(first, 7)["is"] == "hello"
+    assert hello(second, 8)["is"] == "hello"
+    first.settimeout(10)
+    assert b"".join(iter(lambda: first.recv(1 << 16), b""))[:0] == b"", "the older one was let go"
+    assert hello(third, 7) == {"is": "fenced", "epoch": 8, "protocol": 1}
+
+
+def test_map_is_a_filter(pool: Path) -> None:
+    numbers = "".join(f"{n}\n" for n in range(200))
+    assert ok("map", "-k", *PLAIN, "--cpus", "0.1", "--", "echo", input=numbers) == numbers
+    assert sorted(ok("map", *PLAIN, "--cpus", "0.1", "--", "echo", input=numbers).split()) == sorted(numbers.split())
+    assert (
+        ok("map", "-k", "-0", "-n", "2", "--tag", *PLAIN, "--", "printf", "%s,%s\n", input="a b\0c\0d\0")
+        == "a b c\ta b,c\nd\td,\n"
+    )
+    assert (
+        ok("map", "-k", *PLAIN, "--", "sh", "-c", "echo {} {.} {/} {//} {/.} {#}", input="d/f.txt\n")
+        == "d/f.txt d/f f.txt d f 1\n"
+    )
+    failed = cp("map", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "exit {}", input="0\n1\n2\n0\n")
+    assert failed.returncode == 2, "as many as have failed"
+    assert ok("map", "--dry-run", *PLAIN, "--", "rm", "{}", input="a b\n") == "rm 'a b'\n"
+    assert ok("map", *PLAIN, "--", "cat", input="") == ""
+
+
+def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    once = ("map", *PLAIN, "--joblog", log)
+    first = cp(*once, "--halt", "1", "--", "sh", "-c", f"echo {{}} >> {tmp_path}/ran; test {{}} != 3", input="1\n2\n3\n")
+    assert first.returncode == 1
+    rows = log.read_text().splitlines()
+    assert rows[0].split("\t")[:4] == ["Seq", "Host", "Starttime", "JobRuntime"] and len(rows) == 4
+    assert ok(*once, "--resume", "--", "echo", input="1\n2\n3\n4\n") == "4\n"
+    assert ok(*once, "--resume-failed", "-k", "--", "echo", input="1\n2\n3\n4\n5\n") == "3\n5\n"
+    assert cp("map", *PLAIN, "--resume", "--", "true", input="1\n").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("submit", "--", "true"), 2, "one of --image IMAGE and --no-container"),
+        (("submit", *PLAIN, "--cpus", "-1", "--", "true"), 2, "--cpus"),
+        (("submit", *PLAIN, "--array", "5-3", "--", "true"), 2, "is not N-M"),
+        (("job", "99"), 4, "no job 99"),
+        (("host", "rm", "none"), 4, "no host"),
+        (("host", "add", "x/y"), 2, "not a name"),
+        (("host", "add", "x"), 2, "where is"),
+        (("node", "drain", "none"), 4, "no host"),
+        (("nodes",), 7, "no controller runs"),
+        (("init",), 6, "there is a pool"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(pool: Path, words: tuple[str, ...], code: int, message: str) -> None:
+    done = cp(*words)
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_state_of_another_version_or_a_damaged_one_is_refused(pool: Path) -> None:
+    path = pool / "state.db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + (99).to_bytes(4, "big") + whole[64:])
+    done = cp("jobs")
+    assert done.returncode == 5 and "has version 99" in done.stderr, done.stderr
+    path.write_bytes(b"no database" * 1000)
+    assert cp("jobs").returncode == 5
+    (pool / "pool.toml").write_text("[pool]\nstore = 's'\nodd = 1\n")
+    done = cp("serve")
+    assert done.returncode == 5 and "pool.toml:3: [pool] has no 'odd'" in done.stderr
+
+
+# Other machines.
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Ports of two sshd on loopback, each with a host key and a HOME of its own; the caller's key opens them."""
+    os.makedirs("/run/sshd", exist_ok=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir(mode=0o700)
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", ""]
+    subprocess.run([*keygen, "-f", tmp_path / "key"], check=True)
+    ports, running = [], []
+    for number in range(2):
+        place = tmp_path / f"server{number}"
+        place.mkdir(mode=0o700)
+        subprocess.run([*keygen, "-f", place / "host"], check=True)
+        ports.append(free_port())
+        (place / "config").write_text(
+            f"Port {ports[-1]}\nListenAddress 127.0.0.1\nHostKey {place}/host\nAuthorizedKeysFile {tmp_path}/key.pub\nStrictModes no\n"
+            f"PermitRootLogin prohibit-password\nUsePAM no\nPidFile none\nSetEnv HOME={place}\n"
+        )
+        running.append(subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", place / "config"], stderr=subprocess.DEVNULL))
+    for port in ports:
+        wait_until(lambda port=port: not socket.socket().connect_ex(("127.0.0.1", port)))
+    yield ports
+    for one in running:
+        one.terminate()
+        one.wait()
+
+
+@pytest.mark.needs("root", "sshd", "ssh-keygen")
+def test_jobs_go_to_machines_that_are_reached_by_ssh(servers: list[int], pool: Path, tmp_path: Path) -> None:
+    for number, port in enumerate(servers):
+        shown = cp("host", "add", f"w{number}", f"root@127.0.0.1:{port}", "--identity", tmp_path / "key", "--yes")
+        public = (tmp_path / f"server{number}" / "host.pub").read_text()
+        digest = subprocess.run(
+            ["ssh-keygen", "-lf", "-"], input=public, capture_output=True, text=True, check=True
+        ).stdout.split()[1]
+        assert shown.returncode == 0 and digest in shown.stderr, shown.stderr
+    assert ok("host", "ls", "-q").split() == ["w0", "w1"]
+    with serving():
+        wait_until(lambda: cp("nodes", "--json").stdout.count('"state": "ready"') == 2)
+        said = ok(
+            "map",
+            *PLAIN,
+            "--cpus",
+            "1",
+            "--workdir",
+            "/",
+            "--",
+            "sh",
+            "-c",
+            "sleep 0.1; echo $CPOOL_WORKER $HOME",
+            input="1\n" * 8,
+        )
+        assert set(said.splitlines()) == {f"w{n} {tmp_path}/server{n}" for n in range(2)}
+        ok("node", "drain", "w0")
+        said = ok("map", *PLAIN, "--workdir", "/", "--", "sh", "-c", "echo $CPOOL_WORKER", input="1\n" * 3)
+        assert set(said.split()) == {"w1"}
+        ok("host", "rm", "w1")
+        assert ok("host", "ls", "-q").split() == ["w0"]
+        ok("down")
+    wait_until(lambda: not agents(tmp_path))
+
+
+@pytest.mark.needs("root", "sshd", "ssh-keygen")
+def test_another_host_key_and_no_host_key_are_refused(servers: list[int], pool: Path, tmp_path: Path) -> None:
+    address = f"root@127.0.0.1:{servers[0]}"
+    refused = cp("host", "add", "w0", address, "--identity", tmp_path / "key", stdin=subprocess.DEVNULL)
+    assert refused.returncode == 1 and "was not accepted" in refused.stderr and ok("host", "ls").count("\n") == 1
+    ok("host", "add", "w0", address, "--identity", tmp_path / "key", "--yes")
+    other = (tmp_path / "server1" / "host.pub").read_text().split()
+    (pool / "known_hosts").write_text(f"w0 {other[0]} {other[1]}\n")
+    with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
+        wait_until(lambda: "host key of 'w0' has changed" in cp("nodes").stdout)
+        (pool / "known_hosts").write_text("")
+        wait_until(lambda: "no host key of 'w0' is known" in cp("nodes").stdout)
+        controller.terminate()
+    assert not list((tmp_path / "server0").glob(".cache")), "nothing was done there"
+
+
+@pytest.mark.needs("root", "fuse", "runc", "busybox")
+def test_a_job_runs_in_an_image(image: Path, controller: object) -> None:
+    number = ok(
+        "submit",
+        "--image",
+        "b:1",
+        "-e",
+        "A=1",
+        "--memory",
+        "64M",
+        "--",
+        "sh",
+        "-c",
+        "echo $A $CPOOL_JOB; ls /bin/busybox; exit 4",
+    ).strip()
+    assert cp("wait", number).returncode == 4
+    assert cp("logs", number).stdout == f"1 {number}\n/bin/busybox\n"
+    assert cp("submit", "--image", "absent:1", "--", "true").returncode == 4
+
+
+# Parts.
+
+
+@given(
+    st.lists(st.one_of(st.dictionaries(st.text(), st.integers()), st.binary(max_size=100)), max_size=8),
+    st.lists(st.integers(1, 9), max_size=50),
+)
+def test_frames_come_back_however_they_are_cut(sent: list[object], cuts: list[int]) -> None:
+    data = b"".join(
+        frames.answer(n, one) if isinstance(one, bytes) else frames.message("x", value=one) for n, one in enumerate(sent)
+    )
+    reader, found = frames.Reader(), []
+    for size in [*cuts, len(data) + 1]:
+        piece, data = data[:size], data[size:]
+        found += list(reader.feed(piece))
+    wanted = [(2, (n, one)) if isinstance(one, bytes) else (1, {"is": "x", "value": one}) for n, one in enumerate(sent)]
+    assert found == wanted
+
+
+@given(st.binary(min_size=5, max_size=40))
+def test_bytes_that_are_no_frame_are_an_error_and_nothing_else(data: bytes) -> None:
+    try:
+        list(frames.Reader().feed(data))
+    except frames.FrameError:
+        pass
+
+
+def machine(name: str, cpus: float, gpus: int = 0, **more: object) -> Worker:
+    return Worker(name, cpus, 64 << 30, gpus, cpus, 64 << 30, gpus, **more)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 16), st.integers(0, 2)), max_size=6),
+    st.lists(st.tuples(st.sampled_from([0.5, 1, 2, 7, 16]), st.integers(0, 40), st.integers(0, 2)), max_size=60),
+)
+def test_nothing_is_given_that_is_not_there(workers: list[tuple[int, int]], needs: list[tuple[float, int, int]]) -> None:
+    placement = Placement([machine(str(n), cpus, gpus) for n, (cpus, gpus) in enumerate(workers)])
+    for cpus, memory, gpus in needs:
+        need = Need(cpus, memory << 30, gpus)
+        could = [one.name for one in placement.workers if one.fits(need) and not one.is_kept]
+        found = placement.choose(need)
+        assert (found is not None) == bool(could), "what fits somewhere is placed"
+    assert all(one.cpus > -1e-6 and one.memory >= 0 and one.gpus >= 0 for one in placement.workers)
+
+
+def test_jobs_fill_what_is_nearly_full_and_keep_off_gpus() -> None:
+    small, large, gpu = machine("small", 2), machine("large", 16), machine("gpu", 4, 4)
+    placement = Placement([large, gpu, small])
+    names = [found.name for _ in range(3) if (found := placement.choose(Need(1.0)))]
+    assert names == ["small", "small", "large"]
+    assert placement.choose(Need(1.0, gpus=1)) is gpu
+    plain = machine("plain", 8)
+    assert Placement([*(machine(f"g{n}", 4, 1) for n in range(100)), plain]).choose(Need(1.0)) is plain
+
+
+def test_small_jobs_pass_a_large_one_for_a_time_only() -> None:
+    def turn(waited_s: float) -> list[str | None]:
+        one = machine("w", 4)
+        one.take(Need(2.0))
+        placement = Placement([one])
+        chosen = [placement.choose(Need(4.0), waited_s), placement.choose(Need(1.0), 0)]
+        return [found.name if found else None for found in chosen]
+
+    assert turn(1) == [None, "w"] and turn(100) == [None, None]
+    assert why_not(Need(1.0), [machine("w", 4, reason="is lost")]) == "no worker is ready: w is lost"
+    assert why_not(Need(9.0), [machine("w", 4)]) == "no worker fits: needs 9 CPUs, the largest has 4"
+
+
+def test_a_job_log_of_another_run_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("head\n1\tw\t0\t0\t0\t0\t0\t0\ttrue\n2\tw\t0\t0\t0\t0\t1\t0\tfalse\n3\tw\t0\n")
+    assert mapping.already_done(str(tmp_path / "log"), failed_too=True) == {1, 2}
+    assert mapping.already_done(str(tmp_path / "log"), failed_too=False) == {1}
+    assert mapping.already_done(str(tmp_path / "none"), failed_too=True) == set()
+
+
+def test_a_zombies_late_result_is_refused(pool: Path) -> None:
+    """Of the attempt before, whose worker was thought lost."""
+    from pool.controller import Controller
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool))
+        remote = held.remotes["local"]
+        number = held.state.submit(
+            {
+                "command": ["true"],
+                "image": "",
+                "cpus": 1,
+                "memory": 0,
+                "gpus": 0,
+                "retries": 0,
+                "env": {},
+                "cwd": "",
+                "timeout_s": 0,
+            }
+        )
+        one = held.state.job(number)
+        held.jobs[number] = one
+        held.state.change(one, state=state.RUNNING, worker="local", attempt=2)
+        remote.jobs[number] = one
+        end = {
+            "is": "done",
+            "id": number,
+            "code": 9,
+            "wall_s": 1,
+            "cpu_s": 1,
+            "memory": 1,
+            "out": base64.b64encode(b"old").decode(),
+            "err": "",
+        }
+        held._heed(remote, {**end, "attempt": 1})
+        assert held.state.job(number).state == state.RUNNING and held.state.output(number) is None
+        held._heed(remote, {**end, "attempt": 2, "code": 0})
+        held._heed(remote, {**end, "attempt": 2, "code": 5})
+        assert (held.state.job(number).state, held.state.job(number).code) == (state.FINISHED, 0)
+        held.state.commit()
+        held.state.close()
