@@ -85,7 +85,7 @@ def change_host(**fields: Any) -> None:
     with state.locked(directory(), wait_s=5):
         found = state.State(directory())
         if fields["what"] != "remove":
-            found.put_host(fields["name"], fields["address"], fields["state"])
+            found.put_host(fields["name"], fields["address"], fields["state"], fields["labels"])
         elif not found.remove_host(fields["name"]):
             raise NotFound(f"no host {fields['name']!r}", hint="cpool host ls")
         found.commit()
@@ -102,13 +102,13 @@ def set_host_state(name: str, state: str) -> None:
     """Raises NotFound."""
     from cafs.errors import NotFound
 
-    row = next((one for one in hosts() if one["name"] == name), {"address": ""} if name == "local" else None)
+    row = next((one for one in hosts() if one["name"] == name), {"address": "", "labels": []} if name == "local" else None)
     if row is None:
         raise NotFound(f"no host {name!r}", hint="cpool host ls")
-    change_host(what="put", name=name, address=row["address"], state=state)
+    change_host(what="put", name=name, address=row["address"], state=state, labels=row["labels"])
 
 
-def add_host(name: str, address: str | None, identity: str | None, *, is_sure: bool) -> None:
+def add_host(name: str, address: str | None, identity: str | None, labels: tuple[str, ...], *, is_sure: bool) -> None:
     """Its host key is shown, and pinned if the user agrees.  Raises CafsError."""
     from cafs.errors import CafsError, UsageError
 
@@ -117,7 +117,7 @@ def add_host(name: str, address: str | None, identity: str | None, *, is_sure: b
     if address is None:
         if name != "local":
             raise UsageError(f"where is {name!r}?", hint=f"cpool host add {name} [USER@]HOST[:PORT]")
-        return change_host(what="put", name=name, address="", state="ready")
+        return change_host(what="put", name=name, address="", state="ready", labels=labels)
     from pool import ssh
 
     whole = address + (f"?{os.path.abspath(identity)}" if identity else "")
@@ -126,7 +126,7 @@ def add_host(name: str, address: str | None, identity: str | None, *, is_sure: b
     if not is_sure and not (sys.stdin.isatty() and click.confirm("Is that so?", err=True)):
         raise CafsError("the host key was not accepted", hint="--yes, if it is the right one")
     ssh.pin(directory(), name, key)
-    change_host(what="put", name=name, address=whole, state="ready")
+    change_host(what="put", name=name, address=whole, state="ready", labels=labels)
 
 
 def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tuple[str, ...], **given: Any) -> dict[str, Any]:
@@ -152,6 +152,10 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "retries": given["retries"],
         "requeue": not given["no_requeue"],
         "name": given.get("name", ""),
+        "queue_s": given["queue_timeout"],
+        "constraint": sorted(given["labels"]),
+        "exclude": sorted(given["exclude"]),
+        "after": sorted(given.get("after", ())),
     }
 
 
@@ -165,13 +169,18 @@ def _digest(name: str) -> str:
 
 
 def numbers(text: str | None) -> range:
-    """Of --array N-M; one, 0, without."""
+    """Of --array N-M[%L]; one, 0, without."""
     if text is None:
         return range(1)
-    match = re.fullmatch("([0-9]{1,7})-([0-9]{1,7})", text)
+    match = re.fullmatch("([0-9]{1,7})-([0-9]{1,7})(?:%[1-9][0-9]{0,6})?", text)
     if not match or int(match[2]) < int(match[1]) or int(match[2]) - int(match[1]) >= _ARRAY_MAX:
         raise click.UsageError(f"--array {text!r} is not N-M")
     return range(int(match[1]), int(match[2]) + 1)
+
+
+def at_once(text: str) -> int:
+    """L of it, 0 without."""
+    return int(text.partition("%")[2] or 0)
 
 
 def exit_code(job: dict[str, Any]) -> int:

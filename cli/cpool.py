@@ -51,6 +51,11 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
             click.option("--timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="End it after so many seconds."),
             click.option("--retries", type=click.IntRange(0), default=0, help="How often it is tried again if it fails (0)."),
             click.option("--no-requeue", is_flag=True, help="Do not start it again if its worker is lost."),
+            click.option(
+                "--queue-timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="Cancel it if it waits longer."
+            ),
+            click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone."),
+            click.option("--exclude", multiple=True, metavar="NAME", help="Not on this worker."),
             click.option("--priority", type=int, default=0, help="Those of higher priority go first (0)."),
         )
     ):
@@ -101,14 +106,17 @@ def down(grace_s: float) -> int:
 @click.option("--key", metavar="KEY", help="Submitted once: the same key again is the same job.")
 @click.option("--name", default="", metavar="TEXT", help="What to call it.")
 @click.option("--hold", is_flag=True, help="Do not start it before `release`.")
-@click.option("--array", metavar="N-M", help="A job for each number, which is CPOOL_INDEX.")
+@click.option("--array", metavar="N-M[%L]", help="A job for each number, which is CPOOL_INDEX; L at once.")
+@click.option("--after", "after", type=int, multiple=True, metavar="JOB", help="When that job has ended well.")
 @quiet_option(used=False)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(key: str | None, name: str, hold: bool, array: str | None, **given: Any) -> int:
+def submit(key: str | None, hold: bool, array: str | None, **given: Any) -> int:
     """Put a job into the queue, and print its number."""
-    spec = asking.spec(name=name, **given)
+    numbers, spec = asking.numbers(array), asking.spec(**given)
+    if array:
+        spec |= {"array": int.from_bytes(os.urandom(6), "big"), "at_once": asking.at_once(array)}
     jobs = []
-    for index in asking.numbers(array):
+    for index in numbers:
         own = f"{key}-{index}" if key and array else key
         jobs.append({"spec": {**spec, "index": index}, "key": own, "hold": hold, "priority": given["priority"]})
     for number in asking.submit(jobs):
@@ -253,11 +261,12 @@ def host() -> None:
 @click.argument("name")
 @click.argument("address", metavar="[[USER@]HOST[:PORT]]", required=False)
 @click.option("--identity", metavar="FILE", help="The key to log in with.")
+@click.option("--label", "labels", multiple=True, metavar="LABEL", help="What jobs may ask for by --constraint.")
 @click.option("--yes", "is_sure", is_flag=True, help="Take the host key that is shown there.")
 @quiet_option(used=False)
-def host_add(name: str, address: str | None, identity: str | None, is_sure: bool) -> int:
+def host_add(name: str, address: str | None, identity: str | None, labels: tuple[str, ...], is_sure: bool) -> int:
     """Add a machine that is reached by SSH, or this one: local."""
-    asking.add_host(name, address, identity, is_sure=is_sure)
+    asking.add_host(name, address, identity, labels, is_sure=is_sure)
     return 0
 
 

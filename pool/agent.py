@@ -12,11 +12,10 @@ import fcntl
 import os
 import selectors
 import signal
-import socket
-import sys
 import time
 
 from pool import frames, machine
+from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
 
 TYPE_CHECKING = False
@@ -25,20 +24,8 @@ if TYPE_CHECKING:
 
 REPORT_S = 2.0
 ALONE_S = 600.0
-_PIECE = 1 << 18
-_UNSENT_MAX = 32 << 20
 _READ_MAX = 1 << 20
 _SET_CHILD_SUBREAPER = 36
-
-
-class _Peer:
-    """A connection.  is_trusted: it has said hello, and may command."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.reader = frames.Reader()
-        self.unsent = bytearray()
-        self.is_trusted = False
 
 
 class Agent:
@@ -51,7 +38,7 @@ class Agent:
         self.epoch = _number(os.path.join(directory, "epoch"))
         self.jobs: dict[tuple[int, int], Job] = {}
         self.by_pid: dict[int, Job] = {}
-        self.peers: list[_Peer] = []
+        self.peers: Peers
         self.selector = selectors.DefaultSelector()
         self.sequence = 0
         self.is_leaving = False
@@ -66,14 +53,13 @@ class Agent:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.selector.register(wake, selectors.EVENT_READ, lambda _: self._drain(wake))
-        listener = _listen(self.directory)
-        self.selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
+        self.peers = Peers(self.directory, self.selector, self._obey)
         for job in found_in(jobs):
             self.jobs[job.key] = job
             self._adopt(job)
         while not self.is_leaving:
             for key, events in self.selector.select(self._wait_s()):
-                key.data(events) if not isinstance(key.data, _Peer) else self._serve(key.data, events)
+                key.data(events)
             self._reap()
             self._mind_time()
 
@@ -112,7 +98,7 @@ class Agent:
         job = Job(os.path.join(self.directory, "jobs", f"{int(asked['id'])}.{int(asked['attempt'])}"), asked)
         known = self.jobs.get(job.key)
         if known:
-            self._say("running", id=job.id, attempt=job.attempt) if not known.ended else self._say_done(known)
+            self.peers.say("running", id=job.id, attempt=job.attempt) if not known.ended else self._say_done(known)
             return
         self.jobs[job.key] = job
         try:
@@ -124,7 +110,7 @@ class Agent:
                 file.write(f"cpool-agent: cannot start: {error}\n")
             self._ended(job, 126)
             return
-        self._say("running", id=job.id, attempt=job.attempt)
+        self.peers.say("running", id=job.id, attempt=job.attempt)
 
     def _reap(self) -> None:
         while True:
@@ -157,7 +143,7 @@ class Agent:
         if found["out_size"] + found["err_size"] <= keep:
             for stream in ("out", "err"):
                 found[stream] = base64.b64encode(job.read(stream, 0, keep)).decode() if found[f"{stream}_size"] else ""
-        self._say("done", **found)
+        self.peers.say("done", **found)
 
     def _mind_time(self) -> None:
         now = time.monotonic()
@@ -170,7 +156,7 @@ class Agent:
         if now >= self._next_report:
             self._next_report = now + REPORT_S
             self._report()
-        if self.peers or any(not job.ended for job in self.jobs.values()):
+        if self.peers.all or any(not job.ended for job in self.jobs.values()):
             self._alone_since = now
         elif now >= self._alone_since + ALONE_S:
             self.is_leaving = True
@@ -179,63 +165,11 @@ class Agent:
         self.sequence += 1
         images = "" if machine.runner() else "no crun"
         running = sum(not job.ended for job in self.jobs.values())
-        self._say("report", sequence=self.sequence, running=running, images=images, **machine.report(self.directory))
+        self.peers.say("report", sequence=self.sequence, running=running, images=images, **machine.report(self.directory))
 
-    # Peers.
+    # Controllers.
 
-    def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        connection.setblocking(False)
-        peer = _Peer(connection)
-        self.peers.append(peer)
-        self.selector.register(connection, selectors.EVENT_READ, peer)
-
-    def _serve(self, peer: _Peer, events: int) -> None:
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._send(peer, b"")
-            if events & selectors.EVENT_READ:
-                data = peer.socket.recv(_PIECE)
-                if not data:
-                    raise ConnectionResetError
-                for kind, body in peer.reader.feed(data):
-                    if kind == frames.JSON:
-                        self._obey(peer, body)
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not isinstance(error, OSError):
-                print(f"a controller said what cannot be understood: {error!r}", file=sys.stderr, flush=True)
-            self._drop(peer)
-
-    def _drop(self, peer: _Peer) -> None:
-        if peer in self.peers:
-            self.peers.remove(peer)
-            self.selector.unregister(peer.socket)
-            peer.socket.close()
-
-    def _say(self, kind: str, **fields: Any) -> None:
-        """To all who command."""
-        frame = frames.message(kind, **fields)
-        for peer in [one for one in self.peers if one.is_trusted]:
-            self._send(peer, frame)
-
-    def _send(self, peer: _Peer, frame: bytes) -> None:
-        peer.unsent += frame
-        try:
-            sent = peer.socket.send(peer.unsent[: 1 << 20])
-            del peer.unsent[:sent]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self._drop(peer)
-        if len(peer.unsent) > _UNSENT_MAX:
-            return self._drop(peer)  # who reads nothing is not there
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
-        if peer in self.peers and self.selector.get_key(peer.socket).events != wanted:
-            self.selector.modify(peer.socket, wanted, peer)
-
-    def _obey(self, peer: _Peer, said: dict[str, Any]) -> None:
+    def _obey(self, peer: Peer, said: dict[str, Any]) -> None:
         kind = said["is"]
         if kind == "hello":
             return self._greet(peer, said)
@@ -257,45 +191,28 @@ class Agent:
             job = self.jobs.get((int(said["id"]), int(said["attempt"])))
             size = min(int(said["size"]), _READ_MAX)
             data = job.read(str(said["stream"]), int(said["offset"]), size) if job else b""
-            self._send(peer, frames.answer(int(said["request"]), data))
+            self.peers.send(peer, frames.answer(int(said["request"]), data))
         elif kind == "leave":
             self.is_leaving = not any(not job.ended for job in self.jobs.values())
 
-    def _greet(self, peer: _Peer, said: dict[str, Any]) -> None:
+    def _greet(self, peer: Peer, said: dict[str, Any]) -> None:
         epoch = int(said["epoch"])
         is_mine = said["pool"] == self.pool and said["worker"] == self.worker and said["protocol"] == frames.PROTOCOL
         if not is_mine or epoch < self.epoch:
-            self._send(peer, frames.message("fenced", epoch=self.epoch, protocol=frames.PROTOCOL))
+            self.peers.send(peer, frames.message("fenced", epoch=self.epoch, protocol=frames.PROTOCOL))
             return
         if epoch > self.epoch:
             self.epoch = epoch
             _note(os.path.join(self.directory, "epoch"), epoch)
-            for other in [one for one in self.peers if one.is_trusted]:
-                self._drop(other)
+            self.peers.drop_trusted()
         peer.is_trusted = True
         fields = {"protocol": frames.PROTOCOL, "build": self.build, "pool": self.pool, "worker": self.worker}
         known = [{"id": job.id, "attempt": job.attempt, "ended": bool(job.ended)} for job in self.jobs.values()]
-        self._send(peer, frames.message("hello", boot_id=machine.boot_id(), jobs=known, **fields))
+        self.peers.send(peer, frames.message("hello", boot_id=machine.boot_id(), jobs=known, **fields))
         self._report()
         for job in self.jobs.values():
             if job.ended:
                 self._say_done(job)
-
-
-def _listen(directory: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    path = f"/proc/self/fd/{here}/socket"  # however long the path is
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    listener.bind(path)
-    os.chmod(path, 0o600)
-    os.close(here)
-    listener.listen(16)
-    listener.setblocking(False)
-    return listener
 
 
 def _number(path: str) -> int:

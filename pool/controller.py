@@ -6,18 +6,16 @@ cpool-agent(7), cpool-state(5).  What is to be said in a turn waits in a list un
 from __future__ import annotations
 
 import os
-import queue
 import random
 import selectors
 import signal
-import socket
-import threading
 import time
 
-from cafs.errors import CafsError
 from pool import frames, links, outputs, requests, state, workers
 from pool.placement import Placement
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
+from pool.turns import Turns
+from pool.wires import Wires
 from pool.workers import Remote, need_of
 
 TYPE_CHECKING = False
@@ -31,7 +29,6 @@ _TICK_S = 1.0
 _PLACING_S = 0.02
 _LOSSES_MAX = 3
 _BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
-_PIECE = 1 << 18
 GRACE_S = 10.0
 KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
@@ -50,12 +47,13 @@ class Controller:
         self.queue: list[Job] = []
         self.remotes: dict[str, Remote] = {}
         self.outputs = outputs.Outputs(self)
+        answered, lost = self.outputs.answered, self.outputs.lost
+        self.wires = Wires(directory, self.pool, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
         self.is_ending = self._is_leaving = False
-        self._not_before: dict[int, float] = {}
+        self.turns = Turns(self.state)
+        self._look_at_queue = 0.0
         self._to_say: list[Callable[[], None]] = []
-        self._opened: queue.SimpleQueue[tuple[Remote, socket.socket | None, str]] = queue.SimpleQueue()
-        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.look_at_hosts()
         for job in self.jobs.values():
             if job.state in (STARTING, RUNNING) and job.worker in self.remotes:
@@ -70,7 +68,6 @@ class Controller:
         """Until SIGTERM or SIGINT, or a command ends it.  Jobs go on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.end())
-        self.selector.register(self._wake, selectors.EVENT_READ, lambda _: self._take_opened())
         listener = requests.listen(self.directory)
         self.selector.register(listener, selectors.EVENT_READ, lambda _: requests.accept(self, listener))
         try:
@@ -79,16 +76,14 @@ class Controller:
                 self.turn(_TICK_S)
         finally:
             self.turn(0)
-            for remote in self.remotes.values():
-                if remote.link:
-                    remote.link.close()
+            self.wires.close()
             os.unlink(os.path.join(self.directory, "socket"))
             self.state.close()
 
     def end(self) -> None:
         """Stop after this turn.  May be called by a signal handler."""
         self.is_ending = True
-        os.write(self._waker, b"x")
+        self.wires.wake()
 
     def leave(self, *, when_idle: bool) -> None:
         """End, and let agents without jobs end.  when_idle: not before all jobs have."""
@@ -100,9 +95,10 @@ class Controller:
 
     def turn(self, wait_s: float) -> None:
         """Hear, decide, write, say."""
-        for key, events in self.selector.select(0 if self._is_due() else wait_s):
+        for key, events in self.selector.select(0 if self.turns.is_due() else wait_s):
             key.data(events)
         self._mind_workers()
+        self._mind_queue()
         self._place()
         if self._is_leaving and not self.jobs and not self.is_ending:
             self.leave(when_idle=True)
@@ -115,113 +111,37 @@ class Controller:
         """Do it when what was decided is on disk."""
         self._to_say.append(one)
 
-    def _is_due(self) -> bool:
-        now = time.monotonic()
-        return any(when <= now for when in self._not_before.values())
-
     # Workers.
 
     def look_at_hosts(self) -> None:
         """What hosts there are may have changed.  A pool without any has this machine."""
-        rows = self.state.hosts() or [{"name": "local", "address": links.LOCAL, "state": "ready"}]
+        rows = self.state.hosts() or [{"name": "local", "address": links.LOCAL, "state": "ready", "labels": []}]
         for row in rows:
             known = self.remotes.get(row["name"])
             if known is None or known.address != row["address"]:
-                self.remotes[row["name"]] = Remote(row["name"], row["address"], is_draining=row["state"] != "ready")
+                is_draining = row["state"] != "ready"
+                self.remotes[row["name"]] = Remote(row["name"], row["address"], row["labels"], is_draining=is_draining)
             else:
-                known.is_draining = row["state"] != "ready"
+                known.is_draining, known.labels = row["state"] != "ready", frozenset(row["labels"])
         for name in set(self.remotes) - {row["name"] for row in rows}:
             gone = self.remotes.pop(name)
             self.send(gone, frames.message("leave"))
             for job in list(gone.jobs.values()):
                 self.lose(job, "its worker was removed")
-            self.say(lambda gone=gone: self._drop(gone, "removed"))  # type: ignore[misc]
+            gone.is_gone = True
+            self.say(lambda gone=gone: self.wires.drop(gone, "removed"))  # type: ignore[misc]
 
     def _mind_workers(self) -> None:
-        now = time.monotonic()
         for remote in self.remotes.values():
             if remote.state == workers.LOST and remote.jobs:
                 for job in list(remote.jobs.values()):
                     self.lose(job, f"worker {remote.name} was lost")
-                self._drop(remote, remote.problem or "no report came")
-            if remote.link is None and not remote.is_opening and now >= remote.try_after:
-                remote.is_opening = True
-                threading.Thread(target=self._open, args=(remote,), daemon=True).start()
-
-    def _open(self, remote: Remote) -> None:
-        """In a thread."""
-        try:
-            found: tuple[Remote, socket.socket | None, str] = (
-                remote,
-                links.open_link(self.directory, self.pool, remote.name, remote.address),
-                "",
-            )
-        except (CafsError, OSError) as error:
-            found = (remote, None, str(error))
-        self._opened.put(found)
-        os.write(self._waker, b"x")
-
-    def _take_opened(self) -> None:
-        try:
-            os.read(self._wake, 4096)
-        except BlockingIOError:
-            pass
-        while not self._opened.empty():
-            remote, link, problem = self._opened.get()
-            if link is None or self.remotes.get(remote.name) is not remote:
-                remote.failed(problem)
-                link.close() if link else None
-                continue
-            remote.connected(link)
-            self.selector.register(link, selectors.EVENT_READ, lambda events, remote=remote: self._hear(remote, events))
-            hello = {"protocol": frames.PROTOCOL, "pool": self.pool, "worker": remote.name, "epoch": self.epoch}
-            self._write(remote, frames.message("hello", **hello))
-
-    def _drop(self, remote: Remote, problem: str) -> None:
-        if remote.link:
-            self.selector.unregister(remote.link)
-        remote.failed(problem)
-        self.outputs.lost(remote)
+                self.wires.drop(remote, remote.problem or "no report came")
+            self.wires.open(remote)
 
     def send(self, remote: Remote, frame: bytes) -> None:
         """When this turn is on disk."""
-        self.say(lambda: self._write(remote, frame))
-
-    def _write(self, remote: Remote, frame: bytes) -> None:
-        if remote.link is None:
-            return
-        remote.unsent += frame
-        try:
-            sent = remote.link.send(remote.unsent[: 1 << 20])
-            del remote.unsent[:sent]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            return self._drop(remote, str(error))
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if remote.unsent else 0)
-        key = self.selector.get_key(remote.link)
-        if key.events != wanted:
-            self.selector.modify(remote.link, wanted, key.data)
-
-    def _hear(self, remote: Remote, events: int) -> None:
-        assert remote.link
-        if events & selectors.EVENT_WRITE:
-            self._write(remote, b"")
-        if remote.link is None or not events & selectors.EVENT_READ:
-            return
-        try:
-            data = remote.link.recv(_PIECE)
-            if not data:
-                raise ConnectionResetError("the connection has ended")
-            for kind, body in remote.reader.feed(data):
-                if kind == frames.BYTES:
-                    self.outputs.answered(*body)
-                else:
-                    self._heed(remote, body)
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._drop(remote, str(error))
+        self.say(lambda: self.wires.write(remote, frame))
 
     def _heed(self, remote: Remote, said: dict[str, Any]) -> None:
         """What an agent says.  Raises ValueError, KeyError, TypeError for nonsense."""
@@ -275,28 +195,41 @@ class Controller:
         """Put the queue in order."""
         self.queue = sorted((one for one in self.jobs.values() if one.state == QUEUED), key=lambda one: (-one.priority, one.id))
 
+    def _mind_queue(self) -> None:
+        """Once a second: what has waited for longer than it was to."""
+        if time.monotonic() < self._look_at_queue:
+            return
+        self._look_at_queue = time.monotonic() + _TICK_S
+        late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
+        for job in late:
+            self.finish(job, state.CANCELLED, "waited too long for a worker")
+        if late:
+            self.requeue()
+
     def _place(self) -> None:
         ready = [remote.free() for remote in self.remotes.values()] if self.queue else []
         if not any(not one.reason for one in ready):
             return
         placement, began, now = Placement(ready), time.monotonic(), time.time()
+        running = self.turns.running(self.jobs.values())
         started: dict[str, list[Job]] = {}
         left: list[Job] = []
         for number, job in enumerate(self.queue):
             if time.monotonic() - began > _PLACING_S:
                 left += self.queue[number:]
-                self.say(self._turn_again)
+                self.say(self.wires.wake)
                 break
             if job.state != QUEUED:
                 continue
-            if self._not_before.get(job.id, 0) > time.monotonic():
-                left.append(job)
+            if self.turns.waits(job, running):
+                left.append(job) if not self._is_hopeless(job) else None
                 continue
             chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
             if chosen is None:
                 left.append(job)
                 continue
-            self._not_before.pop(job.id, None)
+            if job.spec.get("at_once"):
+                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
             self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
             self.remotes[chosen.name].jobs[job.id] = job
             started.setdefault(chosen.name, []).append(job)
@@ -304,8 +237,12 @@ class Controller:
         for name, jobs in started.items():
             self._tell_to_start(self.remotes[name], jobs)
 
-    def _turn_again(self) -> None:
-        os.write(self._waker, b"x")
+    def _is_hopeless(self, job: Job) -> bool:
+        """Whether what it comes after has failed: then it ends here."""
+        failed = self.turns.failed_before(job) if job.spec.get("after") else 0
+        if failed:
+            self.finish(job, state.CANCELLED, f"job {failed}, after which it comes, has failed")
+        return bool(failed)
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
         asked = [requests.asked(job, remote.name) for job in jobs]
@@ -338,7 +275,7 @@ class Controller:
     def _again(self, job: Job, wait_s: float = 0.0) -> None:
         self.state.change(job, state=QUEUED, worker="")
         if wait_s:
-            self._not_before[job.id] = time.monotonic() + wait_s
+            self.turns.try_later(job, wait_s)
         self.requeue()
 
     def lose(self, job: Job, why: str) -> None:
@@ -359,7 +296,7 @@ class Controller:
         """It has ended.  Who waits for it is told."""
         self.state.change(job, state=how, reason=reason, finished_s=time.time())
         self.jobs.pop(job.id, None)
-        self._not_before.pop(job.id, None)
+        self.turns.forget(job)
         for client in list(self.clients.values()):
             client.ended(job)
 

@@ -25,12 +25,14 @@ _FEW, _LOOKED_AT = 4, 64
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job is to have for itself.  memory: bytes."""
+    """What a job is to have for itself.  memory: bytes.  labels: that its worker has; exclude: names that are not its own."""
 
     cpus: float = 1.0
     memory: int = 0
     gpus: int = 0
     images: bool = False
+    labels: frozenset[str] = frozenset()
+    exclude: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -45,18 +47,14 @@ class Worker:
     all_memory: int
     all_gpus: int
     images: bool = True
+    labels: frozenset[str] = frozenset()
     reason: str = ""
     version: int = 0
     is_kept: bool = False
 
     def fits(self, need: Need) -> bool:
         """Whether a job can be here now."""
-        return (
-            need.cpus <= self.cpus + 1e-9
-            and need.memory <= self.memory
-            and need.gpus <= self.gpus
-            and (self.images or not need.images)
-        )
+        return need.cpus <= self.cpus + 1e-9 and need.memory <= self.memory and need.gpus <= self.gpus and self.suits(need)
 
     def could_fit(self, need: Need) -> bool:
         """Whether it could if nothing else were here."""
@@ -64,8 +62,12 @@ class Worker:
             need.cpus <= self.all_cpus + 1e-9
             and need.memory <= self.all_memory
             and need.gpus <= self.all_gpus
-            and (self.images or not need.images)
+            and self.suits(need)
         )
+
+    def suits(self, need: Need) -> bool:
+        """Whether it is of the kind that a job wants, whatever is free."""
+        return (self.images or not need.images) and need.labels <= self.labels and self.name not in need.exclude
 
     def take(self, need: Need) -> None:
         """It is here now."""
@@ -161,6 +163,9 @@ def why_not(need: Need, workers: Iterable[Worker]) -> str:
         return f"no worker is ready: {found[0].name} {found[0].reason}" if found else "there is no worker"
     if need.images and not any(one.images for one in ready):
         return "no worker can run images"
+    ready = [one for one in ready if one.suits(need)]
+    if not ready:
+        return "no worker has the labels that it wants, or all are excluded"
     for what, wanted, most, show in (
         ("CPUs", need.cpus, max(one.all_cpus for one in ready), "{:g}".format),
         ("GB of memory", need.memory / 1e9, max(one.all_memory for one in ready) / 1e9, "{:.1f}".format),

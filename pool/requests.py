@@ -164,6 +164,8 @@ class Client:
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ids = []
     for one in said["jobs"]:
+        for number in one["spec"].get("after", []):
+            controller.state.job(number)  # it has to be there
         how = state.HELD if one.get("hold") else state.QUEUED
         number = controller.state.submit(check(one["spec"]), one.get("key"), int(one.get("priority", 0)), how)
         ids.append(number)
@@ -177,7 +179,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, tuple[Any, Any]] = {
         "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
         "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
-        "array": (int, 0), "index": (int, 0), "requeue": (bool, True),
+        "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
+        "after": (list, []), "constraint": (list, []), "exclude": (list, []),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -186,7 +189,9 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     for name, (kind, _) in kinds.items():
         if not isinstance(found[name], kind) or (isinstance(found[name], int | float) and found[name] < 0):
             raise UsageError(f"a job's {name} cannot be {found[name]!r}")
-    words = [*found["command"], *found["env"], *found["env"].values()]
+    if not all(type(number) is int for number in found["after"]):
+        raise UsageError("a job comes after numbers of jobs")
+    words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise UsageError("a job's command is a list of words")
     return found
@@ -213,7 +218,7 @@ def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     found = job.shown()
     if job.state == state.QUEUED:
         free = [one.free() for one in controller.remotes.values()]
-        found["waits"] = why_not(need_of(job.spec), free)
+        found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or why_not(need_of(job.spec), free)
     client.answer({"job": found})
 
 
@@ -245,7 +250,8 @@ def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None
         if not controller.state.remove_host(said["name"]):
             raise CafsError(f"no host {quote(said['name'])}")
     else:
-        controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"))
+        labels = [str(label) for label in said.get("labels", [])]
+        controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"), labels)
     controller.look_at_hosts()
     client.answer({"done": True})
 

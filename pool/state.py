@@ -27,7 +27,9 @@ ENDED = (FINISHED, CANCELLED)
 _NETWORKED = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "lustre", "glusterfs")
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE hosts (name TEXT PRIMARY KEY, address TEXT NOT NULL, state TEXT NOT NULL, added_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE hosts (
+  name TEXT PRIMARY KEY, address TEXT NOT NULL, state TEXT NOT NULL, labels TEXT NOT NULL, added_s REAL NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE jobs (
   id INTEGER PRIMARY KEY, key TEXT UNIQUE, spec TEXT NOT NULL, digest TEXT NOT NULL, state TEXT NOT NULL,
   priority INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
@@ -129,10 +131,12 @@ class State:
     # Hosts.
 
     def hosts(self) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._do("SELECT * FROM hosts ORDER BY name")]
+        rows = [dict(row) for row in self._do("SELECT * FROM hosts ORDER BY name")]
+        return [{**row, "labels": json.loads(row["labels"])} for row in rows]
 
-    def put_host(self, name: str, address: str, state: str = "ready") -> None:
-        self._do("INSERT OR REPLACE INTO hosts VALUES (?, ?, ?, ?)", [name, address, state, time.time()])
+    def put_host(self, name: str, address: str, state: str = "ready", labels: Iterable[str] = ()) -> None:
+        values = [name, address, state, json.dumps(sorted(labels)), time.time()]
+        self._do("INSERT OR REPLACE INTO hosts VALUES (?, ?, ?, ?, ?)", values)
 
     def remove_host(self, name: str) -> bool:
         return self._do("DELETE FROM hosts WHERE name = ?", [name]).rowcount > 0

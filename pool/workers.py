@@ -10,6 +10,7 @@ from pool.placement import Need, Worker
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterable
     from typing import Any
 
     from pool.state import Job
@@ -22,12 +23,13 @@ CONNECTING, READY, SUSPECT, LOST = "connecting", "ready", "suspect", "lost"
 class Remote:
     """name, address: of the host.  link: None while there is none.  jobs: what we have put there and has not ended, by id."""
 
-    def __init__(self, name: str, address: str, *, is_draining: bool) -> None:
+    def __init__(self, name: str, address: str, labels: Iterable[str] = (), *, is_draining: bool) -> None:
         self.name = name
+        self.labels = frozenset(labels)
         self.address = address
         self.is_draining = is_draining
         self.link: socket.socket | None = None
-        self.is_opening = False
+        self.is_opening = self.is_gone = False
         self.has_greeted = False
         self.reader = frames.Reader()
         self.unsent = bytearray()
@@ -92,6 +94,7 @@ class Remote:
             int(report["memory"]),
             int(report["gpus"]),
             images=not report["images"],
+            labels=self.labels,
             reason=self.reason,
         )
         for job in self.jobs.values():
@@ -107,6 +110,7 @@ class Remote:
             "address": self.address or "local",
             "state": state,
             "jobs": len(self.jobs),
+            "labels": sorted(self.labels),
             "free_cpus": round(free.cpus, 3),
             "reason": self.problem,
             **{name: value for name, value in self.report.items() if name != "running"},
@@ -115,4 +119,5 @@ class Remote:
 
 def need_of(spec: dict[str, Any]) -> Need:
     """What a job is to have for itself."""
-    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), bool(spec["image"]))
+    labels, exclude = (frozenset(spec.get(name, ())) for name in ("constraint", "exclude"))
+    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), bool(spec["image"]), labels, exclude)

@@ -166,6 +166,35 @@ def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
     assert [json.loads(line)["id"] for line in ok("jobs", "--json").splitlines()] == [int(large)]
 
 
+def test_jobs_come_after_others_and_end_if_those_fail(controller: object, tmp_path: Path) -> None:
+    first = ok("submit", *PLAIN, "--hold", "--", "true").strip()
+    second = ok("submit", *PLAIN, "--after", first, "--", "sh", "-c", f"touch {tmp_path}/second; exit 1").strip()
+    third = ok("submit", *PLAIN, "--after", first, "--after", second, "--", "touch", tmp_path / "third").strip()
+    assert job(second)["waits"] == f"comes after job {first}"
+    ok("release", first)
+    assert cp("wait", second).returncode == 1 and cp("wait", third).returncode == 143
+    assert job(third)["reason"] == f"job {second}, after which it comes, has failed" and not (tmp_path / "third").exists()
+    assert cp("submit", *PLAIN, "--after", "99", "--", "true").returncode == 4
+
+
+def test_only_so_many_of_an_array_run_at_once(controller: object, tmp_path: Path) -> None:
+    script = f"mkdir {tmp_path}/$CPOOL_INDEX; ls -d {tmp_path}/[0-9] | wc -l; sleep 0.05; rmdir {tmp_path}/$CPOOL_INDEX"
+    numbers = ok("submit", *PLAIN, "--cpus", "0.1", "--array", "1-8%2", "--", "sh", "-c", script).split()
+    assert cp("wait", *numbers).returncode == 0
+    assert {int(cp("logs", number).stdout) for number in numbers} == {1, 2}
+
+
+def test_a_job_goes_only_where_it_may_and_does_not_wait_for_ever(controller: object) -> None:
+    ok("host", "add", "local", "--label", "fast", "--label", "near")
+    assert (
+        cp("wait", ok("submit", *PLAIN, "--constraint", "fast", "--constraint", "near", "--", "true").strip()).returncode == 0
+    )
+    for flags in (("--constraint", "far"), ("--exclude", "local")):
+        number = ok("submit", *PLAIN, *flags, "--queue-timeout", "0.2", "--", "true").strip()
+        assert job(number)["waits"] == "no worker has the labels that it wants, or all are excluded"
+        assert cp("wait", number).returncode == 143 and job(number)["reason"] == "waited too long for a worker"
+
+
 def test_without_a_controller_jobs_are_queued_and_the_next_one_runs_them(pool: Path) -> None:
     done = cp("submit", *PLAIN, "--array", "3-5", "--", "sh", "-c", "echo $CPOOL_INDEX")
     assert done.stdout == "1\n2\n3\n" and "queued; no controller runs" in done.stderr

@@ -1,0 +1,79 @@
+"""Whose turn a job is: jobs that come after others, arrays of which only so many run at once, tries that come later."""
+
+from __future__ import annotations
+
+import time
+
+from pool.state import ENDED, RUNNING, STARTING
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pool.state import Job, State
+
+
+class Turns:
+    """What is known of the jobs that a job comes after, and of when one may be tried again."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._not_before: dict[int, float] = {}
+        self._good: set[int] = set()
+
+    def try_later(self, job: Job, wait_s: float) -> None:
+        """Not before so many seconds from now."""
+        self._not_before[job.id] = time.monotonic() + wait_s
+
+    def forget(self, job: Job) -> None:
+        """It has ended."""
+        self._not_before.pop(job.id, None)
+
+    def is_due(self) -> bool:
+        """Whether the time of one has come that had to wait."""
+        now = time.monotonic()
+        return any(when <= now for when in self._not_before.values())
+
+    def running(self, jobs: Iterable[Job]) -> dict[int, int]:
+        """How many of each array that has a limit run."""
+        found: dict[int, int] = {}
+        for job in jobs:
+            if job.spec.get("at_once") and job.state in (STARTING, RUNNING):
+                found[job.spec["array"]] = found.get(job.spec["array"], 0) + 1
+        return found
+
+    def waits(self, job: Job, running: dict[int, int]) -> bool:
+        """Whether it is not its turn yet."""
+        if self._not_before.get(job.id, 0) > time.monotonic():
+            return True
+        self._not_before.pop(job.id, None)
+        limit = job.spec.get("at_once")
+        if limit and running.get(job.spec["array"], 0) >= limit:
+            return True
+        return any(not self._is_good(number) for number in job.spec.get("after", ()))
+
+    def failed_before(self, job: Job) -> int:
+        """The job that it comes after and that has failed; 0 if none has."""
+        for number in job.spec.get("after", ()):
+            if number not in self._good:
+                other = self._state.job(number)
+                if other.state in ENDED and (other.state != "finished" or other.code != 0):
+                    return other.id
+        return 0
+
+    def _is_good(self, number: int) -> bool:
+        """Whether a job has ended well; looked up once."""
+        if number in self._good:
+            return True
+        other = self._state.job(number)
+        if other.state == "finished" and other.code == 0:
+            self._good.add(number)
+            return True
+        return False
+
+    def why_not(self, job: Job) -> str:
+        """Why it is not its turn, in words; '' if it is."""
+        open_ones = [str(number) for number in job.spec.get("after", ()) if not self._is_good(number)]
+        if open_ones:
+            return f"comes after job {', '.join(open_ones)}"
+        return "is tried again in a moment" if job.id in self._not_before else ""

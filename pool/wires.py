@@ -1,0 +1,129 @@
+"""The controller's connections to agents: opened in threads, read and written by the loop, opened anew when they break."""
+
+from __future__ import annotations
+
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+
+from cafs.errors import CafsError
+from pool import frames, links
+from pool.workers import Remote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_PIECE = 1 << 18
+
+
+class Wires:
+    """directory, pool: as of links.open_link.  heed: what is done with an object that an agent says; answered: with bytes;
+    lost: when a connection has ended."""
+
+    def __init__(
+        self,
+        directory: str,
+        pool: str,
+        epoch: int,
+        selector: selectors.DefaultSelector,
+        heed: Callable[[Remote, dict[str, Any]], None],
+        answered: Callable[[int, bytes], None],
+        lost: Callable[[Remote], None],
+    ) -> None:
+        self._directory, self._pool, self._epoch, self._selector = directory, pool, epoch, selector
+        self._heed, self._answered, self._lost = heed, answered, lost
+        self._opened: queue.SimpleQueue[tuple[Remote, socket.socket | None, str]] = queue.SimpleQueue()
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        selector.register(self._wake, selectors.EVENT_READ, lambda _: self._take_opened())
+
+    def wake(self) -> None:
+        """Let the loop turn at once.  May be called by threads and signal handlers."""
+        try:
+            os.write(self._waker, b"x")
+        except BlockingIOError:
+            pass  # it will
+
+    def open(self, remote: Remote) -> None:
+        """Begin to connect, if it is time for that."""
+        if remote.link is None and not remote.is_opening and time.monotonic() >= remote.try_after:
+            remote.is_opening = True
+            threading.Thread(target=self._open, args=(remote,), daemon=True).start()
+
+    def _open(self, remote: Remote) -> None:
+        """In a thread."""
+        try:
+            link = links.open_link(self._directory, self._pool, remote.name, remote.address)
+            self._opened.put((remote, link, ""))
+        except (CafsError, OSError) as error:
+            self._opened.put((remote, None, str(error)))
+        self.wake()
+
+    def _take_opened(self) -> None:
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+        while not self._opened.empty():
+            remote, link, problem = self._opened.get()
+            if link is None or remote.is_gone:
+                remote.failed(problem)
+                link.close() if link else None
+                continue
+            remote.connected(link)
+            self._selector.register(link, selectors.EVENT_READ, lambda events, remote=remote: self._hear(remote, events))
+            hello = {"protocol": frames.PROTOCOL, "pool": self._pool, "worker": remote.name, "epoch": self._epoch}
+            self.write(remote, frames.message("hello", **hello))
+
+    def drop(self, remote: Remote, problem: str) -> None:
+        """End a connection; it is tried again."""
+        if remote.link:
+            self._selector.unregister(remote.link)
+        remote.failed(problem)
+        self._lost(remote)
+
+    def write(self, remote: Remote, frame: bytes) -> None:
+        """Now, or as soon as it takes more."""
+        if remote.link is None:
+            return
+        remote.unsent += frame
+        try:
+            sent = remote.link.send(remote.unsent[: 1 << 20])
+            del remote.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            return self.drop(remote, str(error))
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if remote.unsent else 0)
+        key = self._selector.get_key(remote.link)
+        if key.events != wanted:
+            self._selector.modify(remote.link, wanted, key.data)
+
+    def _hear(self, remote: Remote, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self.write(remote, b"")
+        if remote.link is None or not events & selectors.EVENT_READ:
+            return
+        try:
+            data = remote.link.recv(_PIECE)
+            if not data:
+                raise ConnectionResetError("the connection has ended")
+            for kind, body in remote.reader.feed(data):
+                if kind == frames.BYTES:
+                    self._answered(*body)
+                else:
+                    self._heed(remote, body)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.drop(remote, str(error))
+
+    def close(self) -> None:
+        """All of them; and whoever opens one in a thread ends with the process."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
