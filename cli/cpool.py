@@ -196,16 +196,17 @@ def logs(number: int, follow: bool) -> int:
     offsets = {"out": 0, "err": 0}
     with asking.client() as client:
         while True:
-            ended = 0
+            ended = size = 0
             for stream, fd in (("out", 1), ("err", 2)):
                 found = client.ask("read", id=number, stream=stream, offset=offsets[stream])
                 data = base64.b64decode(found["data"])
                 atomic.write_all(fd, data)
-                offsets[stream] += len(data)
+                offsets[stream] = found["next"]
+                size += len(data)
                 ended += not data and (found["end"] or not follow)
             if ended == 2:
                 return 0
-            if not data:
+            if not size:
                 time.sleep(0.1)
 
 

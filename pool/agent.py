@@ -142,7 +142,7 @@ class Agent:
         keep = int(job.asked.get("keep", 0))
         if found["out_size"] + found["err_size"] <= keep:
             for stream in ("out", "err"):
-                found[stream] = base64.b64encode(job.read(stream, 0, keep)).decode() if found[f"{stream}_size"] else ""
+                found[stream] = base64.b64encode(job.read(stream, 0, keep)[0]).decode() if found[f"{stream}_size"] else ""
         self.peers.say("done", **found)
 
     def _mind_time(self) -> None:
@@ -156,6 +156,8 @@ class Agent:
         if now >= self._next_report:
             self._next_report = now + REPORT_S
             self._report()
+            for job in self.jobs.values():
+                job.shorten()
         if self.peers.all or any(not job.ended for job in self.jobs.values()):
             self._alone_since = now
         elif now >= self._alone_since + ALONE_S:
@@ -190,8 +192,9 @@ class Agent:
         elif kind == "read":
             job = self.jobs.get((int(said["id"]), int(said["attempt"])))
             size = min(int(said["size"]), _READ_MAX)
-            data = job.read(str(said["stream"]), int(said["offset"]), size) if job else b""
-            self.peers.send(peer, frames.answer(int(said["request"]), data))
+            offset = int(said["offset"])
+            data, following = job.read(str(said["stream"]), offset, size) if job else (b"", offset)
+            self.peers.send(peer, frames.answer(int(said["request"]), following, data))
         elif kind == "leave":
             self.is_leaving = not any(not job.ended for job in self.jobs.values())
 

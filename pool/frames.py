@@ -19,7 +19,7 @@ SIZE_MAX = 8 << 20
 GREETING = b"cpool-agent 1\n"
 GREETING_WITHIN = 64 << 10
 _HEAD = struct.Struct(">IB")
-_REQUEST = struct.Struct(">I")
+_REQUEST = struct.Struct(">IQ")
 
 
 class FrameError(ValueError):
@@ -32,9 +32,9 @@ def message(kind: str, **fields: Any) -> bytes:
     return _HEAD.pack(len(body) + 1, JSON) + body
 
 
-def answer(request: int, data: bytes) -> bytes:
-    """A frame of bytes."""
-    return _HEAD.pack(len(data) + _REQUEST.size + 1, BYTES) + _REQUEST.pack(request) + data
+def answer(request: int, next_offset: int, data: bytes) -> bytes:
+    """A frame of bytes.  next_offset: where what follows them is to be asked for."""
+    return _HEAD.pack(len(data) + _REQUEST.size + 1, BYTES) + _REQUEST.pack(request, next_offset) + data
 
 
 class Reader:
@@ -44,7 +44,7 @@ class Reader:
         self._held = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
-        """(JSON, object with a field 'is') or (BYTES, (request, data)).  Raises FrameError."""
+        """(JSON, object with a field 'is') or (BYTES, (request, next offset, data)).  Raises FrameError."""
         self._held += data
         while len(self._held) >= _HEAD.size:
             size, kind = _HEAD.unpack_from(self._held)
@@ -67,7 +67,8 @@ def _object(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _answered(body: bytes) -> tuple[int, bytes]:
+def _answered(body: bytes) -> tuple[int, int, bytes]:
     if len(body) < _REQUEST.size:
         raise FrameError("a frame of bytes answers nothing")
-    return int(_REQUEST.unpack_from(body)[0]), body[_REQUEST.size :]
+    request, next_offset = _REQUEST.unpack_from(body)
+    return int(request), int(next_offset), body[_REQUEST.size :]

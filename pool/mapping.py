@@ -205,8 +205,10 @@ class Map:
 
     def _output(self, number: int, stream: str) -> bytes:
         parts: list[bytes] = []
+        offset = 0
         while True:
-            found = self._client.ask("read", id=number, stream=stream, offset=sum(map(len, parts)))
+            found = self._client.ask("read", id=number, stream=stream, offset=offset)
+            offset = found["next"]
             parts.append(base64.b64decode(found["data"]))
             if found["end"]:
                 return b"".join(parts)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pool.workers import Remote
 
 _PIECE = 1 << 18
+_MOST = 80 << 20
+"""More no agent keeps of a stream."""
+
 _STREAMS = ("out", "err")
 
 
@@ -29,7 +32,7 @@ class Outputs:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._asked: dict[int, tuple[Remote, Callable[[bytes], None]]] = {}
+        self._asked: dict[int, tuple[Remote, Callable[[bytes, int], None]]] = {}
         self._number = 0
         self._fetching: set[tuple[int, int]] = set()
         os.makedirs(os.path.join(controller.directory, "logs"), mode=0o700, exist_ok=True)
@@ -38,17 +41,19 @@ class Outputs:
         """Of a file that has all of it."""
         return os.path.join(self._controller.directory, "logs", f"{number}.{stream}")
 
-    def ask(self, remote: Remote, number: int, attempt: int, stream: str, offset: int, then: Callable[[bytes], None]) -> None:
-        """A piece of what a job has written so far; b'' if its agent cannot say."""
+    def ask(
+        self, remote: Remote, number: int, attempt: int, stream: str, offset: int, then: Callable[[bytes, int], None]
+    ) -> None:
+        """A piece of what a job has written so far, and where the next begins; b'' if its agent cannot say."""
         self._number += 1
         self._asked[self._number] = remote, then
         fields = {"id": number, "attempt": attempt, "stream": stream, "offset": offset, "size": _PIECE}
         self._controller.send(remote, frames.message("read", request=self._number, **fields))
 
-    def answered(self, request: int, data: bytes) -> None:
+    def answered(self, request: int, following: int, data: bytes) -> None:
         """By an agent.  Raises KeyError if nobody has asked."""
         _, then = self._asked.pop(request)
-        then(data)
+        then(data, following)
 
     def lost(self, remote: Remote) -> None:
         """Nobody answers any more."""
@@ -70,27 +75,28 @@ class Outputs:
             controller.forget(remote, number, attempt)
         elif (number, attempt) not in self._fetching:
             self._fetching.add((number, attempt))
-            self._fetch(remote, number, attempt, 0, 0)
+            self._fetch(remote, number, attempt, 0, 0, 0)
 
-    def _fetch(self, remote: Remote, number: int, attempt: int, which: int, offset: int) -> None:
+    def _fetch(self, remote: Remote, number: int, attempt: int, which: int, offset: int, size: int) -> None:
+        """size: how much of it is here."""
         stream = _STREAMS[which]
         part = self.path(number, stream) + ".part"
 
-        def then(data: bytes) -> None:
-            if data:
-                with open(part, "r+b" if offset else "wb") as file:
-                    file.seek(offset)
+        def then(data: bytes, following: int) -> None:
+            if data and size < _MOST:
+                with open(part, "r+b" if size else "wb") as file:
+                    file.seek(size)
                     file.write(data)
-                self._fetch(remote, number, attempt, which, offset + len(data))
+                self._fetch(remote, number, attempt, which, following, size + len(data))
                 return
-            if not offset:
+            if not size:
                 open(part, "wb").close()
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.rename(part, self.path(number, stream))
             atomic.fsync_directory(os.path.dirname(part))
             if which == 0:
-                self._fetch(remote, number, attempt, 1, 0)
+                self._fetch(remote, number, attempt, 1, 0, 0)
             else:
                 self._fetching.discard((number, attempt))
                 self._controller.forget(remote, number, attempt)

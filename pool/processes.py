@@ -5,6 +5,7 @@ Part of the agent's program: standard library only, Python 3.9.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 _SHELL = 'cd "$1" || { echo 125 > "$2"; exit 125; }; status=$2; shift 2; "$@"; printf "%s\\n" $? > "$status"'
 """The code is one write of a few bytes, a newline last: it is there as a whole or not at all, and costs no other process."""
 
+KEPT_HALF = 32 << 20
+"""Of a job's output the first and the last so many bytes are kept."""
+
 _KILL_S = 0.05
+_BLOCK = 4096
+_PUNCH_HOLE = 0x03
+_libc = ctypes.CDLL(None, use_errno=True)
 LOST = -1
 """The code of a job whose shell was killed: nobody knows."""
 
@@ -37,6 +44,7 @@ class Job:
         self.deadline = float("inf")
         self.kill_at = float("inf")
         self.ended: dict[str, Any] | None = None
+        self.gaps: dict[str, tuple[int, int]] = {}
         self.outcome: tuple[int | None, float, int] | None = None
         """What is known of the end of a shell of which other processes are being killed."""
 
@@ -88,16 +96,37 @@ class Job:
             "err_size": _size(self.path("err")),
         }
 
-    def read(self, stream: str, offset: int, size: int) -> bytes:
-        """Of what it has written so far."""
+    def read(self, stream: str, offset: int, size: int) -> tuple[bytes, int]:
+        """(what it has written so far, where the rest of it begins)."""
+        name = "err" if stream == "err" else "out"
+        start, end = self.gaps.get(name, (0, 0))
+        if start <= offset < end:
+            return b"\n[cpool: %d bytes left out]\n" % (end - offset), end
+        if offset < start:
+            size = min(size, start - offset)
         try:
-            fd = os.open(self.path("err" if stream == "err" else "out"), os.O_RDONLY)
+            fd = os.open(self.path(name), os.O_RDONLY)
         except OSError:
-            return b""
+            return b"", offset
         try:
-            return os.pread(fd, size, offset)
+            data = os.pread(fd, size, offset)
+            return data, offset + len(data)
         finally:
             os.close(fd)
+
+    def shorten(self) -> None:
+        """Give back what is between the first and the last part of too much output (fallocate(2), FALLOC_FL_PUNCH_HOLE)."""
+        for name in ("out", "err"):
+            size = _size(self.path(name))
+            end = (size - KEPT_HALF) // _BLOCK * _BLOCK
+            if end <= self.gaps.get(name, (0, KEPT_HALF))[1]:
+                continue
+            fd = os.open(self.path(name), os.O_WRONLY)
+            try:
+                if not _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_long(KEPT_HALF), ctypes.c_long(end - KEPT_HALF)):
+                    self.gaps[name] = (KEPT_HALF, end)
+            finally:
+                os.close(fd)
 
     def end(self, grace_s: float) -> None:
         """Begin to end it: SIGTERM to all of it now; `kill_rest` does the rest when its time has come."""

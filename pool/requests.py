@@ -263,23 +263,25 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         raise UsageError(f"no stream {quote(stream)}")
     job, tag = controller.jobs.get(number) or controller.state.job(number), client.tag
 
-    def reply(data: bytes, is_end: bool) -> None:
-        client.answer({"data": base64.b64encode(data).decode(), "end": is_end, "job": job.shown()}, tag)
+    def reply(data: bytes, following: int, *, is_end: bool) -> None:
+        text = base64.b64encode(data).decode()
+        client.answer({"data": text, "next": following, "end": is_end, "job": job.shown()}, tag)
 
     kept = controller.state.output(number)
     path = controller.outputs.path(number, stream)
     if kept is not None:
         data = kept[stream == "err"][offset : offset + _PIECE]
-        return reply(data, not data)
+        return reply(data, offset + len(data), is_end=not data)
     if os.path.exists(path):
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(_PIECE)
-        return reply(data, not data)
+        return reply(data, offset + len(data), is_end=not data)
     remote = controller.remotes.get(job.worker)
     if job.state not in (state.STARTING, state.RUNNING, state.FINISHED) or remote is None or remote.link is None:
-        return reply(b"", job.state in state.ENDED)
-    controller.outputs.ask(remote, number, job.attempt, stream, offset, lambda data: reply(data, False))
+        return reply(b"", offset, is_end=job.state in state.ENDED)
+    ask = controller.outputs.ask
+    ask(remote, number, job.attempt, stream, offset, lambda data, following: reply(data, following, is_end=False))
 
 
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Wires:
         epoch: int,
         selector: selectors.DefaultSelector,
         heed: Callable[[Remote, dict[str, Any]], None],
-        answered: Callable[[int, bytes], None],
+        answered: Callable[[int, int, bytes], None],
         lost: Callable[[Remote], None],
     ) -> None:
         self._directory, self._pool, self._epoch, self._selector = directory, pool, epoch, selector

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, state
+from pool import frames, links, mapping, processes, state
 from pool.placement import Need, Placement, Worker, why_not
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
@@ -114,6 +114,22 @@ def test_much_output_comes_whole(controller: object, tmp_path: Path) -> None:
     assert found.stdout == text and found.stderr == text
     wait_until(lambda: not os.listdir(next((tmp_path / "pool" / "agents").glob("*/jobs"))))
     assert cp("logs", number).stdout == text, "also when the agent has forgotten it"
+
+
+def test_of_too_much_output_the_first_and_the_last_is_kept(controller: object, tmp_path: Path) -> None:
+    half = processes.KEPT_HALF
+    script = f"yes begin | head -c {3 * half}; until test -f {tmp_path}/go; do sleep 0.05; done; echo the end"
+    number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
+    wait_until(lambda: job(number)["state"] == "running")
+    path = next((tmp_path / "pool" / "agents").glob("*/jobs")) / f"{number}.1" / "out"
+    wait_until(lambda: path.stat().st_size == 3 * half and path.stat().st_blocks * 512 <= 2 * half + (1 << 20))
+    (tmp_path / "go").touch()
+    assert cp("wait", number).returncode == 0
+    for _ in range(2):
+        text = cp("logs", "-f", number).stdout
+        head, _, tail = text.partition("[cpool: ")
+        assert len(head) == half + 1 and tail.endswith("begin\nthe end\n") and half <= len(tail) < half + 8192
+        wait_until(lambda: not path.exists())
 
 
 def test_a_job_that_is_cancelled_or_late_ends_with_all_its_processes(controller: object, tmp_path: Path) -> None:
@@ -463,13 +479,13 @@ def test_a_job_runs_in_an_image(image: Path, controller: object) -> None:
 )
 def test_frames_come_back_however_they_are_cut(sent: list[object], cuts: list[int]) -> None:
     data = b"".join(
-        frames.answer(n, one) if isinstance(one, bytes) else frames.message("x", value=one) for n, one in enumerate(sent)
+        frames.answer(n, n + 9, one) if isinstance(one, bytes) else frames.message("x", value=one) for n, one in enumerate(sent)
     )
     reader, found = frames.Reader(), []
     for size in [*cuts, len(data) + 1]:
         piece, data = data[:size], data[size:]
         found += list(reader.feed(piece))
-    wanted = [(2, (n, one)) if isinstance(one, bytes) else (1, {"is": "x", "value": one}) for n, one in enumerate(sent)]
+    wanted = [(2, (n, n + 9, one)) if isinstance(one, bytes) else (1, {"is": "x", "value": one}) for n, one in enumerate(sent)]
     assert found == wanted
 
 
