@@ -190,6 +190,27 @@ def exit_code(job: dict[str, Any]) -> int:
     return 1 if job["code"] is None or job["code"] < 0 else int(job["code"])
 
 
+def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, *, as_json: bool, is_quiet: bool) -> None:
+    """Run a trace through the policy.  Raises CafsError."""
+    from cafs.errors import os_error
+    from pool import settings
+    from pool.simulation import Simulation, read_trace
+
+    policy = (settings.read_file(config) if config else settings.read(directory())).policy()
+    if not is_quiet:
+        sys.stderr.write(f"cpool: what the trace does not say: {duration} seconds, {cpus:g} CPUs a job; seed {seed}\n")
+    try:
+        with open(0 if trace == "-" else trace, encoding="utf-8", newline="", closefd=trace != "-") as file:
+            found = Simulation(policy).run(read_trace(file, trace, duration, cpus, seed)).shown()
+    except OSError as error:
+        raise os_error(f"cannot read {trace!r}", error) from error
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        for name, value in found.items():
+            click.echo(f"{name:<16} {value}")
+
+
 def table(rows: list[dict[str, Any]], columns: dict[str, str], *, as_json: bool, only: str) -> None:
     """Rows, one a line.  only: the one column that is printed."""
     if as_json:

@@ -331,6 +331,20 @@ def nodes(as_json: bool, is_quiet: bool) -> int:
     return 0
 
 
+@main.command()
+@click.option("--trace", required=True, metavar="CSV", help="When jobs came: times first; - for standard input.")
+@click.option("--config", metavar="FILE", help="Machines and policy (default: the pool's pool.toml).")
+@click.option("--duration", default="lognormal:10", metavar="DIST", help="How long jobs take, if the trace does not say.")
+@click.option("--cpus", type=click.FloatRange(0, min_open=True), default=1.0, help="What they need, if it does not say (1).")
+@click.option("--seed", type=int, default=1, help="Of what is drawn (1).")
+@json_option()
+@quiet_option()
+def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, as_json: bool, quiet: bool) -> int:
+    """Say what a policy would cost and how long jobs would wait."""
+    asking.simulate(trace, config, duration, cpus, seed, as_json=as_json, is_quiet=quiet)
+    return 0
+
+
 def entry() -> None:
     """The console script."""
     run(main, PROGRAM)

@@ -49,6 +49,13 @@ def open_link(directory: str, pool: str, name: str, address: str) -> socket.sock
         raise
 
 
+def finish() -> None:
+    """After all links were closed: wait until what was said last is on its way."""
+    ssh = sys.modules.get("pool.ssh")
+    if ssh:
+        ssh.finish()
+
+
 def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool]) -> None:
     """Read up to the line with which the protocol begins, a byte at a time: the rest is for others.  Raises RemoteError."""
     said = b""

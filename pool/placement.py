@@ -76,6 +76,13 @@ class Worker:
         self.gpus -= need.gpus
         self.version += 1
 
+    def give_back(self, need: Need) -> None:
+        """It has ended."""
+        self.cpus += need.cpus
+        self.memory += need.memory
+        self.gpus += need.gpus
+        self.version += 1
+
     def rank(self, need: Need) -> float:
         """Less is better: the shares of the worker that would be left."""
         left = (self.cpus - need.cpus) / (self.all_cpus or 1) + (self.memory - need.memory) / (self.all_memory or 1)
@@ -94,18 +101,53 @@ class Placement:
 
     def choose(self, need: Need, waited_s: float = 0.0) -> Worker | None:
         """The worker for a job, which then has it; None if there is none now."""
+        found = self.choose_number(need, waited_s)
+        return None if found is None else self.workers[found]
+
+    def choose_number(self, need: Need, waited_s: float = 0.0) -> int | None:
+        """The same, by its number."""
         if need in self._hopeless:
             return None
         count = self._seen[need] = self._seen.get(need, 0) + 1
         found = self._of_few(need) if count <= _FEW else self._of_many(need)
         if found is not None:
             self._give(found, need)
-            return self.workers[found]
+            return found
         if waited_s < STARVING_S:
             self._hopeless.add(need)  # what is free only gets less in one turn
         else:
             self._keep_one(need)
         return None
+
+    def add(self, worker: Worker) -> int:
+        """One more; its number."""
+        number = len(self.workers)
+        self.workers.append(worker)
+        insort(self._by_cpus, (worker.cpus, number))
+        self._offer(number)
+        return number
+
+    def remove(self, number: int) -> None:
+        """Nothing goes there any more.  Its number is not given again."""
+        worker = self.workers[number]
+        self._by_cpus.pop(bisect_left(self._by_cpus, (worker.cpus, number)))
+        worker.is_kept = True
+
+    def give_back(self, number: int, need: Need) -> None:
+        """A job has ended there."""
+        worker = self.workers[number]
+        self._by_cpus.pop(bisect_left(self._by_cpus, (worker.cpus, number)))
+        worker.give_back(need)
+        insort(self._by_cpus, (worker.cpus, number))
+        self._offer(number)
+
+    def _offer(self, number: int) -> None:
+        """It has more room than before."""
+        worker = self.workers[number]
+        self._hopeless.clear()
+        for need, heap in self._heaps.items():
+            if worker.fits(need):
+                heapq.heappush(heap, (worker.rank(need), number, worker.version))
 
     def _give(self, number: int, need: Need) -> None:
         worker = self.workers[number]

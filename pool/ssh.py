@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import threading
+import time
 
 import paramiko
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 15.0
 _PIECE = 1 << 16
+_STATUS_S = 2.0
 _ABSENT = 44
 KEYS = "known_hosts"
 
@@ -168,7 +170,7 @@ def open_link(directory: str, pool: str, name: str, address: str) -> socket.sock
         try:
             links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
         except RemoteError:
-            if not channel.exit_status_ready() or channel.recv_exit_status() != _ABSENT:
+            if not channel.status_event.wait(_STATUS_S) or channel.recv_exit_status() != _ABSENT:
                 raise
             _bring(transport, path, data)
             channel = _run(transport, command)
@@ -235,5 +237,17 @@ def _carry(channel: paramiko.Channel, there: socket.socket, transport: paramiko.
         except OSError:
             pass
 
-    for work in (down, up):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (down, up)]
+    for thread in threads:
+        thread.start()
+    _carriers.append(threads[1])
+
+
+_carriers: list[threading.Thread] = []
+
+
+def finish() -> None:
+    """Before the process ends: what was said last is to arrive."""
+    deadline = time.monotonic() + _STATUS_S
+    for thread in _carriers:
+        thread.join(max(deadline - time.monotonic(), 0))

@@ -127,3 +127,4 @@ class Wires:
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, socket.socket):
                 key.fileobj.close()
+        links.finish()

@@ -335,11 +335,15 @@ def test_an_agent_is_for_the_user_that_the_mount_names(context: Path) -> None:
 
         def answer() -> None:
             while True:
-                connection, _ = listener.accept()
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return  # it was shut down
                 with connection:
                     connection.sendall(b"key of " + connection.recv(100))
 
-        threading.Thread(target=answer, daemon=True).start()
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
         mount = Mount("ssh", "/agent", uid=1000, gid=7, mode=0o640)
         with agent.passed_on(f"{directory}/agent", f"{directory}/other", mount):
             for uid, wanted in ((1000, b"key of me"), (1001, b"EACCES")):
@@ -348,6 +352,8 @@ def test_an_agent_is_for_the_user_that_the_mount_names(context: Path) -> None:
         text = "FROM b:1\nUSER 1000\nRUN --mount=type=ssh,uid=1000,gid=7,mode=0640 stat -c '%u %g %a' $SSH_AUTH_SOCK\n"
         (context / "Dockerfile").write_text(text)
         done = cbuild("--no-cache", "--progress", "plain", "--ssh", f"default={directory}/agent", context)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
     assert done.returncode == 0 and b"1000 7 640" in done.stderr, done.stderr
 
 

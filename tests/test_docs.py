@@ -36,6 +36,7 @@ COMMANDS = {
         "nodes",
         "host",
         "node",
+        "simulate",
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]

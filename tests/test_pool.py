@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, processes, state
+from pool import frames, links, mapping, processes, scaling, simulation, state
 from pool.placement import Need, Placement, Worker, why_not
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
@@ -70,8 +73,11 @@ def serving() -> Iterator[subprocess.Popen[bytes]]:
     """A controller that has a worker that is ready."""
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         try:
-            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout)
+            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
             yield controller
+        except AssertionError:
+            print(cp("nodes", "--json").stdout)
+            raise
         finally:
             controller.terminate()
 
@@ -161,10 +167,10 @@ def test_one_key_is_one_job_and_another_job_with_it_is_refused(controller: objec
 
 def test_a_job_that_fails_is_tried_again_as_often_as_was_said(controller: object, tmp_path: Path) -> None:
     number = ok(
-        "submit", *PLAIN, "--retries", "2", "--", "sh", "-c", f"echo $CPOOL_ATTEMPT >> {tmp_path}/tries; exit 1"
+        "submit", *PLAIN, "--retries", "1", "--", "sh", "-c", f"echo $CPOOL_ATTEMPT >> {tmp_path}/tries; exit 1"
     ).strip()
     assert cp("wait", number).returncode == 1
-    assert (tmp_path / "tries").read_text() == "1\n2\n3\n" and job(number)["failures"] == 2
+    assert (tmp_path / "tries").read_text() == "1\n2\n" and job(number)["failures"] == 1
 
 
 def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
@@ -586,3 +592,85 @@ def test_a_zombies_late_result_is_refused(pool: Path) -> None:
         assert (held.state.job(number).state, held.state.job(number).code) == (state.FINISHED, 0)
         held.state.commit()
         held.state.close()
+
+
+# Machines.
+
+
+def simulated(policy: scaling.Policy, arrivals: list[simulation.Arrival]) -> dict[str, float | int]:
+    return simulation.Simulation(policy).run(arrivals).shown()
+
+
+def poisson(many: int, rate: float, seed: int = 1) -> list[simulation.Arrival]:
+    rng = random.Random(seed)
+    times = list(itertools.accumulate(rng.expovariate(rate) for _ in range(many)))
+    return [simulation.Arrival(time_s, rng.lognormvariate(2.3, 1), Need(1.0)) for time_s in times]
+
+
+KIND = scaling.Kind("m", 16.0, price=1.0)
+
+
+def test_more_spare_capacity_never_makes_jobs_wait_longer() -> None:
+    trace = poisson(5000, 2.0)
+    found = [simulated(scaling.Policy((KIND,), machines=100, least_cpus=spare), trace) for spare in (0, 8, 16, 32, 64)]
+    waits = [one["p99_wait_s"] for one in found]
+    assert waits == sorted(waits, reverse=True) and waits[0] > 1.5 * waits[-1]
+    costs = [one["cost"] for one in found]
+    assert costs == sorted(costs)
+
+
+def test_a_burst_begins_no_more_than_it_needs_and_nothing_stays_when_it_is_over() -> None:
+    burst = [simulation.Arrival(n / 1000, 300.0, Need(1.0)) for n in range(200)]
+    policy = scaling.Policy((KIND,), machines=100)
+    found = simulated(policy, burst)
+    assert found["launches"] == 13 and found["launches_unused"] == 0, "200 jobs of one processor, 16 a machine"
+    assert found["p99_wait_s"] <= policy.launch_s + simulation.TICK_S
+    paid_s = 300 + policy.launch_s + policy.idle_s + 16 * simulation.TICK_S
+    assert found["cost"] <= 13 * paid_s / 3600, "each was given back soon after its last job"
+    assert simulated(policy, [])["launches"] == 0
+
+
+def test_caps_are_kept_and_jobs_too_large_are_said() -> None:
+    burst = [simulation.Arrival(0.0, 10.0, Need(1.0)) for _ in range(500)]
+    assert simulated(scaling.Policy((KIND,), machines=3), burst)["most_machines"] == 3
+    assert simulated(scaling.Policy((KIND,), machines=99, price=2.5), burst)["most_machines"] == 2
+    assert simulated(scaling.Policy((KIND,)), [simulation.Arrival(0.0, 1.0, Need(17.0))])["rejected"] == 1
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 16), st.booleans()), max_size=8),
+    st.lists(st.sampled_from([Need(1.0), Need(4.0), Need(16.0), Need(2.0, gpus=1)]), max_size=30),
+    st.floats(0, 40),
+)
+def test_what_is_begun_is_needed_and_what_is_ended_is_not(
+    there: list[tuple[float, bool]], waiting: list[Need], spare: float
+) -> None:
+    policy = scaling.Policy((KIND, scaling.Kind("g", 8.0, gpus=2, price=3.0)), machines=12, price=20.0)
+    machines = []
+    for number, (used, is_idle) in enumerate(there):
+        one = scaling.Machine(number, KIND, 0.0, 0.0 if is_idle else math.inf)
+        one.worker.cpus -= 0 if is_idle else used
+        machines.append(one)
+    begin, end = scaling.decide(1000.0, policy, machines, waiting, spare)
+    assert not (begin and end) and len(machines) + len(begin) <= max(12, len(machines))
+    assert not begin or sum(one.kind.price for one in machines) + sum(kind.price for kind in begin) <= 20.0
+    assert all(one.idle_s == 0.0 for one in end)
+
+
+def test_the_same_trace_policy_and_seed_give_the_same_result(tmp_path: Path) -> None:
+    rows = "".join(f"2023-11-16 18:17:{n // 10:02}.{n % 10}000000,{1 + n % 4}\n" for n in range(500))
+    (tmp_path / "trace").write_text("TIMESTAMP,cpus\n" + rows)
+    (tmp_path / "toml").write_text(
+        '[[machines]]\nname = "m"\ncpus = 8\nprice = 0.4\n[scaling]\nquantile = 0.99\nmachines = 50\n'
+    )
+    words = ("simulate", "--trace", tmp_path / "trace", "--config", tmp_path / "toml", "--json")
+    first = ok(*words)
+    assert first == ok(*words) and json.loads(first)["jobs"] == 500 and json.loads(first)["cost"] > 0
+    assert first != ok(*words, "--seed", "2")
+    (tmp_path / "bad").write_text("t\n1\n0.5\n")
+    refused = cp("simulate", "--trace", tmp_path / "bad", "--config", tmp_path / "toml")
+    assert refused.returncode == 5 and f"{tmp_path}/bad:3: it is earlier" in refused.stderr
+    assert cp("simulate", "--trace", tmp_path / "none", "--config", tmp_path / "toml").returncode == 4
+    assert cp(*words, "--duration", "odd:1").returncode == 2
+    (tmp_path / "toml").write_text('[[machines]]\nname = "m"\ncpus = "8"\n')
+    assert ":3: cpus is not a number" in cp(*words).stderr
