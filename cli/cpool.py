@@ -92,6 +92,18 @@ def serve() -> int:
 
 
 @main.command()
+@click.option("--seconds", type=click.FloatRange(0.1), default=20.0, help="At most so long (20).")
+@quiet_option(used=False)
+def tick(seconds: float) -> int:
+    """Do one step of what `serve` does, for cron: hear, place, record."""
+    from pool import client, settings
+
+    settings.read(asking.directory())
+    client.tick(asking.directory(), seconds)
+    return 0
+
+
+@main.command()
 @click.option("--grace", "grace_s", type=float, default=10.0, metavar="S", help="From SIGTERM to SIGKILL (10).")
 @quiet_option(used=False)
 def down(grace_s: float) -> int:

@@ -109,6 +109,14 @@ def serve(directory: str) -> None:
         Controller(directory).run()
 
 
+def tick(directory: str, seconds: float) -> None:
+    """Be the controller for a moment.  Raises BusyError if there is one."""
+    from pool.controller import Controller
+
+    with state.locked(directory):
+        Controller(directory).run_for(seconds)
+
+
 @contextmanager
 def controlled(directory: str) -> Iterator[Client]:
     """A connection to the controller; if there is none, to one of ours that ends with us, and jobs that run go on."""

@@ -80,6 +80,29 @@ class Controller:
             os.unlink(os.path.join(self.directory, "socket"))
             self.state.close()
 
+    def run_for(self, seconds: float) -> None:
+        """One step for cron: until all workers were heard or have failed, and nothing more can be started; SECONDS at most.
+
+        A worker is lost only if it cannot be reached now, and was not for longer than LOST_S by the clock of the wall: what
+        happens between two steps nobody has seen.
+        """
+        deadline = time.monotonic() + seconds
+        quiet = 0
+        while time.monotonic() < deadline and quiet < 2:
+            self.turn(0.2)
+            is_settled = all(remote.has_reported or remote.problem for remote in self.remotes.values())
+            quiet = quiet + 1 if is_settled and not any(job.state == STARTING for job in self.jobs.values()) else 0
+        for remote in self.remotes.values():
+            heard_s = float(self.state.meta(f"heard.{remote.name}") or 0)
+            if remote.has_reported or not heard_s:
+                self.state.set_meta(f"heard.{remote.name}", str(time.time()))
+            elif remote.problem and time.time() - heard_s > workers.LOST_S:
+                for job in list(remote.jobs.values()):
+                    self.lose(job, f"worker {remote.name} was lost")
+        self.turn(0)
+        self.wires.close()
+        self.state.close()
+
     def end(self) -> None:
         """Stop after this turn.  May be called by a signal handler."""
         self.is_ending = True

@@ -121,6 +121,9 @@ class State:
         row = self._do("SELECT value FROM meta WHERE name = ?", [name]).fetchone()
         return str(row[0]) if row else ""
 
+    def set_meta(self, name: str, value: str) -> None:
+        self._do("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, value])
+
     def next_epoch(self) -> int:
         """Of a controller that begins; durable."""
         epoch = int(self.meta("epoch")) + 1

@@ -51,6 +51,11 @@ class Remote:
         return SUSPECT if silent_s > SUSPECT_S or not self.has_greeted else READY
 
     @property
+    def has_reported(self) -> bool:
+        """Whether it is connected, and has said what is free."""
+        return self.has_greeted and bool(self.report)
+
+    @property
     def reason(self) -> str:
         """Why no job goes there, '' if one may."""
         if self.is_draining:

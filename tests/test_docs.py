@@ -37,6 +37,7 @@ COMMANDS = {
         "host",
         "node",
         "simulate",
+        "tick",
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,6 +247,32 @@ def counted(self):
 state.State.commit = counted
 client.serve(os.environ["CAFS_POOL"])
 """
+
+
+def test_a_step_for_cron_starts_and_records_and_judges_slowly(pool: Path, tmp_path: Path) -> None:
+    cp("submit", *PLAIN, "--", "sh", "-c", f"until test -f {tmp_path}/go; do sleep 0.01; done; exit 3")
+    ok("tick")
+    assert job(1)["state"] == "running"
+    (tmp_path / "go").touch()
+    wait_until(lambda: ok("tick") == "" and job(1)["state"] == "finished")
+    assert job(1)["code"] == 3
+    cp("submit", *PLAIN, "--", "true")
+    with state.locked(str(pool)):
+        held = state.State(str(pool))
+        held.put_host("gone", "root@127.0.0.1:1")
+        held.change(held.job(2), state=state.RUNNING, worker="gone", attempt=1)
+        held.set_meta("heard.gone", str(time.time() - 10))
+        held.commit()
+        held.close()
+    ok("tick")
+    assert job(2)["state"] == "running", "it may be back in a moment"
+    with state.locked(str(pool)):
+        held = state.State(str(pool))
+        held.set_meta("heard.gone", str(time.time() - 60))
+        held.commit()
+        held.close()
+    ok("tick")
+    assert (job(2)["state"], job(2)["losses"], job(2)["reason"]) == ("queued", 1, "worker gone was lost")
 
 
 def test_a_controller_that_is_killed_at_each_durable_step_loses_and_doubles_nothing(pool: Path, tmp_path: Path) -> None:
