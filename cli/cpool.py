@@ -265,6 +265,18 @@ def release(numbers: tuple[int, ...]) -> int:
     return 0
 
 
+@main.command()
+@click.option("--once", is_flag=True, help="Show it once, and end.")
+@quiet_option(used=False)
+def top(once: bool) -> int:
+    """Show workers and jobs, live."""
+    from cli import _top
+
+    with asking.client() as client:
+        _top.show(client, once=once)
+    return 0
+
+
 @main.group()
 def host() -> None:
     """Machines that the pool may use."""

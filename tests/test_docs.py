@@ -38,6 +38,7 @@ COMMANDS = {
         "node",
         "simulate",
         "tick",
+        "top",
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]

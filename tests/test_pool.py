@@ -181,6 +181,8 @@ def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
     assert job(held)["state"] == "held"
     ok("release", held)
     assert cp("wait", held).returncode == 0
+    shown = ok("top", "--once", env=os.environ | {"COLUMNS": "200"})
+    assert "1 workers, 0 of" in shown and f"{large} " in shown and "queued" in shown
     ok("node", "drain", "local")
     waiting = ok("submit", *PLAIN, "--", "true").strip()
     assert "is drained" in str(job(waiting)["waits"])

@@ -1,0 +1,63 @@
+"""cpool top: workers and jobs, live."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool.client import Client
+
+_SHOWN = 20
+_NODE = ("name", "state", "jobs", "free_cpus", "cpus", "load", "free_memory", "memory", "gpus", "reason")
+_JOB = ("id", "state", "worker", "command")
+
+
+def show(client: Client, *, once: bool) -> None:
+    """Until Ctrl-C, or ONCE.  Raises CafsError when the controller ends."""
+    console = Console(highlight=False)
+    if once:
+        console.print(_picture(client))
+        return
+    with Live(_picture(client), console=console, screen=True, refresh_per_second=2) as live:
+        try:
+            while True:
+                time.sleep(1)
+                live.update(_picture(client))
+        except KeyboardInterrupt:
+            return
+
+
+def _picture(client: Client) -> Group:
+    nodes = client.ask("nodes")["nodes"]
+    jobs = client.ask("jobs", all=False, limit=10_000)["jobs"]
+    counts = Counter(job["state"] for job in jobs)
+    free, every = (sum(node.get(name) or 0 for node in nodes) for name in ("free_cpus", "cpus"))
+    head = f"{len(nodes)} workers, {every - free:g} of {every:g} CPUs used; jobs: "
+    head += ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+    workers, rows = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
+    for name in _NODE:
+        workers.add_column(name.upper().replace("_", " "), overflow="ellipsis", no_wrap=True)
+    for node in nodes:
+        workers.add_row(*(_cell(name, node.get(name)) for name in _NODE))
+    for name in _JOB:
+        rows.add_column(name.upper(), overflow="ellipsis", no_wrap=True)
+    for job in sorted(jobs, key=lambda one: (one["state"] != "running", one["id"]))[:_SHOWN]:
+        values = (job["id"], job["state"], job["worker"], " ".join(job["spec"]["command"]))
+        rows.add_row(*(_cell(name, value) for name, value in zip(_JOB, values, strict=True)))
+    return Group(Text(head), Text(""), workers, Text(""), rows)
+
+
+def _cell(name: str, value: Any) -> Text:
+    if "memory" in name and value is not None:
+        value = f"{value / (1 << 30):.1f}G"
+    text = f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+    return Text("".join(char if char.isprintable() else "?" for char in text))
