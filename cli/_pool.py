@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pool.client import Client
 
 _ARRAY_MAX = 1_000_000
+_AT_ONCE = 200
 
 
 def directory() -> str:
@@ -57,13 +58,16 @@ def submit(jobs: list[dict[str, Any]]) -> list[int]:
 
     try:
         with client() as connection:
-            return list(connection.ask("submit", jobs=jobs)["ids"])
+            pieces = [jobs[at : at + _AT_ONCE] for at in range(0, len(jobs), _AT_ONCE)]
+            return [number for piece in pieces for number in connection.ask("submit", jobs=piece)["ids"]]
     except RemoteError as error:
         if "no controller" not in str(error):
             raise
     with state.locked(directory(), wait_s=5):
         found = state.State(directory())
         how = {True: state.HELD, False: state.QUEUED}
+        for one in jobs:
+            requests.check_one(found, one)
         ids = [found.submit(requests.check(one["spec"]), one["key"], one["priority"], how[one["hold"]]) for one in jobs]
         found.commit()
     sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")

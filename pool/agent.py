@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REPORT_S = 2.0
 ALONE_S = 600.0
 _READ_MAX = 1 << 20
+_BACKLOG = 100
+"""Of so many jobs that ended while nobody listened the output is said with their end; of the others it is asked for."""
+
 _SET_CHILD_SUBREAPER = 36
 
 
@@ -41,7 +44,7 @@ class Agent:
         self.peers: Peers
         self.selector = selectors.DefaultSelector()
         self.sequence = 0
-        self.is_leaving = False
+        self.is_leaving = self.is_to_leave = False
         self._next_report = 0.0
         self._alone_since = time.monotonic()
 
@@ -136,10 +139,10 @@ class Agent:
         job.finish(code, cpu_s, memory)
         self._say_done(job)
 
-    def _say_done(self, job: Job) -> None:
+    def _say_done(self, job: Job, *, with_output: bool = True) -> None:
         assert job.ended
         found = dict(job.ended)
-        keep = int(job.asked.get("keep", 0))
+        keep = int(job.asked.get("keep", 0)) if with_output else -1
         if found["out_size"] + found["err_size"] <= keep:
             for stream in ("out", "err"):
                 found[stream] = base64.b64encode(job.read(stream, 0, keep)[0]).decode() if found[f"{stream}_size"] else ""
@@ -158,6 +161,8 @@ class Agent:
             self._report()
             for job in self.jobs.values():
                 job.shorten()
+        if self.is_to_leave and all(job.ended for job in self.jobs.values()):
+            self.is_leaving = True
         if self.peers.all or any(not job.ended for job in self.jobs.values()):
             self._alone_since = now
         elif now >= self._alone_since + ALONE_S:
@@ -196,7 +201,7 @@ class Agent:
             data, following = job.read(str(said["stream"]), offset, size) if job else (b"", offset)
             self.peers.send(peer, frames.answer(int(said["request"]), following, data))
         elif kind == "leave":
-            self.is_leaving = not any(not job.ended for job in self.jobs.values())
+            self.is_to_leave = True  # when no job runs any more
 
     def _greet(self, peer: Peer, said: dict[str, Any]) -> None:
         epoch = int(said["epoch"])
@@ -208,14 +213,13 @@ class Agent:
             self.epoch = epoch
             _note(os.path.join(self.directory, "epoch"), epoch)
             self.peers.drop_trusted()
-        peer.is_trusted = True
+        peer.is_trusted, self.is_to_leave = True, False
         fields = {"protocol": frames.PROTOCOL, "build": self.build, "pool": self.pool, "worker": self.worker}
         known = [{"id": job.id, "attempt": job.attempt, "ended": bool(job.ended)} for job in self.jobs.values()]
         self.peers.send(peer, frames.message("hello", boot_id=machine.boot_id(), jobs=known, **fields))
         self._report()
-        for job in self.jobs.values():
-            if job.ended:
-                self._say_done(job)
+        for number, job in enumerate([one for one in self.jobs.values() if one.ended]):
+            self._say_done(job, with_output=number < _BACKLOG)
 
 
 def _number(path: str) -> int:

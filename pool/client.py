@@ -105,6 +105,7 @@ def serve(directory: str) -> None:
     """Be the controller.  Raises BusyError if there is one."""
     from pool.controller import Controller
 
+    linux.raise_descriptor_limit()
     with state.locked(directory):
         Controller(directory).run()
 
@@ -134,7 +135,11 @@ def controlled(directory: str) -> Iterator[Client]:
     try:
         with _wait_for(directory, child) as client:
             yield client
-            client.ask("end", jobs=False, grace_s=0)
+            is_ours = not os.waitpid(child, os.WNOHANG)[0]  # else another command was faster, and has its own
+            if is_ours:
+                client.ask("end", jobs=False, grace_s=0)
+        if is_ours:
+            os.waitpid(child, 0)  # when no other command uses it
     finally:
         _end(child)
 

@@ -29,6 +29,9 @@ _TICK_S = 1.0
 _PLACING_S = 0.02
 _LOSSES_MAX = 3
 _BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
+_STARTED_AT_ONCE = 30
+"""In one frame: as each job is bounded, so is that."""
+
 GRACE_S = 10.0
 KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
@@ -50,12 +53,13 @@ class Controller:
         answered, lost = self.outputs.answered, self.outputs.lost
         self.wires = Wires(directory, self.pool, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
-        self.is_ending = self._is_leaving = False
-        self.turns = Turns(self.state)
+        self.is_ending = self._is_leaving = self._when_idle = self._when_alone = False
+        self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
+        self._may_place, self._place_from = True, 0
         self._to_say: list[Callable[[], None]] = []
         self.look_at_hosts()
-        for job in self.jobs.values():
+        for job in list(self.jobs.values()):
             if job.state in (STARTING, RUNNING) and job.worker in self.remotes:
                 self.remotes[job.worker].jobs[job.id] = job
             elif job.state in (STARTING, RUNNING):
@@ -108,10 +112,10 @@ class Controller:
         self.is_ending = True
         self.wires.wake()
 
-    def leave(self, *, when_idle: bool) -> None:
-        """End, and let agents without jobs end.  when_idle: not before all jobs have."""
-        self._is_leaving = True
-        if not when_idle or not self.jobs:
+    def leave(self, *, when_idle: bool, when_alone: bool = False) -> None:
+        """End, and let agents without jobs end.  when_idle: not before all jobs have; when_alone: nor while a command asks."""
+        self._is_leaving, self._when_idle, self._when_alone = True, when_idle, when_alone
+        if not (when_idle and self.jobs) and not (when_alone and len(self.clients) > 0):
             for remote in self.remotes.values():
                 self.send(remote, frames.message("leave"))
             self.is_ending = True
@@ -123,8 +127,8 @@ class Controller:
         self._mind_workers()
         self._mind_queue()
         self._place()
-        if self._is_leaving and not self.jobs and not self.is_ending:
-            self.leave(when_idle=True)
+        if self._is_leaving and not self.is_ending:
+            self.leave(when_idle=self._when_idle, when_alone=self._when_alone)
         self.state.commit()
         said, self._to_say = self._to_say, []
         for one in said:
@@ -141,25 +145,34 @@ class Controller:
         rows = self.state.hosts() or [{"name": "local", "address": links.LOCAL, "state": "ready", "labels": []}]
         for row in rows:
             known = self.remotes.get(row["name"])
-            if known is None or known.address != row["address"]:
+            if known and known.address != row["address"]:
+                self._let_go(self.remotes.pop(known.name), "its worker is another machine now")
+                known = None
+            if known is None:
                 is_draining = row["state"] != "ready"
                 self.remotes[row["name"]] = Remote(row["name"], row["address"], row["labels"], is_draining=is_draining)
             else:
                 known.is_draining, known.labels = row["state"] != "ready", frozenset(row["labels"])
         for name in set(self.remotes) - {row["name"] for row in rows}:
-            gone = self.remotes.pop(name)
-            self.send(gone, frames.message("leave"))
-            for job in list(gone.jobs.values()):
-                self.lose(job, "its worker was removed")
-            gone.is_gone = True
-            self.say(lambda gone=gone: self.wires.drop(gone, "removed"))  # type: ignore[misc]
+            self._let_go(self.remotes.pop(name), "its worker was removed")
+
+    def _let_go(self, gone: Remote, why: str) -> None:
+        """A worker is none of the pool's any more: what runs there ends, and is done elsewhere."""
+        for job in list(gone.jobs.values()):
+            self.send(gone, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=GRACE_S))
+            gone.jobs.pop(job.id)
+            self.lose(job, why)
+        self.send(gone, frames.message("leave"))
+        gone.is_gone = True
+        self.say(lambda: self.wires.drop(gone, "removed"))
 
     def _mind_workers(self) -> None:
         for remote in self.remotes.values():
             if remote.state == workers.LOST and remote.jobs:
                 for job in list(remote.jobs.values()):
                     self.lose(job, f"worker {remote.name} was lost")
-                self.wires.drop(remote, remote.problem or "no report came")
+                if remote.link:
+                    self.wires.drop(remote, "no report came")
             self.wires.open(remote)
 
     def send(self, remote: Remote, frame: bytes) -> None:
@@ -173,9 +186,11 @@ class Controller:
             raise ValueError("another controller has it, or its agent is of another version")
         if kind == "hello":
             remote.has_greeted = True
-            self._reconcile(remote, {(int(one["id"]), int(one["attempt"])): bool(one["ended"]) for one in said["jobs"]})
+            self._reconcile(remote, {(_number(one["id"]), _number(one["attempt"])): bool(one["ended"]) for one in said["jobs"]})
         elif kind == "report":
+            was_ready = not remote.reason
             remote.reported(said)
+            self._may_place = self._may_place or not was_ready
         elif kind == "running":
             job = self._current(remote, said)
             if job and job.state == STARTING:
@@ -185,7 +200,7 @@ class Controller:
 
     def _current(self, remote: Remote, said: dict[str, Any]) -> Job | None:
         """The job that an agent speaks of, if what it has is the attempt that counts."""
-        job = remote.jobs.get(int(said["id"]))
+        job = remote.jobs.get(_number(said["id"]))
         return job if job and job.attempt == said["attempt"] and job.state in (STARTING, RUNNING) else None
 
     def _reconcile(self, remote: Remote, known: dict[tuple[int, int], bool]) -> None:
@@ -199,7 +214,10 @@ class Controller:
                 if job.reason == requests.CANCEL_ASKED:
                     self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=GRACE_S))
                 continue
-            if job.state == STARTING:
+            if job.reason == requests.CANCEL_ASKED:
+                del remote.jobs[job.id]
+                self.finish(job, state.CANCELLED, "cancelled", has_written=False)
+            elif job.state == STARTING:
                 self._tell_to_start(remote, [job])
             else:
                 self.lose(job, f"worker {remote.name} knows nothing of it any more")
@@ -211,11 +229,13 @@ class Controller:
         self.jobs[job.id] = job
         if job.state == QUEUED:
             self.queue.append(job)
+            self._may_place = True
             if len(self.queue) > 1 and self.queue[-2].priority < job.priority:
                 self.requeue()
 
     def requeue(self) -> None:
         """Put the queue in order."""
+        self._may_place, self._place_from = True, 0
         self.queue = sorted((one for one in self.jobs.values() if one.state == QUEUED), key=lambda one: (-one.priority, one.id))
 
     def _mind_queue(self) -> None:
@@ -223,61 +243,74 @@ class Controller:
         if time.monotonic() < self._look_at_queue:
             return
         self._look_at_queue = time.monotonic() + _TICK_S
+        self._may_place = True
         late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
-            self.finish(job, state.CANCELLED, "waited too long for a worker")
+            self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)
         if late:
             self.requeue()
 
     def _place(self) -> None:
+        if not self._may_place and not self.turns.is_due():
+            return
+        self.turns.seen()
         ready = [remote.free() for remote in self.remotes.values()] if self.queue else []
         if not any(not one.reason for one in ready):
             return
         placement, began, now = Placement(ready), time.monotonic(), time.time()
         running = self.turns.running(self.jobs.values())
         started: dict[str, list[Job]] = {}
-        left: list[Job] = []
-        for number, job in enumerate(self.queue):
+        self._may_place = False
+        for number in range(self._place_from, len(self.queue)):
+            job = self.queue[number]
             if time.monotonic() - began > _PLACING_S:
-                left += self.queue[number:]
-                self.say(self.wires.wake)
+                self._may_place, self._place_from = True, number
+                self.say(self.wires.wake)  # the rest in the next turn, at once
                 break
             if job.state != QUEUED:
                 continue
             if self.turns.waits(job, running):
-                left.append(job) if not self._is_hopeless(job) else None
+                self._end_if_hopeless(job)
                 continue
             chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
             if chosen is None:
-                left.append(job)
                 continue
             if job.spec.get("at_once"):
                 running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
             self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
             self.remotes[chosen.name].jobs[job.id] = job
             started.setdefault(chosen.name, []).append(job)
-        self.queue = left
+        else:
+            self._place_from = 0
+        if not self._place_from:
+            self.queue = [job for job in self.queue if job.state == QUEUED]
         for name, jobs in started.items():
             self._tell_to_start(self.remotes[name], jobs)
 
-    def _is_hopeless(self, job: Job) -> bool:
-        """Whether what it comes after has failed: then it ends here."""
+    def _end_if_hopeless(self, job: Job) -> None:
+        """If what it comes after has failed."""
         failed = self.turns.failed_before(job) if job.spec.get("after") else 0
         if failed:
-            self.finish(job, state.CANCELLED, f"job {failed}, after which it comes, has failed")
-        return bool(failed)
+            why = (
+                f"job {failed}, after which it comes, has failed" if failed > 0 else f"there is no job {-failed} to come after"
+            )
+            self.finish(job, state.CANCELLED, why, has_written=False)
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
-        asked = [requests.asked(job, remote.name) for job in jobs]
-        self.send(remote, frames.message("start", jobs=asked))
+        asked = [requests.asked(job, self.pool, remote.name) for job in jobs]
+        for at in range(0, len(asked), _STARTED_AT_ONCE):
+            self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
-        number, attempt, code = int(said["id"]), int(said["attempt"]), int(said["code"])
+        number, attempt, code = _number(said["id"]), _number(said["attempt"]), int(said["code"])
+        if not -1 <= code <= 255:
+            raise ValueError("an exit code that is none")
         job = self._current(remote, said)
         if job is None:
             self.outputs.fetch_or_forget(remote, number, attempt, said)
             return
-        usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if isinstance(said[name], int | float)}
+        self._may_place = True
+        usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if workers.is_amount(said[name])}
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
         if job.reason == requests.CANCEL_ASKED:
@@ -307,17 +340,20 @@ class Controller:
         if remote:
             remote.jobs.pop(job.id, None)
         if job.reason == requests.CANCEL_ASKED:
-            self.finish(job, state.CANCELLED, "cancelled")
+            self.finish(job, state.CANCELLED, "cancelled", has_written=False)
         elif job.losses >= _LOSSES_MAX or not job.spec.get("requeue", True):
             self.state.change(job, code=-1)
-            self.finish(job, state.FINISHED, why)
+            self.finish(job, state.FINISHED, why, has_written=False)
         else:
             self.state.change(job, losses=job.losses + 1, reason=why)
             self._again(job)
 
-    def finish(self, job: Job, how: str, reason: str) -> None:
-        """It has ended.  Who waits for it is told."""
+    def finish(self, job: Job, how: str, reason: str, *, has_written: bool = True) -> None:
+        """It has ended.  Who waits for it is told.  has_written: what it wrote is still to come."""
         self.state.change(job, state=how, reason=reason, finished_s=time.time())
+        if not has_written:
+            self.state.keep_output(job.id, b"", b"")
+        self._may_place = True
         self.jobs.pop(job.id, None)
         self.turns.forget(job)
         for client in list(self.clients.values()):
@@ -337,8 +373,15 @@ class Controller:
             if remote:
                 self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=grace_s))
         else:
-            self.finish(job, state.CANCELLED, "cancelled")
+            self.finish(job, state.CANCELLED, "cancelled", has_written=False)
             self.requeue()
+
+
+def _number(value: object) -> int:
+    """Of a job, or of an attempt, as an agent says it.  Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError("a number that is none")
+    return value
 
 
 def _in_words(code: int) -> str:

@@ -42,7 +42,9 @@ def open_link(directory: str, pool: str, name: str, address: str) -> socket.sock
             [sys.executable, path, "attach", place], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, env=environment
         )
     try:
-        skip_greeting(ours.recv, lambda left_s: bool(select.select([ours], [], [], left_s)[0]))
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        skip_greeting(ours.recv, lambda left_s: bool(poll.poll(left_s * 1000)))
         return ours
     except BaseException:
         ours.close()

@@ -124,6 +124,7 @@ class Map:
         self._options = options
         self._numbers: dict[int, tuple[int, list[str], list[str]]] = {}  # id -> number, arguments, command
         self._ready: dict[int, tuple[bytes, bytes]] = {}
+        self._rows: dict[int, bytes] = {}
         self._next = 1
         self._failed = 0
         self._log: BinaryIO | None = None
@@ -180,7 +181,6 @@ class Map:
         number, arguments, command = self._numbers.pop(job["id"])
         code = job["code"] if job["state"] == "finished" else 255
         self._failed += code != 0
-        self._note(number, job, code, command)
         out, err = (
             base64.b64decode(found[name]) if name in found else self._output(job["id"], name) for name in ("out", "err")
         )
@@ -188,15 +188,22 @@ class Map:
             tag = " ".join(arguments).encode("utf-8", "surrogateescape") + b"\t"
             out, err = (b"".join(tag + line for line in one.splitlines(keepends=True)) for one in (out, err))
         self._ready[number] = out, err
+        self._rows[number] = self._row(number, job, code, command)
         self._print(number)
 
     def _print(self, number: int) -> None:
         if not self._options.keep_order:
-            self._write(*self._ready.pop(number))
-            return
+            return self._print_now(number)
         while self._next in self._ready:
-            self._write(*self._ready.pop(self._next))
+            self._print_now(self._next)
             self._next += 1
+
+    def _print_now(self, number: int) -> None:
+        """Then it is in the job log: what is there was printed."""
+        self._write(*self._ready.pop(number))
+        row = self._rows.pop(number, b"")
+        if self._log and row:
+            self._log.write(row)
 
     @staticmethod
     def _write(out: bytes, err: bytes) -> None:
@@ -215,21 +222,14 @@ class Map:
             if not parts[-1]:
                 time.sleep(0.01)  # its agent has it, and it is on its way
 
-    def _note(self, number: int, job: dict[str, Any], code: int, command: list[str]) -> None:
-        if self._log:
-            shown = " ".join(command).replace("\t", " ").replace("\n", " ")
-            wall = job["usage"].get("wall_s", 0)
-            columns = [
-                number,
-                job["worker"],
-                f"{job['started_s'] or 0:.3f}",
-                f"{wall:.3f}",
-                0,
-                0,
-                max(code, 0),
-                0 if code >= 0 else 9,
-            ]
-            self._log.write("\t".join(map(str, [*columns, shown])).encode("utf-8", "surrogateescape") + b"\n")
+    @staticmethod
+    def _row(number: int, job: dict[str, Any], code: int, command: list[str]) -> bytes:
+        """Of the job log."""
+        shown = " ".join(command).replace("\t", " ").replace("\n", " ")
+        wall = job["usage"].get("wall_s", 0)
+        ended = [max(code, 0), 0 if code >= 0 else 9]
+        columns = [number, job["worker"], f"{job['started_s'] or 0:.3f}", f"{wall:.3f}", 0, 0, *ended]
+        return "\t".join(map(str, [*columns, shown])).encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _is_at_hand(source: BinaryIO) -> bool:

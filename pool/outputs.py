@@ -6,6 +6,7 @@ Only what is here as a whole is forgotten there.
 from __future__ import annotations
 
 import base64
+import json
 import os
 
 from cafs import atomic
@@ -32,9 +33,9 @@ class Outputs:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._asked: dict[int, tuple[Remote, Callable[[bytes, int], None]]] = {}
+        self._asked: dict[int, tuple[Remote, Callable[[bytes, int], None], Callable[[], None]]] = {}
         self._number = 0
-        self._fetching: set[tuple[int, int]] = set()
+        self._fetching: dict[tuple[int, int], Remote] = {}
         os.makedirs(os.path.join(controller.directory, "logs"), mode=0o700, exist_ok=True)
 
     def path(self, number: int, stream: str) -> str:
@@ -42,30 +43,42 @@ class Outputs:
         return os.path.join(self._controller.directory, "logs", f"{number}.{stream}")
 
     def ask(
-        self, remote: Remote, number: int, attempt: int, stream: str, offset: int, then: Callable[[bytes, int], None]
+        self,
+        remote: Remote,
+        number: int,
+        attempt: int,
+        stream: str,
+        offset: int,
+        then: Callable[[bytes, int], None],
+        lost: Callable[[], None],
     ) -> None:
-        """A piece of what a job has written so far, and where the next begins; b'' if its agent cannot say."""
+        """A piece of what a job has written so far, and where the next begins.  lost: called if no answer can come."""
         self._number += 1
-        self._asked[self._number] = remote, then
+        self._asked[self._number] = remote, then, lost
         fields = {"id": number, "attempt": attempt, "stream": stream, "offset": offset, "size": _PIECE}
         self._controller.send(remote, frames.message("read", request=self._number, **fields))
 
-    def answered(self, request: int, following: int, data: bytes) -> None:
-        """By an agent.  Raises KeyError if nobody has asked."""
-        _, then = self._asked.pop(request)
-        then(data, following)
+    def answered(self, remote: Remote, request: int, following: int, data: bytes) -> None:
+        """By an agent.  Raises ValueError if it was not asked that."""
+        asked = self._asked.get(request)
+        if asked is None or asked[0] is not remote:
+            raise ValueError("an answer to what was not asked")
+        del self._asked[request]
+        asked[1](data, following)
 
     def lost(self, remote: Remote) -> None:
-        """Nobody answers any more."""
-        for request in [one for one, (other, _) in self._asked.items() if other is remote]:
-            del self._asked[request]
-        self._fetching.clear()
+        """It answers no more."""
+        for request, (other, _, lost) in list(self._asked.items()):
+            if other is remote:
+                del self._asked[request]
+                lost()
+        self._fetching = {key: other for key, other in self._fetching.items() if other is not remote}
 
     def fetch_or_forget(self, remote: Remote, number: int, attempt: int, said: dict[str, Any]) -> None:
         """After an end was recorded, or was refused: what is still to be had of it."""
         controller = self._controller
         known = controller.state.job(number) if controller.state.has_job(number) else None
-        is_last = known is not None and known.attempt == attempt and known.state in ENDED
+        is_last = known is not None and (known.attempt, known.worker) == (attempt, remote.name) and known.state in ENDED
         is_here = controller.state.output(number) is not None or os.path.exists(self.path(number, "err"))
         if not is_last or is_here:
             controller.forget(remote, number, attempt)
@@ -74,16 +87,20 @@ class Outputs:
             controller.state.keep_output(number, out, err)
             controller.forget(remote, number, attempt)
         elif (number, attempt) not in self._fetching:
-            self._fetching.add((number, attempt))
+            self._fetching[number, attempt] = remote
             self._fetch(remote, number, attempt, 0, 0, 0)
 
     def _fetch(self, remote: Remote, number: int, attempt: int, which: int, offset: int, size: int) -> None:
-        """size: how much of it is here."""
+        """size: how much of it is here.  What its agent has left out is noted, so that offsets mean the same here and there."""
         stream = _STREAMS[which]
         part = self.path(number, stream) + ".part"
 
         def then(data: bytes, following: int) -> None:
             if data and size < _MOST:
+                is_gap = following != offset + len(data)
+                if is_gap:
+                    self._note_gap(number, stream, offset, following)
+                    data = b""
                 with open(part, "r+b" if size else "wb") as file:
                     file.seek(size)
                     file.write(data)
@@ -98,7 +115,24 @@ class Outputs:
             if which == 0:
                 self._fetch(remote, number, attempt, 1, 0, 0)
             else:
-                self._fetching.discard((number, attempt))
+                self._fetching.pop((number, attempt), None)
                 self._controller.forget(remote, number, attempt)
 
-        self.ask(remote, number, attempt, stream, offset, then)
+        self.ask(remote, number, attempt, stream, offset, then, lambda: None)
+
+    def _note_gap(self, number: int, stream: str, start: int, end: int) -> None:
+        atomic.replace_file(self.path(number, stream) + ".gap", json.dumps([start, end]).encode(), 0o600)
+
+    def read(self, number: int, stream: str, offset: int, size: int) -> tuple[bytes, int]:
+        """(a piece of a file that is here, where the next begins); offsets are the agent's."""
+        try:
+            start, end = json.loads(atomic.read_file(self.path(number, stream) + ".gap", 100))
+        except (OSError, ValueError):
+            start = end = 1 << 62
+        if start <= offset < end:
+            return b"\n[cpool: %d bytes left out]\n" % (end - offset), end
+        place = offset if offset < start else offset - (end - start)
+        with open(self.path(number, stream), "rb") as file:
+            file.seek(place)
+            data = file.read(min(size, start - offset) if offset < start else size)
+        return data, offset + len(data)

@@ -41,7 +41,10 @@ class Peers:
         selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
 
     def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return  # too many files are open: it is tried again
         connection.setblocking(False)
         peer = Peer(connection)
         self.all.append(peer)

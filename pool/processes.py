@@ -38,6 +38,7 @@ class Job:
 
     def __init__(self, directory: str, asked: dict[str, Any]) -> None:
         self.directory = directory
+        self.pool = os.path.basename(os.path.dirname(os.path.dirname(directory))).partition(".")[0]
         self.asked = asked
         self.id, self.attempt = int(asked["id"]), int(asked["attempt"])
         self.pid = int(asked.get("pid", 0))
@@ -60,6 +61,7 @@ class Job:
         asked = self.asked
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
+        environment["CPOOL_POOL"] = self.pool
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -144,7 +146,7 @@ class Job:
 
     def processes(self) -> list[int]:
         """All that has the job in its environment, and what is below such a process."""
-        mine = {b"CPOOL_JOB=%d" % self.id, b"CPOOL_ATTEMPT=%d" % self.attempt}
+        mine = {b"CPOOL_JOB=%d" % self.id, b"CPOOL_ATTEMPT=%d" % self.attempt, b"CPOOL_POOL=" + self.pool.encode()}
         parents: dict[int, int] = {}
         found = set()
         for name in os.listdir("/proc"):

@@ -23,12 +23,18 @@ CANCEL_ASKED = "cancelled while it ran"
 _LINE_MAX = 64 << 20
 _PIECE = 1 << 18
 _KEEP = 64 << 10
+_SPEC_MAX = 128 << 10
 
 
-def asked(job: Job, worker: str) -> dict[str, Any]:
+def asked(job: Job, pool: str, worker: str) -> dict[str, Any]:
     """What an agent is told of a job."""
     spec = job.spec
-    own = {"CPOOL_WORKER": worker, "CPOOL_INDEX": str(spec.get("index", "")), "CPOOL_TENANT": str(spec.get("tenant", ""))}
+    own = {
+        "CPOOL_POOL": pool,
+        "CPOOL_WORKER": worker,
+        "CPOOL_INDEX": str(spec.get("index", "")),
+        "CPOOL_TENANT": str(spec.get("tenant", "")),
+    }
     return {
         "id": job.id,
         "attempt": job.attempt,
@@ -63,7 +69,10 @@ def listen(directory: str) -> socket.socket:
 
 def accept(controller: Controller, listener: socket.socket) -> None:
     """A command."""
-    connection, _ = listener.accept()
+    try:
+        connection, _ = listener.accept()
+    except OSError:
+        return  # too many files are open: it is tried again
     uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
     if uid not in (os.geteuid(), 0):
         connection.close()
@@ -143,7 +152,7 @@ class Client:
             handler(self, self._controller, said)
         except CafsError as error:
             self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             self.answer({"error": f"bad request: {error!r}", "code": 2, "hint": None})
 
     def ended(self, job: Job) -> None:
@@ -163,15 +172,27 @@ class Client:
 
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ids = []
+    for one in said["jobs"]:  # all or none
+        check_one(controller.state, one)
     for one in said["jobs"]:
-        for number in one["spec"].get("after", []):
-            controller.state.job(number)  # it has to be there
         how = state.HELD if one.get("hold") else state.QUEUED
         number = controller.state.submit(check(one["spec"]), one.get("key"), int(one.get("priority", 0)), how)
         ids.append(number)
         if number not in controller.jobs and (job := controller.state.job(number)).state not in state.ENDED:
             controller.add(job)
     client.answer({"ids": ids})
+
+
+def check_one(known: state.State, one: dict[str, Any]) -> None:
+    """Whether a job can be submitted.  Raises CafsError."""
+    spec = check(one["spec"])
+    if len(json.dumps(spec)) > _SPEC_MAX:
+        raise UsageError(f"a job is larger than {_SPEC_MAX} bytes")
+    if abs(int(one.get("priority", 0))) >= 1 << 31:
+        raise UsageError(f"priority {one['priority']} is out of range")
+    for number in spec["after"]:
+        known.job(number)  # it has to be there
+    known.check_key(spec, one.get("key"))
 
 
 def check(spec: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +210,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     for name, (kind, _) in kinds.items():
         if not isinstance(found[name], kind) or (isinstance(found[name], int | float) and found[name] < 0):
             raise UsageError(f"a job's {name} cannot be {found[name]!r}")
-    if not all(type(number) is int for number in found["after"]):
+    if not all(type(number) is int and 0 < number < 1 << 62 for number in found["after"]):
         raise UsageError("a job comes after numbers of jobs")
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
@@ -262,6 +283,7 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     if stream not in ("out", "err"):
         raise UsageError(f"no stream {quote(stream)}")
     job, tag = controller.jobs.get(number) or controller.state.job(number), client.tag
+    is_over = job.state in state.ENDED
 
     def reply(data: bytes, following: int, *, is_end: bool) -> None:
         text = base64.b64encode(data).decode()
@@ -273,15 +295,13 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         data = kept[stream == "err"][offset : offset + _PIECE]
         return reply(data, offset + len(data), is_end=not data)
     if os.path.exists(path):
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(_PIECE)
-        return reply(data, offset + len(data), is_end=not data)
+        data, following = controller.outputs.read(number, stream, offset, _PIECE)
+        return reply(data, following, is_end=not data)
     remote = controller.remotes.get(job.worker)
-    if job.state not in (state.STARTING, state.RUNNING, state.FINISHED) or remote is None or remote.link is None:
-        return reply(b"", offset, is_end=job.state in state.ENDED)
-    ask = controller.outputs.ask
-    ask(remote, number, job.attempt, stream, offset, lambda data, following: reply(data, following, is_end=False))
+    if remote is None or remote.link is None or job.state not in (state.STARTING, state.RUNNING):
+        return reply(b"", offset, is_end=is_over and remote is None)  # if it is over, all of it is on its way
+    ask, lost = controller.outputs.ask, lambda: reply(b"", offset, is_end=False)
+    ask(remote, number, job.attempt, stream, offset, lambda data, following: reply(data, following, is_end=False), lost)
 
 
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
@@ -290,7 +310,7 @@ def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         for job in list(controller.jobs.values()):
             controller.cancel(job, float(said["grace_s"]))
     client.answer({"done": True})
-    controller.leave(when_idle=bool(said["jobs"]))
+    controller.leave(when_idle=bool(said["jobs"]), when_alone=not said["jobs"])
 
 
 _HANDLERS = {

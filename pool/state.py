@@ -148,17 +148,21 @@ class State:
 
     def submit(self, spec: dict[str, Any], key: str | None = None, priority: int = 0, state: str = QUEUED) -> int:
         """The id of a new job, or of the one that has this key.  Raises BusyError if that is another."""
-        text = json.dumps(spec, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        text, digest = json.dumps(spec, sort_keys=True), _digest(spec)
         if key is not None:
-            row = self._do("SELECT id, digest FROM jobs WHERE key = ?", [key]).fetchone()
+            self.check_key(spec, key)
+            row = self._do("SELECT id FROM jobs WHERE key = ?", [key]).fetchone()
             if row:
-                if row["digest"] != digest:
-                    raise BusyError(f"key {quote(key)} is that of job {row['id']}, which is another")
                 return int(row["id"])
         names = "key, spec, digest, state, priority, submitted_s"
         values = [key, text, digest, state, priority, time.time()]
         return int(self._do(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid or 0)
+
+    def check_key(self, spec: dict[str, Any], key: str | None) -> None:
+        """Raises BusyError if a key is that of another job."""
+        row = self._do("SELECT id, digest FROM jobs WHERE key = ?", [key]).fetchone() if key is not None else None
+        if row and row["digest"] != _digest(spec):
+            raise BusyError(f"key {quote(str(key))} is that of job {row['id']}, which is another")
 
     def job(self, number: int) -> Job:
         """Raises NotFound."""
@@ -196,6 +200,10 @@ class State:
         """(out, err) of a job whose output was little, and has ended."""
         row = self._do("SELECT out, err FROM outputs WHERE id = ?", [number]).fetchone()
         return (bytes(row["out"]), bytes(row["err"])) if row else None
+
+
+def _digest(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
 def create(directory: str) -> None:

@@ -8,7 +8,7 @@ from pool.state import ENDED, RUNNING, STARTING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from pool.state import Job, State
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 class Turns:
     """What is known of the jobs that a job comes after, and of when one may be tried again."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, open_jobs: Mapping[int, Job]) -> None:
+        self._state, self._open = state, open_jobs
         self._not_before: dict[int, float] = {}
         self._good: set[int] = set()
+        self._is_due = False
 
     def try_later(self, job: Job, wait_s: float) -> None:
         """Not before so many seconds from now."""
@@ -30,9 +31,17 @@ class Turns:
         self._not_before.pop(job.id, None)
 
     def is_due(self) -> bool:
-        """Whether the time of one has come that had to wait."""
+        """Whether the time of one has come that had to wait; said once."""
         now = time.monotonic()
-        return any(when <= now for when in self._not_before.values())
+        due = [number for number, when in self._not_before.items() if when <= now]
+        for number in due:
+            del self._not_before[number]
+        self._is_due = self._is_due or bool(due)
+        return self._is_due
+
+    def seen(self) -> None:
+        """Those whose time has come were looked at."""
+        self._is_due = False
 
     def running(self, jobs: Iterable[Job]) -> dict[int, int]:
         """How many of each array that has a limit run."""
@@ -53,9 +62,11 @@ class Turns:
         return any(not self._is_good(number) for number in job.spec.get("after", ()))
 
     def failed_before(self, job: Job) -> int:
-        """The job that it comes after and that has failed; 0 if none has."""
+        """The job that it comes after and that has failed; 0 if none has; negative: there is none of that number."""
         for number in job.spec.get("after", ()):
-            if number not in self._good:
+            if number not in self._good and number not in self._open:
+                if not self._state.has_job(number):
+                    return -int(number)
                 other = self._state.job(number)
                 if other.state in ENDED and (other.state != "finished" or other.code != 0):
                     return other.id
@@ -65,6 +76,8 @@ class Turns:
         """Whether a job has ended well; looked up once."""
         if number in self._good:
             return True
+        if number in self._open or not self._state.has_job(number):
+            return False
         other = self._state.job(number)
         if other.state == "finished" and other.code == 0:
             self._good.add(number)

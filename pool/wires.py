@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 
-from cafs.errors import CafsError
 from pool import frames, links
 from pool.workers import Remote
 
@@ -32,7 +31,7 @@ class Wires:
         epoch: int,
         selector: selectors.DefaultSelector,
         heed: Callable[[Remote, dict[str, Any]], None],
-        answered: Callable[[int, int, bytes], None],
+        answered: Callable[[Remote, int, int, bytes], None],
         lost: Callable[[Remote], None],
     ) -> None:
         self._directory, self._pool, self._epoch, self._selector = directory, pool, epoch, selector
@@ -59,8 +58,8 @@ class Wires:
         try:
             link = links.open_link(self._directory, self._pool, remote.name, remote.address)
             self._opened.put((remote, link, ""))
-        except (CafsError, OSError) as error:
-            self._opened.put((remote, None, str(error)))
+        except Exception as error:  # whatever a library raises: it is tried again
+            self._opened.put((remote, None, str(error) or type(error).__name__))
         self.wake()
 
     def _take_opened(self) -> None:
@@ -70,7 +69,7 @@ class Wires:
             pass
         while not self._opened.empty():
             remote, link, problem = self._opened.get()
-            if link is None or remote.is_gone:
+            if link is None or remote.is_gone or remote.link:
                 remote.failed(problem)
                 link.close() if link else None
                 continue
@@ -114,12 +113,12 @@ class Wires:
                 raise ConnectionResetError("the connection has ended")
             for kind, body in remote.reader.feed(data):
                 if kind == frames.BYTES:
-                    self._answered(*body)
+                    self._answered(remote, *body)
                 else:
                     self._heed(remote, body)
         except BlockingIOError:
             pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             self.drop(remote, str(error))
 
     def close(self) -> None:

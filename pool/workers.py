@@ -81,7 +81,7 @@ class Remote:
         """What it says is a stranger's until it is checked."""
         numbers = ("cpus", "memory", "free_memory", "free_disk", "load", "gpus", "running")
         found = {name: said[name] for name in numbers}
-        if not all(isinstance(value, int | float) and 0 <= value < 1 << 62 for value in found.values()):
+        if not all(is_amount(value) for value in found.values()):
             raise ValueError("a report of what is no number")
         self.report = {**found, "images": str(said["images"])[:200], "arch": str(said["arch"])[:40]}
         self.heard = time.monotonic()
@@ -120,6 +120,11 @@ class Remote:
             "reason": self.problem,
             **{name: value for name, value in self.report.items() if name != "running"},
         }
+
+
+def is_amount(value: object) -> bool:
+    """Whether it is a number of something, and not a strange one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def need_of(spec: dict[str, Any]) -> Need:
