@@ -302,8 +302,8 @@ class Controller:
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
-        number, attempt, code = _number(said["id"]), _number(said["attempt"]), int(said["code"])
-        if not -1 <= code <= 255:
+        number, attempt, code = _number(said["id"]), _number(said["attempt"]), said["code"]
+        if type(code) is not int or not -1 <= code <= 255:
             raise ValueError("an exit code that is none")
         job = self._current(remote, said)
         if job is None:

@@ -55,7 +55,9 @@ class Settings:
         from pool.scaling import Kind, Policy
 
         kinds = tuple(Kind(**one) for one in self.machines) or (Kind("machine", 16.0),)
-        found: dict[str, Any] = {**self.scaling, "machines": int(self.scaling.get("machines", 10))}
+        found: dict[str, Any] = {"launch_s": 40.0, "machines": 10, **self.scaling}
+        found["machines"] = int(found["machines"])
+        found["launch_s"] = max(found["launch_s"], 1.0)  # what was asked for is counted in windows of it
         return Policy(kinds, **found)
 
 

@@ -110,11 +110,17 @@ class Simulation:
             while coming and coming.time_s <= now:
                 self._arrive(coming, now)
                 coming = next(arrivals, None)
+            if self._queue and not (coming or self._ends or self._machines) and now >= tick_s and not self._can_begin(now):
+                self.result.rejected += len(self._queue)  # no machine will ever come for them
+                self._queue.clear()
             self._is_over = not (coming or self._queue or self._ends)
             if now >= tick_s:
                 self._scale(now)
                 tick_s = self._next_tick(now, coming)
         return self.result
+
+    def _can_begin(self, now: float) -> bool:
+        return bool(decide(now, self._policy, [], [one.need for one in self._queue], 0.0)[0])
 
     def _next_tick(self, now: float, coming: Arrival | None) -> float:
         """In two seconds; not before something happens, if nothing can change till then."""
@@ -210,6 +216,8 @@ def read_trace(file: TextIO, name: str, duration: str, cpus: float, seed: int) -
             given = {word: float(row[at]) for word, at in columns.items() if word != "tenant" and row[at] != ""}
             need = Need(given.get("cpus", cpus), int(given.get("memory", 0)), int(given.get("gpus", 0)))
             length = given.get("duration_s", -1.0)
+            if not all(math.isfinite(value) for value in given.values()) or need.cpus <= 0:
+                raise ValueError("a number that is none")
         except (ValueError, IndexError) as error:
             raise FormatError(f"{name}:{number}: {error}") from None
         if last is not None and time_s < last:

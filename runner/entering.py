@@ -77,7 +77,9 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     console = stdio.Console(directory) if options.has("tty") and not is_detached else None
     if is_detached and options.has("tty"):
         raise UsageError("-t needs somebody to hold the terminal: not with -d")
-    streams = None if console or is_detached else stdio.Streams(options.has("interactive"))
+    first = int(container.state().get("ids") or 0)
+    owner = first + process["user"]["uid"] if first else -1
+    streams = None if console or is_detached else stdio.Streams(options.has("interactive"), owner=owner)
     log = os.path.join(directory, "runc.log")
     arguments = starting.runc("exec", "--detach", "--process", path, "--pid-file", os.path.join(directory, "pid"), log=log)
     if console:

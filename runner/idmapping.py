@@ -135,7 +135,7 @@ def free_stale() -> None:
     """Ranges of containers that are not there any more, or do not run."""
     from runner import alive
 
-    for name in paths.listed(_directory()):
+    for name in filter(str.isdigit, paths.listed(_directory())):
         if not alive.is_watched(_holder(int(name))):
             atomic.unlink_quietly(os.path.join(_directory(), name))
 
@@ -153,18 +153,15 @@ def _holder(first: int) -> str:
 
 def _lease(container: Container) -> int:
     os.makedirs(_directory(), mode=0o700, exist_ok=True)
-    taken = set(paths.listed(_directory()))
-    for start, count in _ranges():
-        for first in range(start, start + count - WIDTH + 1, WIDTH):
-            if str(first) in taken:
-                continue
-            try:
-                fd = os.open(os.path.join(_directory(), str(first)), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            except FileExistsError:
-                continue  # taken just now
-            os.write(fd, container.id.encode())
-            os.close(fd)
-            return first
+    for again in (False, True):
+        if again:
+            free_stale()  # of who was killed before it could say that it has one
+        taken = set(paths.listed(_directory()))
+        for start, count in _ranges():
+            for first in range(start, start + count - WIDTH + 1, WIDTH):
+                path = os.path.join(_directory(), str(first))
+                if str(first) not in taken and atomic.create_file(path, container.id.encode(), 0o600):
+                    return first
     raise CafsError("--userns auto: no range of 65536 ids is free", hint="more for 'containers' in /etc/subuid and /etc/subgid")
 
 

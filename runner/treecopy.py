@@ -33,7 +33,7 @@ class Copier:
             clear(target, new_name)
             os.symlink(os.readlink(name, dir_fd=source), new_name, dir_fd=target)
             if self._keep_owner:
-                owner = status.st_uid + self._shift, status.st_gid + self._shift
+                owner = shifted(status.st_uid, self._shift), shifted(status.st_gid, self._shift)
                 os.chown(new_name, *owner, dir_fd=target, follow_symlinks=False)
         elif stat.S_ISFIFO(status.st_mode):
             clear(target, new_name)
@@ -81,7 +81,7 @@ class Copier:
         status = os.fstat(source)
         mode = stat.S_IMODE(status.st_mode)
         if self._keep_owner:
-            os.fchown(target, status.st_uid + self._shift, status.st_gid + self._shift)
+            os.fchown(target, shifted(status.st_uid, self._shift), shifted(status.st_gid, self._shift))
         else:
             mode &= 0o1777  # set-user-id of another is not of ours
         os.fchmod(target, mode)
@@ -89,6 +89,15 @@ class Copier:
             if not name.startswith("trusted.overlay."):
                 os.setxattr(target, name, os.getxattr(source, name))
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def shifted(number: int, shift: int) -> int:
+    """An id on the other side: into a user namespace of 65536 ids or, SHIFT being negative, out of it.
+
+    One that is not among them, of a file that was bound from the host, stays as it is.
+    """
+    is_inside = 0 <= number < 65536 if shift > 0 else 0 <= number + shift < 65536
+    return number + shift if is_inside else number
 
 
 def clear(directory: int, name: str) -> None:

@@ -8,7 +8,7 @@ import tarfile
 
 from cafs import atomic, linux
 from cafs.errors import CafsError, FormatError, quote
-from runner.treecopy import FLAGS, PIECE, clear
+from runner.treecopy import FLAGS, PIECE, clear, shifted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, fi
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     member = tarfile.TarInfo(arcname)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
-    member.uid, member.gid = status.st_uid - first, status.st_gid - first
+    member.uid, member.gid = shifted(status.st_uid, -first), shifted(status.st_gid, -first)
     if stat.S_ISDIR(status.st_mode):
         member.type = tarfile.DIRTYPE
         tar.addfile(member)
@@ -85,7 +85,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int
             return
         else:
             return  # devices and the like are not for cp
-        os.fchown(fd, member.uid + first, member.gid + first)
+        os.fchown(fd, shifted(member.uid, first), shifted(member.gid, first))
         os.fchmod(fd, member.mode & 0o7777)
         os.utime(fd, (member.mtime, member.mtime))
         os.close(fd)

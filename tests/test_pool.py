@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import selectors
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, processes, scaling, simulation, state
+from pool import frames, links, mapping, processes, requests, scaling, simulation, state
 from pool.placement import Need, Placement, Worker, why_not
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
@@ -580,6 +581,108 @@ def test_a_job_log_of_another_run_is_read_as_far_as_it_goes(tmp_path: Path) -> N
     assert mapping.already_done(str(tmp_path / "none"), failed_too=True) == set()
 
 
+def test_what_no_agent_should_say_ends_its_connection_and_nothing_else(pool: Path) -> None:
+    from pool.controller import Controller
+
+    good = {
+        "cpus": 1,
+        "memory": 1,
+        "free_memory": 1,
+        "free_disk": 1,
+        "load": 0.1,
+        "gpus": 0,
+        "running": 0,
+        "images": "",
+        "arch": "x",
+    }
+    end = {"is": "done", "id": 1, "attempt": 1, "code": 0, "wall_s": 1, "cpu_s": 1, "memory": 1, "out": "", "err": ""}
+    said: list[dict[str, object]] = [
+        {**end, name: value} for name in ("id", "attempt", "code") for value in (math.inf, 1 << 70, -9, "x", None, 1.5)
+    ]
+    said += [
+        {**end, "out": "%%%"},
+        {"is": "hello", "jobs": [{"id": math.inf, "attempt": 1, "ended": True}]},
+        {"is": "hello", "jobs": 7},
+    ]
+    said += [
+        {"is": "report", **good, name: value}
+        for name in ("cpus", "free_memory")
+        for value in (math.inf, -1, 10**400, "x", None)
+    ]
+    with state.locked(str(pool)):
+        held = Controller(str(pool))
+        for one in said:
+            remote = held.remotes["local"]
+            ours, theirs = socket.socketpair()
+            remote.connected(ours)
+            held.selector.register(ours, selectors.EVENT_READ, lambda events, remote=remote: held.wires._hear(remote, events))
+            number = held.state.submit(requests.check({"command": ["true"]}))
+            held.state.change(held.state.job(number), state=state.FINISHED, worker="local", attempt=1)
+            theirs.sendall(frames.message(str(one.pop("is")), **one))
+            held.turn(1)
+            assert remote.link is None, one
+            theirs.close()
+        held.state.close()
+
+
+def test_outputs_that_another_worker_sends_are_refused(pool: Path) -> None:
+    from pool.controller import Controller
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool))
+        held.state.put_host("other", "x@127.0.0.1:1")
+        held.state.put_host("local", "")
+        held.look_at_hosts()
+        number = held.state.submit(requests.check({"command": ["true"]}))
+        held.state.change(held.state.job(number), state=state.FINISHED, worker="local", attempt=1, code=0)
+        end = {
+            "is": "done",
+            "id": number,
+            "attempt": 1,
+            "code": 0,
+            "wall_s": 1,
+            "cpu_s": 1,
+            "memory": 1,
+            "out": "Zm9yZ2Vk",
+            "err": "",
+        }
+        held._heed(held.remotes["other"], dict(end))
+        assert held.state.output(number) is None
+        held._heed(held.remotes["local"], {**end, "out": "dHJ1ZQ=="})
+        assert held.state.output(number) == (b"true", b"")
+        with pytest.raises(ValueError, match="not asked"):
+            held.outputs.answered(held.remotes["other"], 1, 0, b"")
+        held.state.commit()
+        held.state.close()
+
+
+def test_a_host_that_is_removed_or_moved_takes_no_controller_with_it(pool: Path) -> None:
+    cp("submit", *PLAIN, "--no-requeue", "--", "true")
+    cp("submit", *PLAIN, "--", "true")
+    with state.locked(str(pool)):
+        held = state.State(str(pool))
+        for number in (1, 2):
+            held.change(held.job(number), state=state.RUNNING, worker="gone", attempt=1)
+        held.commit()
+        held.close()
+    ok("tick")
+    assert (job(1)["state"], job(1)["code"], job(1)["reason"]) == ("finished", -1, "its worker is no host of the pool any more")
+    wait_until(lambda: ok("tick") == "" and job(2)["state"] == "finished")
+    assert cp("submit", *PLAIN, "--after", "99", "--", "true").returncode == 4, "also without a controller"
+
+
+def test_two_maps_at_once_share_a_controller(pool: Path, tmp_path: Path) -> None:
+    command = [BIN / "cpool", "map", "-k", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "sleep 0.0{}; echo {}"]
+    text = "".join(f"{n}\n" for n in range(10, 60)).encode()
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    for one in running:
+        assert one.stdin
+        one.stdin.write(text)
+        one.stdin.close()
+        one.stdin = None
+    assert [one.communicate(timeout=60)[0] for one in running] == [text] * 3 and not any(one.returncode for one in running)
+
+
 def test_a_zombies_late_result_is_refused(pool: Path) -> None:
     """Of the attempt before, whose worker was thought lost."""
     from pool.controller import Controller
@@ -664,6 +767,7 @@ def test_caps_are_kept_and_jobs_too_large_are_said() -> None:
     assert simulated(scaling.Policy((KIND,), machines=3), burst)["most_machines"] == 3
     assert simulated(scaling.Policy((KIND,), machines=99, price=2.5), burst)["most_machines"] == 2
     assert simulated(scaling.Policy((KIND,)), [simulation.Arrival(0.0, 1.0, Need(17.0))])["rejected"] == 1
+    assert simulated(scaling.Policy((KIND,), machines=0), burst)["rejected"] == 500, "and it ends"
 
 
 @given(

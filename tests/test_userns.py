@@ -81,6 +81,12 @@ def test_a_volume_has_the_ids_of_the_image_for_all_and_a_directory_of_the_host_h
         assert crun(*flags, *volume, BASE, "stat", "-c", "%u:%g", "/home/joe/f").stdout == "5:6\n"
     refused = crun(*AUTO, *volume, BASE, "sh", "-c", "stat -c %u /host/secret; cat /host/secret || touch /host/new")
     assert refused.stdout == "65534\n" and refused.returncode
+    ok("run", "-d", "--name", "n5", *AUTO, *volume, BASE, "sleep", "1000")
+    listed = subprocess.run([BIN / "crun", "cp", "n5:/host/secret", "-"], capture_output=True, check=True).stdout
+    assert b" 0/0 " in subprocess.run(["tar", "-tvn"], input=listed, capture_output=True, check=True).stdout, (
+        "it stays whose it is"
+    )
+    ok("rm", "-f", "n5")
     assert crun("--network", "none", *volume, BASE, "cat", "/host/secret").stdout == "x"
     ok("volume", "rm", "owned")
 
@@ -94,6 +100,7 @@ def test_what_is_copied_has_the_ids_of_each_side(tmp_path: Path) -> None:
     archive = subprocess.run(["tar", "-c", "in"], cwd=tmp_path, capture_output=True, check=True).stdout
     subprocess.run([BIN / "crun", "cp", "-", "n4:/tmp"], input=archive, check=True)
     assert ok("exec", "n4", "stat", "-c", "%u:%g", "/plain", "/kept", "/tmp/in").split() == ["0:0", "3:4", "3:4"]
+    assert ok("exec", "n4", "sh", "-c", "echo again > /dev/stdout") == "again\n"
     ok("cp", "-a", "n4:/kept", tmp_path / "out")
     assert ((tmp_path / "out").stat().st_uid, (tmp_path / "out").stat().st_gid) == (3, 4)
     listed = subprocess.run([BIN / "crun", "cp", "n4:/kept", "-"], capture_output=True, check=True).stdout
@@ -121,6 +128,13 @@ def test_a_network_and_a_terminal_are_its_own_and_what_needs_the_hosts_ids_is_re
     image.chmod(0o700)
     refused = crun(*AUTO, BASE, "true")
     assert refused.returncode == 8 and f"other users cannot enter '{image}'" in refused.stderr, refused.stderr
+
+
+def test_a_range_of_who_was_killed_too_early_is_free_again(image: Path) -> None:
+    (image / "run" / "ids").mkdir(exist_ok=True)
+    (image / "run" / "ids" / "524288").write_text("f" * 64)
+    ok("gc")
+    assert os.listdir(image / "run" / "ids") == []
 
 
 def test_ids_that_the_administrator_gives_to_containers_are_taken(tmp_path: Path) -> None:
