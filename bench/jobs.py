@@ -1,6 +1,6 @@
 """The pool: placing; `cpool map` beside GNU parallel over the same four sshd; from a submit to its process; simulation.
 
-usage: pool.py [JOBS]    from the top of the project; works in $CAFS_BENCH (default /var/tmp/cafs-bench); needs root, sshd, and
+usage: jobs.py [JOBS]    from the top of the project; works in $CAFS_BENCH (default /var/tmp/cafs-bench); needs root, sshd, and
                          parallel for what it is compared with
 """
 
