@@ -27,7 +27,7 @@ def directory() -> str:
 
 
 def client() -> Client:
-    """A connection to the controller.  Raises RemoteError."""
+    """A connection to the controller.  Raises NoController."""
     from pool.client import Client
 
     return Client(directory())
@@ -35,13 +35,13 @@ def client() -> Client:
 
 def ask(do: str, **fields: Any) -> dict[str, Any]:
     """Of the controller; if none runs, of its state, for what can be done without.  Raises CafsError."""
-    from cafs.errors import RemoteError
+    from pool.client import NoController
 
     try:
         with client() as connection:
             return connection.ask(do, **fields)
-    except RemoteError as error:
-        if do not in ("jobs", "job") or "no controller" not in str(error):
+    except NoController:
+        if do not in ("jobs", "job"):
             raise
     from pool.state import State
 
@@ -53,22 +53,20 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
 
 def submit(jobs: list[dict[str, Any]]) -> list[int]:
     """Their numbers.  Without a controller they are queued all the same.  Raises CafsError."""
-    from cafs.errors import RemoteError
     from pool import requests, state
+    from pool.client import NoController
 
     try:
         with client() as connection:
             pieces = [jobs[at : at + _AT_ONCE] for at in range(0, len(jobs), _AT_ONCE)]
             return [number for piece in pieces for number in connection.ask("submit", jobs=piece)["ids"]]
-    except RemoteError as error:
-        if "no controller" not in str(error):
-            raise
+    except NoController:
+        pass
     with state.locked(directory(), wait_s=5):
         found = state.State(directory())
         how = {True: state.HELD, False: state.QUEUED}
-        for one in jobs:
-            requests.check_one(found, one)
-        ids = [found.submit(requests.check(one["spec"]), one["key"], one["priority"], how[one["hold"]]) for one in jobs]
+        specs = [requests.check_one(found, one) for one in jobs]
+        ids = [found.submit(spec, one["key"], one["priority"], how[one["hold"]]) for one, spec in zip(jobs, specs, strict=True)]
         found.commit()
     sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")
     return ids
@@ -76,16 +74,16 @@ def submit(jobs: list[dict[str, Any]]) -> list[int]:
 
 def change_host(**fields: Any) -> None:
     """By the controller, or in the state if none runs.  Raises CafsError."""
-    from cafs.errors import NotFound, RemoteError
+    from cafs.errors import NotFound
     from pool import state
+    from pool.client import NoController
 
     try:
         with client() as connection:
             connection.ask("hosts", **fields)
             return
-    except RemoteError as error:
-        if "no controller" not in str(error):
-            raise
+    except NoController:
+        pass
     with state.locked(directory(), wait_s=5):
         found = state.State(directory())
         if fields["what"] != "remove":

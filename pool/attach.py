@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from pool import frames
+from pool import frames, sockets
 
 _PIECE = 1 << 16
 _BEGIN_S = 10.0
@@ -45,7 +45,7 @@ def _reach(directory: str, build: str) -> socket.socket:
     is_started = False
     while True:
         try:
-            return _connect(directory)
+            return sockets.connect(directory)
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -53,19 +53,6 @@ def _reach(directory: str, build: str) -> socket.socket:
             is_started = True
             _start(directory, build)
         time.sleep(0.005)
-
-
-def _connect(directory: str) -> socket.socket:
-    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.connect(f"/proc/self/fd/{here}/socket")
-        return connection
-    except OSError:
-        connection.close()
-        raise
-    finally:
-        os.close(here)
 
 
 def _start(directory: str, build: str) -> None:

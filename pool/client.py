@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from cafs import atomic, linux
 from cafs.errors import CafsError, RemoteError
-from pool import state
+from pool import sockets, state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,33 +23,27 @@ _BEGIN_S = 10.0
 _PIECE = 1 << 18
 
 
+class NoController(RemoteError):
+    """None runs: what can be done without one, may be."""
+
+
 class Client:
-    """A connection.  Raises RemoteError if there is no controller."""
+    """A connection.  Raises NoController."""
 
     def __init__(self, directory: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
         self._held = b""
         self._tag = 0
         self._events: deque[dict[str, Any]] = deque()
         try:
-            here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                self._socket.connect(f"/proc/self/fd/{here}/socket")
-            finally:
-                os.close(here)
+            self._socket = sockets.connect(directory)
         except OSError:
-            self._socket.close()
-            raise RemoteError("no controller runs for this pool", hint="cpool serve &") from None
+            raise NoController("no controller runs for this pool", hint="cpool serve &") from None
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
-
-    def fileno(self) -> int:
-        """For select(2)."""
-        return self._socket.fileno()
 
     def wait_for(self, ids: list[int], *, output: bool = False) -> None:
         """Have the ends of jobs come as events.  output: with what they have written, if it is little."""
@@ -123,7 +117,7 @@ def controlled(directory: str) -> Iterator[Client]:
     """A connection to the controller; if there is none, to one of ours that ends with us, and jobs that run go on."""
     try:
         client = Client(directory)
-    except RemoteError:
+    except NoController:
         client = None
     if client is not None:
         with client:
@@ -161,7 +155,7 @@ def _wait_for(directory: str, child: int) -> Client:
     while True:
         try:
             return Client(directory)
-        except RemoteError:
+        except NoController:
             if time.monotonic() > deadline or os.waitpid(child, os.WNOHANG)[0]:
                 raise
             time.sleep(0.005)

@@ -11,7 +11,7 @@ import selectors
 import signal
 import time
 
-from pool import frames, links, outputs, requests, state, workers
+from pool import frames, links, outputs, requests, sockets, state, workers
 from pool.placement import Placement
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
 from pool.turns import Turns
@@ -33,8 +33,6 @@ _STARTED_AT_ONCE = 30
 """In one frame: as each job is bounded, so is that."""
 
 GRACE_S = 10.0
-KEEP = 64 << 10
-"""Output of a job up to so many bytes comes with its end."""
 
 
 class Controller:
@@ -72,7 +70,7 @@ class Controller:
         """Until SIGTERM or SIGINT, or a command ends it.  Jobs go on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.end())
-        listener = requests.listen(self.directory)
+        listener = sockets.listen(self.directory)
         self.selector.register(listener, selectors.EVENT_READ, lambda _: requests.accept(self, listener))
         try:
             self.turn(0)

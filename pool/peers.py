@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
 import sys
 
-from pool import frames
+from pool import frames, sockets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Peers:
         self._selector = selector
         self._obey = obey
         self.all: list[Peer] = []
-        listener = _listen(directory)
+        listener = sockets.listen(directory)
         selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
 
     def _accept(self, listener: socket.socket) -> None:
@@ -90,31 +89,8 @@ class Peers:
         """Now, or as soon as it takes more; who takes nothing is let go."""
         peer.unsent += frame
         try:
-            sent = peer.socket.send(peer.unsent[: 1 << 20])
-            del peer.unsent[:sent]
-        except BlockingIOError:
-            pass
+            sockets.send(self._selector, peer.socket, peer.unsent)
         except OSError:
             return self.drop(peer)
         if len(peer.unsent) > _UNSENT_MAX:
-            return self.drop(peer)
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
-        key = self._selector.get_key(peer.socket)
-        if key.events != wanted:
-            self._selector.modify(peer.socket, wanted, key.data)
-
-
-def _listen(directory: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    path = f"/proc/self/fd/{here}/socket"  # however long the path is
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    listener.bind(path)
-    os.chmod(path, 0o600)
-    os.close(here)
-    listener.listen(16)
-    listener.setblocking(False)
-    return listener
+            self.drop(peer)

@@ -10,7 +10,7 @@ import socket
 import struct
 
 from cafs.errors import CafsError, UsageError, quote
-from pool import links, state
+from pool import links, sockets, state
 from pool.state import Job
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ CANCEL_ASKED = "cancelled while it ran"
 _LINE_MAX = 64 << 20
 _PIECE = 1 << 18
 _KEEP = 64 << 10
+"""Output of a job up to so many bytes comes with its end."""
 _SPEC_MAX = 128 << 10
 
 
@@ -47,24 +48,6 @@ def asked(job: Job, pool: str, worker: str) -> dict[str, Any]:
         "timeout_s": spec["timeout_s"],
         "keep": _KEEP,
     }
-
-
-def listen(directory: str) -> socket.socket:
-    """The socket for commands: for the pool's owner alone."""
-    listener = socket.socket(socket.AF_UNIX)
-    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    path = f"/proc/self/fd/{here}/socket"
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    before = os.umask(0o177)
-    listener.bind(path)
-    os.umask(before)
-    os.close(here)
-    listener.listen(64)
-    listener.setblocking(False)
-    return listener
 
 
 def accept(controller: Controller, listener: socket.socket) -> None:
@@ -133,13 +116,7 @@ class Client:
                 self._drop()
 
     def _flush(self) -> None:
-        try:
-            sent = self._socket.send(self._unsent[: 1 << 20])
-            del self._unsent[:sent]
-        except BlockingIOError:
-            pass
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-        self._controller.selector.modify(self._socket, wanted, self._serve)
+        sockets.send(self._controller.selector, self._socket, self._unsent)
 
     def _obey(self, line: bytes) -> None:
         try:
@@ -172,19 +149,18 @@ class Client:
 
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ids = []
-    for one in said["jobs"]:  # all or none
-        check_one(controller.state, one)
-    for one in said["jobs"]:
+    specs = [check_one(controller.state, one) for one in said["jobs"]]  # all or none
+    for one, spec in zip(said["jobs"], specs, strict=True):
         how = state.HELD if one.get("hold") else state.QUEUED
-        number = controller.state.submit(check(one["spec"]), one.get("key"), int(one.get("priority", 0)), how)
+        number = controller.state.submit(spec, one.get("key"), int(one.get("priority", 0)), how)
         ids.append(number)
         if number not in controller.jobs and (job := controller.state.job(number)).state not in state.ENDED:
             controller.add(job)
     client.answer({"ids": ids})
 
 
-def check_one(known: state.State, one: dict[str, Any]) -> None:
-    """Whether a job can be submitted.  Raises CafsError."""
+def check_one(known: state.State, one: dict[str, Any]) -> dict[str, Any]:
+    """The job, as it is kept, if it can be submitted.  Raises CafsError."""
     spec = check(one["spec"])
     if len(json.dumps(spec)) > _SPEC_MAX:
         raise UsageError(f"a job is larger than {_SPEC_MAX} bytes")
@@ -192,7 +168,8 @@ def check_one(known: state.State, one: dict[str, Any]) -> None:
         raise UsageError(f"priority {one['priority']} is out of range")
     for number in spec["after"]:
         known.job(number)  # it has to be there
-    known.check_key(spec, one.get("key"))
+    known.with_key(spec, one.get("key"))
+    return spec
 
 
 def check(spec: dict[str, Any]) -> dict[str, Any]:

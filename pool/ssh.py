@@ -212,19 +212,10 @@ def _carry(channel: paramiko.Channel, there: socket.socket, transport: paramiko.
     """Both ways, in threads of ours, until either side ends."""
     channel.settimeout(None)
 
-    def down() -> None:
+    def carry(here: Any, to: Any) -> None:
         try:
-            while data := channel.recv(_PIECE):
-                there.sendall(data)
-        except OSError:
-            pass
-        finally:
-            end()
-
-    def up() -> None:
-        try:
-            while data := there.recv(_PIECE):
-                channel.sendall(data)
+            while data := here.recv(_PIECE):
+                to.sendall(data)
         except OSError:
             pass
         finally:
@@ -237,7 +228,7 @@ def _carry(channel: paramiko.Channel, there: socket.socket, transport: paramiko.
         except OSError:
             pass
 
-    threads = [threading.Thread(target=work, daemon=True) for work in (down, up)]
+    threads = [threading.Thread(target=carry, args=ends, daemon=True) for ends in ((channel, there), (there, channel))]
     for thread in threads:
         thread.start()
     _carriers.append(threads[1])

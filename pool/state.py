@@ -148,21 +148,19 @@ class State:
 
     def submit(self, spec: dict[str, Any], key: str | None = None, priority: int = 0, state: str = QUEUED) -> int:
         """The id of a new job, or of the one that has this key.  Raises BusyError if that is another."""
-        text, digest = json.dumps(spec, sort_keys=True), _digest(spec)
-        if key is not None:
-            self.check_key(spec, key)
-            row = self._do("SELECT id FROM jobs WHERE key = ?", [key]).fetchone()
-            if row:
-                return int(row["id"])
+        known = self.with_key(spec, key)
+        if known is not None:
+            return known
         names = "key, spec, digest, state, priority, submitted_s"
-        values = [key, text, digest, state, priority, time.time()]
+        values = [key, json.dumps(spec, sort_keys=True), _digest(spec), state, priority, time.time()]
         return int(self._do(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid or 0)
 
-    def check_key(self, spec: dict[str, Any], key: str | None) -> None:
-        """Raises BusyError if a key is that of another job."""
+    def with_key(self, spec: dict[str, Any], key: str | None) -> int | None:
+        """The id of the job that has this key, if any.  Raises BusyError if that is another."""
         row = self._do("SELECT id, digest FROM jobs WHERE key = ?", [key]).fetchone() if key is not None else None
         if row and row["digest"] != _digest(spec):
             raise BusyError(f"key {quote(str(key))} is that of job {row['id']}, which is another")
+        return int(row["id"]) if row else None
 
     def job(self, number: int) -> Job:
         """Raises NotFound."""

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from pool import frames, links
+from pool import frames, links, sockets
 from pool.workers import Remote
 
 TYPE_CHECKING = False
@@ -91,16 +91,9 @@ class Wires:
             return
         remote.unsent += frame
         try:
-            sent = remote.link.send(remote.unsent[: 1 << 20])
-            del remote.unsent[:sent]
-        except BlockingIOError:
-            pass
+            sockets.send(self._selector, remote.link, remote.unsent)
         except OSError as error:
-            return self.drop(remote, str(error))
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if remote.unsent else 0)
-        key = self._selector.get_key(remote.link)
-        if key.events != wanted:
-            self._selector.modify(remote.link, wanted, key.data)
+            self.drop(remote, str(error))
 
     def _hear(self, remote: Remote, events: int) -> None:
         if events & selectors.EVENT_WRITE:

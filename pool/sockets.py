@@ -1,0 +1,67 @@
+"""Sockets in a directory, however long its path is, and what waits to be sent.  Standard library only, Python 3.9."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SENT_AT_ONCE = 1 << 20
+
+
+def listen(directory: str) -> socket.socket:
+    """At 'socket' in it, for its owner alone; does not block.  Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX)
+    with _path(directory) as path:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+    listener.listen(64)
+    listener.setblocking(False)
+    return listener
+
+
+def connect(directory: str) -> socket.socket:
+    """Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        with _path(directory) as path:
+            connection.connect(path)
+        return connection
+    except OSError:
+        connection.close()
+        raise
+
+
+@contextmanager
+def _path(directory: str) -> Iterator[str]:
+    """A short one: sun_path has 108 bytes, unix(7)."""
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{here}/socket"
+    finally:
+        os.close(here)
+
+
+def send(selector: selectors.BaseSelector, connection: socket.socket, unsent: bytearray) -> None:
+    """What it takes now; for the rest, its handler is called when it takes more.  Raises OSError."""
+    try:
+        sent = connection.send(unsent[:_SENT_AT_ONCE])
+        del unsent[:sent]
+    except BlockingIOError:
+        pass
+    wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0)
+    key = selector.get_key(connection)
+    if key.events != wanted:
+        selector.modify(connection, wanted, key.data)
