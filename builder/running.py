@@ -130,8 +130,7 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
     """Never returns."""
     try:
         from cafs.options import Options
-        from runner import create
-        from runner.foreground import Foreground
+        from runner import foreground
 
         linux.die_with_parent()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -148,13 +147,12 @@ def _be_child(store_root: str, digest: str, command: Command, output: int, answe
             **command.flags,
         }
         options = Options(flags, [digest, *command.words])
-        container = create.create(
-            options, is_foreground=True, more=command.mounts, trusts_cache=command.trusts_cache, is_volatile=True
-        )
+        one = foreground.make(options, more=command.mounts, trusts_cache=command.trusts_cache, is_volatile=True)
+        container = one.container
         container.asked["env"] |= command.secret_env
         container.asked["bundle"] = command.bundle
         os.write(answers, container.id.encode() + b"\n")
-        code = Foreground(container).run()
+        code = one.run()
         os._exit(code)
     except BaseException as error:
         os.write(answers, b"\n") if "container" not in locals() else None

@@ -200,14 +200,15 @@ def take_name(name: str | None, identity: str) -> str:
     raise CafsError("no name is free")
 
 
-def drop_name(name: str, identity: str) -> None:
-    """Take a name away, if it is still this container's."""
+def drop_name(name: str | None, identity: str) -> None:
+    """Take a name away, if it is still this container's; without one, whatever name it has."""
     with alive.changing():
-        try:
-            if os.readlink(_name_path(name)) == identity:
-                os.unlink(_name_path(name))
-        except OSError:
-            pass
+        for one in paths.listed(os.path.dirname(_name_path("x"))) if name is None else [name]:
+            try:
+                if os.readlink(_name_path(one)) == identity:
+                    os.unlink(_name_path(one))
+            except OSError:
+                continue
 
 
 def _name_path(name: str) -> str:

@@ -15,6 +15,7 @@ from runner.containers import Container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from cafs.image import Image
@@ -34,11 +35,13 @@ def create(
     more: list[dict[str, Any]] | None = None,
     trusts_cache: bool = False,
     is_volatile: bool = False,
+    when_held: Callable[[Container], None] | None = None,
 ) -> Container:
     """Make it, held by us from its first file on.  Raises CafsError; then nothing of it is left.
 
     more: mounts, beside those of the options, as mounts.asked has them.  trusts_cache: as of a mount's Request.
     is_volatile: nobody needs its files after a crash of the machine, so fsync(2) in it costs nothing.
+    when_held: called before its first file is made, when there is only its mark of life.
     """
     if not options.words or not options.words[0]:
         raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
@@ -58,6 +61,8 @@ def create(
         lock = alive.hold(identity, is_new=True)
         container = Container(identity, asked, -1 if lock is None else lock)
         try:
+            if when_held:
+                when_held(container)
             _write(container, options)
         except BaseException:
             discard(container)
@@ -76,11 +81,14 @@ def _write(container: Container, options: Options) -> None:
     container.asked["name"] = containers.take_name(options.value("name"), container.id)
     for one in container.asked["mounts"]:
         if one["type"] == "volume":
-            is_anonymous = not one["name"]
-            one["name"] = volumes.create(one["name"])
-            one["anonymous"] = is_anonymous
+            one["anonymous"] = not one["name"]
+            one["name"] = one["name"] or os.urandom(32).hex()
     data = json.dumps(container.asked, sort_keys=True).encode("utf-8", "surrogateescape")
     atomic.replace_hint(container.path("container.json"), data, 0o600)
+    # Only now: who cleans up after us knows by container.json which are to go.
+    for one in container.asked["mounts"]:
+        if one["type"] == "volume":
+            volumes.create(one["name"], is_anonymous=one["anonymous"])
 
 
 def _write_cidfile(path: str | None, identity: str) -> None:
@@ -102,12 +110,11 @@ def discard(container: Container) -> None:
     """Remove all there is of a container that does not run: files, name, anonymous volumes, mark of life."""
     from runner.cleanup import remove_directory
 
-    marked = [one["name"] for one in container.asked.get("mounts", []) if one.get("anonymous")]
+    for one in container.asked.get("mounts", []):  # first: only container.json says which they are
+        if one.get("anonymous"):
+            remove_directory(os.path.join(volumes.root(), one["name"]))
     remove_directory(container.directory)
-    if "name" in container.asked:
-        containers.drop_name(container.name, container.id)
-    for name in marked:
-        remove_directory(os.path.join(volumes.root(), name))
+    containers.drop_name(container.asked.get("name"), container.id)
     alive.forget(container.id)
     if container.lock >= 0:
         os.close(container.lock)

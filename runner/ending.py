@@ -76,14 +76,19 @@ def _is_unread(container: Container, state: dict[str, Any]) -> bool:
     return state["status"] == containers.RUNNING and holding.is_held(container)
 
 
+def discard_unfinished(identity: str, lock: int) -> None:
+    """Remove what there is of a container whose making, or removal, was cut off."""
+    container = containers.Container(identity, {"flags": {}, "mounts": [], "digest": ""}, lock)
+    cgroups.kill(cgroups.path_for(container, identity))
+    create.discard(container)
+
+
 def tidy() -> None:
     """See to containers whose watchers were killed: those in the background go on, all others are ended."""
     for identity, lock in alive.abandoned():
         container = containers.load(identity)
         if container is None:
-            container = containers.Container(identity, {"flags": {}, "mounts": [], "digest": ""}, lock)
-            cgroups.kill(cgroups.path_for(container, identity))
-            create.discard(container)
+            discard_unfinished(identity, lock)
             continue
         container.lock = lock
         state = container.state()

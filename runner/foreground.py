@@ -1,7 +1,6 @@
 """`crun run` in the foreground: from start to end, in this process.
 
-A guard is forked before anything is set up.  It holds the read end of a pipe; when that closes without a word, crun has died,
-and the guard kills the container and cleans up in its place.
+A guard (guard.py) is forked before anything is set up, and cleans up if this process is killed.
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ import time
 from cafs import linux
 from cafs.errors import CafsError, os_error
 from runner import cgroups, containers, create, ending, holding, logs, starting, stdio
+from runner.guard import DONE, FORWARDED, HANDED_OVER, Guard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from cafs.options import Options
     from runner.containers import Container
-
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(options: Options) -> int:
@@ -31,28 +28,37 @@ def run(options: Options) -> int:
     linux.close_on_exec()
     starting.find_runc()
     ending.tidy()
-    is_foreground = not options.has("detach")
-    container = create.create(options, is_foreground=is_foreground)
-    if not is_foreground:
+    if options.has("detach"):
         from runner import launching
 
+        container = create.create(options, is_foreground=False)
         launching.launch(container)
         os.write(1, container.id.encode() + b"\n")
         return 0
-    return Foreground(container).run()
+    return make(options).run()
+
+
+def make(options: Options, **more: Any) -> Foreground:
+    """Make a container that ends with this process.  more: as of create.create.  Raises CafsError, having left nothing."""
+    guard = Guard()
+    try:
+        return Foreground(create.create(options, is_foreground=True, when_held=guard.start, **more), guard)
+    except BaseException:
+        guard.end(DONE)
+        raise
 
 
 class Foreground:
     """One container that dies with this process."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, guard: Guard) -> None:
         self.container = container
-        self._guard = self._pipe = self._host = -1
+        self._guard = guard
+        self._host = -1
         self._is_left = False
 
     def run(self) -> int:
         """Start it, wait, give everything back."""
-        self._start_guard()
         container, code, error = self.container, 125, ""
         has_ended, low = False, None
         try:
@@ -73,7 +79,7 @@ class Foreground:
                 ending.settle(container, code, error=error, **more)
                 if low:
                     low.let_go()
-                self._end_guard(b"d")
+                self._guard.end(DONE)
         return code
 
     def _hand_over(self, master: int, lower: int) -> None:
@@ -85,7 +91,7 @@ class Foreground:
         self._is_left = True
         container.asked["foreground"] = False
         container.save()
-        self._end_guard(b"h")
+        self._guard.end(HANDED_OVER)
         child = os.fork()
         if child:
             return
@@ -96,39 +102,6 @@ class Foreground:
             launching.become_monitor(container, fds)
         finally:
             os._exit(1)
-
-    def _start_guard(self) -> None:
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        self._guard = os.fork()
-        if self._guard:
-            os.close(reader)
-            self._pipe = writer
-            return
-        os.close(writer)
-        try:
-            linux.leave_session()
-            for number in _FORWARDED:
-                signal.signal(number, signal.SIG_IGN)
-            self._watch(reader)
-        finally:
-            os._exit(0)
-
-    def _watch(self, pipe: int) -> None:
-        """In the guard.  Each step is done whatever becomes of the one before."""
-        said = os.read(pipe, 1)
-        if said == b"h":
-            return  # it has a monitor now
-        is_done = bool(said)
-        if not is_done:
-            more: dict[str, Any] = {}
-            _quietly(lambda: more.update(ending.take_down(self.container, has_ended=False)))
-            _quietly(lambda: ending.settle(self.container, ending.KILLED, error="crun was killed", **more))
-        _quietly(lambda: ending.release(self.container, is_sudden=not is_done))
-
-    def _end_guard(self, word: bytes) -> None:
-        os.write(self._pipe, word)
-        os.close(self._pipe)
-        os.waitpid(self._guard, 0)
 
     def _run(self, uid: int) -> int:
         container = self.container
@@ -202,20 +175,13 @@ class _Deadline:
             os.waitpid(self._child, 0)
 
 
-def _quietly(step: Callable[[], object]) -> None:
-    try:
-        step()
-    except Exception:  # nobody is left to tell, and the next step matters as much
-        return
-
-
 class Forwarder:
     """Passes our signals on to the command; those that come before it runs wait for it."""
 
     def __init__(self) -> None:
         self._pid = 0
         self._waiting: list[int] = []
-        for number in _FORWARDED:
+        for number in FORWARDED:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -235,5 +201,5 @@ class Forwarder:
 
     def stop(self) -> None:
         """The command has ended, and its pid may soon be another's."""
-        for number in _FORWARDED:
+        for number in FORWARDED:
             signal.signal(number, signal.SIG_IGN)

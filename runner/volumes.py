@@ -31,9 +31,9 @@ def check_name(name: str) -> None:
         raise UsageError(f"{quote(name)} is not a volume name", hint=f"a directory here is ./{name}")
 
 
-def create(name: str = "", labels: dict[str, str] | None = None) -> str:
+def create(name: str = "", labels: dict[str, str] | None = None, *, is_anonymous: bool = False) -> str:
     """Make a volume, or find it; returns its name.  Without one it is anonymous: 64 hex digits.  Raises OSError, UsageError."""
-    is_anonymous = not name
+    is_anonymous = is_anonymous or not name
     name = name or os.urandom(32).hex()
     check_name(name)
     paths.make_private(root())  # what a container keeps in it, with whatever modes, is for nobody else

@@ -168,10 +168,39 @@ def test_a_container_whose_state_was_removed_dies_with_its_crun_all_the_same(ima
     assert until(lambda: not subprocess.run(["pgrep", "-f", "sleep 4343.5"], capture_output=True, check=False).stdout)
 
 
+_ENDED_AT = """
+import os, signal, sys
+left, me = int(sys.argv.pop(1)), os.getpid()
+def on_event(name, arguments):
+    global left
+    if name in ("os.mkdir", "os.symlink", "os.rename", "open") and os.getpid() == me:
+        if any(isinstance(one, str) and "state/" in one for one in arguments):
+            left -= 1
+            if left == 0:
+                os.kill(me, signal.SIGKILL)
+sys.addaudithook(on_event)
+from cli.crun import entry
+sys.exit(entry())
+"""
+
+
+def test_a_crun_that_is_killed_at_each_change_of_its_state_leaves_nothing(image: Path) -> None:
+    for step in range(1, 100):
+        words = ["run", "--rm", "--name", "early", "-v", "/v", "b:1", "true"]
+        done = subprocess.run([sys.executable, "-c", _ENDED_AT, str(step), *words], check=False)
+        # Between its mark of life and the guard only the mark is left, for the next container to remove.
+        assert until(lambda: not [p for p in leftovers(image) if "/alive/" not in p]), (step, leftovers(image))
+        assert until(lambda: not list((image / "state" / "volumes").glob("[!.]*"))), step
+        if done.returncode == 0:
+            break
+    assert step > 10
+    assert crun("b:1", "true").returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: signal.Signals) -> None:
     """From before its first line to after the command runs: whoever is left tidies up."""
-    for delay_ms in range(0, 200, 10):
+    for delay_ms in range(0, 200, 20):
         loop = "trap 'exit 0' TERM; while :; do sleep 0.05; done; true 4141.5"
         child = subprocess.Popen([BIN / "crun", "run", "--rm", "--name", "early", "b:1", "sh", "-c", loop])
         time.sleep(delay_ms / 1000)  # the moment is what is tested
@@ -182,7 +211,7 @@ def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: 
                 break
             except subprocess.TimeoutExpired:
                 continue  # it came before the shell's trap, and the kernel keeps such signals from an init
-        # Between the first file and the guard only the file is left, for the next container to remove.
+        # As above.
         assert until(lambda: not [p for p in leftovers(image) if "/alive/" not in p]), (delay_ms, leftovers(image))
     assert crun("b:1", "true").returncode == 0
     assert subprocess.run(["pgrep", "-f", "true 4141.5"], capture_output=True, check=False).returncode == 1
