@@ -100,6 +100,44 @@ def hosts() -> list[dict[str, Any]]:
     return State(directory()).hosts()
 
 
+def pool_id() -> str:
+    """Of the pool here."""
+    from pool.state import State
+
+    return State(directory()).meta("pool")
+
+
+def machines(*, all_of_them: bool, as_json: bool, is_quiet: bool) -> None:
+    """Print those that were launched, and to stderr what is amiss."""
+    from pool.client import NoController
+    from pool.state import State
+
+    try:
+        with client() as connection:
+            said = connection.ask("cloud", what="ls")
+    except NoController:
+        said = {"machines": State(directory()).machines(), "problem": "", "is_stopped": False}
+    rows = State(directory()).machines(all_of_them=True) if all_of_them else said["machines"]
+    columns = {
+        "name": "NAME",
+        "kind": "KIND",
+        "zone": "ZONE",
+        "state": "STATE",
+        "instance": "INSTANCE",
+        "price": "PRICE",
+        "reason": "",
+    }
+    table(rows, columns, as_json=as_json, only="name" if is_quiet else "")
+    if said["is_stopped"]:
+        sys.stderr.write(
+            "cpool: ten machines in a row did not come up, so no more are launched\ncpool: hint: cpool cloud resume\n"
+        )
+    elif said["problem"]:
+        sys.stderr.write(f"cpool: {said['problem']}\n")
+    if not (as_json or is_quiet) and "price" in said:
+        click.echo(f"{said['price']:.4f} an hour, {said['spent_today']:.2f} today")
+
+
 def set_host_state(name: str, state: str) -> None:
     """Raises NotFound."""
     from cafs.errors import NotFound

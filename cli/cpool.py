@@ -80,26 +80,29 @@ def init() -> int:
     return 0
 
 
-@main.command()
-@quiet_option(used=False)
-def serve() -> int:
-    """Be the controller, until SIGTERM or Ctrl-C.  Jobs go on."""
-    from pool import client, settings
+_config = click.option("--config", metavar="FILE", help="Instead of the pool's pool.toml.")
 
-    settings.read(asking.directory())
-    client.serve(asking.directory())
+
+@main.command()
+@_config
+@quiet_option(used=False)
+def serve(config: str | None) -> int:
+    """Be the controller, until SIGTERM or Ctrl-C.  Jobs go on."""
+    from pool import client
+
+    client.serve(asking.directory(), config)
     return 0
 
 
 @main.command()
 @click.option("--seconds", type=click.FloatRange(0.1), default=20.0, help="At most so long (20).")
+@_config
 @quiet_option(used=False)
-def tick(seconds: float) -> int:
+def tick(seconds: float, config: str | None) -> int:
     """Do one step of what `serve` does, for cron: hear, place, record."""
-    from pool import client, settings
+    from pool import client
 
-    settings.read(asking.directory())
-    client.tick(asking.directory(), seconds)
+    client.tick(asking.directory(), seconds, config)
     return 0
 
 
@@ -352,6 +355,52 @@ def nodes(as_json: bool, is_quiet: bool) -> int:
         "reason": "",
     }
     asking.table(asking.ask("nodes")["nodes"], names, as_json=as_json, only="name" if is_quiet else "")
+    return 0
+
+
+@main.group()
+def cloud() -> None:
+    """Machines that the pool launches itself."""
+
+
+@cloud.command("ls")
+@click.option("-a", "--all", "all_of_them", is_flag=True, help="Those that have ended, too.")
+@json_option()
+@click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Print names alone.")
+def cloud_ls(all_of_them: bool, as_json: bool, is_quiet: bool) -> int:
+    """List them, and what they cost."""
+    asking.machines(all_of_them=all_of_them, as_json=as_json, is_quiet=is_quiet)
+    return 0
+
+
+@cloud.command("end")
+@click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
+@quiet_option(used=False)
+def cloud_end(names: tuple[str, ...]) -> int:
+    """End machines; their jobs are done elsewhere."""
+    with asking.client() as client:
+        for name in names:
+            client.ask("cloud", what="end", name=name)
+    return 0
+
+
+@cloud.command("resume")
+@quiet_option(used=False)
+def cloud_resume() -> int:
+    """Launch again, after ten machines in a row did not come up."""
+    with asking.client() as client:
+        client.ask("cloud", what="resume")
+    return 0
+
+
+@cloud.command("policy")
+@click.argument("provider", type=click.Choice(["aws"]))
+@quiet_option(used=False)
+def cloud_policy(provider: str) -> int:
+    """Print the IAM policy that the controller needs, and no more."""
+    from pool import iam
+
+    click.echo(iam.policy(asking.pool_id()))
     return 0
 
 

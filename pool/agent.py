@@ -15,6 +15,7 @@ import signal
 import time
 
 from pool import frames, machine
+from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
 
@@ -47,6 +48,7 @@ class Agent:
         self.is_leaving = self.is_to_leave = False
         self._next_report = 0.0
         self._alone_since = time.monotonic()
+        self._launched = Launched()
 
     def run(self) -> None:
         """Until it is told to leave, or nobody wants anything for a long time."""
@@ -170,9 +172,18 @@ class Agent:
 
     def _report(self) -> None:
         self.sequence += 1
+        if any(peer.is_trusted for peer in self.peers.all):
+            self._launched.is_needed()
         images = "" if machine.runner() else "no crun"
         running = sum(not job.ended for job in self.jobs.values())
-        self.peers.say("report", sequence=self.sequence, running=running, images=images, **machine.report(self.directory))
+        self.peers.say(
+            "report",
+            sequence=self.sequence,
+            running=running,
+            images=images,
+            notice=self._launched.has_notice,
+            **machine.report(self.directory),
+        )
 
     # Controllers.
 

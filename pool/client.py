@@ -95,21 +95,25 @@ class Client:
         return found
 
 
-def serve(directory: str) -> None:
-    """Be the controller.  Raises BusyError if there is one."""
+def serve(directory: str, config: str | None = None) -> None:
+    """Be the controller.  config: instead of pool.toml.  Raises BusyError if there is one."""
+    from pool import settings
     from pool.controller import Controller
 
+    found = settings.read_file(config) if config else settings.read(directory)
     linux.raise_descriptor_limit()
     with state.locked(directory):
-        Controller(directory).run()
+        Controller(directory, found).run()
 
 
-def tick(directory: str, seconds: float) -> None:
+def tick(directory: str, seconds: float, config: str | None = None) -> None:
     """Be the controller for a moment.  Raises BusyError if there is one."""
+    from pool import settings
     from pool.controller import Controller
 
+    found = settings.read_file(config) if config else settings.read(directory)
     with state.locked(directory):
-        Controller(directory).run_for(seconds)
+        Controller(directory, found).run_for(seconds)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pool.fleet import Fleet
     from pool.requests import Client
+    from pool.settings import Settings
 
 _TICK_S = 1.0
 _PLACING_S = 0.02
@@ -36,9 +38,9 @@ GRACE_S = 10.0
 
 
 class Controller:
-    """directory: of the pool, whose lock we hold."""
+    """directory: of the pool, whose lock we hold.  settings: pool.toml."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, settings: Settings) -> None:
         self.directory = directory
         self.state = State(directory)
         self.pool = self.state.meta("pool")
@@ -51,11 +53,12 @@ class Controller:
         answered, lost = self.outputs.answered, self.outputs.lost
         self.wires = Wires(directory, self.pool, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
-        self.is_ending = self._is_leaving = self._when_idle = self._when_alone = False
+        self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
         self._may_place, self._place_from = True, 0
         self._to_say: list[Callable[[], None]] = []
+        self.fleet = self._fleet(settings)
         self.look_at_hosts()
         for job in list(self.jobs.values()):
             if job.state in (STARTING, RUNNING) and job.worker in self.remotes:
@@ -63,6 +66,15 @@ class Controller:
             elif job.state in (STARTING, RUNNING):
                 self.lose(job, "its worker is no host of the pool any more")
         self.requeue()
+
+    def _fleet(self, settings: Settings) -> Fleet | None:
+        """Machines that the pool launches, if pool.toml says where."""
+        if not settings.cloud:
+            return None
+        from pool import cloud
+        from pool.fleet import Fleet
+
+        return Fleet(self, cloud.connect(settings.cloud, self.pool), settings)
 
     # The loop.
 
@@ -93,6 +105,7 @@ class Controller:
         while time.monotonic() < deadline and quiet < 2:
             self.turn(0.2)
             is_settled = all(remote.has_reported or remote.problem for remote in self.remotes.values())
+            is_settled = is_settled and (self.fleet is None or self.fleet.is_settled())
             quiet = quiet + 1 if is_settled and not any(job.state == STARTING for job in self.jobs.values()) else 0
         for remote in self.remotes.values():
             heard_s = float(self.state.meta(f"heard.{remote.name}") or 0)
@@ -112,7 +125,11 @@ class Controller:
 
     def leave(self, *, when_idle: bool, when_alone: bool = False) -> None:
         """End, and let agents without jobs end.  when_idle: not before all jobs have; when_alone: nor while a command asks."""
-        self._is_leaving, self._when_idle, self._when_alone = True, when_idle, when_alone
+        self.is_leaving, self._when_idle, self._when_alone = True, when_idle, when_alone
+        if when_idle and self.fleet and not self.jobs:
+            self.fleet.end_all()
+            if self.fleet.has_any():
+                return
         if not (when_idle and self.jobs) and not (when_alone and len(self.clients) > 0):
             for remote in self.remotes.values():
                 self.send(remote, frames.message("leave"))
@@ -123,9 +140,10 @@ class Controller:
         for key, events in self.selector.select(0 if self.turns.is_due() else wait_s):
             key.data(events)
         self._mind_workers()
+        self.fleet.turn() if self.fleet else None
         self._mind_queue()
         self._place()
-        if self._is_leaving and not self.is_ending:
+        if self.is_leaving and not self.is_ending:
             self.leave(when_idle=self._when_idle, when_alone=self._when_alone)
         self.state.commit()
         said, self._to_say = self._to_say, []
@@ -139,8 +157,12 @@ class Controller:
     # Workers.
 
     def look_at_hosts(self) -> None:
-        """What hosts there are may have changed.  A pool without any has this machine."""
-        rows = self.state.hosts() or [{"name": "local", "address": links.LOCAL, "state": "ready", "labels": []}]
+        """What hosts there are may have changed.  A pool without any, and without a cloud, has this machine."""
+        rows = self.state.hosts()
+        if self.fleet:
+            rows += self.fleet.rows()
+        elif not rows:
+            rows = [{"name": "local", "address": links.LOCAL, "state": "ready", "labels": []}]
         for row in rows:
             known = self.remotes.get(row["name"])
             if known and known.address != row["address"]:
@@ -225,6 +247,7 @@ class Controller:
     def add(self, job: Job) -> None:
         """One that was just submitted."""
         self.jobs[job.id] = job
+        self.fleet.came(job) if self.fleet else None
         if job.state == QUEUED:
             self.queue.append(job)
             self._may_place = True
@@ -284,6 +307,20 @@ class Controller:
             self.queue = [job for job in self.queue if job.state == QUEUED]
         for name, jobs in started.items():
             self._tell_to_start(self.remotes[name], jobs)
+
+    def due(self, most: int) -> list[Job]:
+        """The first that wait for nothing but room."""
+        found: list[Job] = []
+        running = self.turns.running(self.jobs.values())
+        for job in self.queue:
+            if job.state != QUEUED or self.turns.waits(job, running):
+                continue
+            if job.spec.get("at_once"):
+                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
+            found.append(job)
+            if len(found) == most:
+                break
+        return found
 
     def _end_if_hopeless(self, job: Job) -> None:
         """If what it comes after has failed."""

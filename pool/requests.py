@@ -215,8 +215,9 @@ def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     job = controller.state.job(int(said["id"]))
     found = job.shown()
     if job.state == state.QUEUED:
-        free = [one.free() for one in controller.remotes.values()]
-        found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or why_not(need_of(job.spec), free)
+        free, need = [one.free() for one in controller.remotes.values()], need_of(job.spec)
+        coming = controller.fleet.why_not(need) if controller.fleet else ""
+        found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or coming or why_not(need, free)
     client.answer({"job": found})
 
 
@@ -281,6 +282,18 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ask(remote, number, job.attempt, stream, offset, lambda data, following: reply(data, following, is_end=False), lost)
 
 
+def _cloud(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """What machines were launched; or launch some again after too many have failed; or end one."""
+    fleet = controller.fleet
+    if fleet is None:
+        raise UsageError("pool.toml names no cloud", hint="[cloud]")
+    if said["what"] == "resume":
+        fleet.resume()
+    elif said["what"] == "end":
+        fleet.end(str(said["name"]))
+    client.answer(fleet.shown())
+
+
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """Stop the controller; with 'jobs', them too."""
     if said["jobs"]:
@@ -292,5 +305,5 @@ def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
 
 _HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
-    "hosts": _hosts, "read": _read, "end": _end,
+    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud,
 }  # fmt: skip

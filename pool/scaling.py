@@ -21,21 +21,25 @@ if TYPE_CHECKING:
 _WINDOWS_MIN = 100
 _PIECES = 64
 _REMOVED_SHARE = 0.1
+_BEGUN_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of machine.  memory: bytes; price: an hour."""
+    """A kind of machine.  memory: bytes; price: an hour; images: whether it can run jobs in images."""
 
     name: str
     cpus: float
     memory: int = 0
     gpus: int = 0
     price: float = 0.0
+    labels: frozenset[str] = frozenset()
+    images: bool = True
 
     def worker(self, name: str) -> Worker:
         """An empty one."""
-        return Worker(name, self.cpus, self.memory, self.gpus, self.cpus, self.memory, self.gpus)
+        all_of_it = self.cpus, self.memory, self.gpus
+        return Worker(name, *all_of_it, *all_of_it, images=self.images, labels=self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +120,22 @@ def spare_cpus(policy: Policy, running: float, demand: Demand, now_s: float) -> 
 
 
 def decide(
-    now_s: float, policy: Policy, machines: Sequence[Machine], waiting: Iterable[Need], spare: float
+    now_s: float,
+    policy: Policy,
+    machines: Sequence[Machine],
+    waiting: Iterable[Need],
+    spare: float,
+    others: Sequence[Worker] = (),
 ) -> tuple[list[Kind], list[Machine]]:
-    """(what to begin, what to end).  spare: processors, as of `spare_cpus`."""
+    """(what to begin, what to end).  spare: processors, as of `spare_cpus`.  others: workers that nobody launched."""
+    if not policy.kinds:
+        return [], []
     wanted = [*waiting, *_as_jobs(spare, policy)]
-    workers = [_copy(one.worker) for one in machines]
+    workers = [_copy(one) for one in (*others, *(machine.worker for machine in machines))]
     missing = _unplaced(workers, wanted)
     if missing:
         return _kinds_for(policy, machines, missing), []
-    return [], _not_needed(now_s, policy, machines, wanted)
+    return [], _not_needed(now_s, policy, machines, wanted, others)
 
 
 def _as_jobs(spare: float, policy: Policy) -> list[Need]:
@@ -134,14 +145,15 @@ def _as_jobs(spare: float, policy: Policy) -> list[Need]:
 
 
 def _copy(one: Worker) -> Worker:
-    return Worker(one.name, one.cpus, one.memory, one.gpus, one.all_cpus, one.all_memory, one.all_gpus)
+    free, whole = (one.cpus, one.memory, one.gpus), (one.all_cpus, one.all_memory, one.all_gpus)
+    return Worker(one.name, *free, *whole, one.images, one.labels, one.reason)
 
 
 def _unplaced(workers: list[Worker], wanted: Sequence[Need]) -> list[Need]:
     """What does not fit; the largest are placed first."""
     first = wanted[0] if wanted else Need(0)
-    if first.cpus and not first.memory and not first.gpus and len(set(wanted)) == 1:
-        room = sum(int((one.cpus + 1e-9) / first.cpus) for one in workers)  # all alike: counting does
+    if first.cpus and first == Need(first.cpus) and len(set(wanted)) == 1:
+        room = sum(int((one.cpus + 1e-9) / first.cpus) for one in workers if not one.reason)  # all alike: counting does
         return list(wanted[room:])
     placement = Placement(workers)
     ordered = sorted(wanted, key=lambda need: (need.gpus, need.cpus, need.memory), reverse=True)
@@ -152,7 +164,7 @@ def _kinds_for(policy: Policy, machines: Sequence[Machine], missing: list[Need])
     """The cheapest for what each holds, until all fits or a cap is reached."""
     found: list[Kind] = []
     price = sum(one.kind.price for one in machines)
-    while missing and len(machines) + len(found) < policy.machines:
+    while missing and len(machines) + len(found) < policy.machines and len(found) < _BEGUN_AT_ONCE:
         best: tuple[float, Kind, list[Need]] | None = None
         for kind in policy.kinds:
             left = _unplaced([kind.worker("new")], missing)
@@ -169,13 +181,16 @@ def _kinds_for(policy: Policy, machines: Sequence[Machine], missing: list[Need])
     return found
 
 
-def _not_needed(now_s: float, policy: Policy, machines: Sequence[Machine], wanted: list[Need]) -> list[Machine]:
+def _not_needed(
+    now_s: float, policy: Policy, machines: Sequence[Machine], wanted: list[Need], others: Sequence[Worker]
+) -> list[Machine]:
     """Those that have been empty for long, if all that is wanted fits without them; the dearest first, not many at once."""
     idle = [one for one in machines if one.ready_s <= now_s and one.idle_s + policy.idle_s <= now_s]
     idle.sort(key=lambda one: (-one.kind.price, one.idle_s))
     found: list[Machine] = []
     for one in idle[: max(1, math.ceil(len(machines) * _REMOVED_SHARE))]:
         left = [_copy(other.worker) for other in machines if other is not one and other not in found]
+        left += map(_copy, others)
         if not _unplaced(left, wanted):
             found.append(one)
     return found

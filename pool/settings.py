@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pool.scaling import Policy
+    from pool.scaling import Kind, Policy
 
 _MAX = 1 << 20
 COMMENTED = """\
@@ -24,12 +24,25 @@ COMMENTED = """\
 [pool]
 # store = "s3://bucket/store"       # where images are, as the workers see it (default: this machine's)
 
-# For cpool simulate; nothing is launched yet.
+# [cloud]                             # launch machines when there is work for them; without it, cpool simulate alone
+# provider = "ec2"                  # uses this for [[machines]] and [scaling]
+# region = "eu-central-1"
+# zones = ["eu-central-1a"]         # or subnets, subnet-...
+# image = "ami-0123456789abcdef0"   # with SSH, Python 3.9 and cloud-init
+# user = "admin"                    # who logs in there
+# address = "public"                # or "private"
+# security_groups = ["sg-0123456789abcdef0"]
+# disk_gb = 20
+# boot_s = 300                      # a machine that takes longer to come up is ended
+# poll_s = 5                        # how often the cloud is asked what there is
+
 # [[machines]]
-# name = "m7i.xlarge"
+# name = "m7i.xlarge"               # and type = "m7i.xlarge", if the name is another
 # cpus = 4
 # memory = 16000000000
 # price = 0.2016                    # an hour
+# spot = false
+# labels = ["big"]                  # for --constraint
 
 # [scaling]
 # launch_s = 40                     # from the call to the first job
@@ -39,6 +52,7 @@ COMMENTED = """\
 # quantile = 0.0                    # and what came within one launch time, on this share of occasions
 # machines = 10                     # at most
 # price = 5.0                       # an hour, at most
+# price_day = 50.0                  # a day (UTC), at most
 """
 
 
@@ -49,24 +63,38 @@ class Settings:
     store: str = ""
     machines: tuple[dict[str, Any], ...] = ()
     scaling: dict[str, float] = field(default_factory=dict)
+    cloud: dict[str, Any] = field(default_factory=dict)
 
     def policy(self) -> Policy:
         """For pool.scaling.  Without kinds of machines: of 16 processors, free of charge."""
         from pool.scaling import Kind, Policy
 
-        kinds = tuple(Kind(**one) for one in self.machines) or (Kind("machine", 16.0),)
+        kinds = tuple(_kind(one) for one in self.machines) or (Kind("machine", 16.0),)
         found: dict[str, Any] = {"launch_s": 40.0, "machines": 10, **self.scaling}
+        found.pop("price_day", None)
         found["machines"] = int(found["machines"])
         found["launch_s"] = max(found["launch_s"], 1.0)  # what was asked for is counted in windows of it
         return Policy(kinds, **found)
 
 
-_NUMBERS = ("launch_s", "idle_s", "least_cpus", "share", "quantile", "machines", "price")
+def _kind(table: dict[str, Any]) -> Kind:
+    from pool.scaling import Kind
+
+    fields = {name: table[name] for name in ("name", "cpus", "memory", "gpus", "price") if name in table}
+    return Kind(**fields, labels=frozenset(table.get("labels", ())))
+
+
+_NUMBERS = ("launch_s", "idle_s", "least_cpus", "share", "quantile", "machines", "price", "price_day")
+_TEXTS = ("provider", "region", "image", "user", "address", "project", "network", "disk", "endpoint")
 _KNOWN: dict[str, dict[str, type]] = {
     "pool": {"store": str},
-    "machines": {"name": str, "cpus": float, "memory": int, "gpus": int, "price": float},
+    "cloud": dict.fromkeys(_TEXTS, str)
+    | {"zones": list, "security_groups": list, "port": int, "disk_gb": int, "boot_s": float, "poll_s": float, "max_run_s": int},
+    "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
+    | {"spot": bool, "labels": list},
     "scaling": dict.fromkeys(_NUMBERS, float),
 }
+_WORDS = {str: "text", bool: "true or false", list: "list of texts", int: "number", float: "number"}
 
 
 def read(directory: str) -> Settings:
@@ -94,7 +122,23 @@ def read_file(path: str) -> Settings:
             raise FormatError(f"{path}:{_line_of(text, section)}: there is no {quote(section)}")
         for table in tables:
             _check(path, text, section, table)
-    return Settings(found.get("pool", {}).get("store", ""), tuple(found.get("machines", [])), found.get("scaling", {}))
+    cloud, kinds = found.get("cloud", {}), tuple(found.get("machines", []))
+    if cloud:
+        _check_cloud(f"{path}:{_line_of(text, 'cloud')}", cloud, kinds)
+    return Settings(found.get("pool", {}).get("store", ""), kinds, found.get("scaling", {}), cloud)
+
+
+def _check_cloud(where: str, cloud: dict[str, Any], kinds: tuple[dict[str, Any], ...]) -> None:
+    if cloud.get("provider") not in ("ec2", "gce"):
+        raise FormatError(f"{where}: provider is ec2 or gce")
+    for name in ("zones", "image", "user", *(("region",) if cloud["provider"] == "ec2" else ("project",))):
+        if not cloud.get(name):
+            raise FormatError(f"{where}: [cloud] needs {name}")
+    if cloud.get("address", "public") not in ("public", "private"):
+        raise FormatError(f"{where}: address is public or private")
+    names = [one["name"] for one in kinds]
+    if not names or len(set(names)) != len(names):
+        raise FormatError(f"{where}: [cloud] needs [[machines]], with a name each that no other has")
 
 
 def _check(path: str, text: str, section: str, table: dict[str, Any]) -> None:
@@ -103,11 +147,19 @@ def _check(path: str, text: str, section: str, table: dict[str, Any]) -> None:
         where = f"{path}:{_line_of(text, name)}"
         if name not in known:
             raise FormatError(f"{where}: [{section}] has no {quote(name)}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not isinstance(value, str) if known[name] is str else not is_number or (known[name] is int and value != int(value)):
-            raise FormatError(f"{where}: {name} is not a {'text' if known[name] is str else 'number'}")
+        if not _is_of(known[name], value):
+            raise FormatError(f"{where}: {name} is not a {_WORDS[known[name]]}")
     if section == "machines" and not (table.get("name") and table.get("cpus")):
         raise FormatError(f"{path}:{_line_of(text, section)}: a kind of machine has a name and cpus")
+
+
+def _is_of(kind: type, value: object) -> bool:
+    if kind in (str, bool):
+        return isinstance(value, kind)
+    if isinstance(value, list):
+        return kind is list and all(isinstance(one, str) for one in value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return kind is not list and is_number and (kind is float or value == int(value))  # type: ignore[call-overload]
 
 
 def _line_of(text: str, word: str) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-VERSION = 1
+VERSION = 2
 QUEUED, HELD, STARTING, RUNNING, FINISHED, CANCELLED = "queued", "held", "starting", "running", "finished", "cancelled"
 ENDED = (FINISHED, CANCELLED)
 _NETWORKED = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "lustre", "glusterfs")
@@ -39,6 +39,17 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_open ON jobs (state) WHERE state NOT IN ('finished', 'cancelled');
 CREATE TABLE outputs (id INTEGER PRIMARY KEY, out BLOB NOT NULL, err BLOB NOT NULL);
 """
+_MACHINES = """
+CREATE TABLE IF NOT EXISTS machines (
+  name TEXT PRIMARY KEY, kind TEXT NOT NULL, zone TEXT NOT NULL, price REAL NOT NULL, state TEXT NOT NULL,
+  instance TEXT NOT NULL DEFAULT '', address TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '',
+  intended_s REAL NOT NULL, launched_s REAL, ready_s REAL, idle_s REAL,
+  ended_s REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS machines_open ON machines (state) WHERE state != 'ended';
+"""
+_CHANGES = {1: _MACHINES}
+"""From each version to the next."""
 
 
 class Job:
@@ -89,11 +100,22 @@ class State:
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
             raise FormatError(f"cannot read {quote(path)}: {error}") from None
-        if found != VERSION:
+        if not 1 <= found <= VERSION:
             raise FormatError(
                 f"{quote(path)} has version {found}, not {VERSION}", hint="a newer release of these tools reads it"
             )
+        if found < VERSION:
+            self._change_schema(path, found)
         self._is_open = False
+
+    def _change_schema(self, path: str, found: int) -> None:
+        """To this version: a copy first, then all of it in one transaction."""
+        with sqlite3.connect(f"{path}.{found}") as copy:
+            os.chmod(f"{path}.{found}", 0o600)
+            self._db.backup(copy)
+        copy.close()
+        changes = "".join(_CHANGES[version] for version in range(found, VERSION))
+        self._db.executescript(f"BEGIN IMMEDIATE; {changes} PRAGMA user_version={VERSION}; COMMIT;")
 
     def close(self) -> None:
         """What was not committed is lost."""
@@ -143,6 +165,23 @@ class State:
 
     def remove_host(self, name: str) -> bool:
         return self._do("DELETE FROM hosts WHERE name = ?", [name]).rowcount > 0
+
+    # Machines.
+
+    def machines(self, *, all_of_them: bool = False) -> list[dict[str, Any]]:
+        """Those that were begun, and have not ended."""
+        where = "" if all_of_them else "WHERE state != 'ended'"
+        return [dict(row) for row in self._do(f"SELECT * FROM machines {where} ORDER BY intended_s, name")]
+
+    def put_machine(self, row: dict[str, Any]) -> None:
+        names = ", ".join(row)
+        self._do(f"INSERT OR REPLACE INTO machines ({names}) VALUES ({', '.join('?' * len(row))})", row.values())
+
+    def spent(self, since_s: float, now_s: float) -> float:
+        """What machines have cost in a span of time, also while no controller ran."""
+        share = "MAX(MIN(COALESCE(ended_s, :now), :now) - MAX(launched_s, :since), 0)"
+        text = f"SELECT SUM(price * {share} / 3600) FROM machines WHERE launched_s IS NOT NULL"
+        return float(self._db.execute(text, {"since": since_s, "now": now_s}).fetchone()[0] or 0)
 
     # Jobs.
 
@@ -220,7 +259,7 @@ def create(directory: str) -> None:
             os.unlink(name)
     db = sqlite3.connect(new, isolation_level=None)
     os.chmod(new, 0o600)
-    db.executescript(f"PRAGMA journal_mode=WAL; BEGIN; {_SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+    db.executescript(f"PRAGMA journal_mode=WAL; BEGIN; {_SCHEMA}{_MACHINES} PRAGMA user_version={VERSION}; COMMIT;")
     db.executemany("INSERT INTO meta VALUES (?, ?)", [("pool", os.urandom(8).hex()), ("epoch", "0")])
     db.close()
     os.rename(new, path)

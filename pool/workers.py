@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SUSPECT_S, LOST_S = 6.0, 30.0
 _AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
+_NEW_S, _AGAIN_NEW_S = 300.0, 2.0
+"""One that may be booting is tried more often."""
+
 CONNECTING, READY, SUSPECT, LOST = "connecting", "ready", "suspect", "lost"
 
 
@@ -39,6 +42,7 @@ class Remote:
         self.jobs: dict[int, Job] = {}
         self.try_after = 0.0
         self._failures = 0
+        self._made = time.monotonic()
 
     @property
     def state(self) -> str:
@@ -60,6 +64,8 @@ class Remote:
         """Why no job goes there, '' if one may."""
         if self.is_draining:
             return "is drained"
+        if self.report.get("notice"):
+            return "is about to be taken away by its cloud"
         return "" if self.state == READY else f"is {self.state}" + (f" ({self.problem})" if self.problem else "")
 
     def connected(self, link: socket.socket) -> None:
@@ -74,7 +80,8 @@ class Remote:
             self.link.close()
         self.link, self.is_opening, self.has_greeted = None, False, False
         self.problem = problem
-        self.try_after = time.monotonic() + min(_AGAIN_S * 2**self._failures, _AGAIN_MAX_S)
+        is_new = not self.report and time.monotonic() - self._made < _NEW_S
+        self.try_after = time.monotonic() + min(_AGAIN_S * 2**self._failures, _AGAIN_NEW_S if is_new else _AGAIN_MAX_S)
         self._failures += 1
 
     def reported(self, said: dict[str, Any]) -> None:
@@ -84,6 +91,7 @@ class Remote:
         if not all(is_amount(value) for value in found.values()):
             raise ValueError("a report of what is no number")
         self.report = {**found, "images": str(said["images"])[:200], "arch": str(said["arch"])[:40]}
+        self.report["notice"] = bool(said.get("notice"))
         self.heard = time.monotonic()
         self._failures = 0
 

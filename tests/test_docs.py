@@ -36,12 +36,14 @@ COMMANDS = {
         "nodes",
         "host",
         "node",
+        "cloud",
         "simulate",
         "tick",
         "top",
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]
+BELOW += [("cloud", "ls"), ("cloud", "end"), ("cloud", "resume"), ("cloud", "policy")]
 """Verbs of verbs."""
 
 COMMON = {"--help", "--version"}

@@ -22,12 +22,27 @@ HOMES = {
     "rich": "cli/",
     "pyfuse3": "cafs/fusefs.py",
     "trio": "cafs/fusefs.py",
-    "boto3": "cafs/s3.py",
-    "botocore": "cafs/s3.py",
+    "boto3": ("cafs/s3.py", "pool/ec2.py"),
+    "botocore": ("cafs/s3.py", "pool/ec2.py"),
+    "google": "pool/gce.py",
+    "cryptography": "pool/keys.py",
     "urllib3": "cafs/web.py",
     "paramiko": "pool/ssh.py",
 }
-HEAVY = ["rich", "pyfuse3", "trio", "boto3", "urllib3", "paramiko", "zstandard", "xxhash", "cafs.index", "dataclasses"]
+HEAVY = [
+    "rich",
+    "pyfuse3",
+    "trio",
+    "boto3",
+    "urllib3",
+    "paramiko",
+    "google",
+    "cryptography",
+    "zstandard",
+    "xxhash",
+    "cafs.index",
+    "dataclasses",
+]
 
 
 def imports() -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from pool import frames, links, mapping, processes, requests, scaling, simulation, state
 from pool.placement import Need, Placement, Worker, why_not
+from pool.settings import Settings
 from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
 
@@ -610,7 +611,7 @@ def test_what_no_agent_should_say_ends_its_connection_and_nothing_else(pool: Pat
         for value in (math.inf, -1, 10**400, "x", None)
     ]
     with state.locked(str(pool)):
-        held = Controller(str(pool))
+        held = Controller(str(pool), Settings())
         for one in said:
             remote = held.remotes["local"]
             ours, theirs = socket.socketpair()
@@ -629,7 +630,7 @@ def test_outputs_that_another_worker_sends_are_refused(pool: Path) -> None:
     from pool.controller import Controller
 
     with state.locked(str(pool)):
-        held = Controller(str(pool))
+        held = Controller(str(pool), Settings())
         held.state.put_host("other", "x@127.0.0.1:1")
         held.state.put_host("local", "")
         held.look_at_hosts()
@@ -688,7 +689,7 @@ def test_a_zombies_late_result_is_refused(pool: Path) -> None:
     from pool.controller import Controller
 
     with state.locked(str(pool)):
-        held = Controller(str(pool))
+        held = Controller(str(pool), Settings())
         remote = held.remotes["local"]
         number = held.state.submit(
             {
