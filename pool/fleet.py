@@ -67,6 +67,8 @@ class Fleet:
         self._answers: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._busy: set[str] = set()
         self._try_after: dict[str, tuple[float, int]] = {}
+        self._unsure = {name for name, row in self.machines.items() if not row["instance"]}
+        """Launched, perhaps: an answer was lost."""
         self._full: dict[tuple[str, str], float] = {}
         self._ending_since: dict[str, float] = {}
         self._began = time.monotonic()
@@ -230,9 +232,10 @@ class Fleet:
         elif isinstance(error, cloud.NoCapacityError | cloud.RefusedError):
             self.problem = str(error)
             self._full[row["kind"], row["zone"]] = time.monotonic() + _GIVEN_UP_S
-            self._gone(row, str(error))
+            self._end(row, str(error)) if row["name"] in self._unsure else self._gone(row, str(error))
         else:
             self.problem = str(error)
+            self._unsure.add(row["name"])
             self._later(row["name"])
 
     def _later(self, name: str) -> None:
@@ -303,6 +306,7 @@ class Fleet:
 
         self._note(row, state=ENDED, reason=why, ended_s=time.time())
         del self.machines[row["name"]]
+        self._unsure.discard(row["name"])
         self._try_after.pop(row["name"], None)
         self._ending_since.pop(row["name"], None)
         if row["address"]:
