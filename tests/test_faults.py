@@ -131,7 +131,7 @@ class World:
             if self.comes_up(name) and name in self.sky.living():
                 remote.has_greeted = True
                 report = dict.fromkeys(("free_memory", "free_disk", "load", "gpus", "running"), 0)
-                cpus = {row["name"]: row["kind"] for row in self.fleet.machines.values()}.get(name) == "big" and 4 or 2
+                cpus = ({row["name"]: row["kind"] for row in self.fleet.machines.values()}.get(name) == "big" and 4) or 2
                 remote.reported({**report, "cpus": cpus, "memory": 1 << 33, "images": "", "arch": "x", "notice": self.notice})
 
     def submit(self, **more: object) -> state.Job:
