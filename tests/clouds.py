@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -246,3 +247,81 @@ class EC2(Cloud):
 
 def _error(code: str, text: str) -> bytes:
     return f"<Response><Errors><Error><Code>{code}</Code><Message>{text}</Message></Error></Errors></Response>".encode()
+
+
+class GCE(Cloud):
+    """The six routes that the pool uses, as Google's REST reference has them.  known: by name.  sent: what insert was asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        self.known: dict[str, dict[str, object]] = {}
+        self.sent: list[dict[str, object]] = []
+        self._operations: dict[str, dict[str, object]] = {}
+
+    def take_away(self, name: str) -> None:
+        """Say to the machine that it is preempted."""
+        (self.place / name / "computeMetadata/v1/instance").mkdir(parents=True)
+        (self.place / name / "computeMetadata/v1/instance/preempted").write_text("TRUE")
+
+    def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes] | None:
+        metadata = re.fullmatch("/(m-[0-9a-f]+)/(computeMetadata/.*)", path)
+        if metadata:  # of a machine
+            file = self.place / metadata[1] / metadata[2]
+            return (200, file.read_bytes()) if file.exists() and headers.get("Metadata-Flavor") == "Google" else (404, b"")
+        place, _, query = path.removeprefix("/compute/v1/projects/us-east-1/").partition("?")
+        words = place.split("/")
+        action = {"POST": "insert", "DELETE": "delete"}.get(method) or ("list" if words[0] == "aggregated" else "get")
+        if words[-1] == "wait":
+            return 200, json.dumps(self._operations[words[-2]]).encode()
+        fault = self.fault_of(action)
+        if fault == "throttle":
+            return 429, b'{"error": {"code": 429, "message": "rateLimitExceeded"}}'
+        status, found = getattr(self, f"_{action}")(words, urllib.parse.parse_qs(query), body, fault)
+        return None if fault == "lost" else (status, json.dumps(found).encode())
+
+    def _insert(self, words: list[str], query: object, body: bytes, fault: str | None) -> tuple[int, dict[str, object]]:
+        asked, zone = json.loads(body), words[1]
+        name = asked["name"]
+        operation: dict[str, object] = {"name": f"operation-{len(self.sent)}", "status": "DONE"}
+        self._operations[str(operation["name"])] = operation
+        if fault == "refuse-capacity":
+            operation["error"] = {"errors": [{"code": "ZONE_RESOURCE_POOL_EXHAUSTED", "message": "none left"}]}
+            self.sent.append(asked)
+            return 200, operation
+        with self.lock:
+            if name in self.known:
+                return 409, {"error": {"code": 409, "message": "already exists"}}
+            self.sent.append(asked)
+            self.since[name] = time.monotonic()
+            items = {one["key"]: one["value"] for one in asked["metadata"]["items"]}
+            words = shlex.split(items["startup-script"].partition("\n")[2])
+            files = {words[at + 3][1:]: words[at + 2] for at, word in enumerate(words) if word == "printf"}
+            about = json.loads(files["/etc/cpool/machine.json"]) | {"metadata": f"{self.url}/{name}"}
+            address, user_key = self.address_of(len(self.since)), items["ssh-keys"].partition(":")[2]
+            private = files["/etc/ssh/ssh_host_ed25519_key"]
+            files["/etc/cpool/machine.json"] = json.dumps(about)
+            self.machines[name] = Machine(self.place / name, address, self.port, files, private, user_key)
+            self.known[name] = {
+                "id": str(len(self.since)), "name": name, "zone": f"https://x/zones/{zone}", "labels": asked["labels"],
+                "networkInterfaces": [{"networkIP": address}], "creationTimestamp": "2026-11-26T00:00:00.000-08:00",
+            }  # fmt: skip
+        return 200, operation
+
+    def _shown(self, name: str) -> dict[str, object]:
+        return {**self.known[name], "status": "PROVISIONING" if self.age_s(name) < self.pending_s else "RUNNING"}
+
+    def _get(self, words: list[str], *_: object) -> tuple[int, dict[str, object]]:
+        return (200, self._shown(words[-1])) if words[-1] in self.known else (404, {"error": {"code": 404, "message": "none"}})
+
+    def _list(
+        self, words: object, query: dict[str, list[str]], body: object, fault: str | None
+    ) -> tuple[int, dict[str, object]]:
+        _, _, pool = query["filter"][0].partition("labels.cpool=")
+        shown = [self._shown(name) for name in self.known if fault != "empty" and self.age_s(name) >= self.hidden_s]
+        return 200, {"items": {"zones/x": {"instances": [one for one in shown if one["labels"] == {"cpool": pool}]}}}
+
+    def _delete(self, words: list[str], *_: object) -> tuple[int, dict[str, object]]:
+        if self.known.pop(words[-1], None) is None:
+            return 404, {"error": {"code": 404, "message": "none"}}
+        self.end(words[-1])
+        return 200, {"name": "operation-delete", "status": "DONE"}
