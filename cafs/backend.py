@@ -110,7 +110,7 @@ def open_backend(url: str) -> Backend:
         from cafs.directory import DirectoryBackend
 
         return DirectoryBackend(url)
-    if scheme in ("http", "https"):
+    if scheme in ("http", "https", "http+unix"):
         from cafs.web import WebBackend
 
         return WebBackend(url)

@@ -2,7 +2,7 @@
 
 Everything but refs and packs/list is immutable, so any cache on the way may keep it.  Refs are asked for with their last ETag
 (RFC 9110, 8.8.3), kept in the cache.  Each request is tried again for a while (429, 5xx, broken connections; Retry-After is
-kept to), and ends in bounded time.  The only module that imports urllib3.
+kept to), and ends in bounded time.  The only module that imports urllib3, but for unixweb.
 """
 
 from __future__ import annotations
@@ -38,13 +38,23 @@ _WAIT_S, _WAIT_MAX_S = 0.2, 10.0
 _STEP = 1 << 18
 _SLOWEST = 1 << 16  # bytes a second
 _LARGEST = 64 << 20
+UNIX = "http+unix://"
 _AGAIN = (429, 500, 502, 503, 504)
 
 
 class WebBackend(Backend):
-    """url: http(s)://[user:password@]host[:port]/path of a store; shown without the password."""
+    """url: http(s)://[user:password@]host[:port]/path of a store, shown without the password; or http+unix://DIRECTORY."""
 
     def __init__(self, url: str) -> None:
+        timeout = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
+        self._headers = {"Accept-Encoding": "identity", "User-Agent": "cafs-tools"}
+        if url.startswith(UNIX):
+            from cafs import unixweb
+
+            super().__init__(url)
+            self._base = ""
+            self._pool: urllib3.PoolManager | urllib3.HTTPConnectionPool = unixweb.pool(url.removeprefix(UNIX), timeout)
+            return
         try:
             parts = urlsplit(url)
             is_sound = bool(parts.hostname) and not parts.query and not parts.fragment and parts.port != 0
@@ -54,11 +64,9 @@ class WebBackend(Backend):
             raise UsageError("a store's address is http(s)://HOST[:PORT]/PATH")
         self._base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         super().__init__(self._base)
-        self._headers = {"Accept-Encoding": "identity", "User-Agent": "cafs-tools"}
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
             self._headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-        timeout = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
         proxy = None if proxy_bypass(parts.hostname) else getproxies().get(parts.scheme)
         self._pool = _through(proxy, timeout) if proxy else urllib3.PoolManager(timeout=timeout, maxsize=16)
 

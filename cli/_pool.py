@@ -148,6 +148,23 @@ def set_host_state(name: str, state: str) -> None:
     change_host(what="put", name=name, address=row["address"], state=state, labels=row["labels"])
 
 
+def set_up_host(name: str, *, is_quiet: bool) -> None:
+    """Bring what runs images to a host.  Raises NotFound, CafsError."""
+    from cafs.errors import NotFound, os_error
+    from pool import links, settings, toolkit
+
+    row = next((one for one in hosts() if one["name"] == name), None)
+    if row is None:
+        raise NotFound(f"no host {name!r}", hint="cpool host ls")
+    for_s3 = settings.read(directory()).store.startswith("s3://")
+    try:
+        version = toolkit.setup(links.Pool(directory(), pool_id()), name, row["address"], for_s3=for_s3)
+    except OSError as error:
+        raise os_error(f"cannot reach {name!r}", error) from error
+    if not is_quiet:
+        sys.stderr.write(f"cpool: {name} has toolkit {version}\n")
+
+
 def add_host(name: str, address: str | None, identity: str | None, labels: tuple[str, ...], *, is_sure: bool) -> None:
     """Its host key is shown, and pinned if the user agrees.  Raises CafsError."""
     from cafs.errors import CafsError, UsageError

@@ -317,6 +317,16 @@ def host_rm(name: str) -> int:
     return 0
 
 
+@host.command("setup")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@quiet_option()
+def host_setup(names: tuple[str, ...], quiet: bool) -> int:
+    """Bring what runs images; else it is done for the first job in one."""
+    for name in names:
+        asking.set_up_host(name, is_quiet=quiet)
+    return 0
+
+
 @main.group()
 def node() -> None:
     """Workers: what they may take."""

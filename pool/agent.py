@@ -174,7 +174,7 @@ class Agent:
         self.sequence += 1
         if any(peer.is_trusted for peer in self.peers.all):
             self._launched.is_needed()
-        images = "" if machine.runner() else "no crun"
+        images = machine.why_no_images()
         running = sum(not job.ended for job in self.jobs.values())
         self.peers.say(
             "report",

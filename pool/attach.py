@@ -2,7 +2,7 @@
 
 The main program of the agent's file.  Standard library only, Python 3.9.  cpool-agent(7), AGENT.
 
-usage: agent.pyz attach DIRECTORY | agent.pyz build
+usage: agent.pyz attach DIRECTORY | agent.pyz lend DIRECTORY
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _BEGIN_S = 10.0
 
 def main(build: str) -> int:
     """build: names this file."""
-    if sys.argv[1:] == ["build"]:
-        print(build)
-        return 0
-    if len(sys.argv) != 3 or sys.argv[1] != "attach":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "lend"):
         print(__doc__, file=sys.stderr)
         return 2
     directory = os.path.expanduser(sys.argv[2])
     os.makedirs(directory, mode=0o700, exist_ok=True)
+    if sys.argv[1] == "lend":
+        from pool import lent
+
+        return lent.main(directory)
     try:
         connection = _reach(directory, build)
     except OSError as error:

@@ -11,6 +11,7 @@ import selectors
 import signal
 import time
 
+from cafs import paths
 from pool import frames, links, outputs, requests, sockets, state, workers
 from pool.placement import Placement
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
@@ -31,6 +32,7 @@ _TICK_S = 1.0
 _PLACING_S = 0.02
 _LOSSES_MAX = 3
 _BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
+_LOOKED_AT = 100
 _STARTED_AT_ONCE = 30
 """In one frame: as each job is bounded, so is that."""
 
@@ -51,7 +53,9 @@ class Controller:
         self.remotes: dict[str, Remote] = {}
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
-        self.wires = Wires(directory, self.pool, self.epoch, self.selector, self._heed, answered, lost)
+        self.store = settings.store
+        place = links.Pool(directory, self.pool, _lent(settings))
+        self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
@@ -194,6 +198,10 @@ class Controller:
                 if remote.link:
                     self.wires.drop(remote, "no report came")
             self.wires.open(remote)
+        if any(job.spec["image"] for job in self.queue[:_LOOKED_AT]):
+            for remote in self.remotes.values():
+                if remote.may_be_set_up:
+                    self.wires.set_up(remote, for_s3=self.store.startswith("s3://"))
 
     def send(self, remote: Remote, frame: bytes) -> None:
         """When this turn is on disk."""
@@ -332,7 +340,8 @@ class Controller:
             self.finish(job, state.CANCELLED, why, has_written=False)
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
-        asked = [requests.asked(job, self.pool, remote.name) for job in jobs]
+        store = self.store if remote.address == links.LOCAL or "://" in self.store else requests.LENT
+        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs]
         for at in range(0, len(asked), _STARTED_AT_ONCE):
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
 
@@ -410,6 +419,12 @@ class Controller:
         else:
             self.finish(job, state.CANCELLED, "cancelled", has_written=False)
             self.requeue()
+
+
+def _lent(settings: Settings) -> str:
+    """The store that workers read over their connections: ours, if it is a directory."""
+    store = settings.store or paths.store()
+    return store if "://" not in store and os.path.isdir(store) else ""
 
 
 def _number(value: object) -> int:

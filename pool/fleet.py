@@ -202,6 +202,8 @@ class Fleet:
             self._failed(self._failures + 1)
             self._end(row, f"it did not come up{': ' + remote.problem if remote and remote.problem else ''}")
         elif row["state"] == READY and remote:
+            if remote.setup_problem and row["kind"] in self._kinds:  # nor will the next of its kind run images
+                self._kinds[row["kind"]] = replace(self._kinds[row["kind"]], images=False)
             is_gone = remote.state == workers.LOST and time.monotonic() - remote.heard > _GIVEN_UP_S
             self._end(row, "it was not heard of") if is_gone and not self._misses else None
         elif row["state"] == ENDING:
@@ -251,7 +253,7 @@ class Fleet:
         if kind:  # it may have less than pool.toml says: what does not fit on one does not fit on the next
             memory = min(kind.memory or int(report["memory"]), int(report["memory"]))
             found = {"cpus": min(kind.cpus, report["cpus"]), "memory": memory, "gpus": min(kind.gpus, int(report["gpus"]))}
-            self._kinds[kind.name] = replace(kind, **found, images=not report["images"])
+            self._kinds[kind.name] = replace(kind, **found)
 
     def _failed(self, count: int) -> None:
         """So many machines in a row have not come up."""
@@ -418,6 +420,7 @@ class Fleet:
             found.worker = remote.free()
             is_leaving = remote.is_draining or remote.state == workers.LOST or remote.report["notice"]
             found.worker.reason = "x" if is_leaving else ""
+            found.worker.images = not remote.setup_problem
         elif row["state"] == ENDING:
             found.worker.reason = "x"
         return found

@@ -23,14 +23,24 @@ LOCAL = ""
 _GREETING_S = 20.0
 
 
-def open_link(directory: str, pool: str, name: str, address: str) -> socket.socket:
-    """To the agent of a worker, which is started if need be.  directory: of the pool.  Raises CafsError, OSError."""
+class Pool:
+    """What is to be known of a pool to reach its workers.  lend: directory of the store that they read through us, or ''."""
+
+    __slots__ = ("directory", "id", "lend")
+
+    def __init__(self, directory: str, identity: str, lend: str = "") -> None:
+        self.directory, self.id, self.lend = directory, identity, lend
+
+
+def open_link(pool: Pool, name: str, address: str) -> socket.socket:
+    """To the agent of a worker, which is started if need be.  Raises CafsError, OSError."""
     if address != LOCAL:
         from pool import ssh
 
-        return ssh.open_link(directory, pool, name, address)
+        return ssh.open_link(pool, name, address)
+    directory = pool.directory
     build, data = program.make()
-    place = os.path.join(directory, "agents", f"{pool}.{name}")
+    place = os.path.join(directory, "agents", f"{pool.id}.{name}")
     os.makedirs(place, mode=0o700, exist_ok=True)
     path = os.path.join(directory, "agents", f"{build}.pyz")
     if not os.path.exists(path):

@@ -31,10 +31,26 @@ def report(directory: str) -> dict[str, Any]:
     }
 
 
+TOOLKIT = "~/.cache/cafs-toolkit/current/bin/cafs-run"
+"""Where a controller has put ours."""
+
+
 def runner() -> str:
     """Path of our crun, '' if there is none; never another program of that name, which is an OCI runtime."""
     given = os.environ.get("CPOOL_CRUN", "")
-    return given if given and os.access(given, os.X_OK) else shutil.which("cafs-run") or ""
+    brought = os.path.expanduser(TOOLKIT)
+    return next((one for one in (given, brought) if one and os.access(one, os.X_OK)), "") or shutil.which("cafs-run") or ""
+
+
+def why_no_images() -> str:
+    """Why jobs in images cannot run here, '' if they can."""
+    if not runner():
+        return NO_CRUN
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/local/sbin"])
+    return "" if shutil.which("runc", path=path) else NO_RUNC
+
+
+NO_CRUN, NO_RUNC = "no crun", "no runc"
 
 
 def start_time(pid: int) -> int:

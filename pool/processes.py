@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 
-from pool import machine
+from pool import machine, streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _SHELL = 'cd "$1" || { echo 125 > "$2"; exit 125; }; status=$2; shift 2; "$@"; p
 KEPT_HALF = 32 << 20
 """Of a job's output the first and the last so many bytes are kept."""
 
+_LENT = "lent"
 _KILL_S = 0.05
 _BLOCK = 4096
 _PUNCH_HOLE = 0x03
@@ -69,7 +70,7 @@ class Job:
             (os.POSIX_SPAWN_OPEN, 2, self.path("err"), flags, 0o600),
         ]
         place = "/" if asked["image"] else asked["cwd"] or os.path.expanduser("~")
-        words = ["/bin/sh", "-c", _SHELL, "cpool-job", place, self.path("status"), *_command(asked)]
+        words = ["/bin/sh", "-c", _SHELL, "cpool-job", place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
         self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
         asked.update(pid=self.pid, pid_start=machine.start_time(self.pid), started_s=time.time())
@@ -78,6 +79,22 @@ class Job:
         os.rename(self.path("job.json.new"), self.path("job.json"))
         if asked.get("timeout_s"):
             self.deadline = time.monotonic() + asked["timeout_s"]
+
+    def _command(self) -> list[str]:
+        """What the shell runs: the command, or crun with it."""
+        asked = self.asked
+        if not asked["image"]:
+            return list(asked["command"])
+        words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
+        words += ["--memory", str(asked["memory"])] if asked["memory"] else []
+        words += ["--workdir", asked["cwd"]] if asked["cwd"] else []
+        store = asked.get("store", "")
+        if store == _LENT:
+            store = "http+unix://" + os.path.join(os.path.dirname(os.path.dirname(self.directory)), streams.PLACE)
+        words += ["--store", store] if store else []
+        for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
+            words += ["-e", name]
+        return [*words, asked["image"], *asked["command"]]
 
     def is_alive(self) -> bool:
         """Whether the shell that was started is still there, and no other process with its number."""
@@ -173,18 +190,6 @@ class Job:
     def remove(self) -> None:
         """Nothing of it is wanted any more."""
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _command(asked: dict[str, Any]) -> list[str]:
-    """What the shell runs: the command, or crun with it."""
-    if not asked["image"]:
-        return list(asked["command"])
-    words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
-    words += ["--memory", str(asked["memory"])] if asked["memory"] else []
-    words += ["--workdir", asked["cwd"]] if asked["cwd"] else []
-    for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
-        words += ["-e", name]
-    return [*words, asked["image"], *asked["command"]]
 
 
 def found_in(directory: str) -> list[Job]:

@@ -27,8 +27,12 @@ _KEEP = 64 << 10
 _SPEC_MAX = 128 << 10
 
 
-def asked(job: Job, pool: str, worker: str) -> dict[str, Any]:
-    """What an agent is told of a job."""
+LENT = "lent"
+"""For the address of a store: that which the controller lends."""
+
+
+def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
+    """What an agent is told of a job.  store: address, '' for its own."""
     spec = job.spec
     own = {
         "CPOOL_POOL": pool,
@@ -41,6 +45,7 @@ def asked(job: Job, pool: str, worker: str) -> dict[str, Any]:
         "attempt": job.attempt,
         "command": spec["command"],
         "image": spec["image"],
+        "store": store,
         "cpus": spec["cpus"],
         "memory": spec["memory"],
         "env": {**spec["env"], **own},

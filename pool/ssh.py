@@ -11,6 +11,7 @@ import shlex
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import paramiko
 
@@ -20,10 +21,14 @@ from pool import links, program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
+
+    from pool.links import Pool
 
 _CONNECT_S = 15.0
 _PIECE = 1 << 16
+_KEPT = 1 << 20
 _STATUS_S = 2.0
 _ABSENT = 44
 KEYS = "known_hosts"
@@ -158,12 +163,12 @@ def _authenticate(transport: paramiko.Transport, address: Address) -> None:
     raise problem
 
 
-def open_link(directory: str, pool: str, name: str, address: str) -> socket.socket:
+def open_link(pool: Pool, name: str, address: str) -> socket.socket:
     """To the agent of a worker, whose program is brought if it is not there.  Raises CafsError, OSError."""
     build, data = program.make()
-    transport = _connect(directory, name, address)
+    transport = _connect(pool.directory, name, address)
     try:
-        place = f".cache/cafs-agent/{pool}.{name}"
+        place = f".cache/cafs-agent/{pool.id}.{name}"
         path = f"{place}/agent-{build}.pyz"
         command = f'test -f "$HOME/{path}" || exit {_ABSENT}; exec python3 "$HOME/{path}" attach "$HOME/{place}"'
         channel = _run(transport, command)
@@ -175,6 +180,8 @@ def open_link(directory: str, pool: str, name: str, address: str) -> socket.sock
             _bring(transport, path, data)
             channel = _run(transport, command)
             links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+        if pool.lend:
+            _lend(transport, f'exec python3 "$HOME/{path}" lend "$HOME/{place}"', pool.lend)
         ours, theirs = socket.socketpair()
         _carry(channel, theirs, transport)
         return ours
@@ -184,6 +191,56 @@ def open_link(directory: str, pool: str, name: str, address: str) -> socket.sock
     except BaseException:
         transport.close()
         raise
+
+
+class There:
+    """A host that is logged in to."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport = transport
+
+    def run(self, command: str, data: bytes = b"") -> tuple[int, str, str]:
+        """(exit code, output, errors) of a shell command that is given DATA.  Raises OSError, CafsError."""
+        try:
+            channel = _run(self._transport, command)
+            channel.sendall(data)
+            channel.shutdown_write()
+            errors: list[bytes] = []
+            reader = threading.Thread(target=lambda: errors.append(_all(channel.recv_stderr)), daemon=True)
+            reader.start()
+            out = _all(channel.recv)
+            reader.join()
+            return channel.recv_exit_status(), out.decode(errors="replace"), errors[0].decode(errors="replace")
+        except paramiko.SSHException as error:
+            raise RemoteError(f"cannot run a command there: {error}") from error
+
+
+def _all(receive: Any) -> bytes:
+    """Until its end; the first MiB is kept."""
+    found = b""
+    while data := receive(_PIECE):
+        found = (found + data)[:_KEPT]
+    return found
+
+
+@contextmanager
+def connected(directory: str, name: str, address: str) -> Iterator[There]:
+    """A connection to a worker.  Raises CafsError, OSError."""
+    transport = _connect(directory, name, address)
+    try:
+        yield There(transport)
+    finally:
+        transport.close()
+
+
+def _lend(transport: paramiko.Transport, command: str, store: str) -> None:
+    """Have a store read there, by a channel of its own.  Raises CafsError."""
+    from pool.lending import Lender
+
+    channel = _run(transport, command)
+    links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+    channel.settimeout(None)
+    threading.Thread(target=Lender(store, channel.recv, channel.sendall).run, daemon=True).start()
 
 
 def _readable(channel: paramiko.Channel, left_s: float) -> bool:

@@ -21,20 +21,19 @@ _PIECE = 1 << 18
 
 
 class Wires:
-    """directory, pool: as of links.open_link.  heed: what is done with an object that an agent says; answered: with bytes;
+    """pool: as of links.open_link.  heed: what is done with an object that an agent says; answered: with bytes;
     lost: when a connection has ended."""
 
     def __init__(
         self,
-        directory: str,
-        pool: str,
+        pool: links.Pool,
         epoch: int,
         selector: selectors.DefaultSelector,
         heed: Callable[[Remote, dict[str, Any]], None],
         answered: Callable[[Remote, int, int, bytes], None],
         lost: Callable[[Remote], None],
     ) -> None:
-        self._directory, self._pool, self._epoch, self._selector = directory, pool, epoch, selector
+        self._pool, self._epoch, self._selector = pool, epoch, selector
         self._heed, self._answered, self._lost = heed, answered, lost
         self._opened: queue.SimpleQueue[tuple[Remote, socket.socket | None, str]] = queue.SimpleQueue()
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -56,11 +55,25 @@ class Wires:
     def _open(self, remote: Remote) -> None:
         """In a thread."""
         try:
-            link = links.open_link(self._directory, self._pool, remote.name, remote.address)
+            link = links.open_link(self._pool, remote.name, remote.address)
             self._opened.put((remote, link, ""))
         except Exception as error:  # whatever a library raises: it is tried again
             self._opened.put((remote, None, str(error) or type(error).__name__))
         self.wake()
+
+    def set_up(self, remote: Remote, *, for_s3: bool) -> None:
+        """Bring what runs images, once; its agent says when it is there."""
+        remote.is_set_up = True
+        threading.Thread(target=self._set_up, args=(remote, for_s3), daemon=True).start()
+
+    def _set_up(self, remote: Remote, for_s3: bool) -> None:
+        """In a thread."""
+        from pool import toolkit
+
+        try:
+            toolkit.setup(self._pool, remote.name, remote.address, for_s3=for_s3)
+        except Exception as error:  # whatever a library raises: jobs without images run there all the same
+            remote.setup_problem = str(error) or type(error).__name__
 
     def _take_opened(self) -> None:
         try:
@@ -75,7 +88,7 @@ class Wires:
                 continue
             remote.connected(link)
             self._selector.register(link, selectors.EVENT_READ, lambda events, remote=remote: self._hear(remote, events))
-            hello = {"protocol": frames.PROTOCOL, "pool": self._pool, "worker": remote.name, "epoch": self._epoch}
+            hello = {"protocol": frames.PROTOCOL, "pool": self._pool.id, "worker": remote.name, "epoch": self._epoch}
             self.write(remote, frames.message("hello", **hello))
 
     def drop(self, remote: Remote, problem: str) -> None:

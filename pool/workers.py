@@ -42,6 +42,9 @@ class Remote:
         self.jobs: dict[int, Job] = {}
         self.try_after = 0.0
         self._failures = 0
+        self.is_set_up = False
+        """Whether what runs images was brought there, or could not be."""
+        self.setup_problem = ""
         self._made = time.monotonic()
 
     @property
@@ -73,6 +76,11 @@ class Remote:
         link.setblocking(False)
         self.link, self.is_opening, self.has_greeted = link, False, False
         self.reader, self.unsent, self.problem = frames.Reader(), bytearray(), ""
+
+    @property
+    def may_be_set_up(self) -> bool:
+        """Whether jobs in images could run there if what they need is brought."""
+        return bool(self.address) and self.has_reported and bool(self.report["images"]) and not self.is_set_up
 
     def failed(self, problem: str) -> None:
         """There is none, or none any more; the next try comes later the more have failed."""
@@ -125,7 +133,7 @@ class Remote:
             "jobs": len(self.jobs),
             "labels": sorted(self.labels),
             "free_cpus": round(free.cpus, 3),
-            "reason": self.problem,
+            "reason": self.problem or self.setup_problem,
             **{name: value for name, value in self.report.items() if name != "running"},
         }
 

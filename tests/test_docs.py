@@ -42,7 +42,7 @@ COMMANDS = {
         "top",
     ],
 }
-BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("node", "drain"), ("node", "resume")]
+BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("host", "setup"), ("node", "drain"), ("node", "resume")]
 BELOW += [("cloud", "ls"), ("cloud", "end"), ("cloud", "resume"), ("cloud", "policy")]
 """Verbs of verbs."""
 

@@ -26,7 +26,7 @@ HOMES = {
     "botocore": ("cafs/s3.py", "pool/ec2.py"),
     "google": "pool/gce.py",
     "cryptography": "pool/keys.py",
-    "urllib3": "cafs/web.py",
+    "urllib3": ("cafs/web.py", "cafs/unixweb.py"),
     "paramiko": "pool/ssh.py",
 }
 HEAVY = [

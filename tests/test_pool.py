@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from pool import frames, links, mapping, processes, requests, scaling, simulatio
 from pool.placement import Need, Placement, Worker, why_not
 from pool.settings import Settings
 from tests.conftest import BIN, wait_until
+from tests.crunning import make_rootfs
 from tests.faultproxy import free_port
 
 PLAIN = ("--no-container",)
@@ -335,7 +337,7 @@ def test_an_agent_obeys_the_latest_controller_alone(pool: Path, tmp_path: Path) 
             for _, found in reader.feed(link.recv(1 << 16)):
                 return dict(found)
 
-    first, second, third = (links.open_link(str(pool), "p" * 16, "local", links.LOCAL) for _ in range(3))
+    first, second, third = (links.open_link(links.Pool(str(pool), "p" * 16), "local", links.LOCAL) for _ in range(3))
     assert hello(first, 7)["is"] == "hello"
     assert hello(second, 8)["is"] == "hello"
     first.settimeout(10)
@@ -425,7 +427,8 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
         ports.append(free_port())
         (place / "config").write_text(
             f"Port {ports[-1]}\nListenAddress 127.0.0.1\nHostKey {place}/host\nAuthorizedKeysFile {tmp_path}/key.pub\nStrictModes no\n"
-            f"PermitRootLogin prohibit-password\nUsePAM no\nPidFile none\nSetEnv HOME={place}\n"
+            f"PermitRootLogin prohibit-password\nUsePAM no\nPidFile none\nSetEnv HOME={place} "
+            f"CAFS_CACHE={place}/cache CAFS_RUN={place}/run CAFS_STATE={place}/state CAFS_STORE={place}/none\n"
         )
         running.append(subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", place / "config"], stderr=subprocess.DEVNULL))
     for port in ports:
@@ -505,6 +508,36 @@ def test_a_job_runs_in_an_image(image: Path, controller: object) -> None:
     assert cp("wait", number).returncode == 4
     assert cp("logs", number).stdout == f"1 {number}\n/bin/busybox\n"
     assert cp("submit", "--image", "absent:1", "--", "true").returncode == 4
+
+
+@pytest.mark.needs("root", "fuse", "runc", "busybox", "sshd", "ssh-keygen")
+def test_a_worker_that_has_nothing_but_ssh_and_python_runs_images_of_a_store_that_is_read_over_ssh(
+    image: Path, servers: list[int], pool: Path, tmp_path: Path
+) -> None:
+    """What runs them is brought for the first such job; what they read is fetched when they read it."""
+    make_rootfs(tmp_path / "tree")
+    (tmp_path / "tree" / "unread").write_bytes(os.urandom(3_000_000))
+    subprocess.run([BIN / "cafs-index", "create", "-q", tmp_path / "tree", "-t", "far:1"], check=True)
+    ok("host", "add", "w0", f"root@127.0.0.1:{servers[0]}", "--identity", tmp_path / "key", "--yes")
+    place = tmp_path / "server0"
+    with serving():
+        assert '"images": "no crun"' in ok("nodes", "--json")
+        number = ok(
+            "submit", "--image", "far:1", "--", "sh", "-c", "echo $CPOOL_WORKER; sha256sum /bin/busybox; exit 4"
+        ).strip()
+        assert cp("wait", number, timeout=90).returncode == 4, cp("logs", number).stderr
+        digest = hashlib.sha256((tmp_path / "tree" / "bin" / "busybox").read_bytes()).hexdigest()
+        assert ok("logs", number) == f"w0\n{digest}  /bin/busybox\n"
+        assert (place / ".cache" / "cafs-toolkit" / "current" / "bin" / "cafs-run").exists() and not (place / "none").exists()
+        sizes = [one.stat().st_size for one in (place / "cache" / "data").rglob("*") if one.is_file()]
+        assert (tmp_path / "tree" / "bin" / "busybox").stat().st_size in sizes and 3_000_000 not in sizes
+        assert ok("host", "setup", "-q", "w0") == ""
+        numbers = [ok("submit", "--image", "far:1", "--cpus", "0.5", "--", "true").strip() for _ in range(4)]
+        assert cp("wait", *numbers, timeout=60).returncode == 0
+        ok("down")
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        if f"{tmp_path}/" in line:
+            subprocess.run(["umount", "-l", line.split(" ")[4]], check=False)
 
 
 # Parts.
