@@ -149,26 +149,37 @@ def submit(key: str | None, hold: bool, array: str | None, **given: Any) -> int:
 @click.option("--joblog", default="", metavar="FILE", help="Write a line a job, as GNU parallel does.")
 @click.option("--resume", is_flag=True, help="Leave out what the job log has.")
 @click.option("--resume-failed", is_flag=True, help="The same, but do again what failed.")
+@click.option("--results", default="", metavar="DIR", help="Keep what each has written in files there, too.")
+@click.option("--eta", is_flag=True, help="Say how long it will take.")
 @click.option("--dry-run", is_flag=True, help="Print the commands.")
 @quiet_option(used=False)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def map_(**given: Any) -> int:
-    """Run COMMAND for each line of standard input; {} is the line."""
+    """Run COMMAND for each line of standard input; {} is the line.
+
+    \b
+    ls *.csv | cpool map --no-container -- wc -l {}
+    cpool map --no-container echo {1} {2} ::: a b ::: 1 2 3
+    """
     import shlex
 
-    from pool import client, mapping
+    from pool import arguments, client, mapping
 
-    names = ("size", "keep_order", "tag", "joblog", "resume", "resume_failed")
+    names = ("keep_order", "tag", "joblog", "resume", "resume_failed", "results", "eta")
     how = {name: given.pop(name) for name in names}
     separator, halt, dry_run = b"\0" if given.pop("is_null") else b"\n", given.pop("halt") or 0, given.pop("dry_run")
-    template = list(given["command"])
+    size, source = given.pop("size"), sys.stdin.buffer
+    template, values = arguments.given([word for at, word in enumerate(given["command"]) if at or word != "--"])
+    if not template:
+        raise click.UsageError("COMMAND is missing")
+    groups = arguments.arguments_of(source, separator, size) if values is None else arguments.in_groups(values, size)
     if dry_run:
-        for number, arguments in enumerate(mapping.arguments_of(sys.stdin.buffer, separator, how["size"]), 1):
-            click.echo(shlex.join(mapping.expand(template, arguments, number)))
+        for number, one in enumerate(groups, 1):
+            click.echo(shlex.join(arguments.expand(template, one, number)))
         return 0
-    options = mapping.Options(template, asking.spec(**given), separator, halt=halt, **how)
+    options = mapping.Options(template, asking.spec(**given), halt=halt, **how)
     with client.controlled(asking.directory()) as connection:
-        return mapping.Map(connection, options).run(sys.stdin.buffer)
+        return mapping.Map(connection, options).run(groups, lambda: values is not None or arguments.is_at_hand(source))
 
 
 @main.command()

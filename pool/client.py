@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import contextmanager
 
 from cafs import atomic, linux
-from cafs.errors import CafsError, RemoteError
+from cafs.errors import BusyError, CafsError, RemoteError
 from pool import sockets, state
 
 TYPE_CHECKING = False
@@ -127,19 +127,43 @@ def controlled(directory: str) -> Iterator[Client]:
         with client:
             yield client
         return
-    child = os.fork()
-    if not child:
-        _be_controller(directory)
+    found, child = _begin(directory)
     try:
-        with _wait_for(directory, child) as client:
-            yield client
-            is_ours = not os.waitpid(child, os.WNOHANG)[0]  # else another command was faster, and has its own
-            if is_ours:
-                client.ask("end", jobs=False, grace_s=0)
-        if is_ours:
+        with found:
+            yield found
+            if os.waitpid(child, os.WNOHANG)[0]:
+                child = 0  # another command was faster, and has its own
+            else:
+                found.ask("end", jobs=False, grace_s=0)
+        if child:
             os.waitpid(child, 0)  # when no other command uses it
+            child = 0
     finally:
-        _end(child)
+        if child:
+            _end(child)
+
+
+def _begin(directory: str) -> tuple[Client, int]:
+    """(a connection, the process of a controller of ours).  While another begins, or ends, it is tried again."""
+    deadline = time.monotonic() + _BEGIN_S
+    while True:
+        child = os.fork()
+        if not child:
+            _be_controller(directory)
+        while True:
+            try:
+                return Client(directory), child
+            except NoController:
+                if time.monotonic() > deadline:
+                    _end(child)
+                    raise
+                status = os.waitpid(child, os.WNOHANG)
+                if status[0]:
+                    if os.waitstatus_to_exitcode(status[1]):
+                        raise  # it has said why
+                    break
+                time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def _be_controller(directory: str) -> None:
@@ -148,21 +172,13 @@ def _be_controller(directory: str) -> None:
         linux.die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends us
         serve(directory)
+    except BusyError:
+        os._exit(0)
     except CafsError as error:
         atomic.write_all(2, f"cpool: {error}\n".encode())
+        os._exit(1)
     finally:
         os._exit(0)
-
-
-def _wait_for(directory: str, child: int) -> Client:
-    deadline = time.monotonic() + _BEGIN_S
-    while True:
-        try:
-            return Client(directory)
-        except NoController:
-            if time.monotonic() > deadline or os.waitpid(child, os.WNOHANG)[0]:
-                raise
-            time.sleep(0.005)
 
 
 def _end(child: int) -> None:

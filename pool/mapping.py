@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import base64
 import os
-import re
-import select
 import sys
 import time
 from dataclasses import dataclass, field
 
 from cafs import atomic
 from cafs.errors import UsageError
+from pool import results
+from pool.arguments import expand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, BinaryIO
 
     from pool.client import Client
@@ -29,77 +29,25 @@ AHEAD = 500
 _BATCH = 50
 
 _HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
-_FORMS = re.compile(r"\{(?:|\.|/|//|/\.|#|[1-9][0-9]{0,3})\}")
 _FAILED_MAX = 100
+_SAID_S, _SAID_TERMINAL_S = 5.0, 0.2
 
 
 @dataclass(slots=True)
 class Options:
-    """template: words of the command.  spec: what all jobs have.  size: arguments a job."""
+    """template: words of the command.  spec: what all jobs have.  eta: say how long it will take."""
 
     template: list[str]
     spec: dict[str, Any]
-    separator: bytes = b"\n"
-    size: int = 1
     keep_order: bool = False
     tag: bool = False
     halt: int = 0
     joblog: str = ""
     resume: bool = False
     resume_failed: bool = False
+    results: str = ""
+    eta: bool = False
     done: set[int] = field(default_factory=set)
-
-
-def expand(template: list[str], arguments: list[str], number: int) -> list[str]:
-    """The command for some arguments; they come last if nothing names them."""
-
-    def put(match: re.Match[str]) -> str:
-        inner = match[0][1:-1]
-        if inner == "#":
-            return str(number)
-        if inner.isdigit():
-            return arguments[int(inner) - 1] if int(inner) <= len(arguments) else ""
-        return " ".join(_form(inner, one) for one in arguments)
-
-    if not any(_FORMS.search(word) for word in template):
-        return [*template, *arguments]
-    found = []
-    for word in template:
-        if word == "{}":
-            found += arguments
-        else:
-            found.append(_FORMS.sub(put, word))
-    return found
-
-
-def _form(kind: str, argument: str) -> str:
-    if kind == ".":
-        return os.path.splitext(argument)[0]
-    if kind == "/":
-        return os.path.basename(argument)
-    if kind == "//":
-        return os.path.dirname(argument) or "."
-    if kind == "/.":
-        return os.path.splitext(os.path.basename(argument))[0]
-    return argument
-
-
-def arguments_of(source: BinaryIO, separator: bytes, size: int) -> Iterator[list[str]]:
-    """Groups of SIZE arguments."""
-    held, group = b"", []
-    while True:
-        data = source.read1(1 << 16) if hasattr(source, "read1") else source.read(1 << 16)
-        held += data
-        *whole, held = held.split(separator) if data else [held, b""]
-        for one in whole if data else [one for one in whole if one]:
-            group.append(os.fsdecode(one))
-            if len(group) == size:
-                yield group
-                group = []
-        if not data:
-            break
-    if group:
-        yield group
 
 
 def already_done(path: str, *, failed_too: bool) -> set[int]:
@@ -116,6 +64,30 @@ def already_done(path: str, *, failed_too: bool) -> set[int]:
     return found
 
 
+class Eta:
+    """How long it will take, on standard error: in one line on a terminal, else in a line every few seconds."""
+
+    def __init__(self, many: int) -> None:
+        self._left, self._done = many, 0
+        self._began = self._said = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+
+    def one_less(self) -> None:
+        """There was nothing to be done for one."""
+        self._left -= 1
+
+    def one_done(self) -> None:
+        """Says how many are left, and for how long by what it has taken so far."""
+        self._left, self._done, now = self._left - 1, self._done + 1, time.monotonic()
+        if self._left and now - self._said < (_SAID_TERMINAL_S if self._is_terminal else _SAID_S):
+            return
+        self._said = now
+        each = (now - self._began) / self._done
+        end = "\r" if self._is_terminal and self._left else "\n"
+        sys.stderr.write(f"ETA: {each * self._left:.0f}s Left: {self._left} AVG: {each:.2f}s{end}")
+        sys.stderr.flush()
+
+
 class Map:
     """One run of cpool map; `run` returns its exit code."""
 
@@ -128,9 +100,11 @@ class Map:
         self._next = 1
         self._failed = 0
         self._log: BinaryIO | None = None
+        self._eta: Eta | None = None
+        self._is_at_hand: Callable[[], bool] = lambda: True
 
-    def run(self, source: BinaryIO) -> int:
-        """Raises CafsError."""
+    def run(self, arguments: Iterable[list[str]], is_at_hand: Callable[[], bool] = lambda: True) -> int:
+        """is_at_hand: whether more arguments come without waiting.  Raises CafsError."""
         options = self._options
         if options.joblog:
             if (options.resume or options.resume_failed) and os.path.exists(options.joblog):
@@ -140,7 +114,11 @@ class Map:
                 self._log.write(_HEAD.encode())
         elif options.resume or options.resume_failed:
             raise UsageError("--resume needs --joblog FILE")
-        groups = enumerate(arguments_of(source, options.separator, options.size), 1)
+        if options.eta:
+            arguments = list(arguments)
+            self._eta = Eta(len(arguments))
+        groups = enumerate(arguments, 1)
+        self._is_at_hand = is_at_hand
         is_over = False
         while not is_over or self._numbers:
             while not is_over and len(self._numbers) < AHEAD and not self._has_to_halt():
@@ -164,9 +142,10 @@ class Map:
             if number in self._options.done:
                 self._ready[number] = b"", b""
                 self._print(number)
+                self._eta.one_less() if self._eta else None
                 continue
             batch.append((number, arguments, expand(self._options.template, arguments, number)))
-            if len(batch) == _BATCH or not _is_at_hand(sys.stdin.buffer):
+            if len(batch) == _BATCH or not self._is_at_hand():
                 break
         if not batch:
             return False
@@ -184,6 +163,10 @@ class Map:
         out, err = (
             base64.b64decode(found[name]) if name in found else self._output(job["id"], name) for name in ("out", "err")
         )
+        if self._options.results:
+            results.keep(self._options.results, number, arguments, out, err)
+        if self._eta:
+            self._eta.one_done()
         if self._options.tag:
             tag = " ".join(arguments).encode("utf-8", "surrogateescape") + b"\t"
             out, err = (b"".join(tag + line for line in one.splitlines(keepends=True)) for one in (out, err))
@@ -230,11 +213,3 @@ class Map:
         ended = [max(code, 0), 0 if code >= 0 else 9]
         columns = [number, job["worker"], f"{job['started_s'] or 0:.3f}", f"{wall:.3f}", 0, 0, *ended]
         return "\t".join(map(str, [*columns, shown])).encode("utf-8", "surrogateescape") + b"\n"
-
-
-def _is_at_hand(source: BinaryIO) -> bool:
-    """Whether more can be read without waiting; what is held in its buffer counts."""
-    try:
-        return bool(select.select([source], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True

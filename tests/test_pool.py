@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import selectors
 import signal
 import socket
@@ -361,6 +362,18 @@ def test_map_is_a_filter(pool: Path) -> None:
     assert failed.returncode == 2, "as many as have failed"
     assert ok("map", "--dry-run", *PLAIN, "--", "rm", "{}", input="a b\n") == "rm 'a b'\n"
     assert ok("map", *PLAIN, "--", "cat", input="") == ""
+
+
+def test_map_takes_arguments_from_its_command_line_and_keeps_results(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("x\ny\n")
+    assert ok("map", "-k", *PLAIN, "echo", "{2}{1}", ":::", "a", "b", "::::", "list") == "xa\nya\nxb\nyb\n"
+    assert ok("map", "-k", "-n", "2", *PLAIN, "--", "echo", ":::", "a", "b", "c") == "a b\nc\n"
+    done = cp("map", *PLAIN, "--eta", "--results", "kept", "--", "sh", "-c", "echo {}; echo err >&2", ":::", "a/b", "..", "c")
+    assert done.returncode == 0 and re.search(r"ETA: 0s Left: 0 AVG: [0-9.]+s\n", done.stderr), done.stderr
+    found = {str(one.relative_to(tmp_path / "kept")): one.read_text() for one in (tmp_path / "kept").rglob("std*")}
+    assert found == {f"1/{name}/{what}": text for name, out in ((r"a\zb", "a/b\n"), (r"\__", "..\n"), ("c", "c\n")) for what, text in (("stdout", out), ("stderr", "err\n"))}  # fmt: skip
+    assert cp("map", *PLAIN, "-n", "2", "true", ":::", "a", ":::", "b").returncode == 2
+    assert cp("map", *PLAIN, ":::", "a").returncode == 2 and cp("map", *PLAIN, "true", "::::", "absent").returncode == 4
 
 
 def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
