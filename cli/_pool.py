@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 
 import click
 
@@ -138,6 +139,32 @@ def machines(*, all_of_them: bool, as_json: bool, is_quiet: bool) -> None:
         click.echo(f"{said['price']:.4f} an hour, {said['spent_today']:.2f} today")
 
 
+def show_events(*, is_followed: bool) -> None:
+    """Print the file of events, and what is added to it."""
+    from cafs import atomic
+
+    path = os.path.join(directory(), "events")
+    for old in (path + ".1", path):
+        try:
+            with open(old, "rb") as file:
+                while data := file.read(1 << 16):
+                    atomic.write_all(1, data)
+                at, inode = file.tell(), os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            at, inode = 0, 0
+    while is_followed:
+        try:
+            with open(path, "rb") as file:
+                at = at if os.fstat(file.fileno()).st_ino == inode else 0
+                inode = os.fstat(file.fileno()).st_ino
+                file.seek(at)
+                atomic.write_all(1, file.read())
+                at = file.tell()
+        except FileNotFoundError:
+            pass  # nothing has happened yet
+        time.sleep(0.2)
+
+
 def set_host_state(name: str, state: str) -> None:
     """Raises NotFound."""
     from cafs.errors import NotFound
@@ -247,25 +274,70 @@ def exit_code(job: dict[str, Any]) -> int:
     return 1 if job["code"] is None or job["code"] < 0 else int(job["code"])
 
 
-def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, *, as_json: bool, is_quiet: bool) -> None:
-    """Run a trace through the policy.  Raises CafsError."""
+def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, **given: Any) -> None:
+    """Run a trace through the policy, or through several.  Raises CafsError."""
     from cafs.errors import os_error
-    from pool import settings
+    from pool import settings, sweep
     from pool.simulation import Simulation, read_trace
 
     policy = (settings.read_file(config) if config else settings.read(directory())).policy()
-    if not is_quiet:
+    if given["goal"]:
+        sweep.parse_goal(given["goal"])
+    if not given["quiet"]:
         sys.stderr.write(f"cpool: what the trace does not say: {duration} seconds, {cpus:g} CPUs a job; seed {seed}\n")
+    is_sweep = given["sweep"] or given["goal"] or given["svg"]
     try:
         with open(0 if trace == "-" else trace, encoding="utf-8", newline="", closefd=trace != "-") as file:
-            found = Simulation(policy).run(read_trace(file, trace, duration, cpus, seed)).shown()
+            arrivals = read_trace(file, trace, duration, cpus, seed)
+            every = list(arrivals) if is_sweep else arrivals
+            found = Simulation(policy).run(every).shown()
     except OSError as error:
         raise os_error(f"cannot read {trace!r}", error) from error
-    if as_json:
+    if not is_sweep:
+        return _print_fields(found, as_json=given["as_json"])
+    results = sweep.run(policy, list(every))
+    if given["svg"]:
+        _write(given["svg"], sweep.draw(results, found))
+    if given["goal"]:
+        best = sweep.cheapest(results, given["goal"])
+        _print_fields(best, as_json=given["as_json"])
+    elif given["sweep"]:
+        names = ("policy", "p50_wait_s", "p95_wait_s", "p99_wait_s", "utilisation", "cost", "launches")
+        table(results, {name: name.upper() for name in names}, as_json=given["as_json"], only="")
+    else:
+        _print_fields(found, as_json=given["as_json"])
+
+
+def report(days: float, page: str | None, *, as_json: bool) -> None:
+    """Print it, or write a page.  Raises CafsError."""
+    from pool import report, settings
+    from pool.state import State
+
+    found = report.make(State(directory()), settings.read(directory()), days)
+    if page:
+        _write(page, report.as_html(found))
+    elif as_json:
         click.echo(json.dumps(found))
     else:
-        for name, value in found.items():
-            click.echo(f"{name:<16} {value}")
+        _print_fields({name: value for name, value in found.items() if name not in ("pieces", "at_s")}, as_json=False)
+
+
+def _print_fields(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:<16} {round(value, 4) if isinstance(value, float) else value}")
+
+
+def _write(path: str, text: str) -> None:
+    from cafs import atomic
+    from cafs.errors import os_error
+
+    try:
+        atomic.replace_file(os.path.abspath(path), text.encode(), 0o644)
+    except OSError as error:
+        raise os_error(f"cannot write {path!r}", error) from error
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str], *, as_json: bool, only: str) -> None:

@@ -291,6 +291,24 @@ def top(once: bool) -> int:
     return 0
 
 
+@main.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on.")
+@quiet_option(used=False)
+def events(follow: bool) -> int:
+    """Print what has happened to jobs and machines, as JSON lines."""
+    asking.show_events(is_followed=follow)
+    return 0
+
+
+@main.command()
+@quiet_option(used=False)
+def metrics() -> int:
+    """Print the pool in numbers, as Prometheus reads them."""
+    with asking.client() as client:
+        click.echo(client.ask("metrics")["text"], nl=False)
+    return 0
+
+
 @main.group()
 def host() -> None:
     """Machines that the pool may use."""
@@ -431,11 +449,25 @@ def cloud_policy(provider: str) -> int:
 @click.option("--duration", default="lognormal:10", metavar="DIST", help="How long jobs take, if the trace does not say.")
 @click.option("--cpus", type=click.FloatRange(0, min_open=True), default=1.0, help="What they need, if it does not say (1).")
 @click.option("--seed", type=int, default=1, help="Of what is drawn (1).")
+@click.option("--sweep", is_flag=True, help="Policies of spare capacity beside each other.")
+@click.option("--goal", metavar="p99=S", help="The cheapest of them that keeps this.")
+@click.option("--svg", metavar="FILE", help="Draw them: paid for / needed against waiting.")
 @json_option()
 @quiet_option()
-def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, as_json: bool, quiet: bool) -> int:
+def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, **given: Any) -> int:
     """Say what a policy would cost and how long jobs would wait."""
-    asking.simulate(trace, config, duration, cpus, seed, as_json=as_json, is_quiet=quiet)
+    asking.simulate(trace, config, duration, cpus, seed, **given)
+    return 0
+
+
+@main.command()
+@click.option("--days", type=click.FloatRange(0, min_open=True), default=7.0, help="Of the last so many days (7).")
+@click.option("--html", "page", metavar="FILE", help="As a page with charts.")
+@json_option()
+@quiet_option(used=False)
+def report(days: float, page: str | None, as_json: bool) -> int:
+    """Say what the pool has done: jobs, waiting, machines, money."""
+    asking.report(days, page, as_json=as_json)
     return 0
 
 

@@ -13,6 +13,7 @@ import time
 
 from cafs import paths
 from pool import frames, links, outputs, requests, sockets, state, workers
+from pool.events import Events
 from pool.placement import Placement
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
 from pool.turns import Turns
@@ -57,6 +58,7 @@ class Controller:
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
+        self.events = Events(directory)
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
@@ -150,6 +152,7 @@ class Controller:
         if self.is_leaving and not self.is_ending:
             self.leave(when_idle=self._when_idle, when_alone=self._when_alone)
         self.state.commit()
+        self.events.write(self.state.take_changes())
         said, self._to_say = self._to_say, []
         for one in said:
             one()

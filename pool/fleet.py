@@ -317,6 +317,9 @@ class Fleet:
 
     def _note(self, row: dict[str, Any], **fields: Any) -> None:
         row.update(fields)
+        if "state" in fields:
+            names = ("state", "kind", "zone", "instance", "price", "reason")
+            self._controller.state.changes.append({"what": "machine", "id": row["name"], **{name: row[name] for name in names}})
         self._controller.state.put_machine(row)
 
     # What the cloud says of all.
@@ -433,5 +436,5 @@ class Fleet:
         row |= {"state": LAUNCHING, "instance": "", "address": "", "reason": "", "intended_s": time.time()}
         row |= {"launched_s": None, "ready_s": None, "idle_s": None, "ended_s": None}
         self.machines[name] = row
-        self._note(row)
+        self._note(row, state=LAUNCHING)
         self._launch(row)

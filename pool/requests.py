@@ -10,7 +10,7 @@ import socket
 import struct
 
 from cafs.errors import CafsError, UsageError, quote
-from pool import links, sockets, state
+from pool import links, metrics, sockets, state
 from pool.state import Job
 
 TYPE_CHECKING = False
@@ -124,6 +124,8 @@ class Client:
         sockets.send(self._controller.selector, self._socket, self._unsent)
 
     def _obey(self, line: bytes) -> None:
+        if line.startswith(b"GET /metrics"):
+            return self._answer_http()
         try:
             self.tag = None
             said = json.loads(line)
@@ -136,6 +138,15 @@ class Client:
             self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             self.answer({"error": f"bad request: {error!r}", "code": 2, "hint": None})
+
+    def _answer_http(self) -> None:
+        """For curl --unix-socket, and whatever scrapes so: one answer, then the end."""
+        body = metrics.text(self._controller).encode()
+        head = f"HTTP/1.0 200 OK\r\nContent-Type: {metrics.TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._socket.setblocking(True)
+        self._socket.settimeout(1)
+        self._socket.sendall(head.encode() + body)
+        raise ConnectionResetError
 
     def ended(self, job: Job) -> None:
         """A job has; say so if it is waited for."""
@@ -299,6 +310,10 @@ def _cloud(client: Client, controller: Controller, said: dict[str, Any]) -> None
     client.answer(fleet.shown())
 
 
+def _metrics(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    client.answer({"text": metrics.text(controller)})
+
+
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """Stop the controller; with 'jobs', them too."""
     if said["jobs"]:
@@ -310,5 +325,5 @@ def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
 
 _HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
-    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud,
+    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics,
 }  # fmt: skip

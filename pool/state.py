@@ -90,6 +90,8 @@ class State:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        self.changes: list[dict[str, Any]] = []
+        """What has come to which state since somebody has taken them: what, id, state, and more."""
         path = os.path.join(directory, "state.db")
         if not os.path.exists(path):
             raise NotFound(f"no pool in {quote(directory)}", hint="cpool init")
@@ -129,6 +131,11 @@ class State:
             return self._db.execute(text, tuple(values))
         except sqlite3.OperationalError as error:
             raise CafsError(f"cannot write the state of the pool: {error}") from error
+
+    def take_changes(self) -> list[dict[str, Any]]:
+        """Of jobs and machines, since the last time."""
+        found, self.changes = self.changes, []
+        return found
 
     def commit(self) -> None:
         """From here on it survives."""
@@ -174,6 +181,7 @@ class State:
         return [dict(row) for row in self._do(f"SELECT * FROM machines {where} ORDER BY intended_s, name")]
 
     def put_machine(self, row: dict[str, Any]) -> None:
+        """A new one, or one that has changed."""
         names = ", ".join(row)
         self._do(f"INSERT OR REPLACE INTO machines ({names}) VALUES ({', '.join('?' * len(row))})", row.values())
 
@@ -192,7 +200,9 @@ class State:
             return known
         names = "key, spec, digest, state, priority, submitted_s"
         values = [key, json.dumps(spec, sort_keys=True), _digest(spec), state, priority, time.time()]
-        return int(self._do(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid or 0)
+        number = int(self._do(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid or 0)
+        self.changes.append({"what": "job", "id": number, "state": state})
+        return number
 
     def with_key(self, spec: dict[str, Any], key: str | None) -> int | None:
         """The id of the job that has this key, if any.  Raises BusyError if that is another."""
@@ -222,10 +232,19 @@ class State:
         rows = self._do(f"SELECT * FROM jobs {where} ORDER BY id DESC LIMIT ?", [limit]).fetchall()
         return [Job(row) for row in reversed(rows)]
 
+    def jobs_since(self, when_s: float) -> list[dict[str, Any]]:
+        """state, code, worker, cpus and times of those that had not ended then."""
+        names = "state, code, worker, submitted_s, started_s, finished_s, json_extract(spec, '$.cpus') AS cpus"
+        rows = self._do(f"SELECT {names} FROM jobs WHERE finished_s IS NULL OR finished_s >= ? ORDER BY id", [when_s])
+        return [dict(row) for row in rows]
+
     def change(self, job: Job, **fields: Any) -> None:
         """Of the row and of JOB."""
         for name, value in fields.items():
             setattr(job, name, value)
+        if "state" in fields:
+            row = {"what": "job", "id": job.id, "state": job.state, "worker": job.worker, "attempt": job.attempt}
+            self.changes.append(row | {"code": job.code, "reason": job.reason})
         text = ", ".join(f"{name} = ?" for name in fields)
         values = [json.dumps(value) if name == "usage" else value for name, value in fields.items()]
         self._do(f"UPDATE jobs SET {text} WHERE id = ?", [*values, job.id])

@@ -38,6 +38,9 @@ COMMANDS = {
         "node",
         "cloud",
         "simulate",
+        "report",
+        "events",
+        "metrics",
         "tick",
         "top",
     ],
@@ -83,7 +86,10 @@ def test_every_option_is_in_the_man_page_and_the_reverse(program: str) -> None:
 
 def test_every_exit_code_and_variable_is_in_cafs_7() -> None:
     page = (ROOT / "man" / "cafs.7").read_text()
-    codes = [getattr(errors, name) for name in ("OK", "FAILED", "USAGE", "DIFFERS", "NO_SUCH", "CORRUPT", "BUSY", "REMOTE", "UNSUPPORTED")]  # fmt: skip
+    codes = [
+        getattr(errors, name)
+        for name in ("OK", "FAILED", "USAGE", "DIFFERS", "NO_SUCH", "CORRUPT", "BUSY", "REMOTE", "UNSUPPORTED")
+    ]
     assert all(re.search(rf"^{code} +\w", page, re.M) for code in codes)
     used = set()
     for path in [p for room in ("cafs", "cli", "runner", "pool") for p in (ROOT / room).glob("*.py")]:

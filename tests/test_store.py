@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     root = tmp_path / "tree"
     (root / "dir").mkdir(parents=True)
     (root / "dir" / "file").write_bytes(b"content")
-    (root / "large").write_bytes(os.urandom(1 << 16) * 100)
+    (root / "large").write_bytes(os.urandom(1 << 16) * 70)
     return root
 
 

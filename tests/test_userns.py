@@ -80,7 +80,7 @@ def test_a_volume_has_the_ids_of_the_image_for_all_and_a_directory_of_the_host_h
     for flags in (AUTO, ("--network", "none")):
         assert crun(*flags, *volume, BASE, "stat", "-c", "%u:%g", "/home/joe/f").stdout == "5:6\n"
     refused = crun(*AUTO, *volume, BASE, "sh", "-c", "stat -c %u /host/secret; cat /host/secret || touch /host/new")
-    assert refused.stdout == "65534\n" and refused.returncode
+    assert refused.stdout == "65534\n" and refused.returncode, refused.stderr
     ok("run", "-d", "--name", "n5", *AUTO, *volume, BASE, "sleep", "1000")
     listed = subprocess.run([BIN / "crun", "cp", "n5:/host/secret", "-"], capture_output=True, check=True).stdout
     assert b" 0/0 " in subprocess.run(["tar", "-tvn"], input=listed, capture_output=True, check=True).stdout, (
