@@ -240,6 +240,7 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "constraint": sorted(given["labels"]),
         "exclude": sorted(given["exclude"]),
         "after": sorted(given.get("after", ())),
+        **({"tenant": given["tenant"]} if given["tenant"] is not None else {}),
     }
 
 
@@ -248,8 +249,14 @@ def _digest(name: str) -> str:
     from cafs import image, paths
     from cafs.store import Store
     from pool import settings
+    from pool.client import NoController
 
-    return image.resolve(Store(settings.read(directory()).store or paths.store()), name).digest.hex()
+    try:
+        with client() as connection:
+            store = connection.ask("about")["store"]
+    except NoController:
+        store = settings.read(directory()).store
+    return image.resolve(Store(store or paths.store()), name).digest.hex()
 
 
 def numbers(text: str | None) -> range:

@@ -56,6 +56,7 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
             ),
             click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone."),
             click.option("--exclude", multiple=True, metavar="NAME", help="Not on this worker."),
+            click.option("--tenant", metavar="NAME", help="Whose it is, if the pool's owner submits it."),
             click.option("--priority", type=int, default=0, help="Those of higher priority go first (0)."),
         )
     ):

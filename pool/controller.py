@@ -16,6 +16,7 @@ from pool import frames, links, outputs, requests, sockets, state, workers
 from pool.events import Events
 from pool.placement import Placement
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
+from pool.tenants import Tenants, Usage, tenant_of
 from pool.turns import Turns
 from pool.wires import Wires
 from pool.workers import Remote, need_of
@@ -54,7 +55,7 @@ class Controller:
         self.remotes: dict[str, Remote] = {}
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
-        self.store = settings.store
+        self.store, self.tenants = settings.store, Tenants(settings.tenants)
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self.clients: dict[int, Client] = {}
@@ -63,6 +64,7 @@ class Controller:
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
         self._may_place, self._place_from = True, 0
+        self._is_unordered = False
         self._to_say: list[Callable[[], None]] = []
         self.fleet = self._fleet(settings)
         self.look_at_hosts()
@@ -88,7 +90,9 @@ class Controller:
         """Until SIGTERM or SIGINT, or a command ends it.  Jobs go on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.end())
-        listener = sockets.listen(self.directory)
+        is_shared = bool(self.tenants.all)
+        listener = sockets.listen(self.directory, mode=0o666 if is_shared else 0o600)
+        os.chmod(self.directory, 0o711 if is_shared else 0o700)  # what is in it is its owner's alone all the same
         self.selector.register(listener, selectors.EVENT_READ, lambda _: requests.accept(self, listener))
         try:
             self.turn(0)
@@ -97,6 +101,7 @@ class Controller:
         finally:
             self.turn(0)
             self.wires.close()
+            os.chmod(self.directory, 0o700)
             os.unlink(os.path.join(self.directory, "socket"))
             self.state.close()
 
@@ -262,13 +267,19 @@ class Controller:
         if job.state == QUEUED:
             self.queue.append(job)
             self._may_place = True
+            self._is_unordered = self._is_unordered or bool(self.tenants.all)
             if len(self.queue) > 1 and self.queue[-2].priority < job.priority:
-                self.requeue()
+                self._is_unordered = True
+
+    def usage(self) -> dict[str, Usage]:
+        """What each tenant's jobs have for themselves; nothing if there is nobody but the owner."""
+        placed = (job for remote in self.remotes.values() for job in remote.jobs.values())
+        return self.tenants.usage(placed) if self.tenants.all else {}
 
     def requeue(self) -> None:
         """Put the queue in order."""
-        self._may_place, self._place_from = True, 0
-        self.queue = sorted((one for one in self.jobs.values() if one.state == QUEUED), key=lambda one: (-one.priority, one.id))
+        self._may_place, self._place_from, self._is_unordered = True, 0, False
+        self.queue = self.tenants.in_order((one for one in self.jobs.values() if one.state == QUEUED), self.usage())
 
     def _mind_queue(self) -> None:
         """Once a second: what has waited for longer than it was to."""
@@ -279,17 +290,20 @@ class Controller:
         late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)
-        if late:
+        if late or self.tenants.all:  # what is fair changes as jobs end
             self.requeue()
 
     def _place(self) -> None:
         if not self._may_place and not self.turns.is_due():
             return
         self.turns.seen()
+        if self._is_unordered:
+            self.requeue()
         ready = [remote.free() for remote in self.remotes.values()] if self.queue else []
         if not any(not one.reason for one in ready):
             return
         placement, began, now = Placement(ready), time.monotonic(), time.time()
+        usage = self.usage()
         running = self.turns.running(self.jobs.values())
         started: dict[str, list[Job]] = {}
         self._may_place = False
@@ -304,13 +318,16 @@ class Controller:
             if self.turns.waits(job, running):
                 self._end_if_hopeless(job)
                 continue
+            if self.tenants.over(job, usage):
+                continue
             chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
             if chosen is None:
                 continue
             if job.spec.get("at_once"):
                 running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
             self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
-            self.remotes[chosen.name].jobs[job.id] = job
+            self.remotes[chosen.name].took(job)
+            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
             started.setdefault(chosen.name, []).append(job)
         else:
             self._place_from = 0
@@ -322,10 +339,11 @@ class Controller:
     def due(self, most: int) -> list[Job]:
         """The first that wait for nothing but room."""
         found: list[Job] = []
-        running = self.turns.running(self.jobs.values())
+        running, usage = self.turns.running(self.jobs.values()), self.usage()
         for job in self.queue:
-            if job.state != QUEUED or self.turns.waits(job, running):
+            if job.state != QUEUED or self.turns.waits(job, running) or self.tenants.over(job, usage):
                 continue
+            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
             if job.spec.get("at_once"):
                 running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
             found.append(job)

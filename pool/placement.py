@@ -1,8 +1,9 @@
 """Which job goes to which worker: a pure function of what is asked for and what is free.
 
 Best fit: a job goes where it leaves least of what is scarce there, so that large jobs find room elsewhere; jobs without GPUs
-keep off machines that have some.  Jobs of one shape share a heap of workers, so a decision costs the logarithm of their number;
-for a shape of its own the workers are looked at that have little more processors free than it needs.
+keep off machines that have some; a job goes to a worker that has had its image before others.  Measured load only orders what
+is equal.  Jobs of one shape share a heap of workers, so a decision costs the logarithm of their number; for a shape of its own
+the workers are looked at that have little more processors free than it needs.
 A job that has waited for long keeps a worker for itself until it fits there: smaller ones cannot pass it for ever.
 """
 
@@ -19,25 +20,29 @@ if TYPE_CHECKING:
 STARVING_S = 30.0
 """How long smaller jobs may pass one that does not fit."""
 
-_WITH_GPUS = 10.0
+_WITH_GPUS, _HAS_IMAGE, _LOADED = 10.0, 2.0, 0.05
+"""How much of a rank they are: all that is left free is 2."""
+
 _FEW, _LOOKED_AT = 4, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job is to have for itself.  memory: bytes.  labels: that its worker has; exclude: names that are not its own."""
+    """What a job is to have for itself.  memory: bytes.  image: digest, '' for a plain command.  labels: that its worker has;
+    exclude: names that are not its own."""
 
     cpus: float = 1.0
     memory: int = 0
     gpus: int = 0
-    images: bool = False
+    image: str = ""
     labels: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
 class Worker:
-    """What is free of a worker, and what it has in all.  reason: why it takes nothing now, '' if it does."""
+    """What is free of a worker, and what it has in all.  reason: why it takes nothing now, '' if it does.  has: images whose
+    files it has fetched.  load: that was measured, by processor."""
 
     name: str
     cpus: float
@@ -49,6 +54,8 @@ class Worker:
     images: bool = True
     labels: frozenset[str] = frozenset()
     reason: str = ""
+    has: frozenset[str] = frozenset()
+    load: float = 0.0
     version: int = 0
     is_kept: bool = False
 
@@ -67,7 +74,7 @@ class Worker:
 
     def suits(self, need: Need) -> bool:
         """Whether it is of the kind that a job wants, whatever is free."""
-        return (self.images or not need.images) and need.labels <= self.labels and self.name not in need.exclude
+        return (self.images or not need.image) and need.labels <= self.labels and self.name not in need.exclude
 
     def take(self, need: Need) -> None:
         """It is here now."""
@@ -86,6 +93,7 @@ class Worker:
     def rank(self, need: Need) -> float:
         """Less is better: the shares of the worker that would be left."""
         left = (self.cpus - need.cpus) / (self.all_cpus or 1) + (self.memory - need.memory) / (self.all_memory or 1)
+        left += _LOADED * min(self.load, 1.0) - (_HAS_IMAGE if need.image in self.has else 0)
         return left + (_WITH_GPUS if self.all_gpus and not need.gpus else 0) + (self.gpus - need.gpus)
 
 
@@ -203,7 +211,7 @@ def why_not(need: Need, workers: Iterable[Worker]) -> str:
     ready = [one for one in found if not one.reason]
     if not ready:
         return f"no worker is ready: {found[0].name} {found[0].reason}" if found else "there is no worker"
-    if need.images and not any(one.images for one in ready):
+    if need.image and not any(one.images for one in ready):
         return "no worker can run images"
     ready = [one for one in ready if one.suits(need)]
     if not ready:

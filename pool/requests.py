@@ -9,9 +9,10 @@ import selectors
 import socket
 import struct
 
-from cafs.errors import CafsError, UsageError, quote
+from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from pool import links, metrics, sockets, state
 from pool.state import Job
+from pool.tenants import OWNER, tenant_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _PIECE = 1 << 18
 _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 _SPEC_MAX = 128 << 10
+_CLIENTS_MAX = 64
+"""Commands of one user who is not the owner, at once."""
 
 
 LENT = "lent"
@@ -62,18 +65,21 @@ def accept(controller: Controller, listener: socket.socket) -> None:
     except OSError:
         return  # too many files are open: it is tried again
     uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    if uid not in (os.geteuid(), 0):
+    tenant = OWNER if uid in (os.geteuid(), 0) else controller.tenants.of_user(uid)
+    many = sum(one.uid == uid for one in controller.clients.values())
+    if tenant is None or (tenant != OWNER and many >= _CLIENTS_MAX):
         connection.close()
         return
     connection.setblocking(False)
-    Client(controller, connection)
+    Client(controller, connection, uid, tenant)
 
 
 class Client:
-    """A command that is connected."""
+    """A command that is connected.  tenant: whose jobs it sees; the owner's sees all."""
 
-    def __init__(self, controller: Controller, connection: socket.socket) -> None:
+    def __init__(self, controller: Controller, connection: socket.socket, uid: int, tenant: str) -> None:
         self._controller = controller
+        self.uid, self.tenant, self.is_owner = uid, tenant, tenant == OWNER
         self._socket = connection
         self._held, self._unsent = bytearray(), bytearray()
         self._waits: dict[int, bool] = {}
@@ -124,13 +130,15 @@ class Client:
         sockets.send(self._controller.selector, self._socket, self._unsent)
 
     def _obey(self, line: bytes) -> None:
-        if line.startswith(b"GET /metrics"):
+        if line.startswith(b"GET /metrics") and self.is_owner:
             return self._answer_http()
         try:
             self.tag = None
             said = json.loads(line)
             self.tag = said.get("tag")
             handler = _HANDLERS.get(said["do"])
+            if not self.is_owner and said["do"] not in _FOR_ALL:
+                raise UnsupportedError("only the pool's owner may do that")
             if handler is None:
                 raise UsageError(f"unknown request {quote(str(said['do']))}", hint="is the controller of another release?")
             handler(self, self._controller, said)
@@ -165,14 +173,47 @@ class Client:
 
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ids = []
-    specs = [check_one(controller.state, one) for one in said["jobs"]]  # all or none
-    for one, spec in zip(said["jobs"], specs, strict=True):
+    jobs = [_of_tenant(client, controller, one) for one in said["jobs"]]
+    specs = [check_one(controller.state, one) for one in jobs]  # all or none
+    _check_quota(controller, specs)
+    for one, spec in zip(jobs, specs, strict=True):
         how = state.HELD if one.get("hold") else state.QUEUED
         number = controller.state.submit(spec, one.get("key"), int(one.get("priority", 0)), how)
         ids.append(number)
         if number not in controller.jobs and (job := controller.state.job(number)).state not in state.ENDED:
             controller.add(job)
     client.answer({"ids": ids})
+
+
+def _of_tenant(client: Client, controller: Controller, one: dict[str, Any]) -> dict[str, Any]:
+    """The job as its tenant's.  Raises CafsError."""
+    tenant = str(one["spec"].get("tenant", client.tenant))
+    if not client.is_owner:
+        if tenant != client.tenant:
+            raise UnsupportedError("only the pool's owner may submit jobs of others")
+        if not one["spec"].get("image"):
+            raise UnsupportedError("only the pool's owner may run plain commands", hint="--image IMAGE")
+    elif tenant != OWNER and tenant not in controller.tenants.all:
+        raise NotFound(f"no tenant {quote(tenant)}", hint="[tenants] in pool.toml")
+    key = f"{tenant}/{one['key']}" if tenant != OWNER and one.get("key") is not None else one.get("key")
+    return {**one, "spec": {**one["spec"], "tenant": tenant}, "key": key}
+
+
+def _check_quota(controller: Controller, specs: list[dict[str, Any]]) -> None:
+    """Of jobs that have not ended.  Raises BusyError."""
+    for name in {spec.get("tenant", OWNER) for spec in specs} & set(controller.tenants.all):
+        most = controller.tenants.all[name].jobs
+        known = sum(tenant_of(job) == name for job in controller.jobs.values()) if most else 0
+        if most and known + sum(spec.get("tenant") == name for spec in specs) > most:
+            raise BusyError(f"quota: {name} has {known} of {most} jobs")
+
+
+def _job_of(client: Client, controller: Controller, number: object) -> Job:
+    """One that the client may see.  Raises NotFound."""
+    job = controller.jobs.get(int(str(number))) or controller.state.job(int(str(number)))
+    if not client.is_owner and tenant_of(job) != client.tenant:
+        raise NotFound(f"no job {number}", hint="cpool jobs --all")
+    return job
 
 
 def check_one(known: state.State, one: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +235,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
         "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
-        "after": (list, []), "constraint": (list, []), "exclude": (list, []),
+        "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -205,6 +246,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"a job's {name} cannot be {found[name]!r}")
     if not all(type(number) is int and 0 < number < 1 << 62 for number in found["after"]):
         raise UsageError("a job comes after numbers of jobs")
+    if found["tenant"] == OWNER:
+        del found["tenant"]  # so that one key means the same as before there were tenants
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise UsageError("a job's command is a list of words")
@@ -213,14 +256,15 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _wait(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     for number in said["ids"]:
-        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        job = _job_of(client, controller, number)
         client.wait_for(job.id, with_output=bool(said.get("output")))
         if job.state in state.ENDED:
             client.ended(job)
 
 
 def _jobs(client: Client, controller: Controller, said: dict[str, Any]) -> None:
-    found = controller.state.jobs(int(said["limit"]), all_of_them=bool(said["all"]))
+    tenant = None if client.is_owner else client.tenant
+    found = controller.state.jobs(int(said["limit"]), all_of_them=bool(said["all"]), tenant=tenant)
     client.answer({"jobs": [job.shown() for job in found]})
 
 
@@ -228,18 +272,19 @@ def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     from pool.placement import why_not
     from pool.workers import need_of
 
-    job = controller.state.job(int(said["id"]))
+    job = _job_of(client, controller, said["id"])
     found = job.shown()
     if job.state == state.QUEUED:
         free, need = [one.free() for one in controller.remotes.values()], need_of(job.spec)
         coming = controller.fleet.why_not(need) if controller.fleet else ""
-        found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or coming or why_not(need, free)
+        quota = controller.tenants.over(job, controller.usage())
+        found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or quota or coming or why_not(need, free)
     client.answer({"job": found})
 
 
 def _cancel(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     for number in said["ids"]:
-        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        job = _job_of(client, controller, number)
         controller.cancel(job, float(said["grace_s"]))
     client.answer({"done": True})
 
@@ -248,7 +293,7 @@ def _release(client: Client, controller: Controller, said: dict[str, Any]) -> No
     """Hold what is queued, or let go what is held."""
     before, after = (state.QUEUED, state.HELD) if said["hold"] else (state.HELD, state.QUEUED)
     for number in said["ids"]:
-        job = controller.jobs.get(int(number)) or controller.state.job(int(number))
+        job = _job_of(client, controller, number)
         if job.state == before:
             controller.state.change(job, state=after)
     controller.requeue()
@@ -276,7 +321,7 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     number, stream, offset = int(said["id"]), str(said["stream"]), int(said["offset"])
     if stream not in ("out", "err"):
         raise UsageError(f"no stream {quote(stream)}")
-    job, tag = controller.jobs.get(number) or controller.state.job(number), client.tag
+    job, tag = _job_of(client, controller, number), client.tag
     is_over = job.state in state.ENDED
 
     def reply(data: bytes, following: int, *, is_end: bool) -> None:
@@ -323,7 +368,15 @@ def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     controller.leave(when_idle=bool(said["jobs"]), when_alone=not said["jobs"])
 
 
+def _about(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """What somebody has to know who submits jobs."""
+    client.answer({"store": controller.store, "tenant": client.tenant})
+
+
+_FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about")
+"""What tenants may ask for, of their own jobs."""
+
 _HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
-    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics,
+    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics, "about": _about,
 }  # fmt: skip

@@ -53,6 +53,11 @@ COMMENTED = """\
 # machines = 10                     # at most
 # price = 5.0                       # an hour, at most
 # price_day = 50.0                  # a day (UTC), at most
+
+# [tenants.research]                # other users of this machine who may submit jobs in images
+# users = ["alice", "1002"]
+# cpus = 16                         # at most at once; also memory, gpus, and jobs that have not ended
+# share = 2.0                       # of what is there, beside others (1)
 """
 
 
@@ -64,6 +69,7 @@ class Settings:
     machines: tuple[dict[str, Any], ...] = ()
     scaling: dict[str, float] = field(default_factory=dict)
     cloud: dict[str, Any] = field(default_factory=dict)
+    tenants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def policy(self) -> Policy:
         """For pool.scaling.  Without kinds of machines: of 16 processors, free of charge."""
@@ -93,6 +99,7 @@ _KNOWN: dict[str, dict[str, type]] = {
     "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
     | {"spot": bool, "labels": list},
     "scaling": dict.fromkeys(_NUMBERS, float),
+    "tenants": {"users": list, "cpus": float, "memory": int, "gpus": int, "jobs": int, "share": float},
 }
 _WORDS = {str: "text", bool: "true or false", list: "list of texts", int: "number", float: "number"}
 
@@ -118,6 +125,8 @@ def read_file(path: str) -> Settings:
         raise FormatError(f"{path}:{line[1] if line else '?'}: {str(error).partition(' (')[0]}") from None
     for section, values in found.items():
         tables = values if section == "machines" and isinstance(values, list) else [values]
+        if section == "tenants" and isinstance(values, dict):
+            tables = list(values.values())
         if section not in _KNOWN or not all(isinstance(one, dict) for one in tables):
             raise FormatError(f"{path}:{_line_of(text, section)}: there is no {quote(section)}")
         for table in tables:
@@ -125,7 +134,22 @@ def read_file(path: str) -> Settings:
     cloud, kinds = found.get("cloud", {}), tuple(found.get("machines", []))
     if cloud:
         _check_cloud(f"{path}:{_line_of(text, 'cloud')}", cloud, kinds)
-    return Settings(found.get("pool", {}).get("store", ""), kinds, found.get("scaling", {}), cloud)
+    for name, table in found.get("tenants", {}).items():
+        _check_tenant(f"{path}:{_line_of(text, f'tenants.{name}')}", name, table)
+    store, scaling = found.get("pool", {}).get("store", ""), found.get("scaling", {})
+    return Settings(store, kinds, scaling, cloud, found.get("tenants", {}))
+
+
+def _check_tenant(where: str, name: str, table: dict[str, Any]) -> None:
+    from pool.tenants import uid_of
+
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name) or not table.get("users"):
+        raise FormatError(f"{where}: a tenant has a plain name, and users")
+    for user in table["users"]:
+        try:
+            uid_of(user)
+        except KeyError:
+            raise FormatError(f"{where}: there is no user {quote(user)}") from None
 
 
 def _check_cloud(where: str, cloud: dict[str, Any], kinds: tuple[dict[str, Any], ...]) -> None:

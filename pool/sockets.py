@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _SENT_AT_ONCE = 1 << 20
 
 
-def listen(directory: str) -> socket.socket:
-    """At 'socket' in it, for its owner alone; does not block.  Raises OSError."""
+def listen(directory: str, *, mode: int = 0o600) -> socket.socket:
+    """At 'socket' in it, for its owner alone unless MODE says so; does not block.  Raises OSError."""
     listener = socket.socket(socket.AF_UNIX)
     with _path(directory) as path:
         try:
@@ -27,6 +27,8 @@ def listen(directory: str) -> socket.socket:
             listener.bind(path)
         finally:
             os.umask(before)
+        if mode != 0o600:
+            os.chmod(path, mode)
     listener.listen(64)
     listener.setblocking(False)
     return listener

@@ -226,10 +226,12 @@ class State:
         wanted = "SELECT * FROM jobs WHERE state NOT IN ('finished', 'cancelled') ORDER BY priority DESC, id"
         return [Job(row) for row in self._do(wanted)]
 
-    def jobs(self, limit: int, *, all_of_them: bool) -> list[Job]:
-        """The latest, oldest first."""
-        where = "" if all_of_them else "WHERE state NOT IN ('finished', 'cancelled')"
-        rows = self._do(f"SELECT * FROM jobs {where} ORDER BY id DESC LIMIT ?", [limit]).fetchall()
+    def jobs(self, limit: int, *, all_of_them: bool, tenant: str | None = None) -> list[Job]:
+        """The latest, oldest first.  tenant: whose, None for all."""
+        where = "1" if all_of_them else "state NOT IN ('finished', 'cancelled')"
+        whose = "(?1 IS NULL OR json_extract(spec, '$.tenant') = ?1)"
+        wanted = f"SELECT * FROM jobs WHERE {where} AND {whose} ORDER BY id DESC LIMIT ?2"
+        rows = self._do(wanted, [tenant, limit]).fetchall()
         return [Job(row) for row in reversed(rows)]
 
     def jobs_since(self, when_s: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUSPECT_S, LOST_S = 6.0, 30.0
 _AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
+_IMAGES_MAX = 200
 _NEW_S, _AGAIN_NEW_S = 300.0, 2.0
 """One that may be booting is tried more often."""
 
@@ -42,6 +43,8 @@ class Remote:
         self.jobs: dict[int, Job] = {}
         self.try_after = 0.0
         self._failures = 0
+        self.images: dict[str, None] = {}
+        """Digests of those that ran there, the latest last."""
         self.is_set_up = False
         """Whether what runs images was brought there, or could not be."""
         self.setup_problem = ""
@@ -76,6 +79,16 @@ class Remote:
         link.setblocking(False)
         self.link, self.is_opening, self.has_greeted = link, False, False
         self.reader, self.unsent, self.problem = frames.Reader(), bytearray(), ""
+
+    def took(self, job: Job) -> None:
+        """A job was put there."""
+        self.jobs[job.id] = job
+        image = str(job.spec["image"])
+        if image:
+            self.images.pop(image, None)
+            self.images[image] = None
+            if len(self.images) > _IMAGES_MAX:
+                del self.images[next(iter(self.images))]
 
     @property
     def may_be_set_up(self) -> bool:
@@ -117,6 +130,8 @@ class Remote:
             images=not report["images"],
             labels=self.labels,
             reason=self.reason,
+            has=frozenset(self.images),
+            load=report.get("load", 0.0) / (report["cpus"] or 1),
         )
         for job in self.jobs.values():
             found.take(need_of(job.spec))
@@ -146,4 +161,4 @@ def is_amount(value: object) -> bool:
 def need_of(spec: dict[str, Any]) -> Need:
     """What a job is to have for itself."""
     labels, exclude = (frozenset(spec.get(name, ())) for name in ("constraint", "exclude"))
-    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), bool(spec["image"]), labels, exclude)
+    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), str(spec["image"]), labels, exclude)
