@@ -108,6 +108,27 @@ def pool_id() -> str:
     return State(directory()).meta("pool")
 
 
+def secret(what: str, name: str = "", value: bytes = b"") -> list[str]:
+    """The names of all, after one was kept ('put') or forgotten ('remove').  Raises CafsError."""
+    import base64
+
+    from pool import secrets
+    from pool.client import NoController
+
+    try:
+        with client() as connection:
+            fields = {"name": name, "value": base64.b64encode(value).decode()}
+            found: list[str] = connection.ask("secret", what=what, **fields)["names"]
+            return found
+    except NoController:
+        pass
+    if what == "put":
+        secrets.put(directory(), "", name, value)
+    elif what == "remove":
+        secrets.remove(directory(), "", name)
+    return secrets.names(directory(), "")
+
+
 def machines(*, all_of_them: bool, as_json: bool, is_quiet: bool) -> None:
     """Print those that were launched, and to stderr what is amiss."""
     from pool.client import NoController
@@ -240,6 +261,7 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "constraint": sorted(given["labels"]),
         "exclude": sorted(given["exclude"]),
         "after": sorted(given.get("after", ())),
+        **({"secrets": sorted(set(given["secrets"]))} if given["secrets"] else {}),
         **({"tenant": given["tenant"]} if given["tenant"] is not None else {}),
     }
 

@@ -47,6 +47,9 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
             click.option("--memory", type=Size(), default=0, metavar="SIZE", help="Memory that it has for itself (0)."),
             click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs that it has for itself (0)."),
             click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment."),
+            click.option(
+                "--secret", "secrets", multiple=True, metavar="NAME", help="A file of $CPOOL_SECRETS with that secret."
+            ),
             click.option("--workdir", metavar="DIR", help="Where it runs (default: here, or the image's)."),
             click.option("--timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="End it after so many seconds."),
             click.option("--retries", type=click.IntRange(0), default=0, help="How often it is tried again if it fails (0)."),
@@ -395,6 +398,38 @@ def nodes(as_json: bool, is_quiet: bool) -> int:
         "reason": "",
     }
     asking.table(asking.ask("nodes")["nodes"], names, as_json=as_json, only="name" if is_quiet else "")
+    return 0
+
+
+@main.group()
+def secret() -> None:
+    """What jobs may know and nobody else."""
+
+
+@secret.command("set")
+@click.argument("name")
+@quiet_option(used=False)
+def secret_set(name: str) -> int:
+    """Keep what comes from standard input."""
+    asking.secret("put", name, sys.stdin.buffer.read())
+    return 0
+
+
+@secret.command("ls")
+@quiet_option(used=False)
+def secret_ls() -> int:
+    """List their names."""
+    for name in asking.secret("ls"):
+        click.echo(name)
+    return 0
+
+
+@secret.command("rm")
+@click.argument("name")
+@quiet_option(used=False)
+def secret_rm(name: str) -> int:
+    """Forget one."""
+    asking.secret("remove", name)
     return 0
 
 

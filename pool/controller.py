@@ -12,6 +12,7 @@ import signal
 import time
 
 from cafs import paths
+from cafs.errors import CafsError
 from pool import frames, links, outputs, requests, sockets, state, workers
 from pool.events import Events
 from pool.placement import Placement
@@ -362,9 +363,19 @@ class Controller:
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
         store = self.store if remote.address == links.LOCAL or "://" in self.store else requests.LENT
-        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs]
+        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs if not job.spec.get("secrets")]
         for at in range(0, len(asked), _STARTED_AT_ONCE):
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
+        for job in [one for one in jobs if one.spec.get("secrets")]:
+            try:
+                values = requests.secrets_of(job, self.directory)
+            except (CafsError, OSError) as error:
+                remote.jobs.pop(job.id, None)
+                self.state.change(job, code=125)
+                self.finish(job, state.FINISHED, str(error), has_written=False)
+                continue
+            one = {**requests.asked(job, self.pool, remote.name, store), "secrets": values}
+            self.send(remote, frames.message("start", jobs=[one]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
         number, attempt, code = _number(said["id"]), _number(said["attempt"]), said["code"]

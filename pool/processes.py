@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 
-from pool import machine, streams
+from pool import hiding, machine, streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ KEPT_HALF = 32 << 20
 """Of a job's output the first and the last so many bytes are kept."""
 
 _LENT = "lent"
+_SECRETS, _IN_IMAGE = "CPOOL_SECRETS", "/run/secrets"
 _KILL_S = 0.05
 _BLOCK = 4096
 _PUNCH_HOLE = 0x03
@@ -49,6 +50,7 @@ class Job:
         self.gaps: dict[str, tuple[int, int]] = {}
         self.outcome: tuple[int | None, float, int] | None = None
         """What is known of the end of a shell of which other processes are being killed."""
+        self._secrets: list[bytes] | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -63,6 +65,12 @@ class Job:
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
         environment["CPOOL_POOL"] = self.pool
+        secrets = asked.pop("secrets", None)  # before it is written down
+        if secrets:
+            place = hiding.place_of(self.directory)
+            hiding.put(place, secrets, is_for_all=bool(asked["image"]))
+            environment[_SECRETS] = _IN_IMAGE if asked["image"] else place
+            asked["has_secrets"] = True
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -92,6 +100,8 @@ class Job:
         if store == _LENT:
             store = "http+unix://" + os.path.join(os.path.dirname(os.path.dirname(self.directory)), streams.PLACE)
         words += ["--store", store] if store else []
+        if asked.get("has_secrets"):
+            words += ["-v", f"{hiding.place_of(self.directory)}:{_IN_IMAGE}:ro", "-e", _SECRETS]
         for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
             words += ["-e", name]
         return [*words, asked["image"], *asked["command"]]
@@ -128,10 +138,23 @@ class Job:
         except OSError:
             return b"", offset
         try:
-            data = os.pread(fd, size, offset)
+            data = self._read(fd, size, offset)
             return data, offset + len(data)
         finally:
             os.close(fd)
+
+    def _read(self, fd: int, size: int, offset: int) -> bytes:
+        """Without the job's secrets, also where a piece begins or ends in one."""
+        if not self.asked.get("has_secrets"):
+            return os.pread(fd, size, offset)
+        if self._secrets is None:
+            self._secrets = hiding.values(hiding.place_of(self.directory))
+        around = max((len(one) for one in self._secrets), default=1) - 1
+        begin = max(offset - around, 0)
+        data = os.pread(fd, offset - begin + size + around, begin)
+        if not self.ended:
+            data = data[: len(data) - hiding.unsure(data, self._secrets)]
+        return hiding.hidden(data, self._secrets)[offset - begin :][:size]
 
     def shorten(self) -> None:
         """Give back what is between the first and the last part of too much output (fallocate(2), FALLOC_FL_PUNCH_HOLE)."""
@@ -189,6 +212,8 @@ class Job:
 
     def remove(self) -> None:
         """Nothing of it is wanted any more."""
+        if self.asked.get("has_secrets"):
+            hiding.remove(hiding.place_of(self.directory))
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

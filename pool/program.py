@@ -7,7 +7,7 @@ import io
 import os
 import zipfile
 
-MODULES = ["agent", "attach", "frames", "launched", "lent", "machine", "peers", "processes", "sockets", "streams"]
+MODULES = ("agent", "attach", "frames", "hiding", "launched", "lent", "machine", "peers", "processes", "sockets", "streams")
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)
 

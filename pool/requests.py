@@ -9,8 +9,8 @@ import selectors
 import socket
 import struct
 
-from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
-from pool import links, metrics, sockets, state
+from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
+from pool import links, metrics, secrets, sockets, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
 
@@ -26,6 +26,7 @@ _PIECE = 1 << 18
 _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 _SPEC_MAX = 128 << 10
+_SECRETS_MAX = 1000
 _CLIENTS_MAX = 64
 """Commands of one user who is not the owner, at once."""
 
@@ -56,6 +57,12 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
         "timeout_s": spec["timeout_s"],
         "keep": _KEEP,
     }
+
+
+def secrets_of(job: Job, directory: str) -> dict[str, str]:
+    """In base64, by name.  directory: of the pool.  Raises NotFound, OSError."""
+    names, tenant = job.spec["secrets"], tenant_of(job)
+    return {name: base64.b64encode(secrets.get(directory, tenant, name)).decode() for name in names}
 
 
 def accept(controller: Controller, listener: socket.socket) -> None:
@@ -219,6 +226,8 @@ def _job_of(client: Client, controller: Controller, number: object) -> Job:
 def check_one(known: state.State, one: dict[str, Any]) -> dict[str, Any]:
     """The job, as it is kept, if it can be submitted.  Raises CafsError."""
     spec = check(one["spec"])
+    for name in spec.get("secrets", ()):
+        secrets.get(known.directory, spec.get("tenant", OWNER), name)
     if len(json.dumps(spec)) > _SPEC_MAX:
         raise UsageError(f"a job is larger than {_SPEC_MAX} bytes")
     if abs(int(one.get("priority", 0))) >= 1 << 31:
@@ -235,7 +244,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
         "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
-        "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
+        "tenant": (str, OWNER), "secrets": (list, []), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -248,6 +257,13 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("a job comes after numbers of jobs")
     if found["tenant"] == OWNER:
         del found["tenant"]  # so that one key means the same as before there were tenants
+    if not found["secrets"]:
+        del found["secrets"]
+    elif (
+        not all(isinstance(one, str) and secrets.check_name(one) for one in found["secrets"])
+        or len(found["secrets"]) > secrets.MANY
+    ):
+        raise UsageError(f"a job has at most {secrets.MANY} secrets")
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise UsageError("a job's command is a list of words")
@@ -355,6 +371,21 @@ def _cloud(client: Client, controller: Controller, said: dict[str, Any]) -> None
     client.answer(fleet.shown())
 
 
+def _secret(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """Keep one, forget one, or say which there are; never what one is."""
+    directory, tenant = controller.directory, client.tenant
+    try:
+        if said["what"] == "put":
+            if said["name"] not in secrets.names(directory, tenant) and len(secrets.names(directory, tenant)) >= _SECRETS_MAX:
+                raise BusyError(f"there are {_SECRETS_MAX} secrets already", hint="cpool secret rm NAME")
+            secrets.put(directory, tenant, str(said["name"]), base64.b64decode(said["value"]))
+        elif said["what"] == "remove":
+            secrets.remove(directory, tenant, str(said["name"]))
+        client.answer({"names": secrets.names(directory, tenant)})
+    except OSError as error:
+        raise os_error("cannot keep the secret", error) from error
+
+
 def _metrics(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     client.answer({"text": metrics.text(controller)})
 
@@ -373,10 +404,10 @@ def _about(client: Client, controller: Controller, said: dict[str, Any]) -> None
     client.answer({"store": controller.store, "tenant": client.tenant})
 
 
-_FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about")
+_FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about", "secret")
 """What tenants may ask for, of their own jobs."""
 
 _HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
-    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics, "about": _about,
+    "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics, "about": _about, "secret": _secret,
 }  # fmt: skip

@@ -37,6 +37,7 @@ COMMANDS = {
         "host",
         "node",
         "cloud",
+        "secret",
         "simulate",
         "report",
         "events",
@@ -46,7 +47,15 @@ COMMANDS = {
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("host", "setup"), ("node", "drain"), ("node", "resume")]
-BELOW += [("cloud", "ls"), ("cloud", "end"), ("cloud", "resume"), ("cloud", "policy")]
+BELOW += [
+    ("cloud", "ls"),
+    ("cloud", "end"),
+    ("cloud", "resume"),
+    ("secret", "set"),
+    ("secret", "ls"),
+    ("secret", "rm"),
+    ("cloud", "policy"),
+]
 """Verbs of verbs."""
 
 COMMON = {"--help", "--version"}
