@@ -261,6 +261,9 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "constraint": sorted(given["labels"]),
         "exclude": sorted(given["exclude"]),
         "after": sorted(given.get("after", ())),
+        "disk": given["disk"],
+        "strict": given["strict"],
+        "start_s": given["start_timeout"],
         **({"secrets": sorted(set(given["secrets"]))} if given["secrets"] else {}),
         **({"tenant": given["tenant"]} if given["tenant"] is not None else {}),
     }

@@ -57,6 +57,15 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
             click.option(
                 "--queue-timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="Cancel it if it waits longer."
             ),
+            click.option("--disk", type=Size(), default=0, metavar="SIZE", help="Free disk that its worker is to have (0)."),
+            click.option("--strict", is_flag=True, help="Never twice at once: a lost worker ends it before another begins."),
+            click.option(
+                "--start-timeout",
+                type=click.FloatRange(0),
+                default=0.0,
+                metavar="S",
+                help="Elsewhere if it has not begun.",
+            ),
             click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone."),
             click.option("--exclude", multiple=True, metavar="NAME", help="Not on this worker."),
             click.option("--tenant", metavar="NAME", help="Whose it is, if the pool's owner submits it."),

@@ -48,6 +48,8 @@ class Agent:
         self.is_leaving = self.is_to_leave = False
         self._next_report = 0.0
         self._alone_since = time.monotonic()
+        self._heard = time.monotonic()
+        """When a controller was connected last."""
         self._launched = Launched()
 
     def run(self) -> None:
@@ -158,6 +160,10 @@ class Agent:
                 job.end(float(job.asked.get("grace_s", 10)))
             if job.kill_at <= now:
                 job.kill_rest()
+            if job.asked.get("alone_s") and not job.ended and now >= self._heard + float(job.asked["alone_s"]):
+                job.end(0)  # whoever wanted it may have it done elsewhere by now
+        if any(peer.is_trusted for peer in self.peers.all):
+            self._heard = now
         if now >= self._next_report:
             self._next_report = now + REPORT_S
             self._report()

@@ -31,13 +31,15 @@ while sleep "$STEP"; do
 done
 """
 _PLACE = "/usr/local/lib/cpool-deadman"
+_EACH_BOOT = "/var/lib/cloud/scripts/per-boot/cpool"
 
 
 def _begin(user: str) -> str:
-    """The shell commands that make ALIVE and start the loop."""
-    place = ALIVE.rpartition("/")[0]
-    make = f"mkdir -p {place} && : >{ALIVE} && chown {shlex.quote(user)} {place} {ALIVE}"
-    return f"{make}; setsid {_PLACE} {ALIVE} {DEADMAN_S} </dev/null >/dev/null 2>&1 &"
+    """The shell commands that make ALIVE and start the loop, at each boot; the user may be made by others a little later."""
+    place, name = ALIVE.rpartition("/")[0], shlex.quote(user)
+    make = f"mkdir -p {place}; : >{ALIVE}; chmod 755 {place}"
+    own = f"(until id {name} >/dev/null 2>&1; do sleep 1; done; chown {name} {ALIVE}) </dev/null >/dev/null 2>&1 &"
+    return f"{make}\n{own}\nsetsid {_PLACE} {ALIVE} {DEADMAN_S} </dev/null >/dev/null 2>&1 &"
 
 
 def _machine(provider: str, *, is_spot: bool) -> str:
@@ -45,11 +47,12 @@ def _machine(provider: str, *, is_spot: bool) -> str:
 
 
 def cloud_config(secret: bytes, name: str, user: str, *, is_spot: bool) -> str:
-    """For cloud-init (its cc_ssh, cc_write_files, cc_runcmd modules), as at EC2.  JSON is YAML.  The same for the same name."""
+    """For cloud-init (modules ssh, write_files, scripts_per_boot), as at EC2.  JSON is YAML.  The same for the same name."""
     private, public = keys.host_key(secret, name)
     files = [
         {"path": _PLACE, "permissions": "0755", "content": _LOOP},
         {"path": MACHINE, "permissions": "0644", "content": _machine("ec2", is_spot=is_spot)},
+        {"path": _EACH_BOOT, "permissions": "0755", "content": f"#!/bin/sh\n{_begin(user)}\n"},
     ]
     config = {
         "ssh_deletekeys": True,
@@ -57,7 +60,6 @@ def cloud_config(secret: bytes, name: str, user: str, *, is_spot: bool) -> str:
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_authorized_keys": [keys.client_public(secret)],
         "write_files": files,
-        "runcmd": [["sh", "-c", _begin(user)]],
     }
     return "#cloud-config\n" + json.dumps(config, sort_keys=True) + "\n"
 

@@ -15,7 +15,7 @@ from cafs import paths
 from cafs.errors import CafsError
 from pool import frames, links, outputs, requests, sockets, state, workers
 from pool.events import Events
-from pool.placement import Placement
+from pool.placement import Need, Placement, Worker
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
 from pool.tenants import Tenants, Usage, tenant_of
 from pool.turns import Turns
@@ -59,6 +59,7 @@ class Controller:
         self.store, self.tenants = settings.store, Tenants(settings.tenants)
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
+        self._overcommit, self._is_one_per_boot = settings.overcommit, settings.one_per_boot
         self.clients: dict[int, Client] = {}
         self.events = Events(directory)
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
@@ -123,9 +124,11 @@ class Controller:
             heard_s = float(self.state.meta(f"heard.{remote.name}") or 0)
             if remote.has_reported or not heard_s:
                 self.state.set_meta(f"heard.{remote.name}", str(time.time()))
-            elif remote.problem and time.time() - heard_s > workers.LOST_S:
+            elif remote.problem:
+                silent_s = time.time() - heard_s
                 for job in list(remote.jobs.values()):
-                    self.lose(job, f"worker {remote.name} was lost")
+                    if silent_s > workers.LOST_S + (2 * workers.STRICT_S if job.spec.get("strict") else 0):
+                        self.lose(job, f"worker {remote.name} was lost")
         self.turn(0)
         self.wires.close()
         self.state.close()
@@ -202,7 +205,7 @@ class Controller:
     def _mind_workers(self) -> None:
         for remote in self.remotes.values():
             if remote.state == workers.LOST and remote.jobs:
-                for job in list(remote.jobs.values()):
+                for job in [one for one in remote.jobs.values() if remote.is_lost_for(one)]:
                     self.lose(job, f"worker {remote.name} was lost")
                 if remote.link:
                     self.wires.drop(remote, "no report came")
@@ -222,7 +225,7 @@ class Controller:
         if kind == "fenced":
             raise ValueError("another controller has it, or its agent is of another version")
         if kind == "hello":
-            remote.has_greeted = True
+            remote.has_greeted, remote.boot_id = True, str(said["boot_id"])[:64]
             self._reconcile(remote, {(_number(one["id"]), _number(one["attempt"])): bool(one["ended"]) for one in said["jobs"]})
         elif kind == "report":
             was_ready = not remote.reason
@@ -291,6 +294,11 @@ class Controller:
         late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)
+        for job in [one for one in self.jobs.values() if one.state == STARTING and one.spec.get("start_s")]:
+            remote = self.remotes.get(job.worker)
+            if remote and remote.waits_s(job) > job.spec["start_s"]:
+                self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=0))
+                self.lose(job, "did not start in time")
         if late or self.tenants.all:  # what is fair changes as jobs end
             self.requeue()
 
@@ -300,7 +308,7 @@ class Controller:
         self.turns.seen()
         if self._is_unordered:
             self.requeue()
-        ready = [remote.free() for remote in self.remotes.values()] if self.queue else []
+        ready = self._free() if self.queue else []
         if not any(not one.reason for one in ready):
             return
         placement, began, now = Placement(ready), time.monotonic(), time.time()
@@ -329,6 +337,8 @@ class Controller:
             self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
             self.remotes[chosen.name].took(job)
             usage.setdefault(tenant_of(job), Usage()).add(job.spec)
+            if self._is_one_per_boot:
+                placement.keep(self._siblings(chosen.name))  # they have less now; the next turn knows how much
             started.setdefault(chosen.name, []).append(job)
         else:
             self._place_from = 0
@@ -337,20 +347,41 @@ class Controller:
         for name, jobs in started.items():
             self._tell_to_start(self.remotes[name], jobs)
 
-    def due(self, most: int) -> list[Job]:
-        """The first that wait for nothing but room."""
-        found: list[Job] = []
+    def due(self, most: int, fits: Callable[[Need], bool]) -> list[Need]:
+        """Of the first jobs that wait for nothing but room, and fit."""
+        found: list[Need] = []
         running, usage = self.turns.running(self.jobs.values()), self.usage()
+        known: dict[Need, bool] = {}
         for job in self.queue:
             if job.state != QUEUED or self.turns.waits(job, running) or self.tenants.over(job, usage):
+                continue
+            need = need_of(job.spec)
+            known[need] = known[need] if need in known else fits(need)
+            if not known[need]:
                 continue
             usage.setdefault(tenant_of(job), Usage()).add(job.spec)
             if job.spec.get("at_once"):
                 running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
-            found.append(job)
+            found.append(need)
             if len(found) == most:
                 break
         return found
+
+    def _free(self) -> list[Worker]:
+        """What is free of each worker; of workers of one machine, all that the others have not taken, if pool.toml says so."""
+        found = {remote.name: remote.free(self._overcommit) for remote in self.remotes.values()}
+        for remote in self.remotes.values():
+            for name in self._siblings(remote.name):
+                for job in self.remotes[name].jobs.values():
+                    found[remote.name].take(need_of(job.spec))
+        return list(found.values())
+
+    def _siblings(self, name: str) -> list[str]:
+        """Other workers on its machine."""
+        boot = self.remotes[name].boot_id
+        if not self._is_one_per_boot or not boot:
+            return []
+        return [one.name for one in self.remotes.values() if one.boot_id == boot and one.name != name]
 
     def _end_if_hopeless(self, job: Job) -> None:
         """If what it comes after has failed."""

@@ -8,6 +8,7 @@ them: there is no moment at which one has no tag.
 from __future__ import annotations
 
 import hashlib
+import time
 
 import boto3
 from botocore.config import Config
@@ -25,13 +26,14 @@ _STATES = {"pending": PENDING, "running": RUNNING, "stopping": STOPPED, "stopped
 _FULL = ("Insufficient", "InstanceLimitExceeded", "VcpuLimitExceeded", "MaxSpot", "SpotMaxPrice", "Unsupported")
 _LATER = ("RequestLimitExceeded", "Throttling", "ThrottlingException", "Unavailable", "InternalError", "InternalFailure")
 _TIMEOUT_S = 20
+_VISIBLE_S = 60
 
 
 class EC2:
     """settings: [cloud] of pool.toml.  Credentials come from where boto3 looks for them."""
 
     def __init__(self, settings: dict[str, Any], pool: str) -> None:
-        self._settings, self._pool = settings, pool
+        self._settings, self._pool, self._device = settings, pool, ""
         limits = Config(connect_timeout=_TIMEOUT_S, read_timeout=_TIMEOUT_S, retries={"total_max_attempts": 1})
         try:
             session = boto3.session.Session(region_name=settings["region"])
@@ -66,11 +68,20 @@ class EC2:
             asked["SecurityGroupIds"] = settings["security_groups"]
         if settings.get("disk_gb"):
             disk = {"VolumeSize": int(settings["disk_gb"]), "DeleteOnTermination": True}
-            asked["BlockDeviceMappings"] = [{"DeviceName": settings.get("disk", "/dev/xvda"), "Ebs": disk}]
+            asked["BlockDeviceMappings"] = [{"DeviceName": self._root_device(), "Ebs": disk}]
         found = self._ask(self._ec2.run_instances, **asked)["Instances"]
         if len(found) != 1:
             raise RemoteError(f"EC2 has launched {len(found)} machines for one")
         return self._instance(found[0])
+
+    def _root_device(self) -> str:
+        """Of the image: a disk of another name would be one more."""
+        if not self._device:
+            images = self._ask(self._ec2.describe_images, ImageIds=[self._settings["image"]])["Images"]
+            if not images or not images[0].get("RootDeviceName"):
+                raise RefusedError(f"EC2 does not say what the disk of image {self._settings['image']} is called")
+            self._device = str(images[0]["RootDeviceName"])
+        return self._device
 
     def instances(self) -> list[Instance]:
         """As of Cloud."""
@@ -87,6 +98,7 @@ class EC2:
             found = self._ask(self._ec2.describe_instances, InstanceIds=[instance.id])["Reservations"]
         except RefusedError as error:
             if "InvalidInstanceID.NotFound" in str(error):
+                _check_visible(instance)
                 return None
             raise
         return next((self._instance(one) for group in found for one in group["Instances"]), None)
@@ -99,6 +111,7 @@ class EC2:
             except RefusedError as error:
                 if "InvalidInstanceID.NotFound" not in str(error):
                     raise
+                _check_visible(one)
 
     @staticmethod
     def _ask(call: Any, **fields: Any) -> Any:
@@ -114,6 +127,12 @@ class EC2:
         zone = found.get("Placement", {}).get("AvailabilityZone", "")
         since = found["LaunchTime"].timestamp()
         return Instance(found["InstanceId"], tags.get(NAME_TAG, ""), state, found.get(key) or "", zone, since)
+
+
+def _check_visible(instance: Instance) -> None:
+    """What is not there may only be too new to be shown (EC2 API reference, "Eventual consistency").  Raises RemoteError."""
+    if time.time() - instance.launched_s < _VISIBLE_S:
+        raise RemoteError(f"EC2 does not show {instance.name} yet")
 
 
 def _meaning(error: ClientError | BotoCoreError) -> CafsError:

@@ -13,11 +13,12 @@ import os
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 
 from cafs.errors import NotFound, quote
 from pool import cloud, scaling, workers
-from pool.workers import need_of
+from pool.boot import DEADMAN_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pool.scaling import Kind
     from pool.settings import Settings
     from pool.state import Job
+    from pool.workers import Remote
 
 LAUNCHING, BOOTING, READY, ENDING, ENDED = "launching", "booting", "ready", "ending", "ended"
 _TICK_S = 2.0
@@ -40,7 +42,9 @@ _GIVEN_UP_S = 600.0
 """How long a launch is tried whose outcome nobody knows, and how long a type is left alone of which a zone has none."""
 _VISIBLE_S = 60.0
 _ORPHAN_S = 120.0
+_SEEN_S = 60.0
 _FAILURES_MAX = 10
+_SETUPS_MAX = 3
 _CALLS_AT_ONCE = 8
 _LOOKED_AT = 1000
 _DAY_S = 86400
@@ -74,6 +78,7 @@ class Fleet:
         self._began = time.monotonic()
         self._next, self._next_list, self._misses = 0.0, 0.0, 0
         self._is_known = self._has_decided = False
+        self._known_since = 0.0
 
     # What the controller asks.
 
@@ -91,7 +96,8 @@ class Fleet:
 
     def came(self, job: Job) -> None:
         """One was submitted."""
-        self._demand.came(time.monotonic() - self._began, float(job.spec["cpus"]))
+        most = max((kind.cpus for kind in self._policy.kinds), default=0.0)  # of a larger one no machine has room
+        self._demand.came(time.monotonic() - self._began, min(float(job.spec["cpus"]), most))
 
     def why_not(self, need: Need) -> str:
         """Why no machine comes for a job, or when one does; '' if that is not known."""
@@ -123,6 +129,7 @@ class Fleet:
         """Somebody has."""
         self._failed(0)
         self._full.clear()
+        self._kinds = {kind.name: kind for kind in self._policy.kinds}
 
     def is_settled(self) -> bool:
         """Whether nothing is being asked."""
@@ -198,16 +205,21 @@ class Fleet:
                 self._launch(row)
         elif row["state"] == BOOTING and remote and remote.has_reported:
             self._came_up(row)
-        elif row["state"] == BOOTING and since_s > float(self._settings.cloud.get("boot_s", 300)):
+        elif row["state"] == BOOTING and self._is_late(since_s, remote):
             self._failed(self._failures + 1)
             self._end(row, f"it did not come up{': ' + remote.problem if remote and remote.problem else ''}")
         elif row["state"] == READY and remote:
-            if remote.setup_problem and row["kind"] in self._kinds:  # nor will the next of its kind run images
-                self._kinds[row["kind"]] = replace(self._kinds[row["kind"]], images=False)
             is_gone = remote.state == workers.LOST and time.monotonic() - remote.heard > _GIVEN_UP_S
             self._end(row, "it was not heard of") if is_gone and not self._misses else None
         elif row["state"] == ENDING:
             self._ask_to_end(row)
+
+    def _is_late(self, since_s: float, remote: Remote | None) -> bool:
+        """Whether a machine should have come up by now, and this controller has looked for long enough to say so."""
+        boot_s = float(self._settings.cloud.get("boot_s", 300))
+        if since_s <= boot_s or not self._is_known or self._misses:
+            return False
+        return time.monotonic() - self._known_since > boot_s or bool(remote and remote.problem)
 
     def _launch(self, row: dict[str, Any]) -> None:
         from pool import boot, keys
@@ -227,10 +239,12 @@ class Fleet:
         if found is not None:
             self._try_after.pop(row["name"], None)
             if row["state"] == LAUNCHING:
-                self._note(row, state=BOOTING, instance=found.id, launched_s=row["launched_s"] or time.time())
+                self._note(row, state=BOOTING, instance=found.id, launched_s=row["launched_s"] or _since(found))
                 self.problem = ""
+            elif row["state"] == ENDED:
+                self._call(f"late {found.id}", lambda: self._cloud.end([found]), lambda _, error: None)
             elif not row["instance"]:
-                self._note(row, instance=found.id, launched_s=row["launched_s"] or time.time())  # it is to end already
+                self._note(row, instance=found.id, launched_s=row["launched_s"] or _since(found))  # it is to end already
         elif isinstance(error, cloud.NoCapacityError | cloud.RefusedError):
             self.problem = str(error)
             self._full[row["kind"], row["zone"]] = time.monotonic() + _GIVEN_UP_S
@@ -248,12 +262,26 @@ class Fleet:
     def _came_up(self, row: dict[str, Any]) -> None:
         self._failed(0)
         self._note(row, state=READY, ready_s=time.time())
-        report = self._controller.remotes[row["name"]].report
-        kind = self._kinds.get(row["kind"])
-        if kind:  # it may have less than pool.toml says: what does not fit on one does not fit on the next
-            memory = min(kind.memory or int(report["memory"]), int(report["memory"]))
-            found = {"cpus": min(kind.cpus, report["cpus"]), "memory": memory, "gpus": min(kind.gpus, int(report["gpus"]))}
-            self._kinds[kind.name] = replace(kind, **found)
+
+    def _learn(self) -> None:
+        """A kind may have less than pool.toml says: what does not fit on the best of those that are there fits on no other."""
+        reports: dict[str, list[dict[str, Any]]] = {}
+        for row in self.machines.values():
+            remote = self._controller.remotes.get(row["name"])
+            if row["state"] == READY and remote and remote.report:
+                images = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX
+                reports.setdefault(row["kind"], []).append({**remote.report, "images": images})
+        for kind in self._policy.kinds:
+            found = reports.get(kind.name)
+            if found:
+                cpus, memory, gpus = (max(int(one[name]) for one in found) for name in ("cpus", "memory", "gpus"))
+                self._kinds[kind.name] = replace(
+                    kind,
+                    cpus=max(min(kind.cpus, cpus), min(kind.cpus, 1.0)),
+                    memory=min(kind.memory or memory, memory),
+                    gpus=min(kind.gpus, gpus),
+                    images=any(one["images"] for one in found),
+                )
 
     def _failed(self, count: int) -> None:
         """So many machines in a row have not come up."""
@@ -273,6 +301,8 @@ class Fleet:
     def _ask_to_end(self, row: dict[str, Any]) -> None:
         if not row["instance"]:  # nobody knows whether there is one; the list will say
             now = time.monotonic()
+            if row["name"] in self._busy:
+                return  # its launch is under way
             is_old = now - self._ending_since.setdefault(row["name"], now) > _ORPHAN_S
             if self._is_known and not self._misses and (is_old or time.time() - row["intended_s"] > _GIVEN_UP_S):
                 self._gone(row, row["reason"])
@@ -306,7 +336,11 @@ class Fleet:
         """It is no more, or never was."""
         from pool import ssh
 
-        self._note(row, state=ENDED, reason=why, ended_s=time.time())
+        if row["name"] not in self.machines:
+            return
+        if row["state"] == BOOTING:  # whatever has ended it, it did not come up
+            self._failed(self._failures + 1)
+        self._note(row, state=ENDED, reason=why, ended_s=self._bill_end(row))
         del self.machines[row["name"]]
         self._unsure.discard(row["name"])
         self._try_after.pop(row["name"], None)
@@ -314,6 +348,12 @@ class Fleet:
         if row["address"]:
             ssh.unpin(self._controller.directory, row["name"])
         self._controller.look_at_hosts()
+
+    @staticmethod
+    def _bill_end(row: dict[str, Any]) -> float:
+        """Until when it is paid for: now, or, if nobody has looked for long, when it has powered itself off at the latest."""
+        seen_s = row["seen_s"] or row["launched_s"]
+        return time.time() if seen_s is None else min(time.time(), seen_s + DEADMAN_S)
 
     def _note(self, row: dict[str, Any], **fields: Any) -> None:
         row.update(fields)
@@ -331,6 +371,8 @@ class Fleet:
             self._next_list = time.monotonic() + min(self._poll_s * 2**self._misses, _LISTED_MAX_S)
             return
         self.problem = "" if self._misses else self.problem
+        if not self._is_known or self._misses:
+            self._known_since = time.monotonic()
         self._misses, self._is_known = 0, True
         by_name = {one.name: one for one in found if one.state != cloud.ENDED or one.name in self.machines}
         for row in list(self.machines.values()):
@@ -345,11 +387,15 @@ class Fleet:
         if one.state == cloud.ENDED:
             return self._gone(row, row["reason"] or "the cloud has ended it")
         if not row["instance"]:
-            self._note(row, instance=one.id, launched_s=row["launched_s"] or time.time())
+            self._note(row, instance=one.id, launched_s=row["launched_s"] or _since(one))
         if row["state"] == LAUNCHING:
             self._note(row, state=BOOTING)
         if one.state == cloud.STOPPED:
+            if row["state"] == BOOTING:
+                self._failed(self._failures + 1)
             return self._end(row, "it was stopped")
+        if time.time() - (row["seen_s"] or 0) > _SEEN_S:
+            self._note(row, seen_s=time.time())
         if one.state == cloud.RUNNING and one.address and row["state"] == BOOTING and not row["address"]:
             self._reach(row, one.address)
 
@@ -368,22 +414,27 @@ class Fleet:
         """Machines with the mark of this pool of which nothing is known: after a while they end."""
         now = time.time()
         old = [one for one in found if one.state != cloud.ENDING and now - one.launched_s > _ORPHAN_S]
-        if old:
-            self._call("strangers", lambda: self._cloud.end(old), lambda _, error: None)
+        for one in old:
+            self._call(f"stranger {one.id}", partial(self._cloud.end, [one]), self._stranger_ended)
+
+    def _stranger_ended(self, _: object, error: Exception | None) -> None:
+        if error:
+            self.problem = f"a machine with this pool's mark does not end: {error}"
 
     # How many.
 
     def _scale(self, now: float) -> None:
         controller = self._controller
-        waiting = [need_of(job.spec) for job in controller.due(_LOOKED_AT)]
-        others = [remote.free() for name, remote in controller.remotes.items() if name not in self.machines]
+        self._learn()
+        every = [kind.worker("new") for kind in self._kinds.values()]
         machines = [self._as_machine(number, row, now) for number, row in enumerate(self.machines.values())]
+        every += [machine.worker for machine in machines]
+        waiting = controller.due(_LOOKED_AT, lambda need: any(one.could_fit(need) for one in every))
+        others = [remote.free() for name, remote in controller.remotes.items() if name not in self.machines]
         running = sum(float(job.spec["cpus"]) for remote in controller.remotes.values() for job in remote.jobs.values())
         policy = replace(self._policy, kinds=self._open_kinds(), price=self._price_left())
-        empty = [kind.worker("new") for kind in policy.kinds]
-        able = [need for need in waiting if any(one.could_fit(need) for one in empty)]
-        spare = scaling.spare_cpus(policy, running, self._demand, now - self._began) if policy.kinds else 0.0
-        begin, end = scaling.decide(now, policy if policy.kinds else self._policy, machines, able, spare, others)
+        spare = scaling.spare_cpus(policy, running, self._demand, now - self._began)
+        begin, end = scaling.decide(now, policy, machines, waiting, spare, others)
         if not self.is_stopped() and policy.kinds:
             for kind in begin:
                 self._intend(kind)
@@ -423,7 +474,7 @@ class Fleet:
             found.worker = remote.free()
             is_leaving = remote.is_draining or remote.state == workers.LOST or remote.report["notice"]
             found.worker.reason = "x" if is_leaving else ""
-            found.worker.images = not remote.setup_problem
+            found.worker.images = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX
         elif row["state"] == ENDING:
             found.worker.reason = "x"
         return found
@@ -434,7 +485,13 @@ class Fleet:
         name = f"m-{os.urandom(6).hex()}"
         row = {"name": name, "kind": kind.name, "zone": zones[len(self.machines) % len(zones)], "price": kind.price}
         row |= {"state": LAUNCHING, "instance": "", "address": "", "reason": "", "intended_s": time.time()}
-        row |= {"launched_s": None, "ready_s": None, "idle_s": None, "ended_s": None}
+        row |= {"seen_s": None, "launched_s": None, "ready_s": None, "idle_s": None, "ended_s": None}
         self.machines[name] = row
         self._note(row, state=LAUNCHING)
         self._launch(row)
+
+
+def _since(one: Instance) -> float:
+    """Since when it is paid for, as the cloud says, if that can be."""
+    now = time.time()
+    return one.launched_s if now - _DAY_S < one.launched_s <= now else now

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LABEL = "cpool"
 _STATES = {"PROVISIONING": PENDING, "STAGING": PENDING, "REPAIRING": PENDING, "RUNNING": RUNNING}
 _FULL = ("ZONE_RESOURCE_POOL_EXHAUSTED", "QUOTA_EXCEEDED", "RESOURCE_OPERATION_RATE_EXCEEDED")
+_WITH_GPUS = ("a2-", "a3-", "a4", "g2-", "g4-")
 _TIMEOUT_S = 20.0
 _WAIT_S = 150.0
 _RUN_S = 7 * 86400
@@ -53,21 +54,33 @@ class GCE:
         request = {**where, "request_id": again, "instance_resource": self._resource(order)}
         try:
             operation = self._ask(self._instances.insert_unary, request=request)
-            operation = self._ask(self._operations.wait, _WAIT_S, request={**where, "operation": operation.name})
         except _ThereIsOneError:
-            operation = None
-        errors = list(operation.error.errors) if operation else []
+            return self._begun(order, None)
+        except _ThereIsNoneError as error:
+            raise RefusedError(f"GCE says 404: {error}") from None
+        return self._begun(order, operation.name)
+
+    def _begun(self, order: Order, operation: str | None) -> Instance:
+        """What has become of an insert that was taken: nothing but the operation's own error says that there is no machine."""
+        where = {"project": self._project, "zone": order.zone}
+        try:
+            done = self._ask(self._operations.wait, _WAIT_S, request={**where, "operation": operation}) if operation else None
+            errors = list(done.error.errors) if done else []
+            found = None if errors else self._get(order.name, order.zone)
+        except (RefusedError, _ThereIsNoneError, _ThereIsOneError) as error:
+            raise RemoteError(f"GCE does not say what has become of {order.name}: {error}") from error
         if errors:
             said = f"GCE says {errors[0].code}: {errors[0].message}"
             raise NoCapacityError(said) if errors[0].code.startswith(_FULL) else RefusedError(said)
-        found = self._get(order.name, order.zone)
         if found is None:
             raise RemoteError(f"GCE does not show {order.name} yet")
         return found
 
     def _resource(self, order: Order) -> compute.Instance:
         settings = self._settings
-        spot = {"provisioning_model": "SPOT" if order.is_spot else "STANDARD", "on_host_maintenance": "TERMINATE"}
+        how = {"provisioning_model": "SPOT" if order.is_spot else "STANDARD"}
+        if order.is_spot or order.type.startswith(_WITH_GPUS):  # they cannot be moved, and others need not end
+            how["on_host_maintenance"] = "TERMINATE"
         limits = {"max_run_duration": {"seconds": int(settings.get("max_run_s", _RUN_S))}, "automatic_restart": False}
         public = [{"type_": "ONE_TO_ONE_NAT", "name": "External NAT"}] if settings.get("address") != "private" else []
         disk = {"source_image": settings["image"], "disk_size_gb": int(settings.get("disk_gb", 20))}
@@ -84,7 +97,7 @@ class GCE:
             disks=[{"boot": True, "auto_delete": True, "initialize_params": disk}],
             network_interfaces=[{"network": settings.get("network") or "global/networks/default", "access_configs": public}],
             metadata={"items": [{"key": key, "value": value} for key, value in metadata.items()]},
-            scheduling={**spot, **limits, "instance_termination_action": "DELETE"},
+            scheduling={**how, **limits, "instance_termination_action": "DELETE"},
         )
 
     def instances(self) -> list[Instance]:
@@ -105,6 +118,8 @@ class GCE:
                 self._ask(self._instances.delete_unary, request=request)
             except _ThereIsNoneError:
                 continue
+            except _ThereIsOneError as error:
+                raise RemoteError(f"GCE cannot delete {one.name} now: {error}") from None
 
     def _get(self, name: str, zone: str) -> Instance | None:
         try:
@@ -117,10 +132,10 @@ class GCE:
     def _ask(call: Any, timeout_s: float = _TIMEOUT_S, **fields: Any) -> Any:
         try:
             return call(**fields, timeout=timeout_s, retry=None)
-        except exceptions.Conflict:
-            raise _ThereIsOneError from None
-        except exceptions.NotFound:
-            raise _ThereIsNoneError from None
+        except exceptions.Conflict as error:
+            raise _ThereIsOneError(error.message) from None
+        except exceptions.NotFound as error:
+            raise _ThereIsNoneError(error.message) from None
         except (exceptions.TooManyRequests, exceptions.ServerError, exceptions.RetryError) as error:
             raise RemoteError(f"GCE does not answer: {error.message}") from error
         except exceptions.GoogleAPICallError as error:

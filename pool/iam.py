@@ -12,7 +12,7 @@ def policy(pool: str) -> str:
     launched = ["instance", "volume"]
     used = ["image/*", "subnet/*", "network-interface/*", "security-group/*", "key-pair/*", "launch-template/*", "snapshot/*"]
     statements = [
-        {"Sid": "Look", "Effect": "Allow", "Action": "ec2:DescribeInstances", "Resource": "*"},
+        {"Sid": "Look", "Effect": "Allow", "Action": ["ec2:DescribeInstances", "ec2:DescribeImages"], "Resource": "*"},
         {"Sid": "Prices", "Effect": "Allow", "Action": "ec2:DescribeSpotPriceHistory", "Resource": "*"},
         {
             "Sid": "LaunchMarked",

@@ -67,7 +67,8 @@ class Stream(io.RawIOBase):
     def came(self, data: bytes) -> None:
         """The reader has asked for something."""
         with self._there:
-            self._received += data
+            if not self._is_over:
+                self._received += data
             self._is_over = self._is_over or len(self._received) > _KEPT_MAX  # nobody asks for so much
             self._there.notify_all()
 
@@ -129,9 +130,12 @@ class Lender:
         stream = self._open[number]
         try:
             _Handler(self._root, stream)
-            self._send(streams.frame(number, streams.CLOSE))
         except (OSError, ValueError):
-            pass
+            pass  # the reader has left, or the file was not what it was
+        try:
+            self._send(streams.frame(number, streams.CLOSE))
+        except OSError:
+            pass  # the channel has ended
         finally:
             self._open.pop(number, None)
 

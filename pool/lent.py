@@ -35,8 +35,8 @@ class Carrier:
             os.write(self._writes, frames.GREETING)
             while not self._is_over:
                 for key, events in self._selector.select():
-                    if key.fileobj in self._selector.get_map():  # it may have been closed by another's event
-                        key.data(events)
+                    if self._selector.get_map().get(key.fd) is key:
+                        key.data(events)  # else it was closed by what another event brought
         except OSError:
             pass  # the way to the controller is no more
         finally:

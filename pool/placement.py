@@ -2,14 +2,15 @@
 
 Best fit: a job goes where it leaves least of what is scarce there, so that large jobs find room elsewhere; jobs without GPUs
 keep off machines that have some; a job goes to a worker that has had its image before others.  Measured load only orders what
-is equal.  Jobs of one shape share a heap of workers, so a decision costs the logarithm of their number; for a shape of its own
-the workers are looked at that have little more processors free than it needs.
+is equal; measured memory and disk may keep a job away.  Jobs of one shape share a heap of workers, so a decision costs the
+logarithm of their number; for a shape of its own the workers are looked at that have little more processors free than it needs.
 A job that has waited for long keeps a worker for itself until it fits there: smaller ones cannot pass it for ever.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ _FEW, _LOOKED_AT = 4, 64
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job is to have for itself.  memory: bytes.  image: digest, '' for a plain command.  labels: that its worker has;
-    exclude: names that are not its own."""
+    """What a job is to have for itself.  memory, disk: bytes.  image: digest, '' for a plain command.  labels: that its worker
+    has; exclude: names that are not its own."""
 
     cpus: float = 1.0
     memory: int = 0
@@ -37,6 +38,7 @@ class Need:
     image: str = ""
     labels: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
+    disk: int = 0
 
 
 @dataclass(slots=True)
@@ -56,12 +58,15 @@ class Worker:
     reason: str = ""
     has: frozenset[str] = frozenset()
     load: float = 0.0
+    measured_memory: float = math.inf
+    measured_disk: float = math.inf
     version: int = 0
     is_kept: bool = False
 
     def fits(self, need: Need) -> bool:
         """Whether a job can be here now."""
-        return need.cpus <= self.cpus + 1e-9 and need.memory <= self.memory and need.gpus <= self.gpus and self.suits(need)
+        is_there = need.cpus <= self.cpus + 1e-9 and need.memory <= self.memory and need.gpus <= self.gpus and self.suits(need)
+        return is_there and need.memory <= self.measured_memory and need.disk <= self.measured_disk
 
     def could_fit(self, need: Need) -> bool:
         """Whether it could if nothing else were here."""
@@ -81,6 +86,8 @@ class Worker:
         self.cpus -= need.cpus
         self.memory -= need.memory
         self.gpus -= need.gpus
+        self.measured_memory -= need.memory
+        self.measured_disk -= need.disk
         self.version += 1
 
     def give_back(self, need: Need) -> None:
@@ -88,6 +95,8 @@ class Worker:
         self.cpus += need.cpus
         self.memory += need.memory
         self.gpus += need.gpus
+        self.measured_memory += need.memory
+        self.measured_disk += need.disk
         self.version += 1
 
     def rank(self, need: Need) -> float:
@@ -126,6 +135,12 @@ class Placement:
         else:
             self._keep_one(need)
         return None
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Nothing more goes to these in this turn."""
+        wanted = set(names)
+        for one in self.workers:
+            one.is_kept = one.is_kept or one.name in wanted
 
     def add(self, worker: Worker) -> int:
         """One more; its number."""
@@ -223,4 +238,6 @@ def why_not(need: Need, workers: Iterable[Worker]) -> str:
     ):
         if wanted > most:
             return f"no worker fits: needs {show(wanted)} {what}, the largest has {show(most)}"
+    if need.disk and all(need.disk > one.measured_disk for one in ready):
+        return f"no worker has {need.disk / 1e9:.1f} GB of disk free"
     return "waits for room"

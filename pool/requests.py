@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import selectors
 import socket
@@ -13,6 +14,7 @@ from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageE
 from pool import links, metrics, secrets, sockets, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
+from pool.workers import STRICT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 _SPEC_MAX = 128 << 10
 _SECRETS_MAX = 1000
+_LATER = ("tenant", "secrets", "disk", "strict", "start_s")
+"""What is in a job only if it has it."""
+
 _CLIENTS_MAX = 64
 """Commands of one user who is not the owner, at once."""
 
@@ -55,6 +60,7 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
         "env": {**spec["env"], **own},
         "cwd": spec["cwd"],
         "timeout_s": spec["timeout_s"],
+        "alone_s": STRICT_S if spec.get("strict") else 0,
         "keep": _KEEP,
     }
 
@@ -244,7 +250,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
         "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
-        "tenant": (str, OWNER), "secrets": (list, []), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
+        "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
+        "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -255,15 +262,14 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"a job's {name} cannot be {found[name]!r}")
     if not all(type(number) is int and 0 < number < 1 << 62 for number in found["after"]):
         raise UsageError("a job comes after numbers of jobs")
-    if found["tenant"] == OWNER:
-        del found["tenant"]  # so that one key means the same as before there were tenants
-    if not found["secrets"]:
-        del found["secrets"]
-    elif (
-        not all(isinstance(one, str) and secrets.check_name(one) for one in found["secrets"])
-        or len(found["secrets"]) > secrets.MANY
-    ):
+    for name in _LATER:
+        if not found[name]:
+            del found[name]  # so that one key means the same as before there was such a thing
+    names = found.get("secrets", [])
+    if not all(isinstance(one, str) and secrets.check_name(one) for one in names) or len(names) > secrets.MANY:
         raise UsageError(f"a job has at most {secrets.MANY} secrets")
+    if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
+        raise UsageError("a job needs what can be counted")
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise UsageError("a job's command is a list of words")

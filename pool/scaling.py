@@ -22,6 +22,7 @@ _WINDOWS_MIN = 100
 _PIECES = 64
 _REMOVED_SHARE = 0.1
 _BEGUN_AT_ONCE = 16
+_PIECE_MIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +129,19 @@ def decide(
     others: Sequence[Worker] = (),
 ) -> tuple[list[Kind], list[Machine]]:
     """(what to begin, what to end).  spare: processors, as of `spare_cpus`.  others: workers that nobody launched."""
-    if not policy.kinds:
-        return [], []
     wanted = [*waiting, *_as_jobs(spare, policy)]
     workers = [_copy(one) for one in (*others, *(machine.worker for machine in machines))]
     missing = _unplaced(workers, wanted)
-    if missing:
-        return _kinds_for(policy, machines, missing), []
-    return [], _not_needed(now_s, policy, machines, wanted, others)
+    begin = _kinds_for(policy, machines, missing) if missing else []
+    return begin, [] if begin else _not_needed(now_s, policy, machines, wanted, others, len(missing))
 
 
 def _as_jobs(spare: float, policy: Policy) -> list[Need]:
     """Of one processor each, or, of many, of as much as the smallest machine takes."""
-    piece = min(max(1.0, math.ceil(spare / _PIECES)), min(kind.cpus for kind in policy.kinds))
+    if not policy.kinds:
+        return []
+    spare = min(spare, policy.machines * max(kind.cpus for kind in policy.kinds))  # there will never be more
+    piece = min(max(1.0, math.ceil(spare / _PIECES)), max(min(kind.cpus for kind in policy.kinds), _PIECE_MIN))
     return [Need(piece)] * math.ceil(spare / piece)
 
 
@@ -182,15 +183,15 @@ def _kinds_for(policy: Policy, machines: Sequence[Machine], missing: list[Need])
 
 
 def _not_needed(
-    now_s: float, policy: Policy, machines: Sequence[Machine], wanted: list[Need], others: Sequence[Worker]
+    now_s: float, policy: Policy, machines: Sequence[Machine], wanted: list[Need], others: Sequence[Worker], missing: int
 ) -> list[Machine]:
-    """Those that have been empty for long, if all that is wanted fits without them; the dearest first, not many at once."""
+    """Those that have been empty for long, if no more is missing without them; the dearest first, not many at once."""
     idle = [one for one in machines if one.ready_s <= now_s and one.idle_s + policy.idle_s <= now_s]
     idle.sort(key=lambda one: (-one.kind.price, one.idle_s))
     found: list[Machine] = []
     for one in idle[: max(1, math.ceil(len(machines) * _REMOVED_SHARE))]:
         left = [_copy(other.worker) for other in machines if other is not one and other not in found]
         left += map(_copy, others)
-        if not _unplaced(left, wanted):
+        if len(_unplaced(left, wanted)) <= missing:
             found.append(one)
     return found

@@ -23,6 +23,8 @@ COMMENTED = """\
 
 [pool]
 # store = "s3://bucket/store"       # where images are, as the workers see it (default: this machine's)
+# overcommit = 1.5                  # processors that jobs get for each that there is (1)
+# one_per_boot = true               # workers that were booted as one are one machine, and share what it has
 
 # [cloud]                             # launch machines when there is work for them; without it, cpool simulate alone
 # provider = "ec2"                  # uses this for [[machines]] and [scaling]
@@ -63,13 +65,18 @@ COMMENTED = """\
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """store: as of --store, '' for this machine's."""
+    """store: as of --store, '' for this machine's.  overcommit: processors given away for each that there is.
+
+    one_per_boot: workers with one boot id are one machine, and share what it has.
+    """
 
     store: str = ""
     machines: tuple[dict[str, Any], ...] = ()
     scaling: dict[str, float] = field(default_factory=dict)
     cloud: dict[str, Any] = field(default_factory=dict)
     tenants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overcommit: float = 1.0
+    one_per_boot: bool = False
 
     def policy(self) -> Policy:
         """For pool.scaling.  Without kinds of machines: of 16 processors, free of charge."""
@@ -91,9 +98,9 @@ def _kind(table: dict[str, Any]) -> Kind:
 
 
 _NUMBERS = ("launch_s", "idle_s", "least_cpus", "share", "quantile", "machines", "price", "price_day")
-_TEXTS = ("provider", "region", "image", "user", "address", "project", "network", "disk", "endpoint")
+_TEXTS = ("provider", "region", "image", "user", "address", "project", "network", "endpoint")
 _KNOWN: dict[str, dict[str, type]] = {
-    "pool": {"store": str},
+    "pool": {"store": str, "overcommit": float, "one_per_boot": bool},
     "cloud": dict.fromkeys(_TEXTS, str)
     | {"zones": list, "security_groups": list, "port": int, "disk_gb": int, "boot_s": float, "poll_s": float, "max_run_s": int},
     "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
@@ -136,8 +143,9 @@ def read_file(path: str) -> Settings:
         _check_cloud(f"{path}:{_line_of(text, 'cloud')}", cloud, kinds)
     for name, table in found.get("tenants", {}).items():
         _check_tenant(f"{path}:{_line_of(text, f'tenants.{name}')}", name, table)
-    store, scaling = found.get("pool", {}).get("store", ""), found.get("scaling", {})
-    return Settings(store, kinds, scaling, cloud, found.get("tenants", {}))
+    pool = found.get("pool", {})
+    more = float(pool.get("overcommit", 1.0)) or 1.0, bool(pool.get("one_per_boot", False))
+    return Settings(pool.get("store", ""), kinds, found.get("scaling", {}), cloud, found.get("tenants", {}), *more)
 
 
 def _check_tenant(where: str, name: str, table: dict[str, Any]) -> None:

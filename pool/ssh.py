@@ -240,7 +240,12 @@ def _lend(transport: paramiko.Transport, command: str, store: str) -> None:
     channel = _run(transport, command)
     links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
     channel.settimeout(None)
-    threading.Thread(target=Lender(store, channel.recv, channel.sendall).run, daemon=True).start()
+
+    def lend() -> None:
+        Lender(store, channel.recv, channel.sendall).run()
+        transport.close()  # so that all is begun anew
+
+    threading.Thread(target=lend, daemon=True).start()
 
 
 def _readable(channel: paramiko.Channel, left_s: float) -> bool:

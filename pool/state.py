@@ -43,7 +43,7 @@ _MACHINES = """
 CREATE TABLE IF NOT EXISTS machines (
   name TEXT PRIMARY KEY, kind TEXT NOT NULL, zone TEXT NOT NULL, price REAL NOT NULL, state TEXT NOT NULL,
   instance TEXT NOT NULL DEFAULT '', address TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '',
-  intended_s REAL NOT NULL, launched_s REAL, ready_s REAL, idle_s REAL,
+  intended_s REAL NOT NULL, launched_s REAL, seen_s REAL, ready_s REAL, idle_s REAL,
   ended_s REAL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS machines_open ON machines (state) WHERE state != 'ended';

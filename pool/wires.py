@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PIECE = 1 << 18
+_SETUP_S, _SETUP_MAX_S = 120.0, 1800.0
 
 
 class Wires:
@@ -62,8 +63,8 @@ class Wires:
         self.wake()
 
     def set_up(self, remote: Remote, *, for_s3: bool) -> None:
-        """Bring what runs images, once; its agent says when it is there."""
-        remote.is_set_up = True
+        """Bring what runs images; its agent says when it is there, else it is tried again, later each time."""
+        remote.setup_after = time.monotonic() + min(_SETUP_S * 2**remote.setup_failures, _SETUP_MAX_S)
         threading.Thread(target=self._set_up, args=(remote, for_s3), daemon=True).start()
 
     def _set_up(self, remote: Remote, for_s3: bool) -> None:
@@ -72,8 +73,10 @@ class Wires:
 
         try:
             toolkit.setup(self._pool, remote.name, remote.address, for_s3=for_s3)
+            remote.setup_problem, remote.setup_failures = "", 0
         except Exception as error:  # whatever a library raises: jobs without images run there all the same
             remote.setup_problem = str(error) or type(error).__name__
+            remote.setup_failures += 1
 
     def _take_opened(self) -> None:
         try:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 SUSPECT_S, LOST_S = 6.0, 30.0
 _AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
 _IMAGES_MAX = 200
+_SLACK = 512 << 20
+_GRACE_S = 15.0
+STRICT_S = 60.0
+"""A job that is never to run twice at once ends itself when no controller was heard for so long."""
+
 _NEW_S, _AGAIN_NEW_S = 300.0, 2.0
 """One that may be booting is tried more often."""
 
@@ -45,9 +50,12 @@ class Remote:
         self._failures = 0
         self.images: dict[str, None] = {}
         """Digests of those that ran there, the latest last."""
-        self.is_set_up = False
-        """Whether what runs images was brought there, or could not be."""
+        self.setup_after, self.setup_failures = 0.0, 0
+        """When what runs images is to be brought there, if it is not there then."""
         self.setup_problem = ""
+        self.boot_id = ""
+        self.placed: dict[int, float] = {}
+        """When jobs were put there, by our clock."""
         self._made = time.monotonic()
 
     @property
@@ -59,6 +67,11 @@ class Remote:
         if not self.report:
             return CONNECTING
         return SUSPECT if silent_s > SUSPECT_S or not self.has_greeted else READY
+
+    def is_lost_for(self, job: Job) -> bool:
+        """Whether a job is to be done again: a strict one not before it has ended itself."""
+        silent_s = time.monotonic() - self.heard
+        return silent_s > LOST_S + (STRICT_S + _GRACE_S if job.spec.get("strict") else 0)
 
     @property
     def has_reported(self) -> bool:
@@ -83,6 +96,8 @@ class Remote:
     def took(self, job: Job) -> None:
         """A job was put there."""
         self.jobs[job.id] = job
+        self.placed = {number: when for number, when in self.placed.items() if number in self.jobs}
+        self.placed[job.id] = time.monotonic()
         image = str(job.spec["image"])
         if image:
             self.images.pop(image, None)
@@ -90,10 +105,15 @@ class Remote:
             if len(self.images) > _IMAGES_MAX:
                 del self.images[next(iter(self.images))]
 
+    def waits_s(self, job: Job) -> float:
+        """How long it is that a job was put there, as far as this controller knows."""
+        return time.monotonic() - self.placed.setdefault(job.id, time.monotonic())
+
     @property
     def may_be_set_up(self) -> bool:
         """Whether jobs in images could run there if what they need is brought."""
-        return bool(self.address) and self.has_reported and bool(self.report["images"]) and not self.is_set_up
+        is_due = time.monotonic() >= self.setup_after
+        return bool(self.address) and self.has_reported and bool(self.report["images"]) and is_due
 
     def failed(self, problem: str) -> None:
         """There is none, or none any more; the next try comes later the more have failed."""
@@ -116,25 +136,23 @@ class Remote:
         self.heard = time.monotonic()
         self._failures = 0
 
-    def free(self) -> Worker:
-        """For placement."""
+    def free(self, overcommit: float = 1.0) -> Worker:
+        """For placement.  overcommit: processors that are given away for each that there is.
+
+        What is measured already has what jobs use; of those that were put there since, all that they may use is taken off.
+        """
         report = self.report or {"cpus": 0, "memory": 0, "gpus": 0, "images": ""}
-        found = Worker(
-            self.name,
-            report["cpus"],
-            int(report["memory"]),
-            int(report["gpus"]),
-            report["cpus"],
-            int(report["memory"]),
-            int(report["gpus"]),
-            images=not report["images"],
-            labels=self.labels,
-            reason=self.reason,
-            has=frozenset(self.images),
-            load=report.get("load", 0.0) / (report["cpus"] or 1),
-        )
+        every = report["cpus"] * overcommit, int(report["memory"]), int(report["gpus"])
+        found = Worker(self.name, *every, *every, images=not report["images"], labels=self.labels, reason=self.reason)
+        found.has, found.load = frozenset(self.images), report.get("load", 0.0) / (report["cpus"] or 1)
         for job in self.jobs.values():
             found.take(need_of(job.spec))
+        new = [
+            need_of(self.jobs[number].spec) for number, when in self.placed.items() if when > self.heard and number in self.jobs
+        ]
+        slack = max(int(report["memory"]) // 20, _SLACK)  # what the system itself has, also where nothing runs
+        found.measured_memory = report.get("free_memory", 0) + slack - sum(need.memory for need in new)
+        found.measured_disk = report.get("free_disk", 0) - sum(need.disk for need in new)
         return found
 
     def shown(self) -> dict[str, Any]:
@@ -161,4 +179,5 @@ def is_amount(value: object) -> bool:
 def need_of(spec: dict[str, Any]) -> Need:
     """What a job is to have for itself."""
     labels, exclude = (frozenset(spec.get(name, ())) for name in ("constraint", "exclude"))
-    return Need(float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"]), str(spec["image"]), labels, exclude)
+    amounts = float(spec["cpus"]), int(spec["memory"]), int(spec["gpus"])
+    return Need(*amounts, str(spec["image"]), labels, exclude, int(spec.get("disk", 0)))

@@ -20,6 +20,7 @@ import time
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -274,6 +275,10 @@ class GCE(Cloud):
         if words[-1] == "wait":
             return 200, json.dumps(self._operations[words[-2]]).encode()
         fault = self.fault_of(action)
+        if fault == "absent":
+            return 404, b'{"error": {"code": 404, "message": "no such image"}}'
+        if fault == "forbidden":
+            return 403, b'{"error": {"code": 403, "message": "forbidden"}}'
         if fault == "throttle":
             return 429, b'{"error": {"code": 429, "message": "rateLimitExceeded"}}'
         status, found = getattr(self, f"_{action}")(words, urllib.parse.parse_qs(query), body, fault)
@@ -303,7 +308,7 @@ class GCE(Cloud):
             self.machines[name] = Machine(self.place / name, address, self.port, files, private, user_key)
             self.known[name] = {
                 "id": str(len(self.since)), "name": name, "zone": f"https://x/zones/{zone}", "labels": asked["labels"],
-                "networkInterfaces": [{"networkIP": address}], "creationTimestamp": "2026-11-26T00:00:00.000-08:00",
+                "networkInterfaces": [{"networkIP": address}], "creationTimestamp": datetime.now(UTC).isoformat(),
             }  # fmt: skip
         return 200, operation
 

@@ -481,3 +481,169 @@ def test_whatever_the_cloud_does_no_machine_is_left_and_no_job_is_lost(
         assert all(world.controller.state.job(one).state == state.FINISHED for one in ids)
         assert sky.living() == []
         world.controller.state.close()
+
+
+# What a review has found.
+
+
+def test_machines_that_the_cloud_ends_while_they_boot_count_as_not_come_up(world: World) -> None:
+    world.comes_up = lambda name: False
+    world.submit()
+    for _ in range(400):
+        world.run(1)
+        for name in world.sky.living():
+            world.sky.all[name] = replace(world.sky.all[name], state=cloud.ENDED)
+    assert len(world.sky.all) == 10 and world.fleet.is_stopped()
+
+
+def test_an_idle_machine_gives_its_place_under_a_cap_to_one_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    (world,) = _world(tmp_path, monkeypatch, clock, Sky(clock), machines=1.0)
+    small = world.submit()
+    assert world.run(20, lambda: small.state == state.STARTING)
+    world.finish(small)
+    large = world.submit(cpus=4)
+    assert world.run(120, lambda: large.state == state.STARTING), world.rows()
+    assert [row["kind"] for row in world.rows()] == ["small", "big"]
+
+
+def test_a_machine_is_not_late_while_the_cloud_says_nothing_nor_before_this_controller_has_looked(world: World) -> None:
+    world.comes_up = lambda name: False
+    world.submit()
+    assert world.run(10, lambda: bool(world.sky.all))
+    world.sky.fault = lambda call, about: RemoteError("throttled") if call == "instances" else None
+    world.run(900)
+    assert [row["state"] for row in world.rows()] == ["booting"]
+    world.again()
+    world.sky.fault = lambda call, about: None
+    world.run(100)
+    assert [row["state"] for row in world.rows()] == ["booting"], "as far as this one knows it may be about to come up"
+    world.run(300)
+    assert world.rows()[0]["state"] in ("ending", "ended") and "did not come up" in str(world.rows()[0]["reason"])
+
+
+def test_a_launch_that_is_answered_after_its_machine_was_given_up_harms_nobody(world: World) -> None:
+    world.sky.fault = lambda call, about: RemoteError("no answer") if call == "launch" else None
+    world.submit()
+    assert world.run(10, lambda: bool(world.fleet.machines))
+    (name,) = world.fleet.machines
+    row = world.fleet.machines[name]
+    world.controller.jobs.clear()
+    world.controller.requeue()
+    world.controller.turn(0)
+    world.fleet._busy.add(name)  # the cloud takes its time
+    world.fleet.end(name)
+    world.run(700)
+    assert row["state"] == "ending", "there may be one yet"
+    world.fleet._busy.discard(name)
+    assert world.run(10, lambda: row["state"] == "ended")
+    world.fleet._launched(row, None, NoCapacityError("late"))
+    late = world.sky.all[name] = Instance("i-77", name, cloud.RUNNING, "10.0.0.77", "a", world.clock.time())
+    world.fleet._launched(row, late, None)
+    world.run(5)
+    assert world.sky.living() == [] and world.fleet.machines == {}
+
+
+def test_what_a_machine_or_a_job_says_that_cannot_be_does_not_end_the_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    (world,) = _world(tmp_path, monkeypatch, clock, Sky(clock), quantile=0.9, least_cpus=1e12)
+    real = world.agents
+
+    def nothing() -> None:
+        real()
+        for remote in world.controller.remotes.values():
+            remote.report["cpus"] = 0
+
+    world.agents = nothing  # type: ignore[method-assign]
+    world.submit(cpus=1e10)
+    world.run(300)
+    assert len(world.sky.living()) <= 4
+
+
+def test_jobs_that_fit_nowhere_do_not_hide_those_behind_them(world: World) -> None:
+    for _ in range(1100):
+        world.submit(constraint=["nowhere"])
+    job = world.submit()
+    assert world.run(30, lambda: job.state == state.STARTING)
+    assert len(world.sky.all) == 1
+
+
+def test_a_machine_that_jobs_wait_for_stays_though_none_of_its_kind_can_be_launched(world: World) -> None:
+    first = world.submit(image="f" * 64)
+    real = world.agents
+
+    def without_crun() -> None:
+        real()
+        for remote in world.controller.remotes.values():
+            if remote.report:
+                remote.report["images"] = "no crun"
+                remote.setup_after = float("inf")
+
+    world.agents = without_crun  # type: ignore[method-assign]
+    assert world.run(20, lambda: any(row["state"] == "ready" for row in world.rows()))
+    world.sky.fault = lambda call, about: NoCapacityError("none") if call == "launch" else None
+    world.submit(cpus=4)
+    world.run(300)
+    assert len(world.sky.living()) == 1 and first.state == state.QUEUED, "what runs images is on its way there"
+
+
+def test_a_stranger_that_cannot_be_ended_keeps_no_other_alive_and_is_said(world: World) -> None:
+    for number in (1, 2):
+        world.sky.all[f"s{number}"] = Instance(f"i-9{number}", f"s{number}", cloud.RUNNING, "", "a", world.clock.time())
+    real = world.sky.end
+
+    def end(instances: list[Instance]) -> None:
+        if any(one.name == "s1" for one in instances):
+            raise RefusedError("OperationNotPermitted")
+        real(instances)
+
+    world.sky.end = end  # type: ignore[method-assign]
+    world.run(200)
+    assert world.sky.living() == ["s1"] and "OperationNotPermitted" in world.fleet.problem
+
+
+def test_a_machine_that_ended_while_nobody_looked_is_not_paid_for_until_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.now += 86400 - clock.time() % 86400
+    (world,) = _world(tmp_path, monkeypatch, clock, Sky(clock))
+    job = world.submit()
+    assert world.run(20, lambda: job.state == state.STARTING)
+    (name,) = world.sky.living()
+    clock.now += 10 * 3600
+    world.sky.all[name] = replace(world.sky.all[name], state=cloud.ENDED)
+    world.again()
+    world.run(20, lambda: bool(world.rows()[0]["ended_s"]))
+    assert world.rows()[0]["ended_s"] - world.rows()[0]["launched_s"] < 700  # type: ignore[operator]
+
+
+def test_a_setup_that_fails_is_tried_again_and_only_then_its_kind_given_up(world: World) -> None:
+    world.submit(image="f" * 64)
+    real = world.agents
+
+    def without_crun() -> None:
+        real()
+        for remote in world.controller.remotes.values():
+            if remote.report:
+                remote.report["images"] = "no crun"
+
+    world.agents = without_crun  # type: ignore[method-assign]
+    tries: list[float] = []
+
+    def set_up(remote: workers.Remote, *, for_s3: bool) -> None:
+        tries.append(world.clock.now)
+        remote.setup_after = world.clock.now + 120
+        remote.setup_failures += 1
+
+    world.controller.wires.set_up = set_up  # type: ignore[method-assign]
+    world.run(200)
+    assert len(tries) == 2 and len(world.sky.all) == 1 and world.fleet._kinds["small"].images
+    world.run(400)
+    assert not world.fleet._kinds["small"].images
+    world.fleet.resume()
+    assert world.fleet._kinds["small"].images

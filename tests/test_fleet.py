@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 
+from cafs.errors import RemoteError
 from pool import boot, cloud, launched, state
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
@@ -280,10 +283,8 @@ def test_a_machine_that_nobody_is_connected_to_powers_itself_off_and_no_other_do
         ).returncode
         == 0
     )
-    assert (
-        "joe" in config["runcmd"][0][2]
-        and subprocess.run(["sh", "-n", "-c", config["runcmd"][0][2]], check=False).returncode == 0
-    )
+    (begin,) = [one["content"] for one in config["write_files"] if "per-boot" in one["path"]]
+    assert "chown joe" in begin and subprocess.run(["sh", "-n"], input=begin, text=True, check=False).returncode == 0
     (tmp_path / "deadman").write_text(script)
     (tmp_path / "shutdown").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/called\n')
     (tmp_path / "shutdown").chmod(0o755)
@@ -297,6 +298,45 @@ def test_a_machine_that_nobody_is_connected_to_powers_itself_off_and_no_other_do
             os.utime(alive, (second * 100, second * 100))
         assert loop.wait(10) == 0
     assert (tmp_path / "called").read_text() == "-h now\n"
+
+
+def test_what_is_too_new_to_be_shown_is_not_taken_for_gone_at_ec2(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    with mock_aws():
+        there = cloud.connect({"region": "us-east-1", "image": "ami-12c6146b", "provider": "ec2", "disk_gb": 9}, "abc")
+        new = cloud.Instance("i-0123456789abcdef0", "m-1", "", "", "us-east-1a", time.time())
+        for ask in (lambda: there.look(new), lambda: there.end([new])):
+            with pytest.raises(RemoteError, match="does not show m-1 yet"):
+                ask()
+        old = dataclasses.replace(new, launched_s=time.time() - 100)
+        assert there.look(old) is None
+        there.end([old])
+        made = there.launch(cloud.Order("m-2", "m5.large", "us-east-1a", True, "#cloud-config\n{}", ""))
+        ec2 = boto3.client("ec2", region_name="us-east-1")
+        device = ec2.describe_images(ImageIds=["ami-12c6146b"])["Images"][0]["RootDeviceName"]
+        shown = ec2.describe_instances(InstanceIds=[made.id])["Reservations"][0]["Instances"][0]
+        assert [one["DeviceName"] for one in shown["BlockDeviceMappings"]] == [device], "no second disk"
+        assert shown["InstanceLifecycle"] == "spot"
+
+
+def test_what_google_refuses_is_said_and_what_it_has_taken_is_not_forgotten(gce: GCE) -> None:
+    values = {"provider": "gce", "project": "us-east-1", "image": "projects/x/global/images/y", "user": "root", "zones": ["z"]}
+    there = cloud.connect({**values, "endpoint": gce.url}, "abc")
+    text = boot.startup_script(b"x" * 32, "m-1", "root", is_spot=False)
+    order = cloud.Order("m-1", "e2-small", "z", False, text, "ssh-ed25519 AAAA cpool")
+    gce.fault = lambda action, number: "absent" if action == "insert" else None
+    with pytest.raises(cloud.RefusedError, match=r"404: .*no such image"):
+        there.launch(order)
+    gce.fault = lambda action, number: "forbidden" if action == "get" else None
+    with pytest.raises(RemoteError, match="what has become of m-1"):
+        there.launch(order)
+    gce.fault = lambda action, number: None
+    made = there.launch(order)
+    assert made == there.look(made) and len(gce.sent) == 1 and "onHostMaintenance" not in gce.sent[0]["scheduling"]  # type: ignore[operator]
+    there.end([made])
+    there.end([made])
+    assert there.look(made) is None and there.instances() == []
 
 
 def test_only_what_root_wrote_is_believed_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,3 +117,23 @@ def test_streams_come_back_however_they_are_cut(sent: list[tuple[int, bytes]], c
         piece, data = data[:size], data[size:]
         found += list(reader.feed(piece))
     assert found == [(number, streams.DATA, body, len(body)) for number, body in sent] + [(7, streams.CREDIT, b"", 9)]
+
+
+def test_a_reader_that_leaves_while_data_is_on_its_way_leaves_the_others_alone(
+    lent_store: tuple[Path, Backend, socket.socket], tmp_path: Path
+) -> None:
+    for _ in range(30):
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(str(tmp_path / "agent" / "socket"))
+        one.sendall(b"GET /packs/big HTTP/1.1\r\nHost: x\r\n\r\n")
+        one.recv(4096)
+        one.close()
+    assert lent_store[1].read("small", 99) == b"0123456789"
+
+
+def test_what_a_worker_sends_to_a_stream_that_is_over_is_not_kept() -> None:
+    stream = Stream(1, lambda _: None)
+    stream.end()
+    for _ in range(100):
+        stream.came(b"x" * 65536)
+    assert len(stream._received) == 0

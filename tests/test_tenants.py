@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pool import state, workers
+from pool.controller import Controller
 from pool.placement import Need, Placement, Worker
+from pool.settings import Settings
 from pool.tenants import Tenants, Usage
+from pool.workers import Remote
 from tests.conftest import wait_until
 from tests.test_pool import PLAIN, cp, job, ok, pool, serving  # noqa: F401  (fixtures)
 
@@ -154,3 +162,118 @@ def test_strange_tenants_in_pool_toml_are_refused_with_their_line(pool: Path) ->
         (pool / "pool.toml").write_text(text)
         done = cp("tick")
         assert done.returncode == 5 and message in done.stderr, done.stderr
+
+
+# What a worker can take.
+
+
+def remote(**report: object) -> Remote:
+    found = Remote("w", "x", is_draining=False)
+    found.has_greeted = True
+    given = {"cpus": 4, "memory": 16 << 30, "free_memory": 15 << 30, "free_disk": 50 << 30, "load": 0, "gpus": 0, "running": 0}
+    found.reported({**given, "images": "", "arch": "x", **report})
+    return found
+
+
+def placed(number: int, **more: object) -> state.Job:
+    spec = {"cpus": 1, "memory": 0, "gpus": 0, "image": "", **more}
+    return SimpleNamespace(id=number, spec=spec)  # type: ignore[return-value]
+
+
+def test_what_is_measured_keeps_a_job_away_and_no_job_is_counted_twice() -> None:
+    one = remote(free_memory=3 << 30, free_disk=10 << 30)
+    assert one.free().fits(Need(1, 3 << 30)) and not one.free().fits(Need(1, 8 << 30)), "somebody else has the rest"
+    assert one.free().fits(Need(disk=9 << 30)) and not one.free().fits(Need(disk=11 << 30))
+    one.took(placed(1, memory=2 << 30, disk=6 << 30))
+    assert not one.free().fits(Need(disk=5 << 30)) and not one.free().fits(Need(1, 3 << 30)), "it has not used it yet, and will"
+    time.sleep(0.001)
+    one.reported({**one.report, "free_memory": 1 << 30, "free_disk": 6 << 30})
+    assert one.free().fits(Need(disk=5 << 30)) and one.free().fits(Need(1, 1 << 30)), "what it uses is in what was measured"
+    whole = remote(free_memory=int(15.4 * (1 << 30)))
+    assert whole.free().fits(Need(4, 16 << 30)), "what the system itself has keeps nobody from a whole machine"
+
+
+def test_more_processors_are_given_away_than_there_are_if_that_is_wanted(pool: Path) -> None:  # noqa: F811
+    assert remote().free(1.5).cpus == 6 and remote().free().cpus == 4
+    (pool / "pool.toml").write_text("[pool]\novercommit = 4\n")
+    with serving():
+        many = os.cpu_count() or 1
+        numbers = [ok("submit", *PLAIN, "--", "sleep", "60").strip() for _ in range(2 * many)]
+        wait_until(lambda: all(job(one)["state"] == "running" for one in numbers))
+        ok("down", "--grace", "0")
+
+
+def test_workers_on_one_machine_share_it_if_that_is_said(tmp_path: Path) -> None:
+    directory = tmp_path / "pool"
+    directory.mkdir()
+    state.create(str(directory))
+    for is_shared, wanted in ((True, 2), (False, 4)):
+        held = Controller(str(directory), Settings(one_per_boot=is_shared))
+        for name in ("w1", "w2"):
+            held.remotes[name] = one = Remote(name, "x", is_draining=False)
+            one.has_greeted, one.boot_id = True, "same"
+            report = dict.fromkeys(("free_memory", "free_disk", "load", "gpus", "running", "memory"), 1 << 40)
+            one.reported({**report, "cpus": 2, "images": "", "arch": "x"})
+        held.remotes.pop("local", None)
+        spec = {"command": ["true"], "image": "", "env": {}, "cwd": "", "timeout_s": 0, "cpus": 1, "memory": 0, "gpus": 0}
+        jobs = [held.state.job(held.state.submit(spec)) for _ in range(5)]
+        for one_job in jobs:
+            held.add(one_job)
+        for _ in range(4):
+            held._may_place = True
+            held._place()
+        assert sum(one_job.state == state.STARTING for one_job in jobs) == wanted
+        held.state.close()
+
+
+def test_a_strict_job_is_done_again_only_when_it_has_ended_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, clock = remote(), SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    easy, strict = placed(1), placed(2, strict=True)
+    clock.now = one.heard + 31
+    assert one.is_lost_for(easy) and not one.is_lost_for(strict)
+    clock.now = one.heard + 31 + 60 + 15
+    assert one.is_lost_for(strict)
+
+
+def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
+    pool: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with serving_with("from pool import requests; requests.STRICT_S = 1.0"):
+        run = ("sh", "-c", f"trap 'echo ended >>{tmp_path}/$CPOOL_JOB; exit' TERM; while :; do sleep 0.05; done")
+        strict, easy = (ok("submit", *PLAIN, *flags, "--cpus", "0.1", "--", *run).strip() for flags in (("--strict",), ()))
+        wait_until(lambda: all(job(one)["state"] == "running" for one in (strict, easy)))
+    wait_until(lambda: (tmp_path / strict).exists(), 20)
+    assert not (tmp_path / easy).exists()
+    with serving():
+        ok("down", "--grace", "1")
+
+
+@contextmanager
+def serving_with(code: str) -> Iterator[None]:
+    """A controller of which something is changed; it is killed at the end."""
+    whole = f"{code}; import os; from pool import client; client.serve(os.environ['CAFS_POOL'])"
+    with subprocess.Popen([sys.executable, "-c", whole]) as one:
+        try:
+            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+            yield
+        finally:
+            one.kill()
+
+
+def test_a_job_that_does_not_start_in_time_is_tried_elsewhere(tmp_path: Path) -> None:
+    directory = tmp_path / "pool"
+    directory.mkdir()
+    state.create(str(directory))
+    held = Controller(str(directory), Settings())
+    one = held.state.job(held.state.submit({"command": ["x"], "image": "", "cpus": 1, "memory": 0, "gpus": 0, "start_s": 0.01}))
+    held.state.change(one, state=state.STARTING, worker="local", attempt=1)
+    held.jobs[one.id] = one
+    held.remotes["local"].took(one)
+    held._mind_queue()
+    time.sleep(0.02)
+    held._look_at_queue = 0
+    held._mind_queue()
+    assert (one.state, one.losses, one.reason) == (state.QUEUED, 1, "did not start in time")
+    held.state.close()
