@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cafs.errors import CafsError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -43,6 +45,7 @@ def _picture(client: Client) -> Group:
     free, every = (sum(node.get(name) or 0 for node in nodes) for name in ("free_cpus", "cpus"))
     head = f"{len(nodes)} workers, {every - free:g} of {every:g} CPUs used; jobs: "
     head += ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+    head += _money(client)
     workers, rows = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
     for name in _NODE:
         workers.add_column(name.upper().replace("_", " "), overflow="ellipsis", no_wrap=True)
@@ -54,6 +57,16 @@ def _picture(client: Client) -> Group:
         values = (job["id"], job["state"], job["worker"], " ".join(job["spec"]["command"]))
         rows.add_row(*(_cell(name, value) for name, value in zip(_JOB, values, strict=True)))
     return Group(Text(head), Text(""), workers, Text(""), rows)
+
+
+def _money(client: Client) -> str:
+    """What machines that were launched cost; '' if there is no cloud."""
+    try:
+        found = client.ask("cloud", what="ls")
+    except CafsError:
+        return ""
+    text = f"\n{len(found['machines'])} machines launched, {found['price']:.4f} an hour, {found['spent_today']:.2f} today"
+    return text + (f"; {found['problem']}" if found["problem"] else "")
 
 
 def _cell(name: str, value: Any) -> Text:

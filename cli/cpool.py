@@ -477,6 +477,25 @@ def cloud_resume() -> int:
     return 0
 
 
+@cloud.command("prices")
+@quiet_option()
+def cloud_prices(quiet: bool) -> int:
+    """Ask what [[machines]] cost, and write it into pool.toml."""
+    from pool import pricing, settings
+
+    path = os.path.join(asking.directory(), "pool.toml")
+    prices = pricing.ask(settings.read(asking.directory()))
+    pricing.fill(path, prices)
+    if not quiet:
+        asking.table(
+            [{"name": name, "price": price} for name, price in prices.items()],
+            {"name": "NAME", "price": "PRICE"},
+            as_json=False,
+            only="",
+        )
+    return 0
+
+
 @cloud.command("policy")
 @click.argument("provider", type=click.Choice(["aws"]))
 @quiet_option(used=False)

@@ -8,6 +8,7 @@ them: there is no moment at which one has no tag.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 
 import boto3
@@ -113,6 +114,31 @@ class EC2:
                     raise
                 _check_visible(one)
 
+    def spot_price(self, kind: str) -> float | None:
+        """The dearest of its zones now, an hour."""
+        zones = [zone for zone in self._settings["zones"] if not zone.startswith("subnet-")]
+        more = {"Filters": [{"Name": "availability-zone", "Values": zones}]} if zones else {}
+        asked = {"InstanceTypes": [kind], "ProductDescriptions": ["Linux/UNIX"], "MaxResults": 100, **more}
+        found = self._ask(self._ec2.describe_spot_price_history, **asked)["SpotPriceHistory"]
+        latest: dict[str, tuple[Any, float]] = {}
+        for one in found:
+            known = latest.get(one["AvailabilityZone"])
+            if known is None or one["Timestamp"] > known[0]:
+                latest[one["AvailabilityZone"]] = one["Timestamp"], float(one["SpotPrice"])
+        return max((price for _, price in latest.values()), default=None)
+
+    def price(self, kind: str) -> float | None:
+        """Of a Linux machine on demand, an hour (AWS Price List Query API, GetProducts)."""
+        wanted = {"instanceType": kind, "regionCode": self._settings["region"], "operatingSystem": "Linux"}
+        wanted |= {"tenancy": "Shared", "preInstalledSw": "NA", "capacitystatus": "Used"}
+        filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
+        try:
+            there: Any = boto3.session.Session(region_name="us-east-1").client("pricing")
+        except BotoCoreError as error:
+            raise CafsError(f"cannot ask for prices: {error}") from error
+        products = self._ask(there.get_products, ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
+        return dollars(products)
+
     @staticmethod
     def _ask(call: Any, **fields: Any) -> Any:
         try:
@@ -144,3 +170,17 @@ def _meaning(error: ClientError | BotoCoreError) -> CafsError:
         is_full = code.startswith(_FULL)
         return NoCapacityError(said) if is_full else RemoteError(said)
     return NoCapacityError(said) if code.startswith(_FULL) else RefusedError(said)
+
+
+def dollars(products: list[str]) -> float | None:
+    """The price on demand in an answer of GetProducts, a JSON text each; None if there is none."""
+    for text in products:
+        try:
+            terms = json.loads(text)["terms"]["OnDemand"].values()
+            for dimension in (one for term in terms for one in term["priceDimensions"].values()):
+                price = float(dimension["pricePerUnit"]["USD"])
+                if dimension["unit"] == "Hrs" and price > 0:
+                    return price
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None

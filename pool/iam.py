@@ -13,7 +13,12 @@ def policy(pool: str) -> str:
     used = ["image/*", "subnet/*", "network-interface/*", "security-group/*", "key-pair/*", "launch-template/*", "snapshot/*"]
     statements = [
         {"Sid": "Look", "Effect": "Allow", "Action": ["ec2:DescribeInstances", "ec2:DescribeImages"], "Resource": "*"},
-        {"Sid": "Prices", "Effect": "Allow", "Action": "ec2:DescribeSpotPriceHistory", "Resource": "*"},
+        {
+            "Sid": "Prices",
+            "Effect": "Allow",
+            "Action": ["ec2:DescribeSpotPriceHistory", "pricing:GetProducts"],
+            "Resource": "*",
+        },
         {
             "Sid": "LaunchMarked",
             "Effect": "Allow",

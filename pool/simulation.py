@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from pool.scaling import Policy
 
 TICK_S = 2.0
-_NONE, _NO_MACHINE = 0.001, "no_machine"
+_NONE = 0.001
+LAUNCH, ROOM = "launch", "room"
+"""Why a job has waited: for a machine that was begun after it came, or for room on one that there was."""
+
 _COLUMNS = ("duration_s", "cpus", "memory", "gpus", "tenant")
 
 
@@ -41,9 +44,11 @@ class Arrival:
 
 @dataclass(slots=True)
 class Result:
-    """waits_s: of every job.  paid_cpu_s, busy_cpu_s: processor seconds.  unused: machines that never had a job."""
+    """waits_s: of every job.  causes: of those that have waited, by cause.  paid_cpu_s, busy_cpu_s: processor seconds.
+    unused: machines that never had a job."""
 
     waits_s: list[float] = field(default_factory=list)
+    causes: dict[str, list[float]] = field(default_factory=lambda: {LAUNCH: [], ROOM: []})
     busy_cpu_s: float = 0.0
     paid_cpu_s: float = 0.0
     cost: float = 0.0
@@ -62,6 +67,8 @@ class Result:
             "p95_wait_s": _part(waits, 0.95),
             "p99_wait_s": _part(waits, 0.99),
             "waited_share": round(sum(one > _NONE for one in waits) / len(waits), 4) if waits else 0.0,
+            **{f"waited_for_{cause}": len(found) for cause, found in self.causes.items()},
+            **{f"p99_wait_for_{cause}_s": _part(sorted(found), 0.99) for cause, found in self.causes.items()},
             "utilisation": round(self.busy_cpu_s / self.paid_cpu_s, 4) if self.paid_cpu_s else 0.0,
             "cost": round(self.cost, 4),
             "launches": self.launches,
@@ -146,6 +153,8 @@ class Simulation:
         machine.idle_s = math.inf
         self._running += one.need.cpus
         self.result.waits_s.append(now - one.time_s)
+        if now - one.time_s > _NONE:
+            self.result.causes[LAUNCH if machine.ready_s > one.time_s else ROOM].append(now - one.time_s)
         self.result.busy_cpu_s += one.need.cpus * one.duration_s
         heapq.heappush(self._ends, (now + one.duration_s, next(self._order), number, one.need))
         return True

@@ -55,6 +55,7 @@ BELOW += [
     ("secret", "ls"),
     ("secret", "rm"),
     ("cloud", "policy"),
+    ("cloud", "prices"),
 ]
 """Verbs of verbs."""
 

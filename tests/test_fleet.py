@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import signal
@@ -19,8 +20,9 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 
-from cafs.errors import RemoteError
-from pool import boot, cloud, launched, state
+from cafs.errors import CafsError, RemoteError, UnsupportedError
+from pool import boot, cloud, ec2, launched, pricing, state
+from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
 from tests.test_pool import PLAIN, agents, cp, job, ok
@@ -337,6 +339,53 @@ def test_what_google_refuses_is_said_and_what_it_has_taken_is_not_forgotten(gce:
     there.end([made])
     there.end([made])
     assert there.look(made) is None and there.instances() == []
+
+
+PRICED = """# kept
+[[machines]]  # the first
+name = "m5.large"  # and this
+cpus = 2
+  price = 9.5 # old
+[scaling]
+price = 5.0
+[[machines]]
+type = "c5.large"
+name = 'plain'
+[[machines]]
+name = "s"
+type = "m5.large"
+spot = true
+"""
+
+
+def test_prices_are_written_into_pool_toml_and_nothing_else_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pricing.filled(PRICED, {"m5.large": 0.096, "s": 0.0312, "other": 1.0})
+    changes = [line for line in difflib.ndiff(PRICED.splitlines(), found.splitlines()) if line[0] in "+-"]
+    assert changes == ["-   price = 9.5 # old", "+   price = 0.096 # old", "+ price = 0.0312"]
+    path = tmp_path / "pool.toml"
+    path.write_text('[[machines]]\nname = "a"\ncpus = 1\n')
+    pricing.fill(str(path), {"a": 0.5})
+    assert path.read_text() == '[[machines]]\nname = "a"\nprice = 0.5\ncpus = 1\n'
+    before = path.read_text()
+    with pytest.raises(CafsError, match="cannot find the machines"):
+        pricing.fill(str(path), {"elsewhere": 1.0})
+    assert path.read_text() == before and os.listdir(tmp_path) == ["pool.toml"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    with mock_aws():
+        cloud_table = {"provider": "ec2", "region": "us-east-1", "zones": ["us-east-1a"]}
+        one = Settings(machines=({"name": "s", "type": "m5.large", "spot": True},), cloud=cloud_table)
+        assert pricing.ask(one)["s"] > 0
+    with pytest.raises(UnsupportedError):
+        pricing.ask(Settings(cloud={"provider": "gce"}))
+
+
+def test_a_price_on_demand_is_read_out_of_what_amazon_answers() -> None:
+    """The form of GetProducts' answer, from the AWS Price List user guide; moto has none."""
+    good = {"terms": {"OnDemand": {"T": {"priceDimensions": {"D": {"unit": "Hrs", "pricePerUnit": {"USD": "0.0960000000"}}}}}}}
+    free = {"terms": {"OnDemand": {"T": {"priceDimensions": {"D": {"unit": "Hrs", "pricePerUnit": {"USD": "0.0"}}}}}}}
+    assert ec2.dollars(["[]", "x", json.dumps({"terms": {}}), json.dumps(free), json.dumps(good)]) == 0.096
+    assert ec2.dollars([]) is None
 
 
 def test_only_what_root_wrote_is_believed_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
