@@ -21,11 +21,16 @@ _BEGIN_S = 10.0
 
 def main(build: str) -> int:
     """build: names this file."""
-    if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "lend"):
+    if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "lend", "daemon"):
         print(__doc__, file=sys.stderr)
         return 2
     directory = os.path.expanduser(sys.argv[2])
     os.makedirs(directory, mode=0o700, exist_ok=True)
+    if sys.argv[1] == "daemon":  # in the place of an agent of another build
+        from pool import agent
+
+        agent.daemon(directory, build)
+        return 0
     if sys.argv[1] == "lend":
         from pool import lent
 

@@ -6,14 +6,16 @@ import hashlib
 import io
 import os
 import zipfile
+from functools import cache
 
 MODULES = ("agent", "attach", "frames", "hiding", "launched", "lent", "machine", "peers", "processes", "sockets", "streams")
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
+@cache
 def make() -> tuple[str, bytes]:
-    """(its build, the file)."""
+    """(its build, the file); made once in a process."""
     here = os.path.dirname(os.path.abspath(__file__))
     sources = {"pool/__init__.py": b""}
     for name in MODULES:

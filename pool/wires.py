@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from pool import frames, links, sockets
+from pool import frames, links, program, sockets
 from pool.workers import Remote
 
 TYPE_CHECKING = False
@@ -91,7 +91,13 @@ class Wires:
                 continue
             remote.connected(link)
             self._selector.register(link, selectors.EVENT_READ, lambda events, remote=remote: self._hear(remote, events))
-            hello = {"protocol": frames.PROTOCOL, "pool": self._pool.id, "worker": remote.name, "epoch": self._epoch}
+            hello = {
+                "protocol": frames.PROTOCOL,
+                "build": program.make()[0],
+                "pool": self._pool.id,
+                "worker": remote.name,
+                "epoch": self._epoch,
+            }
             self.write(remote, frames.message("hello", **hello))
 
     def drop(self, remote: Remote, problem: str) -> None:

@@ -69,7 +69,7 @@ def agents(place: Path) -> list[int]:
             words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"attach" in words and any(word.startswith(os.fsencode(place)) for word in words):
+        if {b"attach", b"daemon"} & set(words) and any(word.startswith(os.fsencode(place)) for word in words):
             found.append(int(name))
     return found
 
@@ -328,6 +328,33 @@ def test_an_agent_that_is_killed_leaves_its_jobs_to_the_next(controller: object,
     (tmp_path / "go").touch()
     assert cp("wait", waiting).returncode == 5 and job(waiting)["attempt"] == 1
     assert cp("logs", waiting).stdout == "begun\n"
+
+
+def test_an_agent_of_another_build_becomes_the_controllers_and_its_jobs_notice_nothing(pool: Path, tmp_path: Path) -> None:
+    older = "from pool import program, client; program.MODULES = [*program.MODULES, 'drawing']; import os; client.serve(os.environ['CAFS_POOL'])"
+    with subprocess.Popen([sys.executable, "-c", older]) as first:
+        wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+        script = f"echo $$; until test -f {tmp_path}/go; do sleep 0.05; done; head -c 3000000 /dev/zero | sha256sum >/dev/null; exit 3"
+        number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
+        wait_until(lambda: job(number)["state"] == "running")
+        (pid,) = [
+            one
+            for one in agents(tmp_path)
+            if os.stat(f"/proc/{one}").st_uid == os.geteuid()
+            and b"attach" in Path(f"/proc/{one}/cmdline").read_bytes()
+            and os.getsid(one) == os.getpgid(one)
+        ][:1]
+        first.kill()
+    before = Path(f"/proc/{pid}/cmdline").read_bytes()
+    with serving():
+        wait_until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes() != before)
+        assert b"daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+        (tmp_path / "go").touch()
+        assert cp("wait", number).returncode == 3
+        found = job(number)
+        assert (found["attempt"], found["losses"]) == (1, 0) and found["usage"]["cpu_s"] > 0  # type: ignore[index]
+        ok("down")
 
 
 def test_an_agent_obeys_the_latest_controller_alone(pool: Path, tmp_path: Path) -> None:
