@@ -52,19 +52,20 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
     return {"jobs": [one.shown() for one in state.jobs(fields["limit"], all_of_them=fields["all"])]}
 
 
-def submit(jobs: list[dict[str, Any]]) -> list[int]:
-    """Their numbers.  Without a controller they are queued all the same.  Raises CafsError."""
-    from pool import requests, state
+def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> list[int]:
+    """Their numbers.  Without a controller they are queued all the same.  files: as of inputs.keep.  Raises CafsError."""
+    from pool import inputs, requests, state
     from pool.client import NoController
 
     try:
         with client() as connection:
             pieces = [jobs[at : at + _AT_ONCE] for at in range(0, len(jobs), _AT_ONCE)]
-            return [number for piece in pieces for number in connection.ask("submit", jobs=piece)["ids"]]
+            return [number for piece in pieces for number in connection.ask("submit", jobs=piece, files=files)["ids"]]
     except NoController:
         pass
     with state.locked(directory(), wait_s=5):
         found = state.State(directory())
+        inputs.keep(directory(), files or {})
         how = {True: state.HELD, False: state.QUEUED}
         specs = [requests.check_one(found, one) for one in jobs]
         ids = [found.submit(spec, one["key"], one["priority"], how[one["hold"]]) for one, spec in zip(jobs, specs, strict=True)]
@@ -249,7 +250,7 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "command": list(command[1:] if command[0] == "--" else command),
         "image": _digest(image) if image else "",
         "env": variables,
-        "cwd": given["workdir"] or ("" if image else os.getcwd()),
+        "cwd": given["workdir"] or ("" if image or given.get("has_files") else os.getcwd()),
         "cpus": given["cpus"],
         "memory": given["memory"],
         "gpus": given["gpus"],
@@ -267,6 +268,75 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         **({"secrets": sorted(set(given["secrets"]))} if given["secrets"] else {}),
         **({"tenant": given["tenant"]} if given["tenant"] is not None else {}),
     }
+
+
+def files(given: tuple[str, ...], back: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what a job says of --in FILE[:NAME] and --out NAME[:FILE], as of inputs.keep).  Raises CafsError, click.UsageError."""
+    import base64
+    import hashlib
+
+    from cafs.errors import os_error
+    from pool import staging
+
+    entries, contents, size = [], {}, 0
+    for text in given:
+        path, _, name = text.partition(":")
+        try:
+            with open(path, "rb") as file:
+                data, mode = file.read(staging.SIZE_MAX + 1), os.fstat(file.fileno()).st_mode & 0o777
+        except OSError as error:
+            raise os_error(f"cannot read {path!r}", error) from error
+        size += len(data)
+        digest = hashlib.sha256(data).hexdigest()
+        contents[digest] = base64.b64encode(data).decode()
+        entries.append([name or os.path.basename(path), digest, mode])
+    if size > staging.SIZE_MAX:
+        raise click.UsageError(f"--in: more than {staging.SIZE_MAX >> 20} MiB; larger things belong into an image, or a store")
+    names = [text.partition(":")[0] for text in back]
+    if not all(staging.is_name(name) for name in [*names, *(one[0] for one in entries)]):
+        raise click.UsageError("a file of a job has a name below its directory")
+    found: dict[str, Any] = {}
+    if entries:
+        found["in"] = entries
+    if names:
+        found["out"] = names
+    return found, contents
+
+
+def fetch(number: int, place: str) -> int:
+    """Write the files that a job was to bring back below a directory; how many there are not.  Raises CafsError."""
+    import base64
+    import time
+
+    from cafs import atomic
+    from cafs.errors import os_error
+
+    absent = 0
+    with client() as connection:
+        connection.wait_for([number])
+        connection.event()
+        job = connection.ask("job", id=number)["job"]
+        sizes = job["usage"].get("files", [])
+        for at, name in enumerate(job["spec"].get("out", ())):
+            if at >= len(sizes) or sizes[at] < 0:
+                sys.stderr.write(f"cpool: job {number} has left no {name!r}\n")
+                absent += 1
+                continue
+            data = b""
+            while True:
+                found = connection.ask("read", id=number, stream=f"file{at}", offset=len(data))
+                data += base64.b64decode(found["data"])
+                if found["end"]:
+                    break
+                if not found["data"]:
+                    time.sleep(0.02)  # its agent has it, and it is on its way
+            try:
+                path = os.path.join(place, name)
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                atomic.replace_file(os.path.abspath(path), data, 0o644)
+            except OSError as error:
+                raise os_error(f"cannot write {name!r}", error) from error
+    return absent
 
 
 def _digest(name: str) -> str:

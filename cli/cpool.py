@@ -135,19 +135,24 @@ def down(grace_s: float) -> int:
 @click.option("--name", default="", metavar="TEXT", help="What to call it.")
 @click.option("--hold", is_flag=True, help="Do not start it before `release`.")
 @click.option("--array", metavar="N-M[%L]", help="A job for each number, which is CPOOL_INDEX; L at once.")
+@click.option("--in", "given_files", multiple=True, metavar="FILE[:NAME]", help="A file that is there where it runs.")
+@click.option("--out", "back", multiple=True, metavar="NAME", help="A file that it leaves, for `fetch`.")
 @click.option("--after", "after", type=int, multiple=True, metavar="JOB", help="When that job has ended well.")
 @quiet_option(used=False)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(key: str | None, hold: bool, array: str | None, **given: Any) -> int:
+def submit(
+    key: str | None, hold: bool, array: str | None, given_files: tuple[str, ...], back: tuple[str, ...], **given: Any
+) -> int:
     """Put a job into the queue, and print its number."""
-    numbers, spec = asking.numbers(array), asking.spec(**given)
+    said, files = asking.files(given_files, back)
+    numbers, spec = asking.numbers(array), asking.spec(**given, has_files=bool(said)) | said
     if array:
         spec |= {"array": int.from_bytes(os.urandom(6), "big"), "at_once": asking.at_once(array)}
     jobs = []
     for index in numbers:
         own = f"{key}-{index}" if key and array else key
         jobs.append({"spec": {**spec, "index": index}, "key": own, "hold": hold, "priority": given["priority"]})
-    for number in asking.submit(jobs):
+    for number in asking.submit(jobs, files):
         click.echo(number)
     return 0
 
@@ -247,6 +252,15 @@ def logs(number: int, follow: bool) -> int:
                 return 0
             if not size:
                 time.sleep(0.1)
+
+
+@main.command()
+@click.argument("number", metavar="JOB", type=int)
+@click.argument("directory", metavar="[DIR]", default=".")
+@quiet_option(used=False)
+def fetch(number: int, directory: str) -> int:
+    """Wait for a job, and bring the files of its --out here."""
+    return 3 if asking.fetch(number, directory) else 0
 
 
 @main.command()

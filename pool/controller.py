@@ -13,7 +13,7 @@ import time
 
 from cafs import paths
 from cafs.errors import CafsError
-from pool import frames, links, outputs, requests, sockets, state, workers
+from pool import frames, inputs, links, outputs, requests, sockets, state, workers
 from pool.events import Events
 from pool.placement import Need, Placement, Worker
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
@@ -76,6 +76,7 @@ class Controller:
             elif job.state in (STARTING, RUNNING):
                 self.lose(job, "its worker is no host of the pool any more")
         self.requeue()
+        inputs.remove_unwanted(directory, (job.spec for job in self.jobs.values()))
 
     def _fleet(self, settings: Settings) -> Fleet | None:
         """Machines that the pool launches, if pool.toml says where."""
@@ -394,18 +395,18 @@ class Controller:
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
         store = self.store if remote.address == links.LOCAL or "://" in self.store else requests.LENT
-        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs if not job.spec.get("secrets")]
+        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs if not requests.has_more(job)]
         for at in range(0, len(asked), _STARTED_AT_ONCE):
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
-        for job in [one for one in jobs if one.spec.get("secrets")]:
+        for job in filter(requests.has_more, jobs):
             try:
-                values = requests.secrets_of(job, self.directory)
+                more = requests.more_of(job, self.directory)
             except (CafsError, OSError) as error:
                 remote.jobs.pop(job.id, None)
                 self.state.change(job, code=125)
                 self.finish(job, state.FINISHED, str(error), has_written=False)
                 continue
-            one = {**requests.asked(job, self.pool, remote.name, store), "secrets": values}
+            one = {**requests.asked(job, self.pool, remote.name, store), **more}
             self.send(remote, frames.message("start", jobs=[one]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
@@ -418,6 +419,8 @@ class Controller:
             return
         self._may_place = True
         usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if workers.is_amount(said[name])}
+        if job.spec.get("out"):
+            usage["files"] = [_size(one) for one in said["files"]][: len(job.spec["out"])]
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
         if job.reason == requests.CANCEL_ASKED:
@@ -462,6 +465,8 @@ class Controller:
             self.state.keep_output(job.id, b"", b"")
         self._may_place = True
         self.jobs.pop(job.id, None)
+        if job.spec.get("in"):
+            self.say(lambda: inputs.remove_unwanted(self.directory, (one.spec for one in self.jobs.values())))
         self.turns.forget(job)
         for client in list(self.clients.values()):
             client.ended(job)
@@ -494,6 +499,13 @@ def _number(value: object) -> int:
     """Of a job, or of an attempt, as an agent says it.  Raises ValueError."""
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError("a number that is none")
+    return value
+
+
+def _size(value: object) -> int:
+    """Of a file, -1 for none, as an agent says it.  Raises ValueError."""
+    if type(value) is not int or not -1 <= value < 1 << 62:
+        raise ValueError("a size that is none")
     return value
 
 

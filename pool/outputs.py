@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pool.controller import Controller
+    from pool.state import Job
     from pool.workers import Remote
 
 _PIECE = 1 << 18
@@ -26,6 +27,11 @@ _MOST = 80 << 20
 """More no agent keeps of a stream."""
 
 _STREAMS = ("out", "err")
+
+
+def streams_of(job: Job) -> list[str]:
+    """What is fetched of a job, in this order: when the last is here all is."""
+    return [*(f"file{number}" for number in range(len(job.spec.get("out", ())))), *_STREAMS]
 
 
 class Outputs:
@@ -80,19 +86,20 @@ class Outputs:
         known = controller.state.job(number) if controller.state.has_job(number) else None
         is_last = known is not None and (known.attempt, known.worker) == (attempt, remote.name) and known.state in ENDED
         is_here = controller.state.output(number) is not None or os.path.exists(self.path(number, "err"))
-        if not is_last or is_here:
+        if known is None or not is_last or is_here:
             controller.forget(remote, number, attempt)
-        elif "out" in said and "err" in said:
+        elif "out" in said and "err" in said and not known.spec.get("out"):
             out, err = (base64.b64decode(said[stream], validate=True) for stream in _STREAMS)
             controller.state.keep_output(number, out, err)
             controller.forget(remote, number, attempt)
         elif (number, attempt) not in self._fetching:
             self._fetching[number, attempt] = remote
-            self._fetch(remote, number, attempt, 0, 0, 0)
+            self._fetch(remote, number, attempt, streams_of(known), 0, 0)
 
-    def _fetch(self, remote: Remote, number: int, attempt: int, which: int, offset: int, size: int) -> None:
-        """size: how much of it is here.  What its agent has left out is noted, so that offsets mean the same here and there."""
-        stream = _STREAMS[which]
+    def _fetch(self, remote: Remote, number: int, attempt: int, streams: list[str], offset: int, size: int) -> None:
+        """streams: that are not here yet; size: how much of the first of them is.  What its agent has left out is noted, so
+        that offsets mean the same here and there."""
+        stream = streams[0]
         part = self.path(number, stream) + ".part"
 
         def then(data: bytes, following: int) -> None:
@@ -104,7 +111,7 @@ class Outputs:
                 with open(part, "r+b" if size else "wb") as file:
                     file.seek(size)
                     file.write(data)
-                self._fetch(remote, number, attempt, which, following, size + len(data))
+                self._fetch(remote, number, attempt, streams, following, size + len(data))
                 return
             if not size:
                 open(part, "wb").close()
@@ -112,8 +119,8 @@ class Outputs:
                 os.fsync(file.fileno())
             os.rename(part, self.path(number, stream))
             atomic.fsync_directory(os.path.dirname(part))
-            if which == 0:
-                self._fetch(remote, number, attempt, 1, 0, 0)
+            if streams[1:]:
+                self._fetch(remote, number, attempt, streams[1:], 0, 0)
             else:
                 self._fetching.pop((number, attempt), None)
                 self._controller.forget(remote, number, attempt)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 
-from pool import hiding, machine, streams
+from pool import hiding, machine, staging, streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,13 +71,18 @@ class Job:
             hiding.put(place, secrets, is_for_all=bool(asked["image"]))
             environment[_SECRETS] = _IN_IMAGE if asked["image"] else place
             asked["has_secrets"] = True
+        files = asked.pop("in", None)
+        if files is not None:
+            staging.put(self.path(staging.WORK), files)
+            asked["has_work"] = True
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, self.path("out"), flags, 0o600),
             (os.POSIX_SPAWN_OPEN, 2, self.path("err"), flags, 0o600),
         ]
-        place = "/" if asked["image"] else asked["cwd"] or os.path.expanduser("~")
+        home = self.path(staging.WORK) if asked.get("has_work") else os.path.expanduser("~")
+        place = "/" if asked["image"] else asked["cwd"] or home
         words = ["/bin/sh", "-c", _SHELL, "cpool-job", place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
         self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
@@ -95,7 +100,10 @@ class Job:
             return list(asked["command"])
         words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
         words += ["--memory", str(asked["memory"])] if asked["memory"] else []
-        words += ["--workdir", asked["cwd"]] if asked["cwd"] else []
+        if asked.get("has_work"):
+            words += ["-v", f"{self.path(staging.WORK)}:{staging.IN_IMAGE}"]
+        where = asked["cwd"] or (staging.IN_IMAGE if asked.get("has_work") else "")
+        words += ["--workdir", where] if where else []
         store = asked.get("store", "")
         if store == _LENT:
             store = "http+unix://" + os.path.join(os.path.dirname(os.path.dirname(self.directory)), streams.PLACE)
@@ -124,9 +132,15 @@ class Job:
             "out_size": _size(self.path("out")),
             "err_size": _size(self.path("err")),
         }
+        if self.asked.get("has_work"):
+            self.ended["files"] = staging.sizes(self.path(staging.WORK), self.asked.get("out", []))
 
     def read(self, stream: str, offset: int, size: int) -> tuple[bytes, int]:
-        """(what it has written so far, where the rest of it begins)."""
+        """(what it has written so far, where the rest of it begins).  stream: out, err, or fileN, the Nth to come back."""
+        if stream.startswith("file"):
+            names = dict(enumerate(self.asked.get("out", [])))
+            data = staging.read(self.path(staging.WORK), names[int(stream[4:])], offset, size)
+            return data, offset + len(data)
         name = "err" if stream == "err" else "out"
         start, end = self.gaps.get(name, (0, 0))
         if start <= offset < end:

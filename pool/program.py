@@ -8,7 +8,20 @@ import os
 import zipfile
 from functools import cache
 
-MODULES = ("agent", "attach", "frames", "hiding", "launched", "lent", "machine", "peers", "processes", "sockets", "streams")
+MODULES = (
+    "agent",
+    "attach",
+    "frames",
+    "hiding",
+    "launched",
+    "lent",
+    "machine",
+    "peers",
+    "processes",
+    "staging",
+    "sockets",
+    "streams",
+)
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)
 

@@ -11,7 +11,7 @@ import socket
 import struct
 
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
-from pool import links, metrics, secrets, sockets, state
+from pool import inputs, links, metrics, outputs, secrets, sockets, staging, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
 from pool.workers import STRICT_S
@@ -29,7 +29,7 @@ _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 _SPEC_MAX = 128 << 10
 _SECRETS_MAX = 1000
-_LATER = ("tenant", "secrets", "disk", "strict", "start_s")
+_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out")
 """What is in a job only if it has it."""
 
 _CLIENTS_MAX = 64
@@ -65,10 +65,21 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
     }
 
 
-def secrets_of(job: Job, directory: str) -> dict[str, str]:
-    """In base64, by name.  directory: of the pool.  Raises NotFound, OSError."""
-    names, tenant = job.spec["secrets"], tenant_of(job)
-    return {name: base64.b64encode(secrets.get(directory, tenant, name)).decode() for name in names}
+def has_more(job: Job) -> bool:
+    """Whether its agent is told more than what is in the state."""
+    return any(name in job.spec for name in ("secrets", "in", "out"))
+
+
+def more_of(job: Job, directory: str) -> dict[str, Any]:
+    """That: secrets by name, files.  directory: of the pool.  Raises CafsError, OSError."""
+    found: dict[str, Any] = {}
+    if "secrets" in job.spec:
+        tenant = tenant_of(job)
+        values = {name: secrets.get(directory, tenant, name) for name in job.spec["secrets"]}
+        found["secrets"] = {name: base64.b64encode(value).decode() for name, value in values.items()}
+    if "in" in job.spec or "out" in job.spec:
+        found |= {"in": inputs.of_job(directory, job.spec), "out": job.spec.get("out", [])}
+    return found
 
 
 def accept(controller: Controller, listener: socket.socket) -> None:
@@ -186,6 +197,10 @@ class Client:
 
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     ids = []
+    files = said.get("files") or {}
+    if sum(map(len, files.values())) > 2 * staging.SIZE_MAX:
+        raise UsageError(f"the files of a job are larger than {staging.SIZE_MAX} bytes")
+    inputs.keep(controller.directory, files)
     jobs = [_of_tenant(client, controller, one) for one in said["jobs"]]
     specs = [check_one(controller.state, one) for one in jobs]  # all or none
     _check_quota(controller, specs)
@@ -252,6 +267,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
         "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
         "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
+        "in": (list, []), "out": (list, []),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -268,6 +284,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     names = found.get("secrets", [])
     if not all(isinstance(one, str) and secrets.check_name(one) for one in names) or len(names) > secrets.MANY:
         raise UsageError(f"a job has at most {secrets.MANY} secrets")
+    inputs.check(found)
     if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
         raise UsageError("a job needs what can be counted")
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
@@ -341,9 +358,9 @@ def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None
 def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """A piece of what a job has written: from here if it is all here, else from where it runs."""
     number, stream, offset = int(said["id"]), str(said["stream"]), int(said["offset"])
-    if stream not in ("out", "err"):
-        raise UsageError(f"no stream {quote(stream)}")
     job, tag = _job_of(client, controller, number), client.tag
+    if stream not in outputs.streams_of(job):
+        raise UsageError(f"no stream {quote(stream)}")
     is_over = job.state in state.ENDED
 
     def reply(data: bytes, following: int, *, is_end: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.crunning import image, shared  # noqa: F401  (fixtures)
+from tests.pooling import controller, pool  # noqa: F401  (fixtures)
 
 BIN = Path(sys.executable).parent
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]

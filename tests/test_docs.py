@@ -30,6 +30,7 @@ COMMANDS = {
         "job",
         "logs",
         "wait",
+        "fetch",
         "cancel",
         "hold",
         "release",

@@ -25,7 +25,7 @@ from pool import boot, cloud, ec2, launched, pricing, state
 from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
-from tests.test_pool import PLAIN, agents, cp, job, ok
+from tests.pooling import PLAIN, agents, cp, job, ok
 
 pytestmark = pytest.mark.needs("root", "sshd")
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,70 +29,7 @@ from pool.settings import Settings
 from tests.conftest import BIN, wait_until
 from tests.crunning import make_rootfs
 from tests.faultproxy import free_port
-
-PLAIN = ("--no-container",)
-
-
-def cp(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    options.setdefault("timeout", 60)
-    return subprocess.run([str(BIN / "cpool"), *map(str, words)], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
-
-
-def ok(*words: object, **options: object) -> str:
-    done = cp(*words, **options)
-    assert done.returncode == 0, (words, done.stderr)
-    return str(done.stdout)
-
-
-def job(number: object) -> dict[str, object]:
-    found: dict[str, object] = json.loads(ok("job", number, "--json"))
-    return found
-
-
-@pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A pool; afterwards no agent of it is left."""
-    monkeypatch.setenv("CAFS_POOL", str(tmp_path / "pool"))
-    monkeypatch.chdir(tmp_path)
-    ok("init")
-    yield tmp_path / "pool"
-    for pid in agents(tmp_path):
-        os.kill(pid, signal.SIGKILL)
-
-
-def agents(place: Path) -> list[int]:
-    """The processes of agents whose directory is below a place."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {b"attach", b"daemon"} & set(words) and any(word.startswith(os.fsencode(place)) for word in words):
-            found.append(int(name))
-    return found
-
-
-@contextmanager
-def serving() -> Iterator[subprocess.Popen[bytes]]:
-    """A controller that has a worker that is ready."""
-    with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
-        try:
-            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
-            yield controller
-        except AssertionError:
-            print(cp("nodes", "--json").stdout)
-            raise
-        finally:
-            controller.terminate()
-
-
-@pytest.fixture
-def controller(pool: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with serving() as found:
-        yield found
-        if found.poll() is None:
-            cp("down", "--grace", "0")
+from tests.pooling import PLAIN, agents, cp, job, ok, serving
 
 
 def test_a_job_runs_here_and_its_code_and_words_come_back(controller: object) -> None:
@@ -331,7 +267,7 @@ def test_an_agent_that_is_killed_leaves_its_jobs_to_the_next(controller: object,
 
 
 def test_an_agent_of_another_build_becomes_the_controllers_and_its_jobs_notice_nothing(pool: Path, tmp_path: Path) -> None:
-    older = "from pool import program, client; program.MODULES = [*program.MODULES, 'drawing']; import os; client.serve(os.environ['CAFS_POOL'])"
+    older = "from pool import program, client; program.MODULES = (*program.MODULES, 'drawing'); import os; client.serve(os.environ['CAFS_POOL'])"
     with subprocess.Popen([sys.executable, "-c", older]) as first:
         wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
         script = f"echo $$; until test -f {tmp_path}/go; do sleep 0.05; done; head -c 3000000 /dev/zero | sha256sum >/dev/null; exit 3"

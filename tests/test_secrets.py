@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pool import hiding
 from pool.processes import Job
 from tests.conftest import wait_until
-from tests.test_pool import PLAIN, controller, cp, job, ok, pool  # noqa: F401  (fixtures)
+from tests.pooling import PLAIN, cp, job, ok
 
 VALUE = "hunter2-verysecret"
 
@@ -21,7 +21,7 @@ def files_with(place: Path, text: str) -> list[Path]:
     return [one for one in place.rglob("*") if one.is_file() and not one.is_symlink() and text.encode() in one.read_bytes()]
 
 
-def test_a_job_reads_its_secret_and_nobody_else_does(pool: Path, controller: object, tmp_path: Path) -> None:  # noqa: F811
+def test_a_job_reads_its_secret_and_nobody_else_does(pool: Path, controller: object, tmp_path: Path) -> None:
     ok("secret", "set", "TOKEN", input=VALUE)
     ok("secret", "set", "other", input="x" * 100)
     assert ok("secret", "ls") == "TOKEN\nother\n"
@@ -55,7 +55,7 @@ def test_a_job_reads_its_secret_and_nobody_else_does(pool: Path, controller: obj
     assert "TOKEN" in str(job(number)["spec"]) and VALUE not in str(job(number))
 
 
-def test_a_secret_that_is_not_there_is_said_when_it_is_asked_for_and_when_it_is_gone(pool: Path, controller: object) -> None:  # noqa: F811
+def test_a_secret_that_is_not_there_is_said_when_it_is_asked_for_and_when_it_is_gone(pool: Path, controller: object) -> None:
     refused = cp("submit", *PLAIN, "--secret", "NONE", "--", "true")
     assert refused.returncode == 4 and "no secret 'NONE'" in refused.stderr
     ok("secret", "set", "A", input="value")
@@ -68,7 +68,7 @@ def test_a_secret_that_is_not_there_is_said_when_it_is_asked_for_and_when_it_is_
     assert cp("secret", "rm", "A").returncode == 4 and ok("secret", "ls") == ""
 
 
-def test_secrets_are_kept_without_a_controller_too(pool: Path) -> None:  # noqa: F811
+def test_secrets_are_kept_without_a_controller_too(pool: Path) -> None:
     ok("secret", "set", "A", input="value")
     assert ok("secret", "ls") == "A\n" and (pool / "secrets" / "owner").stat().st_mode & 0o777 == 0o700
     ok("secret", "rm", "A")
@@ -76,7 +76,7 @@ def test_secrets_are_kept_without_a_controller_too(pool: Path) -> None:  # noqa:
 
 
 @pytest.mark.needs("root", "fuse", "runc", "busybox")
-def test_in_an_image_secrets_are_below_run_secrets_for_whatever_user(image: Path, pool: Path, controller: object) -> None:  # noqa: F811
+def test_in_an_image_secrets_are_below_run_secrets_for_whatever_user(image: Path, pool: Path, controller: object) -> None:
     ok("secret", "set", "A", input="some value")
     number = ok(
         "submit",

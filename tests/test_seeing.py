@@ -14,10 +14,11 @@ import pytest
 from pool import drawing, report, scaling, simulation, state, sweep
 from pool.settings import Settings
 from tests.conftest import BIN
-from tests.test_pool import PLAIN, controller, cp, ok, poisson, pool  # noqa: F401  (fixtures)
+from tests.pooling import PLAIN, cp, ok
+from tests.test_pool import poisson
 
 
-def test_what_happens_is_a_line_of_json_and_a_number_for_prometheus(pool: Path, controller: object) -> None:  # noqa: F811
+def test_what_happens_is_a_line_of_json_and_a_number_for_prometheus(pool: Path, controller: object) -> None:
     with subprocess.Popen([BIN / "cpool", "events", "-f"], stdout=subprocess.PIPE, text=True) as following:
         good, bad = (ok("submit", *PLAIN, "--", word).strip() for word in ("true", "false"))
         assert cp("wait", good, bad).returncode == 1
@@ -45,7 +46,7 @@ def test_what_happens_is_a_line_of_json_and_a_number_for_prometheus(pool: Path, 
     }
 
 
-def test_events_go_on_in_another_file_when_one_is_large(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_events_go_on_in_another_file_when_one_is_large(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pool import events
 
     monkeypatch.setattr(events, "SIZE_MAX", 200)
@@ -56,7 +57,7 @@ def test_events_go_on_in_another_file_when_one_is_large(pool: Path, monkeypatch:
     assert [json.loads(line)["id"] for line in ok("events").splitlines()] == ["m-2", "m-3"]
 
 
-def test_a_report_counts_what_was_done_and_what_it_cost(pool: Path) -> None:  # noqa: F811
+def test_a_report_counts_what_was_done_and_what_it_cost(pool: Path) -> None:
     now = time.time()
     held = state.State(str(pool))
     for number, (waited, ran, code) in enumerate(((10, 3600, 0), (30, 1800, 1), (20, 1800, 0))):
@@ -91,7 +92,7 @@ def test_a_report_counts_what_was_done_and_what_it_cost(pool: Path) -> None:  # 
     assert report.make(ended, Settings(), 1, now + 3 * 86400)["jobs"] == 0
 
 
-def test_policies_are_compared_and_the_cheapest_that_is_good_enough_is_chosen(pool: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_policies_are_compared_and_the_cheapest_that_is_good_enough_is_chosen(pool: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("time,duration_s\n" + "".join(f"{one.time_s},{one.duration_s}\n" for one in poisson(1000, 0.2)))
     (pool / "pool.toml").write_text('[[machines]]\nname = "m"\ncpus = 2\nprice = 0.1\n[scaling]\nmachines = 60\n')

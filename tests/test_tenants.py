@@ -23,7 +23,7 @@ from pool.settings import Settings
 from pool.tenants import Tenants, Usage
 from pool.workers import Remote
 from tests.conftest import wait_until
-from tests.test_pool import PLAIN, cp, job, ok, pool, serving  # noqa: F401  (fixtures)
+from tests.pooling import PLAIN, cp, job, ok, serving
 
 SPEC = {"memory": 0, "gpus": 0}
 TOML = '[tenants.a]\nusers = ["1234"]\ncpus = 1\njobs = 3\n[tenants.b]\nusers = ["nobody"]\nshare = 2\n'
@@ -77,7 +77,7 @@ def test_a_job_goes_where_its_image_is_unless_there_is_no_room() -> None:
 
 
 @pytest.fixture
-def shared_pool(pool: Path, tmp_path: Path) -> Iterator[Path]:  # noqa: F811
+def shared_pool(pool: Path, tmp_path: Path) -> Iterator[Path]:
     (pool / "pool.toml").write_text(TOML)
     for above in [tmp_path, *tmp_path.parents][:3]:
         above.chmod(above.stat().st_mode | 0o111)
@@ -153,7 +153,7 @@ def test_a_quota_is_kept_and_is_the_reason_that_is_said(shared_pool: Path, tmp_p
     assert cp("submit", *PLAIN, "--tenant", "zz", "--", "true").returncode == 4
 
 
-def test_strange_tenants_in_pool_toml_are_refused_with_their_line(pool: Path) -> None:  # noqa: F811
+def test_strange_tenants_in_pool_toml_are_refused_with_their_line(pool: Path) -> None:
     for text, message in (
         ('[tenants.x]\nusers = ["no-such-user"]\n', "pool.toml:1: there is no user 'no-such-user'"),
         ("[tenants.x]\ncpus = 1\n", "pool.toml:1: a tenant has a plain name, and users"),
@@ -193,7 +193,7 @@ def test_what_is_measured_keeps_a_job_away_and_no_job_is_counted_twice() -> None
     assert whole.free().fits(Need(4, 16 << 30)), "what the system itself has keeps nobody from a whole machine"
 
 
-def test_more_processors_are_given_away_than_there_are_if_that_is_wanted(pool: Path) -> None:  # noqa: F811
+def test_more_processors_are_given_away_than_there_are_if_that_is_wanted(pool: Path) -> None:
     assert remote().free(1.5).cpus == 6 and remote().free().cpus == 4
     (pool / "pool.toml").write_text("[pool]\novercommit = 4\n")
     with serving():
@@ -237,7 +237,7 @@ def test_a_strict_job_is_done_again_only_when_it_has_ended_itself(monkeypatch: p
 
 
 def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
-    pool: Path,  # noqa: F811
+    pool: Path,
     tmp_path: Path,
 ) -> None:
     with serving_with("from pool import requests; requests.STRICT_S = 1.0"):

@@ -1,0 +1,87 @@
+"""A pool as a user has it: its commands, a controller, and nothing of it left afterwards; fixtures are in conftest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+PLAIN = ("--no-container",)
+
+
+def cp(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    options.setdefault("timeout", 60)
+    return subprocess.run([str(BIN / "cpool"), *map(str, words)], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def ok(*words: object, **options: object) -> str:
+    done = cp(*words, **options)
+    assert done.returncode == 0, (words, done.stderr)
+    return str(done.stdout)
+
+
+def job(number: object) -> dict[str, object]:
+    found: dict[str, object] = json.loads(ok("job", number, "--json"))
+    return found
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A pool; afterwards no agent of it is left."""
+    monkeypatch.setenv("CAFS_POOL", str(tmp_path / "pool"))
+    monkeypatch.chdir(tmp_path)
+    ok("init")
+    yield tmp_path / "pool"
+    for pid in agents(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def agents(place: Path) -> list[int]:
+    """The processes of agents whose directory is below a place."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {b"attach", b"daemon"} & set(words) and any(word.startswith(os.fsencode(place)) for word in words):
+            found.append(int(name))
+    return found
+
+
+@contextmanager
+def serving() -> Iterator[subprocess.Popen[bytes]]:
+    """A controller that has a worker that is ready."""
+    with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
+        try:
+            _until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+            yield controller
+        except AssertionError:
+            print(cp("nodes", "--json").stdout)
+            raise
+        finally:
+            controller.terminate()
+
+
+@pytest.fixture
+def controller(pool: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with serving() as found:
+        yield found
+        if found.poll() is None:
+            cp("down", "--grace", "0")
+
+
+def _until(is_so: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
