@@ -20,6 +20,7 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
+_PR_SET_NAME = 15
 _PR_GET_SECUREBITS, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP = 27, 28, 4
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _SYS_OPENAT2 = 437
@@ -208,6 +209,11 @@ def leave_session() -> None:
 def die_with_parent() -> None:
     """prctl(2), PR_SET_PDEATHSIG: we get SIGKILL when the thread that forked us ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
+def set_name(name: str) -> None:
+    """prctl(2), PR_SET_NAME: how this process is called in /proc/PID/comm; 15 bytes."""
+    _check(_libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0), "prctl")
 
 
 def exit_code(status: int) -> int:

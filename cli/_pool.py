@@ -303,6 +303,20 @@ def files(given: tuple[str, ...], back: tuple[str, ...]) -> tuple[dict[str, Any]
     return found, contents
 
 
+def run_beside(number: int, words: tuple[str, ...], flags: str) -> int:
+    """A command beside a job; its exit code.  Raises CafsError."""
+    from cafs.errors import NotFound
+    from pool import beside
+
+    job = ask("job", id=number)["job"]
+    address = next((one["address"] for one in ask("nodes")["nodes"] if one["name"] == job["worker"]), None)
+    if address is None:
+        raise NotFound(f"job {number} is on no worker")
+    where = "" if address == "local" else address
+    command = list(words[1:] if words[0] == "--" else words)
+    return beside.run(directory(), pool_id(), where, job, command, flags)
+
+
 def fetch(number: int, place: str) -> int:
     """Write the files that a job was to bring back below a directory; how many there are not.  Raises CafsError."""
     import base64

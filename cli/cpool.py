@@ -254,6 +254,17 @@ def logs(number: int, follow: bool) -> int:
                 time.sleep(0.1)
 
 
+@main.command("exec", context_settings=PLAIN)
+@click.option("-i", "--interactive", is_flag=True, help="With our standard input.")
+@click.option("-t", "--tty", is_flag=True, help="On a terminal.")
+@quiet_option(used=False)
+@click.argument("number", metavar="JOB", type=int)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(interactive: bool, tty: bool, number: int, command: tuple[str, ...]) -> int:
+    """Run COMMAND beside a job that runs, in its container."""
+    return asking.run_beside(number, command, "i" * interactive + "t" * tty)
+
+
 @main.command()
 @click.argument("number", metavar="JOB", type=int)
 @click.argument("directory", metavar="[DIR]", default=".")

@@ -2,7 +2,7 @@
 
 The main program of the agent's file.  Standard library only, Python 3.9.  cpool-agent(7), AGENT.
 
-usage: agent.pyz attach DIRECTORY | agent.pyz lend DIRECTORY
+usage: agent.pyz attach DIRECTORY | agent.pyz lend DIRECTORY | agent.pyz enter DIRECTORY ID.ATTEMPT FLAGS COMMAND...
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ _BEGIN_S = 10.0
 
 def main(build: str) -> int:
     """build: names this file."""
+    if sys.argv[1:2] == ["enter"] and len(sys.argv) > 5:
+        from pool import entering
+
+        return entering.enter(os.path.expanduser(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
     if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "lend", "daemon"):
         print(__doc__, file=sys.stderr)
         return 2

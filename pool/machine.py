@@ -61,6 +61,14 @@ def start_time(pid: int) -> int:
         return 0
 
 
+def name_of(pid: int) -> str:
+    """What a process calls itself, '' if there is none (proc(5), comm)."""
+    try:
+        return _read(f"/proc/{pid}/comm").strip()
+    except OSError:
+        return ""
+
+
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()

@@ -14,6 +14,7 @@ import signal
 import time
 
 from pool import hiding, machine, staging, streams
+from pool.entering import container_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ KEPT_HALF = 32 << 20
 _LENT = "lent"
 _SECRETS, _IN_IMAGE = "CPOOL_SECRETS", "/run/secrets"
 _KILL_S = 0.05
+_GUARD, _GUARD_S = "cafs-guard", 5.0
 _BLOCK = 4096
 _PUNCH_HOLE = 0x03
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +49,7 @@ class Job:
         self.deadline = float("inf")
         self.kill_at = float("inf")
         self.ended: dict[str, Any] | None = None
+        self._kill_since = float("inf")
         self.gaps: dict[str, tuple[int, int]] = {}
         self.outcome: tuple[int | None, float, int] | None = None
         """What is known of the end of a shell of which other processes are being killed."""
@@ -99,6 +102,7 @@ class Job:
         if not asked["image"]:
             return list(asked["command"])
         words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
+        words += ["--name", container_of(self.pool, self.id, self.attempt)]
         words += ["--memory", str(asked["memory"])] if asked["memory"] else []
         if asked.get("has_work"):
             words += ["-v", f"{self.path(staging.WORK)}:{staging.IN_IMAGE}"]
@@ -191,10 +195,13 @@ class Job:
         self.kill_at = min(self.kill_at, time.monotonic() + grace_s)
 
     def kill_rest(self) -> bool:
-        """SIGKILL to what is left; whether nothing was."""
+        """SIGKILL to what is left; whether nothing was.  A container's guard is left for last: it cleans up after the others."""
         left = self.processes()
+        self._kill_since = min(self._kill_since, time.monotonic())
+        is_spared = bool(self.asked.get("image")) and time.monotonic() < self._kill_since + _GUARD_S
         for pid in left:
-            _send(pid, signal.SIGKILL)
+            if not (is_spared and machine.name_of(pid) == _GUARD):
+                _send(pid, signal.SIGKILL)
         self.kill_at = time.monotonic() + _KILL_S if left else float("inf")
         return not left
 

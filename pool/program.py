@@ -8,9 +8,10 @@ import os
 import zipfile
 from functools import cache
 
-MODULES = (
+MODULES: tuple[str, ...] = (
     "agent",
     "attach",
+    "entering",
     "frames",
     "hiding",
     "launched",
@@ -18,8 +19,8 @@ MODULES = (
     "machine",
     "peers",
     "processes",
-    "staging",
     "sockets",
+    "staging",
     "streams",
 )
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"

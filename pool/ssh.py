@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import shlex
+import signal
 import socket
 import threading
 import time
@@ -213,6 +214,38 @@ class There:
             return channel.recv_exit_status(), out.decode(errors="replace"), errors[0].decode(errors="replace")
         except paramiko.SSHException as error:
             raise RemoteError(f"cannot run a command there: {error}") from error
+
+    def become(self, command: str, *, has_terminal: bool) -> int:
+        """A command with our own standard streams, on a terminal there if we have one; its exit code.  Raises CafsError."""
+        try:
+            channel = self._transport.open_session(timeout=_CONNECT_S)
+            if has_terminal:
+                size = os.get_terminal_size(0)
+                channel.get_pty(os.environ.get("TERM", "vt100"), size.columns, size.lines)
+                signal.signal(signal.SIGWINCH, lambda *_: channel.resize_pty(*os.get_terminal_size(0)))
+            channel.exec_command(f"/bin/sh -c {shlex.quote(command)}")
+            threading.Thread(target=_pass_input, args=(channel,), daemon=True).start()
+            errors = threading.Thread(target=_pass_output, args=(channel.recv_stderr, 2), daemon=True)
+            errors.start()
+            _pass_output(channel.recv, 1)
+            errors.join()
+            return int(channel.recv_exit_status())
+        except paramiko.SSHException as error:
+            raise RemoteError(f"cannot run a command there: {error}") from error
+
+
+def _pass_input(channel: paramiko.Channel) -> None:
+    try:
+        while data := os.read(0, _PIECE):
+            channel.sendall(data)
+        channel.shutdown_write()
+    except OSError:
+        pass  # it has ended
+
+
+def _pass_output(receive: Any, fd: int) -> None:
+    while data := receive(_PIECE):
+        atomic.write_all(fd, data)
 
 
 def _all(receive: Any) -> bytes:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that crun passes on to the command, and that the guard outlives."""
+NAME = "cafs-guard"
+"""Of its process: whoever ends all of a container's leaves it for last, as it cleans up."""
+
 DONE, HANDED_OVER = b"d", b"h"
 """What crun says: it has cleaned up itself; the container has a monitor now."""
 
@@ -44,6 +47,7 @@ class Guard:
         os.close(writer)
         try:
             linux.leave_session()
+            linux.set_name(NAME)
             for number in FORWARDED:
                 signal.signal(number, signal.SIG_IGN)
             _watch(container, reader)

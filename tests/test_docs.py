@@ -31,6 +31,7 @@ COMMANDS = {
         "logs",
         "wait",
         "fetch",
+        "exec",
         "cancel",
         "hold",
         "release",

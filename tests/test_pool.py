@@ -441,6 +441,15 @@ def test_jobs_go_to_machines_that_are_reached_by_ssh(servers: list[int], pool: P
             input="1\n" * 8,
         )
         assert set(said.splitlines()) == {f"w{n} {tmp_path}/server{n}" for n in range(2)}
+        number = ok("submit", *PLAIN, "--workdir", "/", "-e", "A=b", "--exclude", "w1", "--", "sleep", "60").strip()
+        wait_until(lambda: job(number)["state"] == "running")
+        beside = cp("exec", "-i", number, "--", "sh", "-c", "cat; echo $A $CPOOL_WORKER; echo err >&2; exit 4", input="in\n")
+        assert (beside.returncode, beside.stdout, beside.stderr) == (4, "in\nb w0\n", "err\n")
+        main, other = os.openpty()
+        with subprocess.Popen([BIN / "cpool", "exec", "-it", number, "tty"], stdin=other, stdout=other) as child:
+            assert child.wait(30) == 0
+        assert b"/dev/pts/" in os.read(main, 4096)
+        ok("cancel", number, "--grace", "0")
         ok("node", "drain", "w0")
         said = ok("map", *PLAIN, "--workdir", "/", "--", "sh", "-c", "echo $CPOOL_WORKER", input="1\n" * 3)
         assert set(said.split()) == {"w1"}

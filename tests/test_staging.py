@@ -1,17 +1,19 @@
-"""Files that go to jobs and come back."""
+"""Files that go to jobs and come back, and commands beside jobs."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cafs.errors import UsageError
 from pool import inputs, staging
-from tests.conftest import wait_until
+from tests.conftest import BIN, wait_until
+from tests.crunning import leftovers
 from tests.pooling import PLAIN, cp, job, ok
 
 
@@ -113,3 +115,33 @@ def test_more_than_fits_into_a_message_is_refused_at_once(pool: Path, tmp_path: 
     assert refused.returncode == 2 and "more than 4 MiB" in refused.stderr
     assert cp("submit", *PLAIN, "--in", "absent", "--", "true").returncode == 4
     assert cp("submit", *PLAIN, "--out", "../x", "--", "true").returncode == 2
+
+
+def test_a_command_runs_beside_a_job_with_its_directory_and_environment(pool: Path, controller: object, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    number = ok("submit", *PLAIN, "-e", "A=b c", "--", "sleep", "60").strip()
+    wait_until(lambda: job(number)["state"] == "running")
+    done = cp("exec", number, "--", "sh", "-c", 'echo "$A" $CPOOL_JOB; ls; cat; echo err >&2; exit 5', input="not for it")
+    assert (done.returncode, done.stdout, done.stderr) == (5, f"b c {number}\npool\nx\n", "err\n")
+    assert ok("exec", "-i", number, "cat", input="words") == "words"
+    assert cp("exec", number, "no-such-program").returncode == 127
+    assert "is not a terminal" in cp("exec", "-t", number, "true", stdin=subprocess.DEVNULL).stderr
+    ok("cancel", number, "--grace", "0")
+    cp("wait", number)
+    assert "is cancelled" in cp("exec", number, "true").stderr and cp("exec", 99, "true").returncode == 4
+
+
+@pytest.mark.needs("root", "fuse", "runc", "busybox")
+def test_a_command_runs_in_the_container_of_a_job(image: Path, pool: Path, controller: object) -> None:
+    number = ok("submit", "--image", "b:1", "--", "sh", "-c", "echo 1 >/tmp/mark; sleep 60").strip()
+    wait_until(lambda: cp("exec", number, "cat", "/tmp/mark").stdout == "1\n")
+    assert ok("exec", "-i", number, "sh", "-c", "cat; echo $CPOOL_JOB; hostname >/dev/null", input="in\n") == f"in\n{number}\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        main, other = os.openpty()
+        with subprocess.Popen([BIN / "cpool", "exec", "-it", number, "tty"], stdin=other, stdout=other, stderr=other) as child:
+            assert child.wait(30) == 0
+        assert b"/dev/pts/" in os.read(main, 4096)
+    ok("cancel", number, "--grace", "0")
+    cp("wait", number)
+    wait_until(lambda: not leftovers(image))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pool.settings import Settings
 from pool.tenants import Tenants, Usage
 from pool.workers import Remote
 from tests.conftest import wait_until
-from tests.pooling import PLAIN, cp, job, ok, serving
+from tests.pooling import PLAIN, agents, cp, job, ok, serving
 
 SPEC = {"memory": 0, "gpus": 0}
 TOML = '[tenants.a]\nusers = ["1234"]\ncpus = 1\njobs = 3\n[tenants.b]\nusers = ["nobody"]\nshare = 2\n'
@@ -77,13 +78,18 @@ def test_a_job_goes_where_its_image_is_unless_there_is_no_room() -> None:
 
 
 @pytest.fixture
-def shared_pool(pool: Path, tmp_path: Path) -> Iterator[Path]:
-    (pool / "pool.toml").write_text(TOML)
-    for above in [tmp_path, *tmp_path.parents][:3]:
-        above.chmod(above.stat().st_mode | 0o111)
-    with serving():
-        yield pool
-        ok("down", "--grace", "0")
+def shared_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Not below pytest's own directory, which every run of it closes to others again."""
+    with tempfile.TemporaryDirectory(prefix="cafs-pool-") as place:
+        os.chmod(place, 0o711)
+        found = Path(place) / "pool"
+        monkeypatch.setenv("CAFS_POOL", str(found))
+        ok("init")
+        (found / "pool.toml").write_text(TOML)
+        with serving():
+            yield found
+            ok("down", "--grace", "0")
+        wait_until(lambda: not agents(Path(place)))
 
 
 def ask(uid: int, pool_place: Path, **fields: object) -> dict[str, object]:
