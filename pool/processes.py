@@ -195,7 +195,7 @@ class Job:
         self.kill_at = min(self.kill_at, time.monotonic() + grace_s)
 
     def kill_rest(self) -> bool:
-        """SIGKILL to what is left; whether nothing was.  A container's guard is left for last: it cleans up after the others."""
+        """SIGKILL to what is left; whether nothing was.  A container's guard is left for last: it cleans up."""
         left = self.processes()
         self._kill_since = min(self._kill_since, time.monotonic())
         is_spared = bool(self.asked.get("image")) and time.monotonic() < self._kill_since + _GUARD_S
