@@ -6,6 +6,7 @@ Nothing is copied by SFTP, no shell is assumed to be quiet: the agent's program 
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import shlex
 import signal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from pool.links import Pool
 
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # what goes wrong is raised, and said once
 _CONNECT_S = 15.0
 _PIECE = 1 << 16
 _KEPT = 1 << 20
