@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import selectors
+import shutil
 import signal
 import sys
 import time
@@ -47,7 +48,7 @@ class Agent:
         self.peers: Peers
         self.selector = selectors.DefaultSelector()
         self.sequence = 0
-        self.is_leaving = self.is_to_leave = False
+        self.is_leaving = self.is_to_leave = self.is_to_be_removed = False
         self._next_report = 0.0
         self._alone_since = time.monotonic()
         self._heard = time.monotonic()
@@ -112,8 +113,11 @@ class Agent:
         if known:
             self.peers.say("running", id=job.id, attempt=job.attempt) if not known.ended else self._say_done(known)
             return
+        asked["gpu_ids"] = self._free_gpus()[: int(asked.get("gpus", 0))]
         self.jobs[job.key] = job
         try:
+            if len(asked["gpu_ids"]) < int(asked.get("gpus", 0)):
+                raise OSError(errno.EBUSY, "not so many GPUs are free")
             job.start()
             self.by_pid[job.pid] = job
         except (OSError, ValueError) as error:
@@ -123,6 +127,11 @@ class Agent:
             self._ended(job, 126)
             return
         self.peers.say("running", id=job.id, attempt=job.attempt)
+
+    def _free_gpus(self) -> list[int]:
+        """That no job has."""
+        taken = {one for job in self.jobs.values() if not job.ended for one in job.asked.get("gpu_ids", ())}
+        return [number for number in machine.gpus() if number not in taken]
 
     def _reap(self) -> None:
         while True:
@@ -224,6 +233,7 @@ class Agent:
             self.peers.send(peer, frames.answer(int(said["request"]), following, data))
         elif kind == "leave":
             self.is_to_leave = True  # when no job runs any more
+            self.is_to_be_removed = bool(said.get("remove"))
 
     def _become(self, build: str) -> None:
         """Go on as another build of this program, if the controller has brought one; jobs notice nothing (execve(2))."""
@@ -245,7 +255,7 @@ class Agent:
             self.epoch = epoch
             _note(os.path.join(self.directory, "epoch"), epoch)
             self.peers.drop_trusted()
-        peer.is_trusted, self.is_to_leave = True, False
+        peer.is_trusted, self.is_to_leave, self.is_to_be_removed = True, False, False
         fields = {"protocol": frames.PROTOCOL, "build": self.build, "pool": self.pool, "worker": self.worker}
         known = [{"id": job.id, "attempt": job.attempt, "ended": bool(job.ended)} for job in self.jobs.values()]
         self.peers.send(peer, frames.message("hello", boot_id=machine.boot_id(), jobs=known, **fields))
@@ -288,7 +298,10 @@ def daemon(directory: str, build: str) -> None:
             raise
         return
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that we hear of the end of all that jobs leave
-    Agent(directory, build).run()
+    found = Agent(directory, build)
+    found.run()
+    if found.is_to_be_removed:
+        shutil.rmtree(directory, ignore_errors=True)
     try:
         os.unlink(os.path.join(directory, "socket"))
     except OSError:

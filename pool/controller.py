@@ -15,6 +15,7 @@ from cafs import paths
 from cafs.errors import CafsError
 from pool import frames, inputs, links, outputs, requests, sockets, state, workers
 from pool.events import Events
+from pool.leases import Leases
 from pool.placement import Need, Placement, Worker
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
 from pool.tenants import Tenants, Usage, tenant_of
@@ -60,6 +61,7 @@ class Controller:
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self._overcommit, self._is_one_per_boot = settings.overcommit, settings.one_per_boot
+        self.leases = Leases(settings.store)
         self.clients: dict[int, Client] = {}
         self.events = Events(directory)
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
@@ -101,8 +103,8 @@ class Controller:
             self.turn(0)
             while not self.is_ending:
                 self.turn(_TICK_S)
+            self.turn(0)  # not after an error: what is then still to be said is not on disk
         finally:
-            self.turn(0)
             self.wires.close()
             os.chmod(self.directory, 0o700)
             os.unlink(os.path.join(self.directory, "socket"))
@@ -191,15 +193,15 @@ class Controller:
             else:
                 known.is_draining, known.labels = row["state"] != "ready", frozenset(row["labels"])
         for name in set(self.remotes) - {row["name"] for row in rows}:
-            self._let_go(self.remotes.pop(name), "its worker was removed")
+            self._let_go(self.remotes.pop(name), "its worker was removed", is_for_good=True)
 
-    def _let_go(self, gone: Remote, why: str) -> None:
+    def _let_go(self, gone: Remote, why: str, *, is_for_good: bool = False) -> None:
         """A worker is none of the pool's any more: what runs there ends, and is done elsewhere."""
         for job in list(gone.jobs.values()):
             self.send(gone, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=GRACE_S))
             gone.jobs.pop(job.id)
             self.lose(job, why)
-        self.send(gone, frames.message("leave"))
+        self.send(gone, frames.message("leave", remove=is_for_good))
         gone.is_gone = True
         self.say(lambda: self.wires.drop(gone, "removed"))
 
@@ -292,6 +294,7 @@ class Controller:
             return
         self._look_at_queue = time.monotonic() + _TICK_S
         self._may_place = True
+        self.leases.mind(frozenset(str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")))
         late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)

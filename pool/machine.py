@@ -11,9 +11,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_DEVICES = "/dev"
+
+
 def boot_id() -> str:
     """Another after each boot."""
     return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def gpus() -> list[int]:
+    """The numbers of NVIDIA's devices."""
+    return sorted(int(name[6:]) for name in os.listdir(_DEVICES) if re.fullmatch("nvidia[0-9]+", name))
 
 
 def report(directory: str) -> dict[str, Any]:
@@ -26,7 +34,7 @@ def report(directory: str) -> dict[str, Any]:
         "free_memory": memory.get("MemAvailable", 0),
         "free_disk": status.f_bavail * status.f_frsize,
         "load": os.getloadavg()[0],
-        "gpus": len([name for name in os.listdir("/dev") if re.fullmatch("nvidia[0-9]+", name)]),
+        "gpus": len(gpus()),
         "arch": os.uname().machine,
     }
 

@@ -68,6 +68,8 @@ class Job:
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
         environment["CPOOL_POOL"] = self.pool
+        if machine.gpus() and not asked["image"]:  # a container has those that it is given, and no others
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, asked.get("gpu_ids", ())))
         secrets = asked.pop("secrets", None)  # before it is written down
         if secrets:
             place = hiding.place_of(self.directory)
@@ -103,6 +105,8 @@ class Job:
             return list(asked["command"])
         words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
         words += ["--name", container_of(self.pool, self.id, self.attempt)]
+        if asked.get("gpu_ids"):
+            words += ["--gpus", "device=" + ",".join(map(str, asked["gpu_ids"]))]
         words += ["--memory", str(asked["memory"])] if asked["memory"] else []
         if asked.get("has_work"):
             words += ["-v", f"{self.path(staging.WORK)}:{staging.IN_IMAGE}"]

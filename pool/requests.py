@@ -57,6 +57,7 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
         "store": store,
         "cpus": spec["cpus"],
         "memory": spec["memory"],
+        "gpus": spec.get("gpus", 0),
         "env": {**spec["env"], **own},
         "cwd": spec["cwd"],
         "timeout_s": spec["timeout_s"],
@@ -166,6 +167,8 @@ class Client:
             if handler is None:
                 raise UsageError(f"unknown request {quote(str(said['do']))}", hint="is the controller of another release?")
             handler(self, self._controller, said)
+        except state.WriteError:
+            raise  # half of it may have been done
         except CafsError as error:
             self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -52,6 +52,10 @@ _CHANGES = {1: _MACHINES}
 """From each version to the next."""
 
 
+class WriteError(CafsError):
+    """What was decided cannot be made durable: whoever decided has to end, and begin again from what is on disk."""
+
+
 class Job:
     """A row of jobs.  Changed through State.change alone."""
 
@@ -130,7 +134,7 @@ class State:
                 self._is_open = True
             return self._db.execute(text, tuple(values))
         except sqlite3.OperationalError as error:
-            raise CafsError(f"cannot write the state of the pool: {error}") from error
+            raise WriteError(f"cannot write the state of the pool: {error}") from error
 
     def take_changes(self) -> list[dict[str, Any]]:
         """Of jobs and machines, since the last time."""
@@ -144,7 +148,7 @@ class State:
             try:
                 self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
-                raise CafsError(f"cannot write the state of the pool: {error}") from error
+                raise WriteError(f"cannot write the state of the pool: {error}") from error
 
     def meta(self, name: str) -> str:
         row = self._do("SELECT value FROM meta WHERE name = ?", [name]).fetchone()

@@ -179,6 +179,7 @@ def _world(place: Path, patch: pytest.MonkeyPatch, clock: Clock, sky: Sky, **mor
     patch.setattr(cloud, "connect", lambda *_: sky)
     patch.setattr(fleet.threading, "Thread", _Now)
     patch.setattr(module.Wires, "open", lambda *_: None)
+    patch.setattr(module.Leases, "mind", lambda *_: None)
     (place / "pool").mkdir()
     state.create(str(place / "pool"))
     yield World(place / "pool", clock, sky, **more)

@@ -455,6 +455,7 @@ def test_jobs_go_to_machines_that_are_reached_by_ssh(servers: list[int], pool: P
         assert set(said.split()) == {"w1"}
         ok("host", "rm", "w1")
         assert ok("host", "ls", "-q").split() == ["w0"]
+        wait_until(lambda: not list((tmp_path / "server1" / ".cache" / "cafs-agent").iterdir()))
         ok("down")
     wait_until(lambda: not agents(tmp_path))
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cafs.errors import UsageError
 from pool import inputs, staging
+from pool.processes import Job
 from tests.conftest import BIN, wait_until
 from tests.crunning import leftovers
-from tests.pooling import PLAIN, cp, job, ok
+from tests.pooling import PLAIN, agents, cp, job, ok, serving
 
 
 def test_files_go_to_a_job_and_come_back_from_it(pool: Path, controller: object, tmp_path: Path) -> None:
@@ -145,3 +149,101 @@ def test_a_command_runs_in_the_container_of_a_job(image: Path, pool: Path, contr
     ok("cancel", number, "--grace", "0")
     cp("wait", number)
     wait_until(lambda: not leftovers(image))
+
+
+# What else an agent and a controller do for jobs.
+
+
+def test_each_job_that_asks_for_gpus_gets_its_own(
+    pool: Path, controller: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By devices that are only called so: what is tested is who gets which."""
+    from pool import agent, machine
+
+    (tmp_path / "dev").mkdir()
+    for number in (0, 1, 2, 10):
+        (tmp_path / "dev" / f"nvidia{number}").touch()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    monkeypatch.setattr(machine, "_DEVICES", str(tmp_path / "dev"))
+    assert machine.gpus() == [0, 1, 2, 10]
+    (tmp_path / "a.b" / "jobs").mkdir(parents=True)
+    one = agent.Agent(str(tmp_path / "a.b"), "x")
+    said: list[tuple[str, dict[str, object]]] = []
+    one.peers = SimpleNamespace(say=lambda kind, **fields: said.append((kind, fields)), all=[])  # type: ignore[assignment]
+    command = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES >>{tmp_path}/seen; sleep 60"]
+    asked = {"attempt": 1, "command": command, "image": "", "cwd": "/", "env": {}, "cpus": 1, "memory": 0}
+    for number, gpus in enumerate((2, 0, 1), 1):
+        one._start({**asked, "id": number, "gpus": gpus})
+    assert [one.jobs[number, 1].asked["gpu_ids"] for number in (1, 2, 3)] == [[0, 1], [], [2]]
+    one._start({**asked, "id": 4, "gpus": 2})
+    assert said[-1][0] == "done" and said[-1][1]["code"] == 126, "only one is left"
+    wait_until(lambda: (tmp_path / "seen").exists() and len((tmp_path / "seen").read_text().splitlines()) == 3)
+    assert sorted((tmp_path / "seen").read_text().splitlines()) == ["", "0,1", "2"]
+    image = Job(str(tmp_path / "a.b" / "jobs" / "9.1"), {**asked, "id": 9, "image": "f" * 64, "gpu_ids": [1, 2]})
+    words = image._command()
+    assert words[words.index("--gpus") + 1] == "device=1,2"
+    for number in (1, 2, 3):
+        one.jobs[number, 1].kill_rest()
+        os.waitpid(one.jobs[number, 1].pid, 0)
+
+
+def test_the_image_of_a_job_that_waits_is_not_collected(pool: Path, home: Path) -> None:
+    (home / "tree").mkdir()
+    (home / "tree" / "file").write_text("content")
+    for words in (("cafs-index", "create", "-q", home / "tree", "-t", "x:1"),):
+        subprocess.run([BIN / words[0], *map(str, words[1:])], check=True)
+    with subprocess.Popen([BIN / "cpool", "serve"]) as serving_one:
+        wait_until(lambda: cp("nodes").returncode == 0)
+        number = ok("submit", "--image", "x:1", "--hold", "--", "true").strip()
+        wait_until(lambda: bool(os.listdir(home / "store" / "leases")))
+        subprocess.run([BIN / "cafs-store", "untag", "x:1"], check=True)
+        digest = json.loads(ok("job", number, "--json"))["spec"]["image"]
+        subprocess.run([BIN / "cafs-store", "gc", "--grace", "0"], check=True, capture_output=True)
+        assert subprocess.run(
+            [BIN / "cafs-index", "ls", digest], capture_output=True, text=True, check=True
+        ).stdout.split() == ["/", "/file"]
+        ok("cancel", number)
+        wait_until(lambda: not os.listdir(home / "store" / "leases"), 40)
+        subprocess.run([BIN / "cafs-store", "gc", "--grace", "0"], check=True, capture_output=True)
+        assert subprocess.run([BIN / "cafs-index", "ls", digest], capture_output=True, check=False).returncode == 4
+        ok("down")
+        serving_one.wait()
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
+    try:
+        monkeypatch.setenv("CAFS_POOL", str(place / "pool"))
+        ok("init")
+        one = subprocess.Popen([BIN / "cpool", "serve"], stderr=subprocess.PIPE, text=True)
+        try:
+            wait_until(lambda: cp("nodes").returncode == 0)
+            first = ok("submit", *PLAIN, "--hold", "--", "true").strip()
+            with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+            done = [int(first)]
+            for _ in range(100):  # the log of the database may have some room left
+                refused = cp("submit", *PLAIN, "--hold", "--", "true", *["x" * 1000] * 100)
+                if refused.returncode:
+                    break
+                done.append(int(refused.stdout))
+            assert refused.returncode in (1, 7) and "Traceback" not in refused.stderr, refused.stderr
+            said = one.communicate(timeout=30)[1]
+            assert one.returncode == 1 and "cpool: cannot write the state of the pool: database or disk is full" in said, said
+        finally:
+            one.kill()
+            one.communicate()
+        (place / "filler").unlink()
+        with serving():
+            assert [json.loads(line)["id"] for line in ok("jobs", "-a", "--json").splitlines()] == done
+            ok("release", first)
+            assert cp("wait", first).returncode == 0
+            ok("down")
+        for pid in agents(place):
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
