@@ -57,7 +57,7 @@ def controller_of_many(base: str) -> None:
         held.add(held.state.job(held.state.submit(spec)))
     turns = []
     for _ in range(20):
-        held._may_place = True
+        held.waiting.may_place = True
         began = time.perf_counter()
         held.turn(0)
         turns.append(time.perf_counter() - began)

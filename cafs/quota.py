@@ -75,9 +75,9 @@ def quota(root: str) -> int:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes: a number, or one with K, M, G or T behind it; None if it is neither."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text)
-    return int(match[1]) * _UNITS[match[2]] if match else None
+    """Bytes: a number, or one with K, M, G or T behind it, large or small as docker has them; None if it is neither."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGTkmgt]?)", text)
+    return int(match[1]) * _UNITS[match[2].upper()] if match else None
 
 
 def note_use(root: str, image: bytes, objects: Iterable[tuple[bytes, int]]) -> None:

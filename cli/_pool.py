@@ -54,7 +54,7 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
 
 def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> list[int]:
     """Their numbers.  Without a controller they are queued all the same.  files: as of inputs.keep.  Raises CafsError."""
-    from pool import inputs, requests, state
+    from pool import inputs, specs, state
     from pool.client import NoController
 
     try:
@@ -67,8 +67,10 @@ def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> l
         found = state.State(directory())
         inputs.keep(directory(), files or {})
         how = {True: state.HELD, False: state.QUEUED}
-        specs = [requests.check_one(found, one) for one in jobs]
-        ids = [found.submit(spec, one["key"], one["priority"], how[one["hold"]]) for one, spec in zip(jobs, specs, strict=True)]
+        checked = [specs.check_one(found, one) for one in jobs]
+        ids = [
+            found.submit(spec, one["key"], one["priority"], how[one["hold"]]) for one, spec in zip(jobs, checked, strict=True)
+        ]
         found.commit()
     sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")
     return ids

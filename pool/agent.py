@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from pool import frames, machine
+from pool import cgroup, frames, machine
 from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
@@ -67,6 +67,7 @@ class Agent:
         for job in found_in(jobs):
             self.jobs[job.key] = job
             self._adopt(job)
+        cgroup.sweep(os.path.basename(self.directory), {str(job.asked.get("cgroup", "")) for job in self.jobs.values()})
         while not self.is_leaving:
             for key, events in self.selector.select(self._wait_s()):
                 key.data(events)
@@ -202,6 +203,7 @@ class Agent:
             running=running,
             images=images,
             notice=self._launched.has_notice,
+            toolkit=machine.toolkit(),
             **machine.report(self.directory),
         )
 

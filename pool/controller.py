@@ -13,27 +13,26 @@ import time
 
 from cafs import paths
 from cafs.errors import CafsError
-from pool import frames, inputs, links, outputs, requests, sockets, state, workers
+from pool import commands, frames, inputs, links, outputs, requests, sockets, specs, state, workers
 from pool.events import Events
 from pool.leases import Leases
-from pool.placement import Need, Placement, Worker
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
-from pool.tenants import Tenants, Usage, tenant_of
+from pool.tenants import Tenants
 from pool.turns import Turns
+from pool.waiting import Waiting
 from pool.wires import Wires
-from pool.workers import Remote, need_of
+from pool.workers import Remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pool.commands import Client
     from pool.fleet import Fleet
-    from pool.requests import Client
     from pool.settings import Settings
 
 _TICK_S = 1.0
-_PLACING_S = 0.02
 _LOSSES_MAX = 3
 _BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
 _LOOKED_AT = 100
@@ -53,22 +52,19 @@ class Controller:
         self.epoch = self.state.next_epoch()
         self.selector = selectors.DefaultSelector()
         self.jobs: dict[int, Job] = {job.id: job for job in self.state.open_jobs()}
-        self.queue: list[Job] = []
         self.remotes: dict[str, Remote] = {}
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
         self.store, self.tenants = settings.store, Tenants(settings.tenants)
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
-        self._overcommit, self._is_one_per_boot = settings.overcommit, settings.one_per_boot
         self.leases = Leases(settings.store)
         self.clients: dict[int, Client] = {}
         self.events = Events(directory)
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
-        self._may_place, self._place_from = True, 0
-        self._is_unordered = False
+        self.waiting = Waiting(self, settings)
         self._to_say: list[Callable[[], None]] = []
         self.fleet = self._fleet(settings)
         self.look_at_hosts()
@@ -77,7 +73,7 @@ class Controller:
                 self.remotes[job.worker].jobs[job.id] = job
             elif job.state in (STARTING, RUNNING):
                 self.lose(job, "its worker is no host of the pool any more")
-        self.requeue()
+        self.waiting.put_in_order()
         inputs.remove_unwanted(directory, (job.spec for job in self.jobs.values()))
 
     def _fleet(self, settings: Settings) -> Fleet | None:
@@ -98,7 +94,7 @@ class Controller:
         is_shared = bool(self.tenants.all)
         listener = sockets.listen(self.directory, mode=0o666 if is_shared else 0o600)
         os.chmod(self.directory, 0o711 if is_shared else 0o700)  # what is in it is its owner's alone all the same
-        self.selector.register(listener, selectors.EVENT_READ, lambda _: requests.accept(self, listener))
+        self.selector.register(listener, selectors.EVENT_READ, lambda _: commands.accept(self, listener))
         try:
             self.turn(0)
             while not self.is_ending:
@@ -160,7 +156,8 @@ class Controller:
         self._mind_workers()
         self.fleet.turn() if self.fleet else None
         self._mind_queue()
-        self._place()
+        for name, jobs in self.waiting.place().items():
+            self._tell_to_start(self.remotes[name], jobs)
         if self.is_leaving and not self.is_ending:
             self.leave(when_idle=self._when_idle, when_alone=self._when_alone)
         self.state.commit()
@@ -213,7 +210,7 @@ class Controller:
                 if remote.link:
                     self.wires.drop(remote, "no report came")
             self.wires.open(remote)
-        if any(job.spec["image"] for job in self.queue[:_LOOKED_AT]):
+        if any(job.spec["image"] for job in self.waiting.jobs[:_LOOKED_AT]):
             for remote in self.remotes.values():
                 if remote.may_be_set_up:
                     self.wires.set_up(remote, for_s3=self.store.startswith("s3://"))
@@ -233,7 +230,7 @@ class Controller:
         elif kind == "report":
             was_ready = not remote.reason
             remote.reported(said)
-            self._may_place = self._may_place or not was_ready
+            self.waiting.may_place = self.waiting.may_place or not was_ready
         elif kind == "running":
             job = self._current(remote, said)
             if job and job.state == STARTING:
@@ -272,30 +269,16 @@ class Controller:
         self.jobs[job.id] = job
         self.fleet.came(job) if self.fleet else None
         if job.state == QUEUED:
-            self.queue.append(job)
-            self._may_place = True
-            self._is_unordered = self._is_unordered or bool(self.tenants.all)
-            if len(self.queue) > 1 and self.queue[-2].priority < job.priority:
-                self._is_unordered = True
-
-    def usage(self) -> dict[str, Usage]:
-        """What each tenant's jobs have for themselves; nothing if there is nobody but the owner."""
-        placed = (job for remote in self.remotes.values() for job in remote.jobs.values())
-        return self.tenants.usage(placed) if self.tenants.all else {}
-
-    def requeue(self) -> None:
-        """Put the queue in order."""
-        self._may_place, self._place_from, self._is_unordered = True, 0, False
-        self.queue = self.tenants.in_order((one for one in self.jobs.values() if one.state == QUEUED), self.usage())
+            self.waiting.add(job)
 
     def _mind_queue(self) -> None:
         """Once a second: what has waited for longer than it was to."""
         if time.monotonic() < self._look_at_queue:
             return
         self._look_at_queue = time.monotonic() + _TICK_S
-        self._may_place = True
+        self.waiting.may_place = True
         self.leases.mind(frozenset(str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")))
-        late = [job for job in self.queue if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
+        late = [job for job in self.waiting.jobs if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)
         for job in [one for one in self.jobs.values() if one.state == STARTING and one.spec.get("start_s")]:
@@ -304,112 +287,22 @@ class Controller:
                 self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=0))
                 self.lose(job, "did not start in time")
         if late or self.tenants.all:  # what is fair changes as jobs end
-            self.requeue()
-
-    def _place(self) -> None:
-        if not self._may_place and not self.turns.is_due():
-            return
-        self.turns.seen()
-        if self._is_unordered:
-            self.requeue()
-        ready = self._free() if self.queue else []
-        if not any(not one.reason for one in ready):
-            return
-        placement, began, now = Placement(ready), time.monotonic(), time.time()
-        usage = self.usage()
-        running = self.turns.running(self.jobs.values())
-        started: dict[str, list[Job]] = {}
-        self._may_place = False
-        for number in range(self._place_from, len(self.queue)):
-            job = self.queue[number]
-            if time.monotonic() - began > _PLACING_S:
-                self._may_place, self._place_from = True, number
-                self.say(self.wires.wake)  # the rest in the next turn, at once
-                break
-            if job.state != QUEUED:
-                continue
-            if self.turns.waits(job, running):
-                self._end_if_hopeless(job)
-                continue
-            if self.tenants.over(job, usage):
-                continue
-            chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
-            if chosen is None:
-                continue
-            if job.spec.get("at_once"):
-                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
-            self.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
-            self.remotes[chosen.name].took(job)
-            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
-            if self._is_one_per_boot:
-                placement.keep(self._siblings(chosen.name))  # they have less now; the next turn knows how much
-            started.setdefault(chosen.name, []).append(job)
-        else:
-            self._place_from = 0
-        if not self._place_from:
-            self.queue = [job for job in self.queue if job.state == QUEUED]
-        for name, jobs in started.items():
-            self._tell_to_start(self.remotes[name], jobs)
-
-    def due(self, most: int, fits: Callable[[Need], bool]) -> list[Need]:
-        """Of the first jobs that wait for nothing but room, and fit."""
-        found: list[Need] = []
-        running, usage = self.turns.running(self.jobs.values()), self.usage()
-        known: dict[Need, bool] = {}
-        for job in self.queue:
-            if job.state != QUEUED or self.turns.waits(job, running) or self.tenants.over(job, usage):
-                continue
-            need = need_of(job.spec)
-            known[need] = known[need] if need in known else fits(need)
-            if not known[need]:
-                continue
-            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
-            if job.spec.get("at_once"):
-                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
-            found.append(need)
-            if len(found) == most:
-                break
-        return found
-
-    def _free(self) -> list[Worker]:
-        """What is free of each worker; of workers of one machine, all that the others have not taken, if pool.toml says so."""
-        found = {remote.name: remote.free(self._overcommit) for remote in self.remotes.values()}
-        for remote in self.remotes.values():
-            for name in self._siblings(remote.name):
-                for job in self.remotes[name].jobs.values():
-                    found[remote.name].take(need_of(job.spec))
-        return list(found.values())
-
-    def _siblings(self, name: str) -> list[str]:
-        """Other workers on its machine."""
-        boot = self.remotes[name].boot_id
-        if not self._is_one_per_boot or not boot:
-            return []
-        return [one.name for one in self.remotes.values() if one.boot_id == boot and one.name != name]
-
-    def _end_if_hopeless(self, job: Job) -> None:
-        """If what it comes after has failed."""
-        failed = self.turns.failed_before(job) if job.spec.get("after") else 0
-        if failed:
-            why = (
-                f"job {failed}, after which it comes, has failed" if failed > 0 else f"there is no job {-failed} to come after"
-            )
-            self.finish(job, state.CANCELLED, why, has_written=False)
+            self.waiting.put_in_order()
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
-        store = self.store if remote.address == links.LOCAL or "://" in self.store else requests.LENT
-        asked = [requests.asked(job, self.pool, remote.name, store) for job in jobs if not requests.has_more(job)]
+        store = self.store if remote.address == links.LOCAL or "://" in self.store else specs.LENT
+        asked = [specs.asked(job, self.pool, remote.name, store) for job in jobs if not specs.has_more(job)]
         for at in range(0, len(asked), _STARTED_AT_ONCE):
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
-        for job in filter(requests.has_more, jobs):
+        for job in filter(specs.has_more, jobs):
             try:
-                more = requests.more_of(job, self.directory)
+                more = specs.more_of(job, self.directory)
             except (CafsError, OSError) as error:
                 remote.jobs.pop(job.id, None)
                 self.state.change(job, code=125)
                 self.finish(job, state.FINISHED, str(error), has_written=False)
                 continue
-            one = {**requests.asked(job, self.pool, remote.name, store), **more}
+            one = {**specs.asked(job, self.pool, remote.name, store), **more}
             self.send(remote, frames.message("start", jobs=[one]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
@@ -420,7 +313,7 @@ class Controller:
         if job is None:
             self.outputs.fetch_or_forget(remote, number, attempt, said)
             return
-        self._may_place = True
+        self.waiting.may_place = True
         usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if workers.is_amount(said[name])}
         if job.spec.get("out"):
             usage["files"] = [_size(one) for one in said["files"]][: len(job.spec["out"])]
@@ -445,7 +338,7 @@ class Controller:
         self.state.change(job, state=QUEUED, worker="")
         if wait_s:
             self.turns.try_later(job, wait_s)
-        self.requeue()
+        self.waiting.put_in_order()
 
     def lose(self, job: Job, why: str) -> None:
         """Its worker is not heard of: it is done again elsewhere, but not for ever."""
@@ -466,7 +359,7 @@ class Controller:
         self.state.change(job, state=how, reason=reason, finished_s=time.time())
         if not has_written:
             self.state.keep_output(job.id, b"", b"")
-        self._may_place = True
+        self.waiting.may_place = True
         self.jobs.pop(job.id, None)
         if job.spec.get("in"):
             self.say(lambda: inputs.remove_unwanted(self.directory, (one.spec for one in self.jobs.values())))
@@ -489,7 +382,7 @@ class Controller:
                 self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=grace_s))
         else:
             self.finish(job, state.CANCELLED, "cancelled", has_written=False)
-            self.requeue()
+            self.waiting.put_in_order()
 
 
 def _lent(settings: Settings) -> str:

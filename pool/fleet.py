@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from cafs.errors import NotFound, quote
 from pool import cloud, scaling, workers
 from pool.boot import DEADMAN_S
+from pool.market import DAY_S, Market
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _LISTED_S, _LISTED_MAX_S = 5.0, 60.0
 _POLL_MIN_S = 0.1
 _AGAIN_S, _AGAIN_MAX_S = 2.0, 20.0
 _GIVEN_UP_S = 600.0
-"""How long a launch is tried whose outcome nobody knows, and how long a type is left alone of which a zone has none."""
+"""How long a launch is tried whose outcome nobody knows."""
 _VISIBLE_S = 60.0
 _ORPHAN_S = 120.0
 _SEEN_S = 60.0
@@ -47,7 +48,6 @@ _FAILURES_MAX = 10
 _SETUPS_MAX = 3
 _CALLS_AT_ONCE = 8
 _LOOKED_AT = 1000
-_DAY_S = 86400
 
 
 class Fleet:
@@ -57,23 +57,20 @@ class Fleet:
         from pool import keys
 
         self._controller, self._cloud, self._settings = controller, there, settings
-        self._policy = settings.policy()
-        self._tables = {table["name"]: table for table in settings.machines}
-        self._kinds = {kind.name: kind for kind in self._policy.kinds}
+        self.market = Market(settings, controller.state)
         self._poll_s = max(float(settings.cloud.get("poll_s", _LISTED_S)), _POLL_MIN_S)
         self._secret = keys.secret(controller.directory)
         self.machines = {row["name"]: row for row in controller.state.machines()}
         self._failures = int(controller.state.meta("boot_failures") or 0)
         self.problem = ""
         """What the cloud has last refused, in words."""
-        self._demand = scaling.Demand(self._policy.launch_s)
+        self._demand = scaling.Demand(self.market.policy.launch_s)
         self._room = threading.BoundedSemaphore(_CALLS_AT_ONCE)
         self._answers: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._busy: set[str] = set()
         self._try_after: dict[str, tuple[float, int]] = {}
         self._unsure = {name for name, row in self.machines.items() if not row["instance"]}
         """Launched, perhaps: an answer was lost."""
-        self._full: dict[tuple[str, str], float] = {}
         self._ending_since: dict[str, float] = {}
         self._began = time.monotonic()
         self._next, self._next_list, self._misses = 0.0, 0.0, 0
@@ -88,7 +85,7 @@ class Fleet:
         for row in self.machines.values():
             if row["address"] and row["state"] in (BOOTING, READY, ENDING):
                 state = "drain" if row["state"] == ENDING else "ready"
-                kind = self._kinds.get(row["kind"])
+                kind = self.market.kinds.get(row["kind"])
                 found.append(
                     {"name": row["name"], "address": row["address"], "state": state, "labels": kind.labels if kind else ()}
                 )
@@ -96,27 +93,27 @@ class Fleet:
 
     def came(self, job: Job) -> None:
         """One was submitted."""
-        most = max((kind.cpus for kind in self._policy.kinds), default=0.0)  # of a larger one no machine has room
+        most = max((kind.cpus for kind in self.market.policy.kinds), default=0.0)  # of a larger one no machine has room
         self._demand.came(time.monotonic() - self._began, min(float(job.spec["cpus"]), most))
 
     def why_not(self, need: Need) -> str:
         """Why no machine comes for a job, or when one does; '' if that is not known."""
         if self.is_stopped():
             return f"{self._failures} machines in a row did not come up, so no more are launched: cpool cloud resume"
-        if not any(kind.worker("new").could_fit(need) for kind in self._kinds.values()):
+        if not any(kind.worker("new").could_fit(need) for kind in self.market.kinds.values()):
             return ""
         begun = [row for row in self.machines.values() if row["state"] in (LAUNCHING, BOOTING)]
         if begun:
             oldest_s = time.time() - min(row["intended_s"] for row in begun)
-            return f"launching, about {max(self._policy.launch_s - oldest_s, 1):.0f} s"
+            return f"launching, about {max(self.market.policy.launch_s - oldest_s, 1):.0f} s"
         return self.problem or (
-            "" if self._open_kinds() else "no machine may be launched now: what it would cost is over a cap"
+            "" if self.market.open_policy().kinds else "no machine may be launched now: what it would cost is over a cap"
         )
 
     def shown(self) -> dict[str, Any]:
         """As `cpool cloud ls` prints it."""
         now = time.time()
-        spent = self._controller.state.spent(now - now % _DAY_S, now)
+        spent = self._controller.state.spent(now - now % DAY_S, now)
         price = sum(row["price"] for row in self.machines.values())
         return {"machines": list(self.machines.values()), "spent_today": spent, "price": price, "problem": self.problem,
                 "is_stopped": self.is_stopped()}  # fmt: skip
@@ -128,8 +125,7 @@ class Fleet:
     def resume(self) -> None:
         """Somebody has."""
         self._failed(0)
-        self._full.clear()
-        self._kinds = {kind.name: kind for kind in self._policy.kinds}
+        self.market.reset()
 
     def is_settled(self) -> bool:
         """Whether nothing is being asked."""
@@ -224,7 +220,7 @@ class Fleet:
     def _launch(self, row: dict[str, Any]) -> None:
         from pool import boot, keys
 
-        table = self._tables.get(row["kind"])
+        table = self.market.tables.get(row["kind"])
         if table is None:
             return self._end(row, "pool.toml has no machine of this kind any more")
         settings, is_spot = self._settings.cloud, bool(table.get("spot"))
@@ -247,7 +243,7 @@ class Fleet:
                 self._note(row, instance=found.id, launched_s=row["launched_s"] or _since(found))  # it is to end already
         elif isinstance(error, cloud.NoCapacityError | cloud.RefusedError):
             self.problem = str(error)
-            self._full[row["kind"], row["zone"]] = time.monotonic() + _GIVEN_UP_S
+            self.market.close(row["kind"], row["zone"])
             self._end(row, str(error)) if row["name"] in self._unsure else self._gone(row, str(error))
         else:
             self.problem = str(error)
@@ -264,24 +260,14 @@ class Fleet:
         self._note(row, state=READY, ready_s=time.time())
 
     def _learn(self) -> None:
-        """A kind may have less than pool.toml says: what does not fit on the best of those that are there fits on no other."""
+        """What the machines that are there say of their kinds."""
         reports: dict[str, list[dict[str, Any]]] = {}
         for row in self.machines.values():
             remote = self._controller.remotes.get(row["name"])
             if row["state"] == READY and remote and remote.report:
                 images = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX
                 reports.setdefault(row["kind"], []).append({**remote.report, "images": images})
-        for kind in self._policy.kinds:
-            found = reports.get(kind.name)
-            if found:
-                cpus, memory, gpus = (max(int(one[name]) for one in found) for name in ("cpus", "memory", "gpus"))
-                self._kinds[kind.name] = replace(
-                    kind,
-                    cpus=max(min(kind.cpus, cpus), min(kind.cpus, 1.0)),
-                    memory=min(kind.memory or memory, memory),
-                    gpus=min(kind.gpus, gpus),
-                    images=any(one["images"] for one in found),
-                )
+        self.market.learn(reports)
 
     def _failed(self, count: int) -> None:
         """So many machines in a row have not come up."""
@@ -426,13 +412,13 @@ class Fleet:
     def _scale(self, now: float) -> None:
         controller = self._controller
         self._learn()
-        every = [kind.worker("new") for kind in self._kinds.values()]
+        every = [kind.worker("new") for kind in self.market.kinds.values()]
         machines = [self._as_machine(number, row, now) for number, row in enumerate(self.machines.values())]
         every += [machine.worker for machine in machines]
-        waiting = controller.due(_LOOKED_AT, lambda need: any(one.could_fit(need) for one in every))
+        waiting = controller.waiting.due(_LOOKED_AT, lambda need: any(one.could_fit(need) for one in every))
         others = [remote.free() for name, remote in controller.remotes.items() if name not in self.machines]
         running = sum(float(job.spec["cpus"]) for remote in controller.remotes.values() for job in remote.jobs.values())
-        policy = replace(self._policy, kinds=self._open_kinds(), price=self._price_left())
+        policy = self.market.open_policy()
         spare = scaling.spare_cpus(policy, running, self._demand, now - self._began)
         begin, end = scaling.decide(now, policy, machines, waiting, spare, others)
         if not self.is_stopped() and policy.kinds:
@@ -442,27 +428,8 @@ class Fleet:
         for machine in end:
             self._end(self.machines[names[machine.number]], "it was not needed")
 
-    def _open_kinds(self) -> tuple[Kind, ...]:
-        """That may be launched now: with a zone that has some, and with a price if there is a cap."""
-        is_capped = math.isfinite(self._price_left())
-        return tuple(
-            kind for kind in self._kinds.values() if (kind.price or not is_capped) and self._zones(kind.name)
-        )  # fmt: skip
-
-    def _zones(self, kind: str) -> list[str]:
-        now = time.monotonic()
-        return [zone for zone in self._settings.cloud["zones"] if self._full.get((kind, zone), 0.0) <= now]
-
-    def _price_left(self) -> float:
-        """What all machines may cost an hour, so that one more hour of them is within the day's cap too."""
-        a_day = self._settings.scaling.get("price_day", math.inf)
-        if not math.isfinite(a_day):
-            return self._policy.price
-        now = time.time()
-        return min(self._policy.price, a_day - self._controller.state.spent(now - now % _DAY_S, now))
-
     def _as_machine(self, number: int, row: dict[str, Any], now: float) -> scaling.Machine:
-        kind = self._kinds.get(row["kind"]) or scaling.Kind(row["kind"], 0.0, price=row["price"])
+        kind = self.market.kinds.get(row["kind"]) or scaling.Kind(row["kind"], 0.0, price=row["price"])
         remote = self._controller.remotes.get(row["name"])
         is_ready = row["state"] == READY and remote is not None and bool(remote.report)
         is_idle = is_ready and not (remote and remote.jobs)
@@ -481,7 +448,7 @@ class Fleet:
 
     def _intend(self, kind: Kind) -> None:
         """One more: from here on it is on disk, and the cloud is asked when that is so."""
-        zones = self._zones(kind.name)
+        zones = self.market.zones(kind.name)
         name = f"m-{os.urandom(6).hex()}"
         row = {"name": name, "kind": kind.name, "zone": zones[len(self.machines) % len(zones)], "price": kind.price}
         row |= {"state": LAUNCHING, "instance": "", "address": "", "reason": "", "intended_s": time.time()}
@@ -494,4 +461,4 @@ class Fleet:
 def _since(one: Instance) -> float:
     """Since when it is paid for, as the cloud says, if that can be."""
     now = time.time()
-    return one.launched_s if now - _DAY_S < one.launched_s <= now else now
+    return one.launched_s if now - DAY_S < one.launched_s <= now else now

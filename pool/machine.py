@@ -50,6 +50,14 @@ def runner() -> str:
     return next((one for one in (given, brought) if one and os.access(one, os.X_OK)), "") or shutil.which("cafs-run") or ""
 
 
+def toolkit() -> str:
+    """The version of what a controller has put there, '' if none has."""
+    try:
+        return os.readlink(os.path.dirname(os.path.dirname(os.path.expanduser(TOOLKIT))))
+    except OSError:
+        return ""
+
+
 def why_no_images() -> str:
     """Why jobs in images cannot run here, '' if they can."""
     if not runner():

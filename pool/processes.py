@@ -13,14 +13,17 @@ import shutil
 import signal
 import time
 
-from pool import hiding, machine, staging, streams
+from pool import cgroup, hiding, machine, staging, streams
 from pool.entering import container_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_SHELL = 'cd "$1" || { echo 125 > "$2"; exit 125; }; status=$2; shift 2; "$@"; printf "%s\\n" $? > "$status"'
+_SHELL = (
+    'test -z "$1" || echo $$ >"$1/cgroup.procs"; shift; cd "$1" || { echo 125 > "$2"; exit 125; }; '
+    'status=$2; shift 2; "$@"; printf "%s\\n" $? > "$status"'
+)
 """The code is one write of a few bytes, a newline last: it is there as a whole or not at all, and costs no other process."""
 
 KEPT_HALF = 32 << 20
@@ -88,7 +91,10 @@ class Job:
         ]
         home = self.path(staging.WORK) if asked.get("has_work") else os.path.expanduser("~")
         place = "/" if asked["image"] else asked["cwd"] or home
-        words = ["/bin/sh", "-c", _SHELL, "cpool-job", place, self.path("status"), *self._command()]
+        if not asked["image"]:
+            agent = os.path.basename(os.path.dirname(os.path.dirname(self.directory)))
+            asked["cgroup"] = cgroup.make(f"{agent}/{self.id}.{self.attempt}", int(asked.get("memory", 0)))
+        words = ["/bin/sh", "-c", _SHELL, "cpool-job", asked.get("cgroup", ""), place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
         self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
         asked.update(pid=self.pid, pid_start=machine.start_time(self.pid), started_s=time.time())
@@ -136,7 +142,7 @@ class Job:
             "code": 124 if self.asked.get("timed_out") else found,
             "wall_s": round(max(time.time() - self.asked.get("started_s", time.time()), 0), 3),
             "cpu_s": round(cpu_s, 3),
-            "memory": memory,
+            "memory": max(memory, cgroup.peak(self.asked.get("cgroup", ""))),
             "out_size": _size(self.path("out")),
             "err_size": _size(self.path("err")),
         }
@@ -213,7 +219,7 @@ class Job:
         """All that has the job in its environment, and what is below such a process."""
         mine = {b"CPOOL_JOB=%d" % self.id, b"CPOOL_ATTEMPT=%d" % self.attempt, b"CPOOL_POOL=" + self.pool.encode()}
         parents: dict[int, int] = {}
-        found = set()
+        found = cgroup.pids(self.asked.get("cgroup", ""))
         for name in os.listdir("/proc"):
             if name.isdigit():
                 pid = int(name)
@@ -237,6 +243,7 @@ class Job:
 
     def remove(self) -> None:
         """Nothing of it is wanted any more."""
+        cgroup.remove(self.asked.get("cgroup", ""))
         if self.asked.get("has_secrets"):
             hiding.remove(hiding.place_of(self.directory))
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -11,6 +11,7 @@ from functools import cache
 MODULES: tuple[str, ...] = (
     "agent",
     "attach",
+    "cgroup",
     "entering",
     "frames",
     "hiding",

@@ -1,201 +1,25 @@
-"""What commands ask of the controller, over a socket in the pool's directory: a JSON object a line each way."""
+"""What commands ask of the controller, each a function, and who may ask it."""
 
 from __future__ import annotations
 
 import base64
-import json
-import math
 import os
-import selectors
-import socket
-import struct
 
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
-from pool import inputs, links, metrics, outputs, secrets, sockets, staging, state
+from pool import inputs, links, metrics, outputs, secrets, specs, staging, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
-from pool.workers import STRICT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pool.commands import Client
     from pool.controller import Controller
 
 CANCEL_ASKED = "cancelled while it ran"
-_LINE_MAX = 64 << 20
 _PIECE = 1 << 18
-_KEEP = 64 << 10
-"""Output of a job up to so many bytes comes with its end."""
-_SPEC_MAX = 128 << 10
 _SECRETS_MAX = 1000
-_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out")
-"""What is in a job only if it has it."""
-
-_CLIENTS_MAX = 64
-"""Commands of one user who is not the owner, at once."""
-
-
-LENT = "lent"
-"""For the address of a store: that which the controller lends."""
-
-
-def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
-    """What an agent is told of a job.  store: address, '' for its own."""
-    spec = job.spec
-    own = {
-        "CPOOL_POOL": pool,
-        "CPOOL_WORKER": worker,
-        "CPOOL_INDEX": str(spec.get("index", "")),
-        "CPOOL_TENANT": str(spec.get("tenant", "")),
-    }
-    return {
-        "id": job.id,
-        "attempt": job.attempt,
-        "command": spec["command"],
-        "image": spec["image"],
-        "store": store,
-        "cpus": spec["cpus"],
-        "memory": spec["memory"],
-        "gpus": spec.get("gpus", 0),
-        "env": {**spec["env"], **own},
-        "cwd": spec["cwd"],
-        "timeout_s": spec["timeout_s"],
-        "alone_s": STRICT_S if spec.get("strict") else 0,
-        "keep": _KEEP,
-    }
-
-
-def has_more(job: Job) -> bool:
-    """Whether its agent is told more than what is in the state."""
-    return any(name in job.spec for name in ("secrets", "in", "out"))
-
-
-def more_of(job: Job, directory: str) -> dict[str, Any]:
-    """That: secrets by name, files.  directory: of the pool.  Raises CafsError, OSError."""
-    found: dict[str, Any] = {}
-    if "secrets" in job.spec:
-        tenant = tenant_of(job)
-        values = {name: secrets.get(directory, tenant, name) for name in job.spec["secrets"]}
-        found["secrets"] = {name: base64.b64encode(value).decode() for name, value in values.items()}
-    if "in" in job.spec or "out" in job.spec:
-        found |= {"in": inputs.of_job(directory, job.spec), "out": job.spec.get("out", [])}
-    return found
-
-
-def accept(controller: Controller, listener: socket.socket) -> None:
-    """A command."""
-    try:
-        connection, _ = listener.accept()
-    except OSError:
-        return  # too many files are open: it is tried again
-    uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    tenant = OWNER if uid in (os.geteuid(), 0) else controller.tenants.of_user(uid)
-    many = sum(one.uid == uid for one in controller.clients.values())
-    if tenant is None or (tenant != OWNER and many >= _CLIENTS_MAX):
-        connection.close()
-        return
-    connection.setblocking(False)
-    Client(controller, connection, uid, tenant)
-
-
-class Client:
-    """A command that is connected.  tenant: whose jobs it sees; the owner's sees all."""
-
-    def __init__(self, controller: Controller, connection: socket.socket, uid: int, tenant: str) -> None:
-        self._controller = controller
-        self.uid, self.tenant, self.is_owner = uid, tenant, tenant == OWNER
-        self._socket = connection
-        self._held, self._unsent = bytearray(), bytearray()
-        self._waits: dict[int, bool] = {}
-        self.tag: object = None
-        """Of the request that is being seen to; its answer bears it."""
-        controller.clients[id(self)] = self
-        controller.selector.register(connection, selectors.EVENT_READ, self._serve)
-
-    def _serve(self, events: int) -> None:
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._flush()
-            if events & selectors.EVENT_READ:
-                data = self._socket.recv(_PIECE)
-                if not data:
-                    raise ConnectionResetError
-                self._held += data
-                while b"\n" in self._held:
-                    line, _, rest = self._held.partition(b"\n")
-                    self._held = rest
-                    self._obey(bytes(line))
-                if len(self._held) > _LINE_MAX:
-                    raise ConnectionResetError
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._controller.clients.pop(id(self), None):
-            self._controller.selector.unregister(self._socket)
-            self._socket.close()
-
-    def answer(self, found: dict[str, Any], tag: object = None) -> None:
-        """When what was decided is on disk.  tag: of a request before."""
-        tag = self.tag if tag is None else tag
-        self._controller.say(lambda: self._answer_now({**found, "tag": tag}))
-
-    def _answer_now(self, found: dict[str, Any]) -> None:
-        if id(self) in self._controller.clients:
-            self._unsent += json.dumps(found, separators=(",", ":")).encode() + b"\n"
-            try:
-                self._flush()
-            except OSError:
-                self._drop()
-
-    def _flush(self) -> None:
-        sockets.send(self._controller.selector, self._socket, self._unsent)
-
-    def _obey(self, line: bytes) -> None:
-        if line.startswith(b"GET /metrics") and self.is_owner:
-            return self._answer_http()
-        try:
-            self.tag = None
-            said = json.loads(line)
-            self.tag = said.get("tag")
-            handler = _HANDLERS.get(said["do"])
-            if not self.is_owner and said["do"] not in _FOR_ALL:
-                raise UnsupportedError("only the pool's owner may do that")
-            if handler is None:
-                raise UsageError(f"unknown request {quote(str(said['do']))}", hint="is the controller of another release?")
-            handler(self, self._controller, said)
-        except state.WriteError:
-            raise  # half of it may have been done
-        except CafsError as error:
-            self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            self.answer({"error": f"bad request: {error!r}", "code": 2, "hint": None})
-
-    def _answer_http(self) -> None:
-        """For curl --unix-socket, and whatever scrapes so: one answer, then the end."""
-        body = metrics.text(self._controller).encode()
-        head = f"HTTP/1.0 200 OK\r\nContent-Type: {metrics.TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._socket.setblocking(True)
-        self._socket.settimeout(1)
-        self._socket.sendall(head.encode() + body)
-        raise ConnectionResetError
-
-    def ended(self, job: Job) -> None:
-        """A job has; say so if it is waited for."""
-        with_output = self._waits.pop(job.id, None)
-        if with_output is not None:
-            self._controller.say(lambda: self._answer_now({"job": job.shown(), **(self._output(job) if with_output else {})}))
-
-    def _output(self, job: Job) -> dict[str, Any]:
-        kept = self._controller.state.output(job.id)
-        return {name: base64.b64encode(data).decode() for name, data in zip(("out", "err"), kept, strict=True)} if kept else {}
-
-    def wait_for(self, number: int, *, with_output: bool) -> None:
-        """Have its end said, without a tag, once it comes."""
-        self._waits[number] = with_output
 
 
 def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> None:
@@ -205,9 +29,9 @@ def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> Non
         raise UsageError(f"the files of a job are larger than {staging.SIZE_MAX} bytes")
     inputs.keep(controller.directory, files)
     jobs = [_of_tenant(client, controller, one) for one in said["jobs"]]
-    specs = [check_one(controller.state, one) for one in jobs]  # all or none
-    _check_quota(controller, specs)
-    for one, spec in zip(jobs, specs, strict=True):
+    checked = [specs.check_one(controller.state, one) for one in jobs]  # all or none
+    _check_quota(controller, checked)
+    for one, spec in zip(jobs, checked, strict=True):
         how = state.HELD if one.get("hold") else state.QUEUED
         number = controller.state.submit(spec, one.get("key"), int(one.get("priority", 0)), how)
         ids.append(number)
@@ -230,12 +54,12 @@ def _of_tenant(client: Client, controller: Controller, one: dict[str, Any]) -> d
     return {**one, "spec": {**one["spec"], "tenant": tenant}, "key": key}
 
 
-def _check_quota(controller: Controller, specs: list[dict[str, Any]]) -> None:
+def _check_quota(controller: Controller, asked: list[dict[str, Any]]) -> None:
     """Of jobs that have not ended.  Raises BusyError."""
-    for name in {spec.get("tenant", OWNER) for spec in specs} & set(controller.tenants.all):
+    for name in {spec.get("tenant", OWNER) for spec in asked} & set(controller.tenants.all):
         most = controller.tenants.all[name].jobs
         known = sum(tenant_of(job) == name for job in controller.jobs.values()) if most else 0
-        if most and known + sum(spec.get("tenant") == name for spec in specs) > most:
+        if most and known + sum(spec.get("tenant") == name for spec in asked) > most:
             raise BusyError(f"quota: {name} has {known} of {most} jobs")
 
 
@@ -245,55 +69,6 @@ def _job_of(client: Client, controller: Controller, number: object) -> Job:
     if not client.is_owner and tenant_of(job) != client.tenant:
         raise NotFound(f"no job {number}", hint="cpool jobs --all")
     return job
-
-
-def check_one(known: state.State, one: dict[str, Any]) -> dict[str, Any]:
-    """The job, as it is kept, if it can be submitted.  Raises CafsError."""
-    spec = check(one["spec"])
-    for name in spec.get("secrets", ()):
-        secrets.get(known.directory, spec.get("tenant", OWNER), name)
-    if len(json.dumps(spec)) > _SPEC_MAX:
-        raise UsageError(f"a job is larger than {_SPEC_MAX} bytes")
-    if abs(int(one.get("priority", 0))) >= 1 << 31:
-        raise UsageError(f"priority {one['priority']} is out of range")
-    for number in spec["after"]:
-        known.job(number)  # it has to be there
-    known.with_key(spec, one.get("key"))
-    return spec
-
-
-def check(spec: dict[str, Any]) -> dict[str, Any]:
-    """A job as it is kept.  Raises UsageError."""
-    kinds: dict[str, tuple[Any, Any]] = {
-        "command": (list, None), "image": (str, ""), "env": (dict, {}), "cwd": (str, ""), "cpus": ((int, float), 1),
-        "memory": (int, 0), "gpus": (int, 0), "timeout_s": ((int, float), 0), "retries": (int, 0), "name": (str, ""),
-        "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
-        "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
-        "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
-        "in": (list, []), "out": (list, []),
-    }  # fmt: skip
-    unknown = set(spec) - set(kinds)
-    if unknown:
-        raise UsageError(f"a job has no {quote(sorted(unknown)[0])}")
-    found = {name: spec.get(name, default) for name, (_, default) in kinds.items()}
-    for name, (kind, _) in kinds.items():
-        if not isinstance(found[name], kind) or (isinstance(found[name], int | float) and found[name] < 0):
-            raise UsageError(f"a job's {name} cannot be {found[name]!r}")
-    if not all(type(number) is int and 0 < number < 1 << 62 for number in found["after"]):
-        raise UsageError("a job comes after numbers of jobs")
-    for name in _LATER:
-        if not found[name]:
-            del found[name]  # so that one key means the same as before there was such a thing
-    names = found.get("secrets", [])
-    if not all(isinstance(one, str) and secrets.check_name(one) for one in names) or len(names) > secrets.MANY:
-        raise UsageError(f"a job has at most {secrets.MANY} secrets")
-    inputs.check(found)
-    if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
-        raise UsageError("a job needs what can be counted")
-    words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
-    if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
-        raise UsageError("a job's command is a list of words")
-    return found
 
 
 def _wait(client: Client, controller: Controller, said: dict[str, Any]) -> None:
@@ -319,7 +94,7 @@ def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     if job.state == state.QUEUED:
         free, need = [one.free() for one in controller.remotes.values()], need_of(job.spec)
         coming = controller.fleet.why_not(need) if controller.fleet else ""
-        quota = controller.tenants.over(job, controller.usage())
+        quota = controller.tenants.over(job, controller.waiting.usage())
         found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or quota or coming or why_not(need, free)
     client.answer({"job": found})
 
@@ -338,7 +113,7 @@ def _release(client: Client, controller: Controller, said: dict[str, Any]) -> No
         job = _job_of(client, controller, number)
         if job.state == before:
             controller.state.change(job, state=after)
-    controller.requeue()
+    controller.waiting.put_in_order()
     client.answer({"done": True})
 
 
@@ -430,10 +205,10 @@ def _about(client: Client, controller: Controller, said: dict[str, Any]) -> None
     client.answer({"store": controller.store, "tenant": client.tenant})
 
 
-_FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about", "secret")
+FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about", "secret")
 """What tenants may ask for, of their own jobs."""
 
-_HANDLERS = {
+HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
     "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics, "about": _about, "secret": _secret,
 }  # fmt: skip

@@ -132,7 +132,7 @@ class Remote:
         if not all(is_amount(value) for value in found.values()):
             raise ValueError("a report of what is no number")
         self.report = {**found, "images": str(said["images"])[:200], "arch": str(said["arch"])[:40]}
-        self.report["notice"] = bool(said.get("notice"))
+        self.report |= {"notice": bool(said.get("notice")), "toolkit": str(said.get("toolkit", ""))[:40]}
         self.heard = time.monotonic()
         self._failures = 0
 

@@ -200,7 +200,7 @@ def test_a_crun_that_is_killed_at_each_change_of_its_state_leaves_nothing(image:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: signal.Signals) -> None:
     """From before its first line to after the command runs: whoever is left tidies up."""
-    for delay_ms in range(0, 200, 20):
+    for delay_ms in range(0, 200, 40):
         loop = "trap 'exit 0' TERM; while :; do sleep 0.05; done; true 4141.5"
         child = subprocess.Popen([BIN / "crun", "run", "--rm", "--name", "early", "b:1", "sh", "-c", loop])
         time.sleep(delay_ms / 1000)  # the moment is what is tested

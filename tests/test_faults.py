@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafs.errors import RemoteError
-from pool import cloud, fleet, state, workers
+from pool import cloud, fleet, market, state, workers
 from pool.cloud import Instance, NoCapacityError, Order, RefusedError
 from pool.controller import Controller
 from pool.settings import Settings
@@ -172,9 +172,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 def _world(place: Path, patch: pytest.MonkeyPatch, clock: Clock, sky: Sky, **more: object) -> Iterator[World]:
     from pool import controller as module
-    from pool import turns
+    from pool import turns, waiting
 
-    for one in (fleet, workers, module, turns, state):
+    for one in (fleet, market, workers, module, turns, waiting, state):
         patch.setattr(one, "time", clock)
     patch.setattr(cloud, "connect", lambda *_: sky)
     patch.setattr(fleet.threading, "Thread", _Now)
@@ -378,8 +378,8 @@ def test_what_was_spent_is_counted_also_while_no_controller_ran(tmp_path: Path, 
 
 
 def test_a_kind_without_a_price_is_not_launched_under_a_cap(world: World) -> None:
-    world.fleet._kinds = {name: replace(kind, price=0.0) for name, kind in world.fleet._kinds.items()}
-    world.fleet._policy = replace(world.fleet._policy, price=5.0)
+    world.fleet.market.kinds = {name: replace(kind, price=0.0) for name, kind in world.fleet.market.kinds.items()}
+    world.fleet.market.policy = replace(world.fleet.market.policy, price=5.0)
     job = world.submit()
     world.run(60)
     assert world.sky.all == {} and "cap" in world.fleet.why_not(workers.need_of(job.spec))
@@ -453,7 +453,7 @@ def test_a_controller_that_is_killed_at_each_durable_step_of_a_machines_life(
     print(f"killed {when} each of {steps} durable steps")
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(st.data())
 def test_whatever_the_cloud_does_no_machine_is_left_and_no_job_is_lost(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -532,7 +532,7 @@ def test_a_launch_that_is_answered_after_its_machine_was_given_up_harms_nobody(w
     (name,) = world.fleet.machines
     row = world.fleet.machines[name]
     world.controller.jobs.clear()
-    world.controller.requeue()
+    world.controller.waiting.put_in_order()
     world.controller.turn(0)
     world.fleet._busy.add(name)  # the cloud takes its time
     world.fleet.end(name)
@@ -643,8 +643,8 @@ def test_a_setup_that_fails_is_tried_again_and_only_then_its_kind_given_up(world
 
     world.controller.wires.set_up = set_up  # type: ignore[method-assign]
     world.run(200)
-    assert len(tries) == 2 and len(world.sky.all) == 1 and world.fleet._kinds["small"].images
+    assert len(tries) == 2 and len(world.sky.all) == 1 and world.fleet.market.kinds["small"].images
     world.run(400)
-    assert not world.fleet._kinds["small"].images
+    assert not world.fleet.market.kinds["small"].images
     world.fleet.resume()
-    assert world.fleet._kinds["small"].images
+    assert world.fleet.market.kinds["small"].images

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, processes, requests, scaling, simulation, state
+from pool import frames, links, mapping, processes, scaling, simulation, specs, state
 from pool.placement import Need, Placement, Worker, why_not
 from pool.settings import Settings
 from tests.conftest import BIN, wait_until
@@ -636,7 +636,7 @@ def test_what_no_agent_should_say_ends_its_connection_and_nothing_else(pool: Pat
             ours, theirs = socket.socketpair()
             remote.connected(ours)
             held.selector.register(ours, selectors.EVENT_READ, lambda events, remote=remote: held.wires._hear(remote, events))
-            number = held.state.submit(requests.check({"command": ["true"]}))
+            number = held.state.submit(specs.check({"command": ["true"]}))
             held.state.change(held.state.job(number), state=state.FINISHED, worker="local", attempt=1)
             theirs.sendall(frames.message(str(one.pop("is")), **one))
             held.turn(1)
@@ -653,7 +653,7 @@ def test_outputs_that_another_worker_sends_are_refused(pool: Path) -> None:
         held.state.put_host("other", "x@127.0.0.1:1")
         held.state.put_host("local", "")
         held.look_at_hosts()
-        number = held.state.submit(requests.check({"command": ["true"]}))
+        number = held.state.submit(specs.check({"command": ["true"]}))
         held.state.change(held.state.job(number), state=state.FINISHED, worker="local", attempt=1, code=0)
         end = {
             "is": "done",

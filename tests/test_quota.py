@@ -111,7 +111,8 @@ def test_large_files_count_by_what_is_there_of_them(home: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1000", 1000), ("20K", 20480), ("3G", 3 << 30), ("x", None), ("-1", None), ("1GB", None)]
+    ("text", "size"),
+    [("1000", 1000), ("20K", 20480), ("3G", 3 << 30), ("4g", 4 << 30), ("x", None), ("-1", None), ("1GB", None)],
 )
 def test_the_quota_is_a_size(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, size: int | None) -> None:
     monkeypatch.setenv("CAFS_CACHE_QUOTA", text)

@@ -247,3 +247,23 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
             os.kill(pid, signal.SIGKILL)
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.needs("root")
+def test_a_plain_job_is_in_a_cgroup_which_limits_its_memory_and_which_nothing_leaves(pool: Path, controller: object) -> None:
+    hungry = "x = bytearray(300 << 20); print(len(x))"
+    run = ("submit", *PLAIN, "--", "python3", "-c", hungry)
+    limited = ok(*run[:2], "--memory", "100m", *run[2:]).strip()
+    free = ok(*run).strip()
+    assert cp("wait", limited).returncode == 137 and cp("wait", free).returncode == 0
+    assert 90 << 20 < job(limited)["usage"]["memory"] < 200 << 20 and job(free)["usage"]["memory"] > 300 << 20  # type: ignore[index]
+    script = "env -i setsid sh -c 'sleep 4747.5 & exec sleep 4747.5' & sleep 4747.5"
+    number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
+    wait_until(
+        lambda: len(subprocess.run(["pgrep", "-f", "^sleep 4747.5"], capture_output=True, check=False).stdout.split()) == 3
+    )
+    ok("cancel", number, "--grace", "0")
+    cp("wait", number)
+    assert subprocess.run(["pgrep", "-f", "sleep 4747.5"], capture_output=True, check=False).stdout == b""
+    place = Path(str(next((pool / "agents").glob("*.local")).name))
+    wait_until(lambda: not [one for top in Path("/sys/fs/cgroup").glob("*/cafs-jobs") for one in (top / place).glob("*")])

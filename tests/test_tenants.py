@@ -226,8 +226,8 @@ def test_workers_on_one_machine_share_it_if_that_is_said(tmp_path: Path) -> None
         for one_job in jobs:
             held.add(one_job)
         for _ in range(4):
-            held._may_place = True
-            held._place()
+            held.waiting.may_place = True
+            held.waiting.place()
         assert sum(one_job.state == state.STARTING for one_job in jobs) == wanted
         held.state.close()
 
@@ -246,7 +246,7 @@ def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
     pool: Path,
     tmp_path: Path,
 ) -> None:
-    with serving_with("from pool import requests; requests.STRICT_S = 1.0"):
+    with serving_with("from pool import specs; specs.STRICT_S = 1.0"):
         run = ("sh", "-c", f"trap 'echo ended >>{tmp_path}/$CPOOL_JOB; exit' TERM; while :; do sleep 0.05; done")
         strict, easy = (ok("submit", *PLAIN, *flags, "--cpus", "0.1", "--", *run).strip() for flags in (("--strict",), ()))
         wait_until(lambda: all(job(one)["state"] == "running" for one in (strict, easy)))

@@ -1,0 +1,90 @@
+"""A cgroup for each plain job, where one may be made: its memory is limited there, and none of its processes gets away.
+
+Part of the agent's program: standard library only, Python 3.9.  Version 1 and 2: Documentation/admin-guide/cgroup-v1/
+(memory.rst, pids.rst) and cgroup-v2.rst.  Jobs in images have those that crun makes.
+"""
+
+from __future__ import annotations
+
+import os
+
+_TOP = "/sys/fs/cgroup"
+_PARENT = "cafs-jobs"
+_LIMITS = {"memory.max": "memory.swap.max", "memory.limit_in_bytes": "memory.memsw.limit_in_bytes"}
+_PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
+
+
+def make(name: str, memory: int) -> str:
+    """A new one for a job; '' where none may be made.  memory: bytes that it may have, 0 for no limit."""
+    for hierarchy in (("memory",) if memory else ()) + ("pids", "", "unified"):
+        top = os.path.join(_TOP, hierarchy)
+        if not os.path.exists(os.path.join(top, "cgroup.procs")):
+            continue
+        directory = os.path.join(top, _PARENT, name)
+        try:
+            os.makedirs(directory)
+            if memory and hierarchy in ("memory", ""):
+                _limit(directory, memory)
+            return directory
+        except OSError:
+            continue
+    return ""
+
+
+def _limit(directory: str, memory: int) -> None:
+    """With swap, where that is counted.  Raises OSError if it cannot be."""
+    for first, second in _LIMITS.items():
+        if os.path.exists(os.path.join(directory, first)):
+            _write(os.path.join(directory, first), str(memory))
+            try:
+                _write(os.path.join(directory, second), "0" if second.endswith("max") else str(memory))
+            except OSError:
+                pass  # swap is not counted on this host
+            return
+    raise FileNotFoundError(2, "no limit of memory", directory)
+
+
+def pids(directory: str) -> set[int]:
+    """Of all that is in it, and in what the job has made below it."""
+    found: set[int] = set()
+    for place, _, _ in os.walk(directory) if directory else ():
+        try:
+            with open(os.path.join(place, "cgroup.procs"), encoding="ascii") as file:
+                found |= {int(line) for line in file.read().split()}
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def peak(directory: str) -> int:
+    """Bytes of memory that it had at most, 0 if that is not known."""
+    for name in _PEAKS:
+        try:
+            with open(os.path.join(directory, name), encoding="ascii") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def remove(directory: str) -> None:
+    """If nothing is in it any more."""
+    for place, _, _ in os.walk(directory, topdown=False) if directory else ():
+        try:
+            os.rmdir(place)
+        except OSError:
+            return
+
+
+def sweep(agent: str, known: set[str]) -> None:
+    """Remove what is empty and belongs to no job that its agent knows."""
+    for hierarchy in ("memory", "pids", "", "unified"):
+        top = os.path.join(_TOP, hierarchy, _PARENT, agent)
+        for name in os.listdir(top) if os.path.isdir(top) else ():
+            if os.path.join(top, name) not in known and os.path.isdir(os.path.join(top, name)):
+                remove(os.path.join(top, name))
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
