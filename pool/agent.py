@@ -302,6 +302,7 @@ def daemon(directory: str, build: str) -> None:
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that we hear of the end of all that jobs leave
     found = Agent(directory, build)
     found.run()
+    cgroup.sweep(os.path.basename(directory), set())
     if found.is_to_be_removed:
         shutil.rmtree(directory, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""A cgroup for each plain job, where one may be made: its memory is limited there, and none of its processes gets away.
+"""A cgroup for a plain job that says what memory it needs, where one may be made: it gets no more, and nothing of it gets away.
 
 Part of the agent's program: standard library only, Python 3.9.  Version 1 and 2: Documentation/admin-guide/cgroup-v1/
 (memory.rst, pids.rst) and cgroup-v2.rst.  Jobs in images have those that crun makes.
@@ -15,19 +15,18 @@ _PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
 
 
 def make(name: str, memory: int) -> str:
-    """A new one for a job; '' where none may be made.  memory: bytes that it may have, 0 for no limit."""
-    for hierarchy in (("memory",) if memory else ()) + ("pids", "", "unified"):
+    """A new one for a job; '' where none may be made.  memory: bytes that it may have."""
+    for hierarchy in ("memory", ""):
         top = os.path.join(_TOP, hierarchy)
         if not os.path.exists(os.path.join(top, "cgroup.procs")):
             continue
         directory = os.path.join(top, _PARENT, name)
         try:
             os.makedirs(directory)
-            if memory and hierarchy in ("memory", ""):
-                _limit(directory, memory)
+            _limit(directory, memory)
             return directory
         except OSError:
-            continue
+            remove(directory)
     return ""
 
 
@@ -78,11 +77,13 @@ def remove(directory: str) -> None:
 
 def sweep(agent: str, known: set[str]) -> None:
     """Remove what is empty and belongs to no job that its agent knows."""
-    for hierarchy in ("memory", "pids", "", "unified"):
+    for hierarchy in ("memory", ""):
         top = os.path.join(_TOP, hierarchy, _PARENT, agent)
         for name in os.listdir(top) if os.path.isdir(top) else ():
             if os.path.join(top, name) not in known and os.path.isdir(os.path.join(top, name)):
                 remove(os.path.join(top, name))
+        if not known:
+            remove(top)
 
 
 def _write(path: str, text: str) -> None:

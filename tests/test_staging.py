@@ -250,7 +250,9 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
 
 
 @pytest.mark.needs("root")
-def test_a_plain_job_is_in_a_cgroup_which_limits_its_memory_and_which_nothing_leaves(pool: Path, controller: object) -> None:
+def test_a_plain_job_that_says_what_memory_it_needs_gets_no_more_and_nothing_of_it_gets_away(
+    pool: Path, controller: object
+) -> None:
     hungry = "x = bytearray(300 << 20); print(len(x))"
     run = ("submit", *PLAIN, "--", "python3", "-c", hungry)
     limited = ok(*run[:2], "--memory", "100m", *run[2:]).strip()
@@ -266,4 +268,4 @@ def test_a_plain_job_is_in_a_cgroup_which_limits_its_memory_and_which_nothing_le
     cp("wait", number)
     assert subprocess.run(["pgrep", "-f", "sleep 4747.5"], capture_output=True, check=False).stdout == b""
     place = Path(str(next((pool / "agents").glob("*.local")).name))
-    wait_until(lambda: not [one for top in Path("/sys/fs/cgroup").glob("*/cafs-jobs") for one in (top / place).glob("*")])
+    wait_until(lambda: not [one for top in Path("/sys/fs/cgroup").glob("*/cafs-jobs") for one in (top / place).glob("*/")])
