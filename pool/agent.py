@@ -54,6 +54,7 @@ class Agent:
         self._heard = time.monotonic()
         """When a controller was connected last."""
         self._launched = Launched()
+        self._gpus = machine.gpus()
 
     def run(self) -> None:
         """Until it is told to leave, or nobody wants anything for a long time."""
@@ -114,10 +115,11 @@ class Agent:
         if known:
             self.peers.say("running", id=job.id, attempt=job.attempt) if not known.ended else self._say_done(known)
             return
-        asked["gpu_ids"] = self._free_gpus()[: int(asked.get("gpus", 0))]
+        many = int(asked.get("gpus", 0))
+        asked["gpu_ids"], asked["has_gpus"] = self._free_gpus()[:many] if many else [], bool(self._gpus)
         self.jobs[job.key] = job
         try:
-            if len(asked["gpu_ids"]) < int(asked.get("gpus", 0)):
+            if len(asked["gpu_ids"]) < many:
                 raise OSError(errno.EBUSY, "not so many GPUs are free")
             job.start()
             self.by_pid[job.pid] = job
@@ -132,7 +134,7 @@ class Agent:
     def _free_gpus(self) -> list[int]:
         """That no job has."""
         taken = {one for job in self.jobs.values() if not job.ended for one in job.asked.get("gpu_ids", ())}
-        return [number for number in machine.gpus() if number not in taken]
+        return [number for number in self._gpus if number not in taken]
 
     def _reap(self) -> None:
         while True:
@@ -193,6 +195,7 @@ class Agent:
 
     def _report(self) -> None:
         self.sequence += 1
+        self._gpus = machine.gpus()
         if any(peer.is_trusted for peer in self.peers.all):
             self._launched.is_needed()
         images = machine.why_no_images()

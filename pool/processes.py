@@ -71,7 +71,7 @@ class Job:
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
         environment["CPOOL_POOL"] = self.pool
-        if machine.gpus() and not asked["image"]:  # a container has those that it is given, and no others
+        if asked.get("has_gpus") and not asked["image"]:  # a container has those that it is given, and no others
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, asked.get("gpu_ids", ())))
         secrets = asked.pop("secrets", None)  # before it is written down
         if secrets:
@@ -142,7 +142,7 @@ class Job:
             "code": 124 if self.asked.get("timed_out") else found,
             "wall_s": round(max(time.time() - self.asked.get("started_s", time.time()), 0), 3),
             "cpu_s": round(cpu_s, 3),
-            "memory": max(memory, cgroup.peak(self.asked.get("cgroup", ""))),
+            "memory": max(memory, cgroup.peak(self.asked["cgroup"]) if self.asked.get("cgroup") else 0),
             "out_size": _size(self.path("out")),
             "err_size": _size(self.path("err")),
         }
