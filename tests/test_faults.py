@@ -33,12 +33,13 @@ SPEC = {
 class Clock:
     def __init__(self) -> None:
         self.now = 1_000_000.0
+        self.skew_s = 0.0
 
     def monotonic(self) -> float:
         return self.now
 
     def time(self) -> float:
-        return 1_700_000_000 + self.now
+        return 1_700_000_000 + self.now + self.skew_s
 
 
 class Sky:
@@ -282,6 +283,20 @@ def test_what_was_just_launched_may_not_be_shown_for_a_while(world: World) -> No
     assert len(world.sky.all) == 1 and world.rows()[0]["state"] == "booting"
     world.sky.hidden = set()
     assert world.run(20, lambda: job.state == state.STARTING) and len(world.sky.all) == 1
+
+
+@pytest.mark.parametrize("skew_s", [3600.0, -3600.0])
+def test_a_clock_that_jumps_by_an_hour_loses_no_job_and_ends_no_machine_that_works(world: World, skew_s: float) -> None:
+    """Of the wall, here or there: who lives is counted by when this controller heard, on a clock that does not jump."""
+    job = world.submit()
+    assert world.run(20, lambda: job.state == state.STARTING)
+    world.clock.skew_s = skew_s
+    world.run(200)
+    assert (job.state, job.losses, len(world.sky.all)) == (state.STARTING, 0, 1)
+    world.finish(job)
+    world.clock.skew_s = 0
+    world.run(200)
+    assert world.sky.living() == []
 
 
 def test_machines_with_our_mark_that_nobody_knows_end_when_they_are_old_enough(world: World) -> None:
