@@ -485,6 +485,7 @@ def describe(job: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(job, sort_keys=True))
         return
-    for name, value in {**job, **job.pop("spec")}.items():
+    spec = job.pop("spec")
+    for name, value in {**job, **spec}.items():
         if value not in (None, "", {}, []):
             click.echo(f"{name:<12} {json.dumps(value) if isinstance(value, dict | list) else value}")

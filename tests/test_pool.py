@@ -48,6 +48,8 @@ def test_a_job_runs_here_and_its_code_and_words_come_back(controller: object) ->
     assert found.stdout == f"b c {number} 1 local\n{os.getcwd()}\n" and found.stderr == "err\n"
     shown = job(number)
     assert (shown["state"], shown["code"], shown["reason"], shown["worker"]) == ("finished", 3, "exit code 3", "local")
+    fields = [line.split()[0] for line in ok("job", number).splitlines()]
+    assert {"state", "worker", "command", "cpus"} <= set(fields) and len(set(fields)) == len(fields) and "spec" not in fields
     assert cp("wait", ok("submit", *PLAIN, "--", "no-such-program").strip()).returncode == 127
     assert cp("wait", ok("submit", *PLAIN, "--workdir", "/no/such", "--", "true").strip()).returncode == 125
     assert cp("wait", ok("submit", *PLAIN, "--", "sh", "-c", "kill -9 $$").strip()).returncode == 137
