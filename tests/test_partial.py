@@ -16,6 +16,7 @@ from cafs.image import load_index
 from cafs.indexing import Options, create_image
 from cafs.partial import ChunkedFile
 from cafs.store import Store
+from tests.conftest import wait_until
 
 CHUNK = 4 << 20
 
@@ -65,6 +66,8 @@ def test_a_large_file_is_linked_into_place_when_its_last_chunk_has_come(large: L
     file = large.open()  # another process: what is there is not fetched again
     assert file.read(0, len(large.content)) == large.content
     assert len(large.asked) == 3
+    # Who reads ahead may have fetched the last chunk, and is about to give the file its name.
+    wait_until(lambda: os.path.exists(file.whole_path) and not os.path.exists(file.path))
     assert Path(file.whole_path).read_bytes() == large.content
     assert stat.S_IMODE(os.stat(file.whole_path).st_mode) == 0o444 and os.stat(file.whole_path).st_nlink == 1
     assert os.listdir(os.path.dirname(file.path)) == []
