@@ -316,7 +316,7 @@ class Controller:
         self.waiting.may_place = True
         usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if workers.is_amount(said[name])}
         if job.spec.get("out"):
-            usage["files"] = [_size(one) for one in said["files"]][: len(job.spec["out"])]
+            usage["files"] = [_number(one, -1) for one in said["files"]][: len(job.spec["out"])]
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
         if job.reason == requests.CANCEL_ASKED:
@@ -391,17 +391,10 @@ def _lent(settings: Settings) -> str:
     return store if "://" not in store and os.path.isdir(store) else ""
 
 
-def _number(value: object) -> int:
-    """Of a job, or of an attempt, as an agent says it.  Raises ValueError."""
-    if type(value) is not int or not 0 <= value < 1 << 62:
+def _number(value: object, least: int = 0) -> int:
+    """Of a job, an attempt, or a size of a file (-1: there is none), as an agent says it.  Raises ValueError."""
+    if type(value) is not int or not least <= value < 1 << 62:
         raise ValueError("a number that is none")
-    return value
-
-
-def _size(value: object) -> int:
-    """Of a file, -1 for none, as an agent says it.  Raises ValueError."""
-    if type(value) is not int or not -1 <= value < 1 << 62:
-        raise ValueError("a size that is none")
     return value
 
 

@@ -86,11 +86,9 @@ class Waiting:
             chosen = placement.choose(need_of(job.spec), now - job.submitted_s)
             if chosen is None:
                 continue
-            if job.spec.get("at_once"):
-                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
+            _count(job, running, usage)
             controller.state.change(job, state=STARTING, worker=chosen.name, attempt=job.attempt + 1)
             controller.remotes[chosen.name].took(job)
-            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
             if self._is_one_per_boot:
                 placement.keep(self._siblings(chosen.name))  # they have less now; the next turn knows how much
             started.setdefault(chosen.name, []).append(job)
@@ -113,9 +111,7 @@ class Waiting:
             known[need] = known[need] if need in known else fits(need)
             if not known[need]:
                 continue
-            usage.setdefault(tenant_of(job), Usage()).add(job.spec)
-            if job.spec.get("at_once"):
-                running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
+            _count(job, running, usage)
             found.append(need)
             if len(found) == most:
                 break
@@ -147,3 +143,10 @@ class Waiting:
                 f"job {failed}, after which it comes, has failed" if failed > 0 else f"there is no job {-failed} to come after"
             )
             self._controller.finish(job, CANCELLED, why, has_written=False)
+
+
+def _count(job: Job, running: dict[int, int], usage: dict[str, Usage]) -> None:
+    """One more of its array and of its tenant, for those that are looked at after it."""
+    if job.spec.get("at_once"):
+        running[job.spec["array"]] = running.get(job.spec["array"], 0) + 1
+    usage.setdefault(tenant_of(job), Usage()).add(job.spec)

@@ -16,6 +16,22 @@ import pytest
 
 BIN = Path(sys.executable).parent
 PLAIN = ("--no-container",)
+DYING = """
+import os, sys
+from pool import client, state
+left, when, commit = int(sys.argv[1]), sys.argv[2], state.State.commit
+def counted(self):
+    global left
+    left -= self._is_open
+    if left == 0 and when == "before":
+        os.kill(os.getpid(), 9)
+    commit(self)
+    if left == 0:
+        os.kill(os.getpid(), 9)
+state.State.commit = counted
+client.serve(os.environ["CAFS_POOL"])
+"""
+"""A controller that ends itself before or after its so-manieth durable step."""
 
 
 def cp(*words: object, **options: object) -> subprocess.CompletedProcess[str]:

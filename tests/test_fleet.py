@@ -25,7 +25,7 @@ from pool import boot, cloud, ec2, launched, pricing, state
 from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
-from tests.pooling import PLAIN, agents, cp, job, ok
+from tests.pooling import DYING, PLAIN, agents, cp, job, ok
 
 pytestmark = pytest.mark.needs("root", "sshd")
 
@@ -127,23 +127,6 @@ def test_machines_come_when_there_is_work_and_go_when_there_is_none(aws: Aws) ->
         one["name"] for one in machines()
     }  # type: ignore[attr-defined]
     assert all(one["MetadataOptions"]["HttpTokens"] == "required" for one in sent)  # type: ignore[index]
-
-
-DYING = """
-import os, sys
-from pool import client, state
-left, when, commit = int(sys.argv[1]), sys.argv[2], state.State.commit
-def counted(self):
-    global left
-    left -= self._is_open
-    if left == 0 and when == "before":
-        os.kill(os.getpid(), 9)
-    commit(self)
-    if left == 0:
-        os.kill(os.getpid(), 9)
-state.State.commit = counted
-client.serve(os.environ["CAFS_POOL"])
-"""
 
 
 def test_a_controller_that_is_killed_with_sigkill_while_it_launches_launches_nothing_twice(aws: Aws, tmp_path: Path) -> None:

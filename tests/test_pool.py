@@ -29,7 +29,7 @@ from pool.settings import Settings
 from tests.conftest import BIN, wait_until
 from tests.crunning import make_rootfs
 from tests.faultproxy import free_port
-from tests.pooling import PLAIN, agents, cp, job, ok, serving
+from tests.pooling import DYING, PLAIN, agents, cp, job, ok, serving
 
 
 def test_a_job_runs_here_and_its_code_and_words_come_back(controller: object) -> None:
@@ -175,23 +175,6 @@ def test_without_a_controller_jobs_are_queued_and_the_next_one_runs_them(pool: P
         second = cp("serve")
         assert second.returncode == 6 and "a controller runs" in second.stderr
         ok("down")
-
-
-DYING = """
-import os, sys
-from pool import client, state
-left, when, commit = int(sys.argv[1]), sys.argv[2], state.State.commit
-def counted(self):
-    global left
-    left -= self._is_open
-    if left == 0 and when == "before":
-        os.kill(os.getpid(), 9)
-    commit(self)
-    if left == 0:
-        os.kill(os.getpid(), 9)
-state.State.commit = counted
-client.serve(os.environ["CAFS_POOL"])
-"""
 
 
 def test_a_step_for_cron_starts_and_records_and_judges_slowly(pool: Path, tmp_path: Path) -> None:
