@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pool.cloud import Cloud, Instance
     from pool.controller import Controller
-    from pool.placement import Need
+    from pool.placement import Need, Worker
     from pool.scaling import Kind
     from pool.settings import Settings
     from pool.state import Job
@@ -413,10 +413,13 @@ class Fleet:
         controller = self._controller
         self._learn()
         every = [kind.worker("new") for kind in self.market.kinds.values()]
-        machines = [self._as_machine(number, row, now) for number, row in enumerate(self.machines.values())]
+        free = controller.waiting.free()
+        machines = [
+            self._as_machine(number, row, now, free.get(row["name"])) for number, row in enumerate(self.machines.values())
+        ]
         every += [machine.worker for machine in machines]
         waiting = controller.waiting.due(_LOOKED_AT, lambda need: any(one.could_fit(need) for one in every))
-        others = [remote.free() for name, remote in controller.remotes.items() if name not in self.machines]
+        others = [one for name, one in free.items() if name not in self.machines]
         running = sum(float(job.spec["cpus"]) for remote in controller.remotes.values() for job in remote.jobs.values())
         policy = self.market.open_policy()
         spare = scaling.spare_cpus(policy, running, self._demand, now - self._began)
@@ -428,7 +431,7 @@ class Fleet:
         for machine in end:
             self._end(self.machines[names[machine.number]], "it was not needed")
 
-    def _as_machine(self, number: int, row: dict[str, Any], now: float) -> scaling.Machine:
+    def _as_machine(self, number: int, row: dict[str, Any], now: float, free: Worker | None) -> scaling.Machine:
         kind = self.market.kinds.get(row["kind"]) or scaling.Kind(row["kind"], 0.0, price=row["price"])
         remote = self._controller.remotes.get(row["name"])
         is_ready = row["state"] == READY and remote is not None and bool(remote.report)
@@ -437,8 +440,8 @@ class Fleet:
             self._note(row, idle_s=time.time() if is_idle else None)
         idle_s = now - max(time.time() - row["idle_s"], 0) if is_idle else math.inf
         found = scaling.Machine(number, replace(kind, price=row["price"]), now if is_ready else math.inf, idle_s)
-        if is_ready and remote:
-            found.worker = remote.free()
+        if is_ready and remote and free:
+            found.worker = free
             is_leaving = remote.is_draining or remote.state == workers.LOST or remote.report["notice"]
             found.worker.reason = "x" if is_leaving else ""
             found.worker.images = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX

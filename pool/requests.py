@@ -92,7 +92,7 @@ def _job(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     job = _job_of(client, controller, said["id"])
     found = job.shown()
     if job.state == state.QUEUED:
-        free, need = [one.free() for one in controller.remotes.values()], need_of(job.spec)
+        free, need = list(controller.waiting.free().values()), need_of(job.spec)
         coming = controller.fleet.why_not(need) if controller.fleet else ""
         quota = controller.tenants.over(job, controller.waiting.usage())
         found["waits"] = controller.turns.why_not(controller.jobs[job.id]) or quota or coming or why_not(need, free)

@@ -64,7 +64,7 @@ class Waiting:
         turns.seen()
         if self._is_unordered:
             self.put_in_order()
-        ready = self._free() if self.jobs else []
+        ready = list(self.free().values()) if self.jobs else []
         if not any(not one.reason for one in ready):
             return started
         placement, began, now = Placement(ready), time.monotonic(), time.time()
@@ -117,15 +117,15 @@ class Waiting:
                 break
         return found
 
-    def _free(self) -> list[Worker]:
-        """What is free of each worker; of workers of one machine, all that the others have not taken, if pool.toml says so."""
+    def free(self) -> dict[str, Worker]:
+        """What is free, by worker; of workers of one machine, all that the others have not taken, if pool.toml says so."""
         remotes = self._controller.remotes
         found = {remote.name: remote.free(self._overcommit) for remote in remotes.values()}
         for remote in remotes.values():
             for name in self._siblings(remote.name):
                 for job in remotes[name].jobs.values():
                     found[remote.name].take(need_of(job.spec))
-        return list(found.values())
+        return found
 
     def _siblings(self, name: str) -> list[str]:
         """Other workers on its machine."""
