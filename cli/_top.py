@@ -14,6 +14,7 @@ from cafs.errors import CafsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pool.client import Client
@@ -25,17 +26,52 @@ _JOB = ("id", "state", "worker", "command")
 
 def show(client: Client, *, once: bool) -> None:
     """Until Ctrl-C, or ONCE.  Raises CafsError when the controller ends."""
+    _live(lambda: _picture(client), once=once)
+
+
+def _live(picture: Callable[[], Any], *, once: bool) -> None:
     console = Console(highlight=False)
     if once:
-        console.print(_picture(client))
+        console.print(picture())
         return
-    with Live(_picture(client), console=console, screen=True, refresh_per_second=2) as live:
+    with Live(picture(), console=console, screen=True, refresh_per_second=2) as live:
         try:
             while True:
                 time.sleep(1)
-                live.update(_picture(client))
+                live.update(picture())
         except KeyboardInterrupt:
             return
+
+
+_FUNCTION = (
+    "name",
+    "version",
+    "instances",
+    "starting",
+    "running",
+    "queued",
+    "calls",
+    "errors",
+    "cold_share",
+    "p50_s",
+    "p95_s",
+    "p99_s",
+    "cost",
+)
+
+
+def show_rows(listed: Callable[[], list[dict[str, Any]]], *, once: bool) -> None:
+    """Of functions.  Raises CafsError."""
+
+    def picture() -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in _FUNCTION:
+            table.add_column(name.removesuffix("_s").upper().replace("_", " "), overflow="ellipsis", no_wrap=True)
+        for row in listed():
+            table.add_row(*(_cell(name, row.get(name)) for name in _FUNCTION))
+        return table
+
+    _live(picture, once=once)
 
 
 def _picture(client: Client) -> Group:

@@ -8,8 +8,8 @@ import time
 
 import click
 
+from cli import _fn, _poolgroups
 from cli import _pool as asking
-from cli import _poolgroups
 from cli._app import run
 from cli._options import CONTEXT, Size, json_option, quiet_option, version_option
 
@@ -394,7 +394,7 @@ def report(days: float, page: str | None, as_json: bool) -> int:
     return 0
 
 
-for _group in (_poolgroups.host, _poolgroups.node, _poolgroups.secret, _poolgroups.cloud):
+for _group in (_poolgroups.host, _poolgroups.node, _poolgroups.secret, _poolgroups.cloud, _fn.fn):
     main.add_command(_group)
 
 

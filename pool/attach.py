@@ -2,7 +2,8 @@
 
 The main program of the agent's file.  Standard library only, Python 3.9.  cpool-agent(7), AGENT.
 
-usage: agent.pyz attach DIRECTORY | agent.pyz lend DIRECTORY | agent.pyz enter DIRECTORY ID.ATTEMPT FLAGS COMMAND...
+usage: agent.pyz attach DIRECTORY | agent.pyz calls DIRECTORY | agent.pyz lend DIRECTORY |
+       agent.pyz enter DIRECTORY ID.ATTEMPT FLAGS COMMAND...
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 
-from pool import frames, sockets
+from pool import calls, frames, sockets
 
 _PIECE = 1 << 16
 _BEGIN_S = 10.0
@@ -25,7 +26,11 @@ def main(build: str) -> int:
         from pool import entering
 
         return entering.enter(os.path.expanduser(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
-    if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "lend", "daemon"):
+    if sys.argv[1:2] == ["lines"] and len(sys.argv) > 5:
+        from pool import lines
+
+        return lines.main(sys.argv[2:])
+    if len(sys.argv) != 3 or sys.argv[1] not in ("attach", "calls", "lend", "daemon"):
         print(__doc__, file=sys.stderr)
         return 2
     directory = os.path.expanduser(sys.argv[2])
@@ -39,12 +44,16 @@ def main(build: str) -> int:
         from pool import lent
 
         return lent.main(directory)
+    greeting = calls.GREETING if sys.argv[1] == "calls" else frames.GREETING
     try:
-        connection = _reach(directory, build)
+        if sys.argv[1] == "calls":
+            connection = sockets.connect_within(os.path.join(directory, "calls"), _BEGIN_S)
+        else:
+            connection = _reach(directory, build)
     except OSError as error:
         print(f"cpool-agent: cannot reach the agent: {error}", file=sys.stderr)
         return 7
-    os.write(1, frames.GREETING)
+    os.write(1, greeting)
     _carry(connection)
     return 0
 

@@ -19,8 +19,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from pool.calling import Function as Function
+    from pool.session import CallError as CallError
+
 _BEGIN_S = 10.0
 _PIECE = 1 << 18
+
+
+def __getattr__(name: str) -> Any:
+    """Function and CallError, when they are wanted: the controller's commands are not to wait for them."""
+    if name == "Function":
+        from pool.calling import Function
+
+        return Function
+    if name == "CallError":
+        from pool.session import CallError
+
+        return CallError
+    raise AttributeError(name)
 
 
 class NoController(RemoteError):

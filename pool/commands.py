@@ -133,6 +133,10 @@ class Client:
         if with_output is not None:
             self._controller.say(lambda: self._answer_now({"job": job.shown(), **(self._output(job) if with_output else {})}))
 
+    def tell(self, found: dict[str, Any]) -> None:
+        """What it watches has changed."""
+        self._controller.say(lambda: self._answer_now(found))
+
     def _output(self, job: Job) -> dict[str, Any]:
         kept = self._controller.state.output(job.id)
         return {name: base64.b64encode(data).decode() for name, data in zip(("out", "err"), kept, strict=True)} if kept else {}

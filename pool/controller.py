@@ -15,6 +15,7 @@ from cafs import paths
 from cafs.errors import CafsError
 from pool import commands, frames, inputs, links, outputs, requests, sockets, specs, state, workers
 from pool.events import Events
+from pool.functions import Functions
 from pool.leases import Leases
 from pool.state import ENDED, QUEUED, RUNNING, STARTING, Job, State
 from pool.tenants import Tenants
@@ -61,6 +62,7 @@ class Controller:
         self.leases = Leases(settings.store)
         self.clients: dict[int, Client] = {}
         self.events = Events(directory)
+        self.functions = Functions(self)
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
@@ -73,6 +75,8 @@ class Controller:
                 self.remotes[job.worker].jobs[job.id] = job
             elif job.state in (STARTING, RUNNING):
                 self.lose(job, "its worker is no host of the pool any more")
+            if job.spec.get("fn"):
+                self.functions.jobs[job.id] = job
         self.waiting.put_in_order()
         inputs.remove_unwanted(directory, (job.spec for job in self.jobs.values()))
 
@@ -99,6 +103,7 @@ class Controller:
             self.turn(0)
             while not self.is_ending:
                 self.turn(_TICK_S)
+                self.functions.mind()
             self.turn(0)  # not after an error: what is then still to be said is not on disk
         finally:
             self.wires.close()
@@ -161,7 +166,9 @@ class Controller:
         if self.is_leaving and not self.is_ending:
             self.leave(when_idle=self._when_idle, when_alone=self._when_alone)
         self.state.commit()
-        self.events.write(self.state.take_changes())
+        changes = self.state.take_changes()
+        self.events.write(changes)
+        self.functions.changed(changes)
         said, self._to_say = self._to_say, []
         for one in said:
             one()
@@ -268,6 +275,8 @@ class Controller:
         """One that was just submitted."""
         self.jobs[job.id] = job
         self.fleet.came(job) if self.fleet else None
+        if job.spec.get("fn"):
+            self.functions.jobs[job.id] = job
         if job.state == QUEUED:
             self.waiting.add(job)
 
@@ -277,7 +286,8 @@ class Controller:
             return
         self._look_at_queue = time.monotonic() + _TICK_S
         self.waiting.may_place = True
-        self.leases.mind(frozenset(str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")))
+        images = {str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")}
+        self.leases.mind(frozenset(images | self.functions.images()))
         late = [job for job in self.waiting.jobs if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)

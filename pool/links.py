@@ -68,11 +68,11 @@ def finish() -> None:
         ssh.finish()
 
 
-def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool]) -> None:
+def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool], greeting: bytes = frames.GREETING) -> None:
     """Read up to the line with which the protocol begins, a byte at a time: the rest is for others.  Raises RemoteError."""
     said = b""
     deadline = time.monotonic() + _GREETING_S
-    while not said.endswith(frames.GREETING):
+    while not said.endswith(greeting):
         if not wait(max(deadline - time.monotonic(), 0)):
             raise RemoteError("the agent does not answer")
         data = receive(1)

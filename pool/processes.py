@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 
-from pool import cgroup, hiding, machine, staging, streams
+from pool import cgroup, hiding, instance, machine, staging, streams
 from pool.entering import container_of
 
 TYPE_CHECKING = False
@@ -83,6 +83,8 @@ class Job:
         if files is not None:
             staging.put(self.path(staging.WORK), files)
             asked["has_work"] = True
+        if asked.get("fn"):
+            instance.prepare(self.directory, asked)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -126,6 +128,8 @@ class Job:
             words += ["-v", f"{hiding.place_of(self.directory)}:{_IN_IMAGE}:ro", "-e", _SECRETS]
         for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
             words += ["-e", name]
+        if asked.get("fn"):
+            return instance.words(self.directory, asked, words)
         return [*words, asked["image"], *asked["command"]]
 
     def is_alive(self) -> bool:

@@ -11,18 +11,25 @@ from functools import cache
 MODULES: tuple[str, ...] = (
     "agent",
     "attach",
+    "calls",
     "cgroup",
     "entering",
     "frames",
     "hiding",
+    "hosting",
+    "instance",
     "launched",
     "lent",
+    "lines",
+    "loop",
     "machine",
     "peers",
     "processes",
+    "shim",
     "sockets",
     "staging",
     "streams",
+    "values",
 )
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)

@@ -191,11 +191,43 @@ def _metrics(client: Client, controller: Controller, said: dict[str, Any]) -> No
     client.answer({"text": metrics.text(controller)})
 
 
+def _function(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """Deploy one, remove it, and what else becomes of it."""
+    known, what = controller.functions, said["what"]
+    tenant = str(said.get("tenant", client.tenant))
+    if not client.is_owner and (tenant != client.tenant or what == "tried"):
+        raise UnsupportedError("only the pool's owner may do that")
+    if what == "deploy":
+        one = _of_tenant(client, controller, {"spec": {**said["spec"], **({"tenant": tenant} if tenant != OWNER else {})}})
+        spec = specs.check_one(controller.state, one)
+        if "fn" not in spec:
+            raise UsageError("that is no function")
+        controller.functions.soon()
+        return client.answer({"version": known.deploy(tenant, spec, is_sure=bool(said.get("is_sure")))})
+    if what == "tried":
+        known.tried(tenant, said["name"], int(said["version"]), str(said["problem"]))
+    elif what == "rm":
+        known.remove(tenant, said["name"])
+    elif what == "rollback":
+        return client.answer({"version": known.roll_back(tenant, said["name"])})
+    elif what == "ls":
+        return client.answer({"functions": known.rows(None if client.is_owner and "tenant" not in said else tenant)})
+    elif what == "show":
+        return client.answer({"functions": known.of(tenant, said["name"])})
+    client.answer({"done": True})
+
+
+def _watch(client: Client, controller: Controller, said: dict[str, Any]) -> None:
+    """The router's: all of functions and their instances, and from now on what changes."""
+    client.answer(controller.functions.watch(client))
+
+
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """Stop the controller; with 'jobs', them too."""
     if said["jobs"]:
         for job in list(controller.jobs.values()):
             controller.cancel(job, float(said["grace_s"]))
+        controller.functions.end()
     client.answer({"done": True})
     controller.leave(when_idle=bool(said["jobs"]), when_alone=not said["jobs"])
 
@@ -205,10 +237,11 @@ def _about(client: Client, controller: Controller, said: dict[str, Any]) -> None
     client.answer({"store": controller.store, "tenant": client.tenant})
 
 
-FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about", "secret")
+FOR_ALL = ("submit", "wait", "jobs", "job", "cancel", "release", "nodes", "read", "about", "secret", "function")
 """What tenants may ask for, of their own jobs."""
 
 HANDLERS = {
     "submit": _submit, "wait": _wait, "jobs": _jobs, "job": _job, "cancel": _cancel, "release": _release, "nodes": _nodes,
     "hosts": _hosts, "read": _read, "end": _end, "cloud": _cloud, "metrics": _metrics, "about": _about, "secret": _secret,
+    "function": _function, "watch": _watch,
 }  # fmt: skip

@@ -58,7 +58,7 @@ COMMENTED = """\
 
 # [tenants.research]                # other users of this machine who may submit jobs in images
 # users = ["alice", "1002"]
-# cpus = 16                         # at most at once; also memory, gpus, and jobs that have not ended
+# cpus = 16                         # at most at once; also memory, gpus, jobs that have not ended, calls of functions
 # share = 2.0                       # of what is there, beside others (1)
 """
 
@@ -106,7 +106,7 @@ _KNOWN: dict[str, dict[str, type]] = {
     "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
     | {"spot": bool, "labels": list},
     "scaling": dict.fromkeys(_NUMBERS, float),
-    "tenants": {"users": list, "cpus": float, "memory": int, "gpus": int, "jobs": int, "share": float},
+    "tenants": {"users": list, "cpus": float, "memory": int, "gpus": int, "jobs": int, "calls": int, "share": float},
 }
 _WORDS = {str: "text", bool: "true or false", list: "list of texts", int: "number", float: "number"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import socket
+import time
 from contextlib import contextmanager
 
 TYPE_CHECKING = False
@@ -44,6 +45,18 @@ def connect(directory: str) -> socket.socket:
     except OSError:
         connection.close()
         raise
+
+
+def connect_within(directory: str, seconds: float) -> socket.socket:
+    """The same; for so long it is tried again.  Raises OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return connect(directory)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
 
 
 @contextmanager

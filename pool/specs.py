@@ -7,7 +7,7 @@ import json
 import math
 
 from cafs.errors import UsageError, quote
-from pool import inputs, secrets, state
+from pool import functions, inputs, secrets, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
 from pool.workers import STRICT_S
@@ -20,7 +20,7 @@ _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 
 _SPEC_MAX = 128 << 10
-_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out")
+_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn")
 """What is in a job only if it has it."""
 
 LENT = "lent"
@@ -50,6 +50,7 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
         "timeout_s": spec["timeout_s"],
         "alone_s": STRICT_S if spec.get("strict") else 0,
         "keep": _KEEP,
+        **({"fn": spec["fn"]} if "fn" in spec else {}),
     }
 
 
@@ -93,7 +94,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
         "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
         "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
-        "in": (list, []), "out": (list, []),
+        "in": (list, []), "out": (list, []), "fn": (dict, {}),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:
@@ -110,6 +111,10 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     names = found.get("secrets", [])
     if not all(isinstance(one, str) and secrets.check_name(one) for one in names) or len(names) > secrets.MANY:
         raise UsageError(f"a job has at most {secrets.MANY} secrets")
+    if "fn" in found:
+        found["fn"] = functions.check(found["fn"])
+        if not found["image"]:
+            raise UsageError("a function has an image")
     inputs.check(found)
     if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
         raise UsageError("a job needs what can be counted")

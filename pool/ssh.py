@@ -19,7 +19,7 @@ import paramiko
 
 from cafs import atomic
 from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
-from pool import links, program
+from pool import calls, links, program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -191,6 +191,25 @@ def open_link(pool: Pool, name: str, address: str) -> socket.socket:
     except paramiko.SSHException as error:
         transport.close()
         raise RemoteError(f"cannot run the agent at {quote(name)}: {error}") from error
+    except BaseException:
+        transport.close()
+        raise
+
+
+def open_calls(pool: Pool, name: str, address: str) -> socket.socket:
+    """To the function host of a worker, which an agent has started.  Raises CafsError, OSError."""
+    build = program.make()[0]
+    transport = _connect(pool.directory, name, address)
+    try:
+        place = f".cache/cafs-agent/{pool.id}.{name}"
+        channel = _run(transport, f'exec python3 "$HOME/{place}/agent-{build}.pyz" calls "$HOME/{place}"')
+        links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), calls.GREETING)
+        ours, theirs = socket.socketpair()
+        _carry(channel, theirs, transport)
+        return ours
+    except paramiko.SSHException as error:
+        transport.close()
+        raise RemoteError(f"cannot reach the function host at {quote(name)}: {error}") from error
     except BaseException:
         transport.close()
         raise

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-VERSION = 2
+VERSION = 3
 QUEUED, HELD, STARTING, RUNNING, FINISHED, CANCELLED = "queued", "held", "starting", "running", "finished", "cancelled"
 ENDED = (FINISHED, CANCELLED)
 _NETWORKED = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "lustre", "glusterfs")
@@ -48,7 +48,13 @@ CREATE TABLE IF NOT EXISTS machines (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS machines_open ON machines (state) WHERE state != 'ended';
 """
-_CHANGES = {1: _MACHINES}
+_FUNCTIONS = """
+CREATE TABLE IF NOT EXISTS functions (
+  tenant TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL,
+  reason TEXT NOT NULL DEFAULT '', made_s REAL NOT NULL, PRIMARY KEY (tenant, name, version)
+) WITHOUT ROWID;
+"""
+_CHANGES = {1: _MACHINES, 2: _FUNCTIONS}
 """From each version to the next."""
 
 
@@ -195,6 +201,20 @@ class State:
         text = f"SELECT SUM(price * {share} / 3600) FROM machines WHERE launched_s IS NOT NULL"
         return float(self._db.execute(text, {"since": since_s, "now": now_s}).fetchone()[0] or 0)
 
+    # Functions.
+
+    def functions(self) -> list[dict[str, Any]]:
+        """All versions of all."""
+        rows = [dict(row) for row in self._do("SELECT * FROM functions ORDER BY tenant, name, version")]
+        return [{**row, "spec": json.loads(row["spec"])} for row in rows]
+
+    def put_function(self, tenant: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Its versions are these."""
+        self._do("DELETE FROM functions WHERE tenant = ? AND name = ?", [tenant, name])
+        for row in rows:
+            values = {**row, "spec": json.dumps(row["spec"], sort_keys=True)}
+            self._do(f"INSERT INTO functions ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", values.values())
+
     # Jobs.
 
     def submit(self, spec: dict[str, Any], key: str | None = None, priority: int = 0, state: str = QUEUED) -> int:
@@ -284,7 +304,7 @@ def create(directory: str) -> None:
             os.unlink(name)
     db = sqlite3.connect(new, isolation_level=None)
     os.chmod(new, 0o600)
-    db.executescript(f"PRAGMA journal_mode=WAL; BEGIN; {_SCHEMA}{_MACHINES} PRAGMA user_version={VERSION}; COMMIT;")
+    db.executescript(f"PRAGMA journal_mode=WAL; BEGIN; {_SCHEMA}{_MACHINES}{_FUNCTIONS} PRAGMA user_version={VERSION}; COMMIT;")
     db.executemany("INSERT INTO meta VALUES (?, ?)", [("pool", os.urandom(8).hex()), ("epoch", "0")])
     db.close()
     os.rename(new, path)

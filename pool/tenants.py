@@ -22,13 +22,17 @@ OWNER = ""
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """users: ids.  cpus, memory (bytes), gpus: at most at once; jobs: that have not ended; 0: no limit.  share: weight."""
+    """users: ids.  cpus, memory (bytes), gpus: at most at once; jobs, calls of functions: that have not ended; 0: no limit.
+
+    share: weight.
+    """
 
     users: frozenset[int] = frozenset()
     cpus: float = 0.0
     memory: int = 0
     gpus: int = 0
     jobs: int = 0
+    calls: int = 0
     share: float = 1.0
 
 
@@ -97,7 +101,7 @@ def tenant_of(job: Job) -> str:
 
 def _tenant(table: Mapping[str, Any]) -> Tenant:
     users = frozenset(uid_of(one) for one in table["users"])
-    limits = {name: table.get(name, 0) for name in ("cpus", "memory", "gpus", "jobs")}
+    limits = {name: table.get(name, 0) for name in ("cpus", "memory", "gpus", "jobs", "calls")}
     return Tenant(users, share=table.get("share") or 1.0, **limits)
 
 

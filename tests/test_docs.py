@@ -46,6 +46,7 @@ COMMANDS = {
         "metrics",
         "tick",
         "top",
+        "fn",
     ],
 }
 BELOW = [("host", "add"), ("host", "ls"), ("host", "rm"), ("host", "setup"), ("node", "drain"), ("node", "resume")]
@@ -59,6 +60,8 @@ BELOW += [
     ("cloud", "policy"),
     ("cloud", "prices"),
 ]
+BELOW += [("fn", verb) for verb in ("deploy", "call", "map", "spawn", "result", "ls", "logs", "rm", "rollback", "top", "serve")]
+BELOW += [("fn", "token", verb) for verb in ("add", "ls", "rm")]
 """Verbs of verbs."""
 
 COMMON = {"--help", "--version"}

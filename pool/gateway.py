@@ -1,0 +1,260 @@
+"""Functions over HTTP, for those who have a token: POST /NAME with a value, and its answer comes back.  cpool(1), FUNCTIONS.
+
+RFC 9110 and 9112, as http.server has them; a thread for each connection.  By itself it listens on this machine alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import socket
+import ssl
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
+from pool import tokens
+from pool.calling import Function, result
+from pool.session import CallError, StateOfCall
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+BODY_MAX = 256 << 20
+_CONNECTIONS = 256
+_WAIT_S = 60.0
+_READ_AGAIN_S = 1.0
+_STATUS = {
+    "raised": 500, "died": 502, "protocol": 502, "start": 503, "cancelled": 499, "function": 404, "full": 429, "unknown": 502,
+    "timeout": 504,
+}  # fmt: skip
+_LINES = "application/x-ndjson"
+_BYTES = "application/octet-stream"
+
+
+class Server(ThreadingHTTPServer):
+    """directory: of the pool."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, directory: str, address: tuple[str, int], context: ssl.SSLContext | None) -> None:
+        self.directory = directory
+        self._context = context
+        self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        self._functions: dict[tuple[str, str], Function] = {}
+        self._tokens: list[tokens.Token] = []
+        self._read_after = 0.0
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread, if there is room for one more."""
+        if not self._room.acquire(blocking=False):
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """TLS is begun here, so that nobody else waits for it."""
+        try:
+            request.settimeout(_WAIT_S)
+            if self._context:
+                request = self._context.wrap_socket(request, server_side=True)
+            super().process_request_thread(request, client_address)
+        except OSError:
+            self.shutdown_request(request)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is no news."""
+
+    def tenant_of(self, token: str) -> str | None:
+        """Tokens that were made or taken back since are known within a second."""
+        now = time.monotonic()
+        if now >= self._read_after:
+            self._tokens, self._read_after = tokens.read(self.directory), now + _READ_AGAIN_S
+        return tokens.tenant_of(self._tokens, token)
+
+    def function(self, tenant: str, name: str) -> Function:
+        """One object for each, whose connections are used again."""
+        if len(self._functions) > 1000:
+            self._functions.clear()
+        return self._functions.setdefault((tenant, name), Function(name, directory=self.directory, tenant=tenant))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A connection."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "cpool", ""
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: what is called is the functions' log."""
+
+    def do_GET(self) -> None:
+        """/healthz, and /calls/ID for the answer of a call that was begun before."""
+        if self.path == "/healthz":
+            return self._json(200, {"ok": True})
+        if self._tenant() is None:
+            return
+        match = re.fullmatch("/calls/([0-9a-f]{32})", self.path)
+        if not match:
+            return self._error(404, "function", "no such thing")
+        try:
+            self._answer(result(match[1], wait=False, directory=self.server.directory))
+        except CallError as error:
+            self._json(_STATUS[error.kind], error.shown())
+        except StateOfCall as error:
+            self._json(404 if error.state == "unknown" else 202, {"state": error.state})
+        except CafsError as error:
+            self._error(503, "unknown", str(error))
+
+    def do_POST(self) -> None:
+        """/NAME: a call."""
+        tenant = self._tenant()
+        if tenant is None:
+            return
+        match = re.fullmatch("/([A-Za-z0-9][A-Za-z0-9_.-]{0,62})", self.path)
+        value = self._value() if match else None
+        if not match:
+            self.close_connection = True
+            return self._error(404, "function", "no such thing")
+        if value is None:
+            return
+        function = self.server.function(tenant, match[1])
+        try:
+            if "respond-async" in self.headers.get("Prefer", ""):
+                key = self.headers.get("Idempotency-Key")
+                return self._json(202, {"id": function.spawn(value[0], key=key, timeout_s=self._timeout())})
+            if self.headers.get("Accept") == _LINES:
+                return self._stream(function, value[0])
+            self._answer(function.call(value[0], key=self.headers.get("Idempotency-Key"), timeout_s=self._timeout()))
+        except CallError as error:
+            self._json(_STATUS.get(error.kind, 500), error.shown())
+        except CafsError as error:
+            self._error(404 if error.exit_code == 4 else 503, "function" if error.exit_code == 4 else "unknown", str(error))
+
+    def _tenant(self) -> str | None:
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        found = self.server.tenant_of(token.strip()) if kind.lower() == "bearer" else None
+        if found is None:
+            self.close_connection = True  # whatever it still sends is not read
+            self._json(401, {"error": {"kind": "token", "message": "no such token"}}, **{"WWW-Authenticate": "Bearer"})
+        return found
+
+    def _timeout(self) -> float | None:
+        try:
+            found = float(self.headers.get("X-Timeout-S", "0"))
+        except ValueError:
+            return None
+        return found if 0 < found < 1e6 else None
+
+    def _value(self) -> tuple[Any] | None:
+        """The body; None, after an answer, if it cannot be taken."""
+        size = self.headers.get("Content-Length", "")
+        if not size.isdigit():
+            self.close_connection = True
+            self._error(411, "protocol", "Content-Length is needed")
+            return None
+        if int(size) > BODY_MAX:
+            self.close_connection = True
+            self._error(413, "protocol", f"a body has at most {BODY_MAX} bytes")
+            return None
+        data = self.rfile.read(int(size))
+        if self.headers.get("Content-Type", "") == _BYTES:
+            return (data,)
+        try:
+            return (json.loads(data),)
+        except (ValueError, RecursionError):
+            self._error(400, "protocol", "the body is no JSON")
+            return None
+
+    def _answer(self, found: Any) -> None:
+        if isinstance(found, bytes):
+            return self._send(200, found, _BYTES)
+        self._json(200, found)
+
+    def _stream(self, function: Function, value: Any) -> None:
+        """A line for each item, as it comes; an error is the last line."""
+        items = function.stream(value, timeout_s=self._timeout())
+        first = next(items, _NOTHING)
+        self.send_response(200)
+        self.send_header("Content-Type", _LINES)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            while first is not _NOTHING:
+                self._chunk(first)
+                first = next(items, _NOTHING)
+        except CallError as error:
+            self._chunk(error.shown())
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _chunk(self, item: Any) -> None:
+        from base64 import b64encode
+
+        item = {"$bytes": b64encode(item).decode()} if isinstance(item, bytes) else item
+        line = json.dumps(item, separators=(",", ":")).encode() + b"\n"
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+        self.wfile.flush()
+
+    def _error(self, status: int, kind: str, message: str) -> None:
+        self._json(status, {"error": {"kind": kind, "message": message}})
+
+    def _json(self, status: int, found: Any, **headers: str) -> None:
+        more = {"Retry-After": "1"} if status in (429, 503) else {}
+        self._send(status, json.dumps(found, separators=(",", ":")).encode(), "application/json", **more, **headers)
+
+    def _send(self, status: int, data: bytes, kind: str, **headers: str) -> None:
+        self.send_response(status)
+        for name, text in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, text)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+_NOTHING = object()
+
+
+def serve(directory: str, address: str, *, is_public: bool, cert: str | None, key: str | None, is_quiet: bool) -> None:
+    """Until SIGTERM or Ctrl-C.  Raises CafsError."""
+    host, colon, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+        raise UsageError(f"{quote(address)} is not HOST:PORT")
+    if (cert is None) != (key is None):
+        raise UsageError("--cert and --key belong together")
+    if not _is_local(host) and not (is_public and cert):
+        raise UnsupportedError(f"{host} is reached by others", hint="--public --cert FILE --key FILE, or 127.0.0.1")
+    if not tokens.read(directory):
+        raise UsageError("nobody has a token", hint="cpool fn token add NAME")
+    context = None
+    try:
+        if cert:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, key)
+        server = Server(directory, (host, int(port)), context)
+    except OSError as error:
+        raise os_error(f"cannot serve at {quote(address)}", error) from error
+    if not is_quiet:
+        place = server.server_address
+        sys.stderr.write(f"cpool: serving at http{'s' if cert else ''}://{host}:{place[1]}\n")
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,188 @@
+"""A function as the router sees it: its calls that wait, its instances, which of them a call goes to, and what was measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict, deque
+
+from pool import autoscaling, calls
+from pool.autoscaling import Bounds, Seen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool.hostlinks import HostLink
+    from pool.loop import Wire
+
+QUEUE_MAX, QUEUE_BYTES = 10_000, 64 << 20
+_SHORT_S, _AHEAD = 0.002, 16
+_WEIGHT = 0.1
+_KEPT = 1000
+
+
+class Call:
+    """callers: who waits for its answer.  deadline: by time.monotonic(), 0 for none.  instance: None while it waits."""
+
+    __slots__ = ("begun", "body", "callers", "came", "deadline", "flags", "function", "id", "instance", "is_cold", "tries")
+
+    def __init__(self, call: bytes, function: Routed, flags: int, body: bytes, came: float, deadline: float) -> None:
+        self.id, self.function, self.flags, self.body, self.came, self.deadline = call, function, flags, body, came, deadline
+        self.callers: list[Wire] = []
+        self.instance: Instance | None = None
+        self.begun = 0.0
+        self.tries = 0
+        self.is_cold = False
+
+
+class Instance:
+    """job: of the pool.  number: of its host; link: None before it is ready.  busy: calls that were given up and hold it."""
+
+    def __init__(self, job: int, function: Routed, version: int, *, is_first: bool) -> None:
+        self.job, self.function, self.version, self.is_first = job, function, version, is_first
+        self.link: HostLink | None = None
+        self.number = 0
+        self.calls: OrderedDict[bytes, Call] = OrderedDict()
+        self.busy = 0
+        self.made = self.used = time.monotonic()
+        self.idle_s = -1.0
+        self.is_placed = self.is_ready = False
+        self.problem: dict[str, Any] | None = None
+        """Why its handler cannot serve, as it has said."""
+
+    @property
+    def load(self) -> int:
+        return len(self.calls) + self.busy
+
+
+class Routed:
+    """number: for callers.  version: the one that gets calls, 0 if there is none yet.  spec: of that version."""
+
+    def __init__(self, tenant: str, name: str, number: int) -> None:
+        self.tenant, self.name, self.number = tenant, name, number
+        self.version, self.trying = 0, 0
+        self.specs: dict[int, dict[str, Any]] = {}
+        self.bounds = Bounds()
+        self.queue: deque[Call] = deque()
+        self.queue_bytes = 0
+        self.ready: list[Instance] = []
+        """Of the current version; the one that was used last is the last."""
+
+        self.starting: dict[int, Instance] = {}
+        self.retiring: list[Instance] = []
+        self.is_gone = False
+        self.service_s, self.start_s = autoscaling.SERVICE_S, autoscaling.START_S
+        self.gaps: deque[float] = deque(maxlen=200)
+        self._quiet_since = 0.0
+        self.failures, self.blocked_until, self.problem = 0, 0.0, ""
+        self.waits: deque[float] = deque(maxlen=_KEPT)
+        self.count = self.errors = self.colds = self.unknowns = 0
+        self.instance_s = 0.0
+        self.submitting = 0
+
+    def set_version(self, version: int) -> None:
+        """From now on calls go to that one."""
+        if version == self.version:
+            return
+        self.version = version
+        spec = self.specs[version]
+        fn = spec["fn"]
+        self.bounds = Bounds(fn["concurrency"], fn["min"], fn["max"], fn["buffer"], fn["idle_s"], fn["wait_s"])
+        self.service_s = autoscaling.SERVICE_S
+        self.failures, self.blocked_until, self.problem = 0, 0.0, ""
+
+    @property
+    def timeout_s(self) -> float:
+        return float(self.specs[self.version]["fn"]["timeout_s"]) if self.version else 300.0
+
+    def running(self) -> int:
+        """Calls at work, or sent to be."""
+        return sum(len(one.calls) for one in self.ready)
+
+    def seen(self) -> Seen:
+        """For the law."""
+        each = self.bounds.concurrency
+        ahead = sum(max(len(one.calls) - each, 0) for one in self.ready)
+        starting = len(self.starting) + self.submitting
+        many = len(self.ready), starting
+        return Seen(len(self.queue) + ahead, self.running() - ahead, *many, self.service_s, self.start_s)
+
+    def pick(self) -> Instance | None:
+        """The instance used last that has room; of short calls some are sent ahead, so that none waits for the way back."""
+        each = self.bounds.concurrency
+        ready = self.ready
+        for at in range(len(ready) - 1, -1, -1):
+            one = ready[at]
+            if len(one.calls) + one.busy < each:
+                if at != len(ready) - 1:
+                    ready.append(ready.pop(at))
+                return one
+        if self.service_s < _SHORT_S and ready:
+            one = min(ready, key=lambda one: len(one.calls))
+            if len(one.calls) < each + _AHEAD and not one.busy:
+                return one
+        return None
+
+    def came(self, now: float) -> None:
+        """A call has."""
+        if self._quiet_since:
+            self.gaps.append(now - self._quiet_since)
+            self._quiet_since = 0.0
+
+    def answered(self, call: Call, flags: int, now: float) -> None:
+        """Measure it."""
+        service_s = now - call.begun
+        ahead = max(len(call.instance.calls) - self.bounds.concurrency + 1, 1) if call.instance else 1
+        self.service_s += _WEIGHT * (service_s / ahead - self.service_s)
+        self.waits.append(now - call.came)
+        self.count += 1
+        self.errors += bool(flags & calls.ERROR)
+        self.colds += call.is_cold
+
+    def settle(self, now: float) -> None:
+        """After an answer: whether it is quiet now."""
+        if not self.queue and not any(one.calls for one in self.ready):
+            self._quiet_since = now
+
+    def started(self, instance: Instance, now: float) -> None:
+        """An instance is ready; how long it took."""
+        self.start_s += 0.3 * (now - instance.made - self.start_s)
+        self.failures, self.blocked_until, self.problem = 0, 0.0, ""
+
+    def failed(self, why: str, now: float) -> None:
+        """One ended before it was ready."""
+        self.failures += 1
+        self.blocked_until = now + autoscaling.back_off_s(self.failures)
+        self.problem = why
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether its instances end again and again before they are ready."""
+        return self.failures >= autoscaling.FAILURES_MAX
+
+    def shown(self) -> dict[str, Any]:
+        """As `cpool fn ls --json` prints it."""
+        ordered = sorted(self.waits)
+
+        def part(share: float) -> float:
+            return round(ordered[min(math.ceil(len(ordered) * share), len(ordered)) - 1], 6) if ordered else 0.0
+
+        return {
+            "name": self.name,
+            "tenant": self.tenant,
+            "version": self.version,
+            "instances": len(self.ready),
+            "starting": len(self.starting),
+            "running": self.running(),
+            "queued": len(self.queue),
+            "calls": self.count,
+            "errors": self.errors,
+            "cold_share": round(self.colds / self.count, 4) if self.count else 0.0,
+            "p50_s": part(0.50),
+            "p95_s": part(0.95),
+            "p99_s": part(0.99),
+            "idle_s": round(autoscaling.window_s(self.gaps, self.bounds), 3),
+            "instance_s": round(self.instance_s, 1),
+            "problem": self.problem,
+        }

@@ -1,0 +1,199 @@
+"""What a caller says to the router and hears from it, whatever carries the bytes.  cpool-function(7), FRAMES."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+from cafs.errors import BUSY, FAILED, NO_SUCH, REMOTE, CafsError
+from pool import calls, values
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_AHEAD = 16
+_TIMED_OUT = 124
+_CODES = {"function": NO_SUCH, "full": BUSY, "unknown": REMOTE, "timeout": _TIMED_OUT}
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class CallError(CafsError):
+    """A call that failed.  kind: as in cpool-function(7), ERRORS; type, traceback: of the handler's exception."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        self.kind = str(error.get("kind", "raised"))
+        self.type, self.message = str(error.get("type", "")), str(error.get("message", ""))
+        self.traceback = str(error.get("traceback", ""))
+        super().__init__(f"{self.type}: {self.message}" if self.type else self.message)
+        self.exit_code = _CODES.get(self.kind, FAILED)
+
+    def shown(self) -> dict[str, Any]:
+        """As `cpool fn map` writes it."""
+        return {"error": {name: getattr(self, name) for name in ("kind", "type", "message", "traceback")}}
+
+
+class Pending:
+    """A call that has no answer yet.  frame: to be sent again to another router; data: its value, if that is large."""
+
+    __slots__ = ("answer", "arrived", "data", "error", "frame", "is_bytes", "is_done", "items", "parts", "size", "takes")
+
+    def __init__(self, frame: bytes, data: bytes) -> None:
+        self.frame, self.data = frame, data
+        self.items: list[Any] = []
+        self.takes = True
+        """Whether items are acknowledged as they come."""
+
+        self.answer: Any = None
+        self.error: CafsError | None = None
+        self.is_done = self.is_bytes = False
+        self.parts: bytearray | None = None
+        self.size = self.arrived = 0
+
+
+class Session:
+    """The calls over one connection.  out: bytes to be sent."""
+
+    def __init__(self) -> None:
+        self.out = bytearray()
+        self.pending: dict[bytes, Pending] = {}
+        self.replies: dict[int, dict[str, Any]] = {}
+        self.begun: set[bytes] = set()
+        self._tag = 0
+        self._reader = calls.Reader()
+
+    def ask(self, what: str, **fields: Any) -> int:
+        """A control; its answer comes into `replies` with this tag."""
+        self._tag += 1
+        self.out += calls.control(what, tag=self._tag, **fields)
+        return self._tag
+
+    def begin(self, number: int, value: Any, *, call: bytes | None = None, ms: int = 0, flags: int = 0) -> bytes:
+        """Its id.  number: of the function, as the router has said.  Raises CafsError."""
+        call = call or os.urandom(16)
+        if isinstance(value, bytes | bytearray | memoryview):
+            body, flags = bytes(value), flags | calls.BYTES
+        else:
+            try:
+                body = _encode(value).encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise CafsError(f"the value is no JSON: {error}") from None
+        data = b""
+        if len(body) > calls.VALUE_MAX:
+            data, flags = body, flags | calls.REFERENCE
+            body = _encode({"$ref": call.hex(), "size": len(data)}).encode()
+        frame = calls.frame(calls.CALL, call, body, flags=flags, a=number, b=ms)
+        self.pending[call] = Pending(frame, data)
+        self.out += frame
+        return call
+
+    def await_answer(self, call: bytes, *, is_to_wait: bool) -> None:
+        """Ask for the answer of a call that was made before."""
+        self.pending[call] = Pending(calls.frame(calls.ASK, call, a=int(is_to_wait)), b"")
+        self.out += self.pending[call].frame
+
+    def cancel(self, call: bytes) -> None:
+        """It is not wanted any more."""
+        self.out += calls.frame(calls.CANCEL, call)
+
+    def renew(self) -> None:
+        """There is another connection: what has no answer is sent again, and is not done twice."""
+        self._reader = calls.Reader()
+        self.out = bytearray(b"".join(one.frame for one in self.pending.values() if not one.is_done))
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The calls that are done by that.  Raises CafsError."""
+        done: list[bytes] = []
+        try:
+            for kind, flags, call, a, _, body in self._reader.feed(data):
+                one = self.pending.get(call)
+                if kind == calls.ANSWER and one:
+                    self._answered(call, one, flags, body)
+                    if one.is_done:
+                        done.append(call)
+                elif kind == calls.CONTROL:
+                    said = calls.said(body)
+                    if said["is"] == "state":
+                        done.append(self._is_in_state(said))
+                    else:
+                        self.replies[int(said.get("tag") or 0)] = said
+                elif kind == calls.BEGUN:
+                    self.begun.add(call)
+                elif one:
+                    self._heed(call, one, kind, flags, a, body)
+                    if one.is_done:
+                        done.append(call)
+        except (ValueError, LookupError, TypeError) as error:
+            raise CafsError(f"the router says what is not of its protocol: {error}") from None
+        return done
+
+    def _is_in_state(self, said: dict[str, Any]) -> bytes:
+        call = bytes.fromhex(said["call"])
+        one = self.pending[call]
+        one.is_done = True
+        one.error = StateOfCall(str(said["state"]))
+        return call
+
+    def _answered(self, call: bytes, one: Pending, flags: int, body: bytes) -> None:
+        if flags & calls.ERROR:
+            one.error, one.is_done = CallError(json.loads(body)["error"]), True
+        elif flags & calls.REFERENCE:
+            one.size, one.is_bytes = values.size_of(body), bool(flags & calls.BYTES)
+            one.parts = bytearray(one.size)
+            many = -(-one.size // calls.PIECE_SIZE)
+            for piece in range(min(many, _AHEAD)):
+                self.out += calls.frame(calls.WANT, call, a=piece)
+            one.arrived = min(many, _AHEAD)
+        else:
+            one.answer = body if flags & calls.BYTES else json.loads(body)
+            if flags & calls.STREAM:
+                one.answer = one.items
+            one.is_done = True
+
+    def _heed(self, call: bytes, one: Pending, kind: int, flags: int, a: int, body: bytes) -> None:
+        if kind == calls.ITEM:
+            one.items.append(body if flags & calls.BYTES else json.loads(body))
+            if one.takes:
+                self.out += calls.frame(calls.MORE, call, a=1)
+        elif kind == calls.WANT:
+            data = memoryview(one.data)[a * calls.PIECE_SIZE : (a + 1) * calls.PIECE_SIZE]
+            self.out += values.piece_of(call, a, bytes(data), len(one.data))
+        elif kind == calls.PIECE and one.parts is not None:
+            at = a * calls.PIECE_SIZE
+            if at + len(body) > one.size or (len(body) < calls.PIECE_SIZE and at + len(body) != one.size):
+                raise ValueError("a piece that does not fit")
+            one.parts[at : at + len(body)] = body
+            self._next_piece(call, one)
+
+    def _next_piece(self, call: bytes, one: Pending) -> None:
+        many = -(-one.size // calls.PIECE_SIZE)
+        if one.arrived < many:
+            self.out += calls.frame(calls.WANT, call, a=one.arrived)
+        one.arrived += 1
+        if one.arrived == many + min(many, _AHEAD):
+            assert one.parts is not None
+            self.out += calls.frame(calls.FORGET, call)
+            one.answer = bytes(one.parts) if one.is_bytes else json.loads(one.parts)
+            one.parts, one.is_done = None, True
+
+    def take(self, call: bytes) -> Any:
+        """The answer of one that is done.  Raises CafsError."""
+        one = self.pending.pop(call)
+        if one.error:
+            raise one.error
+        return one.answer
+
+
+class StateOfCall(CafsError):
+    """A call has no answer yet, or nobody knows it.  state: queued, running, unknown."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the call is {state}" if state != "unknown" else "no such call, or its answer is not kept any more")
+        self.state = state
+        self.exit_code = NO_SUCH if state == "unknown" else BUSY
+
+
+def id_of(tenant: str, name: str, key: str) -> bytes:
+    """Of a call that is made once, however often it is sent."""
+    return hashlib.sha256(b"".join(one.encode() + b"\0" for one in (tenant, name, key))).digest()[:16]

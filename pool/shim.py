@@ -1,0 +1,466 @@
+"""What serves calls in a container: it finds a handler, tells the function host that it is there, and runs it for each call.
+
+One file, standard library only, Python 3.8: the image brings no more.  cpool-function(7), HANDLERS and FRAMES.
+
+usage: shim.py MODULE:FUNCTION CONCURRENCY
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import importlib
+import inspect
+import io
+import json
+import os
+import queue
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+PLACE = "/run/cpool"
+CONTROL, CALL, ANSWER, ITEM, MORE, CANCEL = range(1, 7)
+REFERENCE, BYTES, STREAM, ERROR = 4, 8, 16, 32
+HEAD = struct.Struct(">IBBH16sII")
+VALUE_MAX = 1 << 20
+ITEMS_AHEAD = 16
+TEXT_MAX = 64 << 10
+NOBODY = bytes(16)
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+running = contextvars.ContextVar("call", default="")
+
+
+class Cancelled(BaseException):
+    """The call was cancelled, or took too long."""
+
+
+class Leave(BaseException):
+    """It is time to end."""
+
+
+class Context:
+    """Of a call.  id: in hexadecimal; deadline: seconds of the Epoch, or None."""
+
+    def __init__(self, call: bytes, ms: int) -> None:
+        self.id = call.hex()
+        self.deadline = time.time() + ms / 1000 if ms else None
+
+    def remaining_s(self) -> float:
+        """Until the deadline; infinite without one."""
+        return float("inf") if self.deadline is None else self.deadline - time.time()
+
+
+class Log(io.TextIOBase):
+    """Lines, each with the call in which it was printed, for whoever reads the job's output."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: dict[str, str] = {}
+
+    encoding = "utf-8"
+
+    def writable(self) -> bool:
+        """As of io."""
+        return True
+
+    def fileno(self) -> int:
+        """As of io."""
+        return self._fd
+
+    def write(self, text: str) -> int:
+        """A whole line at a time reaches the log."""
+        call = running.get()
+        begun = self._lines.pop(call, "") + text
+        *lines, rest = begun.split("\n")
+        if len(rest) > TEXT_MAX:
+            lines, rest = [*lines, rest], ""
+        if rest:
+            self._lines[call] = rest
+        if lines:
+            written = "".join(encode({"call": call, "text": line}) + "\n" if call else line + "\n" for line in lines)
+            data = written.encode("utf-8", "replace")
+            while data:
+                data = data[os.write(self._fd, data) :]
+        return len(text)
+
+    def end(self) -> None:
+        """Of a call: what has no newline yet."""
+        if running.get() in self._lines:
+            self.write("\n")
+
+
+def end_lines() -> None:
+    """Of a call that is over."""
+    for log in (sys.stdout, sys.stderr):
+        if isinstance(log, Log):
+            log.end()
+
+
+def frame(kind: int, call: bytes, body: bytes = b"", flags: int = 0) -> bytes:
+    """One."""
+    return HEAD.pack(len(body), kind, flags, 0, call, 0, 0) + body
+
+
+def control(what: str, **fields: object) -> bytes:
+    """An object that says what it is."""
+    return frame(CONTROL, NOBODY, encode({"is": what, **fields}).encode())
+
+
+def value_of(flags: int, body: bytes) -> object:
+    """What a handler is given.  Raises OSError, ValueError."""
+    if flags & REFERENCE:
+        path = json.loads(body)["$ref"]
+        with open(path, "rb") as file:
+            body = file.read()
+    return body if flags & BYTES else json.loads(body)
+
+
+def packed(kind: int, call: bytes, value: object, flags: int = 0, place: str = PLACE) -> bytes:
+    """An answer, or an item.  Raises OSError, TypeError, ValueError."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data, flags = bytes(value), flags | BYTES
+    else:
+        data = encode(value).encode()
+    if len(data) <= VALUE_MAX:
+        return frame(kind, call, data, flags)
+    name = call.hex() + "." + os.urandom(4).hex()
+    with open(os.path.join(place, "out", name), "xb") as file:
+        file.write(data)
+    return frame(kind, call, encode({"$ref": PLACE + "/out/" + name, "size": len(data)}).encode(), flags | REFERENCE)
+
+
+def told(kind: str, problem: BaseException) -> dict[str, str]:
+    """An exception as data; of its traceback what is the handler's."""
+    own = problem.__traceback__
+    while own and own.tb_frame.f_code.co_filename == __file__:
+        own = own.tb_next
+    text = "".join(traceback.format_exception(type(problem), problem, own))
+    try:
+        message = str(problem)
+    except Exception:
+        message = "(its text cannot be made)"
+    return {"kind": kind, "type": type(problem).__name__, "message": message[:TEXT_MAX], "traceback": text[-TEXT_MAX:]}
+
+
+def failed(call: bytes, problem: BaseException) -> bytes:
+    """An answer that is an error."""
+    kind = "cancelled" if isinstance(problem, (Cancelled, asyncio.CancelledError)) else "raised"
+    return frame(ANSWER, call, encode({"error": told(kind, problem)}).encode("utf-8", "replace"), ERROR)
+
+
+class Channel:
+    """The way to the function host.  Blocks."""
+
+    def __init__(self, place: str) -> None:
+        with open(os.path.join(place, "token"), encoding="ascii") as file:
+            self.job, self.token = file.read().split()
+        deadline = time.monotonic() + 10
+        while True:
+            self.socket = socket.socket(socket.AF_UNIX)
+            try:
+                self.socket.connect(os.path.join(place, "host", "socket"))
+                break
+            except OSError:
+                self.socket.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+        self._lock = threading.Lock()
+        self.send(control("hello", protocol=1, job=self.job, token=self.token))
+
+    def send(self, data: bytes) -> None:
+        """All of it."""
+        with self._lock:
+            self.socket.sendall(data)
+
+    def frames(self) -> Iterator[tuple[int, int, bytes, int, int, bytes]]:
+        """Those that come, until the host has gone."""
+        held = b""
+        while True:
+            data = self.socket.recv(1 << 18)
+            if not data:
+                return
+            held += data
+            at = 0
+            while len(held) - at >= 32:
+                size, kind, flags, _, call, a, b = HEAD.unpack_from(held, at)
+                if len(held) - at - 32 < size:
+                    break
+                body = held[at + 32 : at + 32 + size]
+                at += 32 + size
+                yield kind, flags, call, a, b, body
+            held = held[at:]
+
+
+class Handler:
+    """A function of a module, and what is around it.  Raises ImportError, AttributeError, whatever the module does."""
+
+    def __init__(self, name: str) -> None:
+        module, _, function = name.partition(":")
+        sys.path[0] = os.getcwd()
+        self.module = importlib.import_module(module)
+        self.function = getattr(self.module, function)
+        if not callable(self.function):
+            raise TypeError("%s is no function" % name)
+        real = inspect.unwrap(self.function)
+        real = real if inspect.isroutine(real) else real.__call__
+        self.is_async = inspect.iscoroutinefunction(real) or inspect.isasyncgenfunction(real)
+        self.has_context = "context" in inspect.signature(self.function).parameters
+
+    def begin(self) -> None:
+        """Once."""
+        getattr(self.module, "setup", int)()
+
+    def end(self) -> None:
+        """Once."""
+        getattr(self.module, "teardown", int)()
+
+    def call(self, call: bytes, flags: int, ms: int, body: bytes) -> Any:
+        """What the function returns."""
+        value = value_of(flags, body)
+        return self.function(value, context=Context(call, ms)) if self.has_context else self.function(value)
+
+
+class Serial:
+    """One call at a time, in the main thread: nothing is between the socket and the handler."""
+
+    def __init__(self, channel: Channel, handler: Handler) -> None:
+        self._channel, self._handler = channel, handler
+        self._frames = channel.frames()
+        self._waiting: list[tuple[int, int, bytes, int, int, bytes]] = []
+        self._current = b""
+        self._is_leaving = False
+        signal.signal(signal.SIGTERM, self._leave)
+        signal.signal(signal.SIGUSR1, self._cancel)
+
+    def _leave(self, *_: object) -> None:
+        self._is_leaving = True
+        if not self._current:
+            raise Leave
+
+    def _cancel(self, *_: object) -> None:
+        if self._current:
+            raise Cancelled
+
+    def run(self) -> None:
+        """Until it is told to end."""
+        while not self._is_leaving:
+            one = self._waiting.pop(0) if self._waiting else next(self._frames, None)
+            if one is None:
+                raise Leave
+            kind, flags, call, _, ms, body = one
+            if kind == CONTROL and json.loads(body)["is"] == "end":
+                return
+            if kind == CALL:
+                self._serve(call, flags, ms, body)
+
+    def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
+        token = running.set(call.hex())
+        try:
+            self._current = call
+            try:
+                found = self._handler.call(call, flags, ms, body)
+                if inspect.isgenerator(found):
+                    self._items(call, found)
+                    data = packed(ANSWER, call, None, STREAM)
+                else:
+                    data = packed(ANSWER, call, found)
+            finally:
+                self._current = b""
+        except (Exception, Cancelled, SystemExit) as problem:
+            self._current = b""
+            data = failed(call, problem)
+        end_lines()
+        running.reset(token)
+        self._channel.send(data)
+
+    def _items(self, call: bytes, found: Iterable[object]) -> None:
+        credit = ITEMS_AHEAD
+        for item in found:
+            while not credit:
+                one = next(self._frames, None)
+                if one is None:
+                    raise Cancelled
+                if one[0] == MORE and one[2] == call:
+                    credit += one[3]
+                else:
+                    self._waiting.append(one)
+            credit -= 1
+            self._channel.send(packed(ITEM, call, item))
+
+
+class Threads:
+    """Several at a time, each in a thread."""
+
+    def __init__(self, channel: Channel, handler: Handler, many: int) -> None:
+        self._channel, self._handler = channel, handler
+        self._given: queue.SimpleQueue[tuple[bytes, int, int, bytes]] = queue.SimpleQueue()
+        self._running: dict[bytes, int] = {}
+        self._credits: dict[bytes, int] = {}
+        self._lock = threading.Condition()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(many)]
+        signal.signal(signal.SIGTERM, self._leave)
+
+    @staticmethod
+    def _leave(*_: object) -> None:
+        raise Leave
+
+    def run(self) -> None:
+        """Until it is told to end."""
+        for thread in self._threads:
+            thread.start()
+        for kind, flags, call, many, ms, body in self._channel.frames():
+            if kind == CALL:
+                self._given.put((call, flags, ms, body))
+            elif kind == CANCEL:
+                self._cancel(call)
+            elif kind == MORE:
+                with self._lock:
+                    self._credits[call] = self._credits.get(call, 0) + many
+                    self._lock.notify_all()
+            elif json.loads(body)["is"] == "end":
+                return
+        raise Leave
+
+    def _cancel(self, call: bytes) -> None:
+        import ctypes
+
+        with self._lock:
+            thread = self._running.get(call)
+            if thread:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))
+
+    def _work(self) -> None:
+        while True:
+            call, flags, ms, body = self._given.get()
+            running.set(call.hex())
+            try:
+                with self._lock:
+                    self._running[call] = threading.get_ident()
+                    self._credits[call] = ITEMS_AHEAD
+                try:
+                    found = self._handler.call(call, flags, ms, body)
+                    if inspect.isgenerator(found):
+                        self._items(call, found)
+                        data = packed(ANSWER, call, None, STREAM)
+                    else:
+                        data = packed(ANSWER, call, found)
+                finally:
+                    with self._lock:
+                        self._running.pop(call, None)
+                        self._credits.pop(call, None)
+            except BaseException as problem:
+                data = failed(call, problem)
+            end_lines()
+            self._channel.send(data)
+
+    def _items(self, call: bytes, found: Iterable[object]) -> None:
+        for item in found:
+            with self._lock:
+                self._lock.wait_for(lambda: self._credits[call] > 0)
+                self._credits[call] -= 1
+            self._channel.send(packed(ITEM, call, item))
+
+
+class Tasks:
+    """Several at a time, as tasks of one event loop."""
+
+    def __init__(self, channel: Channel, handler: Handler) -> None:
+        self._channel, self._handler = channel, handler
+        self._tasks: dict[bytes, asyncio.Task[None]] = {}
+        self._credits: dict[bytes, asyncio.Semaphore] = {}
+
+    def run(self) -> None:
+        """Until it is told to end."""
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._reader, self._writer = await asyncio.open_connection(sock=self._channel.socket)
+        main = asyncio.current_task()
+        assert main
+        loop.add_signal_handler(signal.SIGTERM, main.cancel)
+        try:
+            while True:
+                head = await self._reader.readexactly(32)
+                size, kind, flags, _, call, many, ms = HEAD.unpack(head)
+                body = await self._reader.readexactly(size)
+                if kind == CALL:
+                    self._credits[call] = asyncio.Semaphore(ITEMS_AHEAD)
+                    self._tasks[call] = loop.create_task(self._serve(call, flags, ms, body))
+                elif kind == CANCEL and call in self._tasks:
+                    self._tasks[call].cancel()
+                elif kind == MORE and call in self._credits:
+                    for _ in range(many):
+                        self._credits[call].release()
+                elif kind == CONTROL and json.loads(body)["is"] == "end":
+                    return
+        except (asyncio.CancelledError, asyncio.IncompleteReadError):
+            return
+
+    async def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
+        running.set(call.hex())
+        try:
+            found = self._handler.call(call, flags, ms, body)
+            if inspect.isawaitable(found):
+                found = await found
+            if inspect.isasyncgen(found):
+                async for item in found:
+                    await self._credits[call].acquire()
+                    self._writer.write(packed(ITEM, call, item))
+                    await self._writer.drain()
+                data = packed(ANSWER, call, None, STREAM)
+            else:
+                data = packed(ANSWER, call, found)
+        except BaseException as problem:
+            data = failed(call, problem)
+        end_lines()
+        self._writer.write(data)
+        self._tasks.pop(call, None)
+        self._credits.pop(call, None)
+
+
+def server_of(channel: Channel, handler: Handler, many: int) -> Serial | Threads | Tasks:
+    """For MANY calls at once."""
+    if handler.is_async:
+        return Tasks(channel, handler)
+    return Threads(channel, handler, many) if many > 1 else Serial(channel, handler)
+
+
+def main() -> int:
+    """As of the usage above."""
+    channel = Channel(PLACE)
+    sys.stdout, sys.stderr = Log(1), Log(2)
+    try:
+        handler = Handler(sys.argv[1])
+        handler.begin()
+    except BaseException as problem:
+        traceback.print_exc()
+        channel.send(control("failed", error=told("start", problem)))
+        return 1
+    server = server_of(channel, handler, int(sys.argv[2]))
+    channel.send(control("ready", serial=isinstance(server, Serial)))
+    try:
+        server.run()
+    except (Leave, OSError):
+        pass
+    finally:
+        handler.end()
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)
