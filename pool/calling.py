@@ -308,7 +308,7 @@ class Function:
         found = self._async.get(id(loop))
         if found is None or found.is_closed:
             found = self._async[id(loop)] = AsyncConnection(self._directory)
-            await found.begin()
+        await found.begin()
         return found
 
     async def acall(
@@ -372,11 +372,19 @@ class AsyncConnection:
         self._session = Session()
         self._waits: dict[bytes, asyncio.Future[Any]] = {}
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._opened: dict[tuple[str, str], int] = {}
+        self._opened: dict[tuple[str, str], asyncio.Task[int]] = {}
+        self._begun = asyncio.ensure_future(self._begin())
         self.is_closed = False
 
     async def begin(self) -> None:
-        """Raises RemoteError."""
+        """Wait until there is a connection.  Raises RemoteError."""
+        try:
+            await asyncio.shield(self._begun)
+        except Exception:
+            self.is_closed = True
+            raise
+
+    async def _begin(self) -> None:
         connection = await asyncio.to_thread(_connect, self._directory, _BEGIN_S)
         self._reader, self._writer = await asyncio.open_connection(sock=connection)
         self._task = asyncio.ensure_future(self._hear())
@@ -412,15 +420,19 @@ class AsyncConnection:
 
     async def open(self, tenant: str, name: str) -> int:
         """As of Connection."""
-        if (tenant, name) not in self._opened:
-            tag = self._session.ask("open", name=name, tenant=tenant)
-            wait = self._replies[tag] = asyncio.get_running_loop().create_future()
-            self._send()
-            found = await wait
-            if found["is"] == "error":
-                raise NotFound(str(found["message"]), hint="cpool fn ls")
-            self._opened[tenant, name] = int(found["number"])
-        return self._opened[tenant, name]
+        key = tenant, name
+        if key not in self._opened or (self._opened[key].done() and self._opened[key].exception()):
+            self._opened[key] = asyncio.ensure_future(self._open(tenant, name))
+        return await asyncio.shield(self._opened[key])
+
+    async def _open(self, tenant: str, name: str) -> int:
+        tag = self._session.ask("open", name=name, tenant=tenant)
+        wait = self._replies[tag] = asyncio.get_running_loop().create_future()
+        self._send()
+        found = await wait
+        if found["is"] == "error":
+            raise NotFound(str(found["message"]), hint="cpool fn ls")
+        return int(found["number"])
 
     async def call(self, number: int, value: Any, **fields: Any) -> Any:
         """Its answer.  Raises CallError, CafsError."""

@@ -78,7 +78,7 @@ class Host:
         self._kept_bytes = 0
         self._numbers = 0
         self._alone_since = time.monotonic()
-        self._is_ticking = False
+        self._is_ticking = self._is_to_leave = False
         values.clear(os.path.join(self._place, "kept"))
         os.makedirs(os.path.join(self._place, "in"), exist_ok=True)
         os.chmod(os.path.join(self._place, "in"), 0o755)
@@ -138,7 +138,10 @@ class Host:
 
     def _obey(self, wire: loop.Wire, said: dict[str, Any]) -> None:
         if said["is"] == "hello":
+            self._is_to_leave = False
             self._greet(wire)
+        elif said["is"] == "leave":
+            self._is_to_leave = True
         elif said["is"] == "idle":
             found = self._instances.get(int(said["instance"]))
             if found:
@@ -365,7 +368,7 @@ class Host:
             self._forget(self._calls[next(iter(self._kept))])
         if self._router or self._instances:
             self._alone_since = now
-        elif now > self._alone_since + _ALONE_S:
+        if not self._instances and (self._is_to_leave or now > self._alone_since + _ALONE_S):
             self._loop.is_over = True
         if is_busy:
             self._tick_soon()
@@ -410,6 +413,16 @@ def daemon(directory: str) -> None:
     Host(directory).run()
     for path in (os.path.join(place, "socket"), os.path.join(place, "in", "socket")):
         os.unlink(path)
+
+
+def leave(directory: str) -> None:
+    """Have the one that there is end, when it has no instances."""
+    try:
+        connection = sockets.connect(os.path.join(directory, PLACE))
+    except OSError:
+        return
+    with connection:
+        connection.sendall(calls.control("leave"))
 
 
 def ensure(directory: str) -> None:

@@ -51,6 +51,14 @@ class Pending:
         self.parts: bytearray | None = None
         self.size = self.arrived = 0
 
+    def finish(self, data: bytes) -> None:
+        """All of the answer is there."""
+        self.is_done = True
+        try:
+            self.answer = data if self.is_bytes else json.loads(data)
+        except (ValueError, RecursionError) as error:
+            self.error = CallError({"kind": "protocol", "message": f"the answer is no JSON: {error}"})
+
 
 class Session:
     """The calls over one connection.  out: bytes to be sent."""
@@ -146,10 +154,10 @@ class Session:
                 self.out += calls.frame(calls.WANT, call, a=piece)
             one.arrived = min(many, _AHEAD)
         else:
-            one.answer = body if flags & calls.BYTES else json.loads(body)
+            one.is_bytes = bool(flags & calls.BYTES)
+            one.finish(body)
             if flags & calls.STREAM:
                 one.answer = one.items
-            one.is_done = True
 
     def _heed(self, call: bytes, one: Pending, kind: int, flags: int, a: int, body: bytes) -> None:
         if kind == calls.ITEM:
@@ -174,8 +182,8 @@ class Session:
         if one.arrived == many + min(many, _AHEAD):
             assert one.parts is not None
             self.out += calls.frame(calls.FORGET, call)
-            one.answer = bytes(one.parts) if one.is_bytes else json.loads(one.parts)
-            one.parts, one.is_done = None, True
+            parts, one.parts = one.parts, None
+            one.finish(bytes(parts))
 
     def take(self, call: bytes) -> Any:
         """The answer of one that is done.  Raises CafsError."""

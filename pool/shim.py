@@ -15,6 +15,7 @@ import io
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import struct
@@ -25,8 +26,10 @@ import traceback
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from typing import Any
+
+    Frame = tuple[int, int, bytes, int, int, bytes]
 
 PLACE = "/run/cpool"
 CONTROL, CALL, ANSWER, ITEM, MORE, CANCEL = range(1, 7)
@@ -176,6 +179,7 @@ class Channel:
                     raise
                 time.sleep(0.005)
         self._lock = threading.Lock()
+        self._held, self._at = b"", 0
         self.send(control("hello", protocol=1, job=self.job, token=self.token))
 
     def send(self, data: bytes) -> None:
@@ -183,23 +187,24 @@ class Channel:
         with self._lock:
             self.socket.sendall(data)
 
-    def frames(self) -> Iterator[tuple[int, int, bytes, int, int, bytes]]:
-        """Those that come, until the host has gone."""
-        held = b""
+    def next(self) -> Frame | None:
+        """The next frame; None when the host has gone.  Waits."""
         while True:
+            if len(self._held) - self._at >= 32:
+                size, kind, flags, _, call, a, b = HEAD.unpack_from(self._held, self._at)
+                end = self._at + 32 + size
+                if len(self._held) >= end:
+                    body = self._held[self._at + 32 : end]
+                    self._at = end
+                    return kind, flags, call, a, b, body
             data = self.socket.recv(1 << 18)
             if not data:
-                return
-            held += data
-            at = 0
-            while len(held) - at >= 32:
-                size, kind, flags, _, call, a, b = HEAD.unpack_from(held, at)
-                if len(held) - at - 32 < size:
-                    break
-                body = held[at + 32 : at + 32 + size]
-                at += 32 + size
-                yield kind, flags, call, a, b, body
-            held = held[at:]
+                return None
+            self._held, self._at = self._held[self._at :] + data, 0
+
+    def has_more(self, seconds: float) -> bool:
+        """Whether one comes within a time, or is there."""
+        return self._at < len(self._held) or bool(select.select([self.socket], [], [], seconds)[0])
 
 
 class Handler:
@@ -236,10 +241,11 @@ class Serial:
 
     def __init__(self, channel: Channel, handler: Handler) -> None:
         self._channel, self._handler = channel, handler
-        self._frames = channel.frames()
-        self._waiting: list[tuple[int, int, bytes, int, int, bytes]] = []
+        self._waiting: list[Frame] = []
         self._current = b""
-        self._is_leaving = False
+        self._is_leaving = self._is_cancelled = self._is_at_work = False
+        """is_at_work: with the socket, where an exception would leave half a frame."""
+
         signal.signal(signal.SIGTERM, self._leave)
         signal.signal(signal.SIGUSR1, self._cancel)
 
@@ -249,13 +255,14 @@ class Serial:
             raise Leave
 
     def _cancel(self, *_: object) -> None:
-        if self._current:
+        self._is_cancelled = bool(self._current)
+        if self._current and not self._is_at_work:
             raise Cancelled
 
     def run(self) -> None:
         """Until it is told to end."""
         while not self._is_leaving:
-            one = self._waiting.pop(0) if self._waiting else next(self._frames, None)
+            one = self._waiting.pop(0) if self._waiting else self._channel.next()
             if one is None:
                 raise Leave
             kind, flags, call, _, ms, body = one
@@ -266,6 +273,7 @@ class Serial:
 
     def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
         token = running.set(call.hex())
+        self._is_cancelled = False
         try:
             self._current = call
             try:
@@ -287,16 +295,30 @@ class Serial:
     def _items(self, call: bytes, found: Iterable[object]) -> None:
         credit = ITEMS_AHEAD
         for item in found:
-            while not credit:
-                one = next(self._frames, None)
-                if one is None:
-                    raise Cancelled
-                if one[0] == MORE and one[2] == call:
-                    credit += one[3]
-                else:
-                    self._waiting.append(one)
+            data = packed(ITEM, call, item)
+            self._is_at_work = True
+            try:
+                while not credit and not self._is_cancelled:
+                    credit += self._credit(call)
+                if not self._is_cancelled:
+                    self._channel.send(data)
+            finally:
+                self._is_at_work = False
+            if self._is_cancelled:
+                raise Cancelled
             credit -= 1
-            self._channel.send(packed(ITEM, call, item))
+
+    def _credit(self, call: bytes) -> int:
+        """How many items more are wanted; other frames wait for their time."""
+        if not self._channel.has_more(0.05):
+            return 0
+        one = self._channel.next()
+        if one is None:
+            raise Leave
+        if one[0] == MORE and one[2] == call:
+            return one[3]
+        self._waiting.append(one)
+        return 0
 
 
 class Threads:
@@ -319,7 +341,11 @@ class Threads:
         """Until it is told to end."""
         for thread in self._threads:
             thread.start()
-        for kind, flags, call, many, ms, body in self._channel.frames():
+        while True:
+            one = self._channel.next()
+            if one is None:
+                raise Leave
+            kind, flags, call, many, ms, body = one
             if kind == CALL:
                 self._given.put((call, flags, ms, body))
             elif kind == CANCEL:
@@ -330,7 +356,6 @@ class Threads:
                     self._lock.notify_all()
             elif json.loads(body)["is"] == "end":
                 return
-        raise Leave
 
     def _cancel(self, call: bytes) -> None:
         import ctypes

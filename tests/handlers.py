@@ -1,0 +1,138 @@
+"""Handlers for the tests of functions; they run in a container."""
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+begun = []
+at_once = [0, 0]
+lock = threading.Lock()
+
+
+def setup():
+    print("setup")
+    begun.append(time.time())
+
+
+def teardown():
+    print("teardown")
+
+
+def echo(value):
+    return value
+
+
+def version(value):
+    return os.environ.get("VERSION", "")
+
+
+def say(value, context):
+    print("it says", value)
+    print("an error", value, file=sys.stderr)
+    return {"id": context.id, "left_s": context.remaining_s(), "pid": os.getpid()}
+
+
+class Odd(Exception):
+    pass
+
+
+def bad(value):
+    raise Odd(f"no {value}")
+
+
+def nap(value):
+    time.sleep(value)
+    return "slept"
+
+
+def mark(path):
+    """Of /run/cpool/out, on the host too: how often it was done."""
+    with open(path["path"], "a") as file:
+        file.write("x")
+    time.sleep(path["s"])
+    return "done"
+
+
+def stubborn(value):
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+
+
+def die(value):
+    os._exit(3)
+
+
+def odd(value):
+    if value == "nan":
+        return float("nan")
+    if value == "set":
+        return {1, 2}
+    if value == "exit":
+        sys.exit(3)
+    if value == "deep":
+        return odd("deep")
+    if value == "fork":
+        subprocess.Popen(["sleep", "60"])
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+    if value == "flood":
+        for _ in range(20000):
+            print("x" * 100)
+    return value
+
+
+def together(value):
+    with lock:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+    time.sleep(0.3)
+    with lock:
+        at_once[0] -= 1
+    return at_once[1]
+
+
+async def later(value):
+    at_once[0] += 1
+    at_once[1] = max(at_once)
+    await asyncio.sleep(value)
+    at_once[0] -= 1
+    return at_once[1]
+
+
+def several(many):
+    yield from range(many)
+
+
+async def aseveral(many):
+    for number in range(many):
+        await asyncio.sleep(0)
+        yield number
+
+
+def size(value):
+    return [type(value).__name__, len(value)]
+
+
+def make(many):
+    return b"x" * many if many >= 0 else "y" * -many
+
+
+def secret(value):
+    with open(os.environ["CPOOL_SECRETS"] + "/KEY") as file:
+        return file.read()
+
+
+def dice(value):
+    return [random.random(), os.getpid()]
+
+
+def who(value):
+    return [os.environ["CPOOL_WORKER"], os.environ["CPOOL_JOB"]]

@@ -1,0 +1,348 @@
+"""Functions: handlers, calls, what they answer, what they cost, and what becomes of versions; real containers throughout."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pool.calling import Function
+from pool.session import CallError
+from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, shown, wait
+from tests.pooling import cp, ok
+
+pytestmark = pytest.mark.needs(*NEEDS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch, functions_at(tmp_path_factory.mktemp("fn"), patch) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def alone(base: Path) -> Iterator[None]:
+    """No function of the test before holds a place."""
+    yield
+    names = ok("fn", "ls", "-q").split()
+    if names:
+        ok("fn", "rm", *dict.fromkeys(names))
+
+
+# jsonl:
+
+
+def test_a_program_of_lines_answers_calls_and_maps_them_in_order() -> None:
+    assert deploy("upper", "jsonl:/bin/upper") == "upper@1"
+    assert call("upper", {"a": "x y"}).stdout == '{"A":"X Y"}\n', "one line of compact JSON"
+    lines = [json.dumps(f"line {number}") for number in range(300)]
+    done = cp("fn", "map", "upper", input="\n".join(lines))
+    assert (done.returncode, done.stdout) == (0, "".join(f"{line.upper()}\n" for line in lines)), done.stderr
+    assert shown("upper")["calls"] == 301 and shown("upper")["errors"] == 0
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_program_that_breaks_the_protocol_fails_that_call_and_no_other(concurrency: int) -> None:
+    deploy("odd", "jsonl:/bin/odd", "--concurrency", concurrency, "--max", 1)
+    words = ["a", "half", "b", "two", "c", "nojson", "d", "die", "e", "flood", "f", "long", "g"]
+    for word in words:
+        done = call("odd", word)
+        if word in ("half", "two", "nojson", "die", "long"):
+            assert done.returncode == 1, (word, done)
+        else:
+            assert done.stdout == ('"ok"\n' if word == "flood" else f'"{word}"\n'), (word, done.stderr)
+    assert "ended in the call, exit code 4" in call("odd", "die").stderr
+    done = cp("fn", "map", "odd", "--parallel", "8", input="".join(f'"{word}"\n' for word in words * 3))
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 3 and "of 39 calls have failed" in done.stderr
+    for word, one in zip(words * 3, found, strict=True):
+        is_bad = word in ("half", "two", "nojson", "die", "long")
+        assert one["error"]["kind"] in ("died", "protocol") if is_bad else one == ("ok" if word == "flood" else word), word
+
+
+def test_a_late_line_answers_no_other_call() -> None:
+    """The program answers after 3 s whatever becomes of the call."""
+    deploy("slow", "jsonl:/bin/slow", "--max", 1)
+    assert call("slow", 1, "--timeout", 0.5).returncode == 124
+    began = time.monotonic()
+    assert answer("slow", 2) == "late" and time.monotonic() - began > 2.5, "the next call has its own answer"
+
+
+def test_programs_of_one_container_serve_several_calls_at_once() -> None:
+    deploy("slow", "jsonl:/bin/slow", "--concurrency", 3, "--max", 1)
+    began = time.monotonic()
+    done = cp("fn", "map", "slow", input="1\n2\n3\n")
+    assert done.stdout == '"late"\n' * 3 and time.monotonic() - began < 6
+
+
+def test_a_large_value_is_a_file_for_a_program_and_its_answer_may_be_one() -> None:
+    deploy("size", "jsonl:/bin/size")
+    assert answer("size", "x" * 2_000_000) == 2_000_002
+    deploy("large", "jsonl:/bin/large")
+    assert answer("large", 1) == "y" * 3_000_000
+    deploy("evil", "jsonl:/bin/evil")
+    done = call("evil", 1)
+    assert done.returncode == 1 and "cannot be taken" in done.stderr and "root:" not in done.stdout
+
+
+# python:
+
+
+def test_a_handler_is_given_values_and_a_context_and_what_it_prints_is_logged_by_call() -> None:
+    deploy("echo", "python:h:echo")
+    for value in (None, True, 1.5, "ä\n\u2028", [1, {"a": []}], {"$x": 1}):
+        assert answer("echo", value) == value
+    deploy("say", "python:h:say")
+    said = answer("say", "hello", "--timeout", 30)
+    assert isinstance(said, dict) and 20 < said["left_s"] <= 30
+    other = answer("say", "other")
+    wait(lambda: "it says other" in ok("fn", "logs", "say"))
+    assert sorted(ok("fn", "logs", "say", "--call", said["id"]).splitlines()) == ["an error hello", "it says hello"]
+    rows = [json.loads(line) for line in ok("fn", "logs", "say", "--json").splitlines()]
+    assert {(row["call"], row["text"]) for row in rows} >= {("", "setup"), (other["id"], "it says other")}  # type: ignore[index]
+
+
+def test_an_exception_is_data_with_its_traceback_and_the_exit_code_says_which_kind_of_failure() -> None:
+    deploy("bad", "python:h:bad")
+    done = call("bad", 5)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "raise Odd" in done.stderr and "shim.py" not in done.stderr and done.stderr.endswith("cpool: Odd: no 5\n")
+    with Function("bad") as bad, pytest.raises(CallError) as caught:
+        bad.call(6)
+    assert (caught.value.kind, caught.value.type, caught.value.message) == ("raised", "Odd", "no 6")
+    assert call("none", 1).returncode == 4 and "no function 'none'" in call("none", 1).stderr
+    assert cp("fn", "call", "bad", input="{").returncode == 2
+    deploy("odd", "python:h:odd")
+    for value in ("nan", "set", "exit", "deep"):
+        assert call("odd", value).returncode == 1, value
+    for value in ("fork", "flood"):
+        assert answer("odd", value) == value
+
+
+def test_a_handler_that_dies_fails_that_call_alone() -> None:
+    deploy("die", "python:h:die")
+    for _ in range(2):
+        done = call("die", 1)
+        assert done.returncode == 1 and "process has ended in the call" in done.stderr
+
+
+def test_a_call_that_takes_too_long_ends_and_its_instance_serves_the_next() -> None:
+    deploy("nap", "python:h:nap", "--max", 1, "--timeout", 1)
+    assert call("nap", 30).returncode == 124
+    (before,) = instances("nap")
+    assert answer("nap", 0) == "slept"
+    (after,) = instances("nap")
+    assert before["id"] == after["id"], "the handler was interrupted, its instance goes on"
+    deploy("threads", "python:h:nap", "--max", 1, "--concurrency", 2)
+    done = cp("fn", "map", "threads", "--timeout", 1, input="0.1\n20\n0.2\n")
+    assert [json.loads(line) if "err" not in line else "error" for line in done.stdout.splitlines()] == [
+        "slept",
+        "error",
+        "slept",
+    ]
+    deploy("stubborn", "python:h:stubborn", "--max", 1)
+    assert call("stubborn", 1, "--timeout", 1).returncode == 124
+    wait(lambda: not instances("stubborn"), 25)  # 10 s later it is killed
+
+
+@pytest.mark.parametrize(("handler", "value"), [("together", 0), ("later", 0.3)])
+def test_concurrency_is_of_threads_or_of_tasks(handler: str, value: float) -> None:
+    deploy("many", f"python:h:{handler}", "--concurrency", 4, "--max", 1)
+    done = cp("fn", "map", "many", input=f"{value}\n" * 8)
+    assert max(map(int, done.stdout.split())) == 4 and len(instances("many")) == 1
+
+
+@pytest.mark.parametrize("handler", ["several", "aseveral"])
+def test_a_generator_gives_several_values_as_they_are_taken(handler: str) -> None:
+    deploy("gen", f"python:h:{handler}")
+    assert answer("gen", 100) == list(range(100)) and answer("gen", 0) == []
+    with Function("gen") as gen:
+        items = gen.stream(10**9)
+        assert [next(items) for _ in range(1000)] == list(range(1000))  # type: ignore[call-overload]
+        items.close()  # type: ignore[attr-defined]
+        assert list(gen.stream(3)) == [0, 1, 2], "the one that was left is cancelled"
+
+
+def test_large_values_and_bytes_go_both_ways() -> None:
+    deploy("size", "python:h:size")
+    deploy("make", "python:h:make")
+    with Function("size") as size, Function("make") as make:
+        assert size.call(b"\0\xff") == ["bytes", 2]
+        assert size.call(b"x" * 20_000_001) == ["bytes", 20_000_001]
+        assert size.call(["y" * 3_000_000]) == ["list", 1]
+        assert make.call(1 << 20) == b"x" * (1 << 20)
+        assert make.call(5_000_001) == b"x" * 5_000_001
+        assert make.call(-3_000_000) == "y" * 3_000_000
+        assert [len(one) for one in make.map([2_000_000] * 5)] == [2_000_000] * 5
+
+
+def test_secrets_are_for_the_handler_and_its_image_may_bring_no_python() -> None:
+    ok("secret", "set", "KEY", input="s3cret")
+    deploy("secret", "python:h:secret", "--secret", "KEY")
+    assert answer("secret", 1) == "s3cret"
+    done = cp("fn", "deploy", "no", "--image", "b:1", "--handler", "python:h:echo")
+    assert done.returncode == 1 and "cannot deploy 'no'" in done.stderr and "python3" in done.stderr, done.stderr
+
+
+# Clients.
+
+
+def test_python_calls_maps_and_awaits() -> None:
+    deploy("echo", "python:h:echo", "--max", 2)
+    deploy("bad", "python:h:bad")
+    done: list[int] = []
+    with Function("echo") as echo, Function("bad") as bad:
+        assert list(echo.map(range(500), parallel=50, progress=done.append)) == list(range(500)) and done[-1] == 500
+        assert sorted(echo.map(range(50), ordered=False)) == list(range(50))
+        errors = list(bad.map([1, 2], return_errors=True))
+        assert [one.message for one in errors] == ["no 1", "no 2"]
+        with pytest.raises(CallError, match="no 1"):
+            list(bad.map([1, 2]))
+        assert echo.call("still") == "still"
+
+        async def main() -> None:
+            assert await asyncio.gather(*(echo.acall(number) for number in range(100))) == list(range(100))
+            assert [one async for one in echo.amap(range(30), parallel=5)] == list(range(30))
+            with pytest.raises(CallError, match="no 3"):
+                await bad.acall(3)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(Function("nap").acall(30), 1)
+
+        deploy("nap", "python:h:nap", "--max", 1)
+        asyncio.run(main())
+        assert answer("nap", 0) == "slept", "what was given up is cancelled"
+        threads = [threading.Thread(target=lambda: done.append(echo.call(1))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert done[-8:] == [1] * 8
+
+
+def test_the_same_key_is_the_same_call() -> None:
+    deploy("dice", "python:h:dice")
+    first = answer("dice", 1, "--key", "k")
+    assert answer("dice", 2, "--key", "k") == first and answer("dice", 1, "--key", "other") != first
+    with Function("dice") as dice:
+        assert dice.call(3, key="k") == first
+
+
+def test_a_call_is_spawned_and_its_answer_fetched_later() -> None:
+    deploy("nap", "python:h:nap")
+    deploy("gen", "python:h:several")
+    number = ok("fn", "spawn", "nap", input="1").strip()
+    early = cp("fn", "result", number)
+    assert early.returncode == 6 and "the call is" in early.stderr
+    assert ok("fn", "result", "--wait", number) == ok("fn", "result", number) == '"slept"\n'
+    assert ok("fn", "result", "--wait", ok("fn", "spawn", "gen", input="3").strip()) == "[0,1,2]\n"
+    assert cp("fn", "result", "0" * 32).returncode == 4 and cp("fn", "result", "x").returncode == 4
+
+
+def test_a_map_is_resumed_where_it_was(tmp_path: Path) -> None:
+    deploy("odd", "jsonl:/bin/odd")
+    words = ["a", "die", "b", "c"]
+    given = "".join(f'"{word}"\n' for word in words)
+    journal = tmp_path / "journal"
+    first = cp("fn", "map", "odd", "--journal", journal, input=given)
+    assert first.returncode == 3 and len(first.stdout.splitlines()) == 4
+    second = cp("fn", "map", "odd", "--journal", journal, "--resume", input=given.replace("die", "d"))
+    assert (second.returncode, second.stdout) == (0, '"d"\n')
+
+
+# Life.
+
+
+def test_an_idle_function_has_no_instance_and_the_next_call_starts_one() -> None:
+    deploy("echo", "python:h:echo", "--idle", 1)
+    assert answer("echo", 1) == 1 and len(instances("echo")) == 1
+    wait(lambda: not instances("echo"), 10)
+    assert answer("echo", 2) == 2
+    wait(lambda: "teardown" in ok("fn", "logs", "echo"), 10)
+    assert shown("echo")["cold_share"] == 0.5
+    deploy("kept", "python:h:echo", "--idle", 0.5, "--min", 1)
+    assert answer("kept", 1) == 1
+    (one,) = instances("kept")
+    time.sleep(2)  # four times as long as it may be idle
+    assert [found["id"] for found in instances("kept")] == [one["id"]]
+
+
+def test_another_version_gets_the_calls_when_it_is_ready_and_the_one_before_can_come_back() -> None:
+    deploy("v", "python:h:version", "-e", "VERSION=1")
+    deploy("nap", "python:h:nap", "--max", 1)
+    running: list[object] = []
+    thread = threading.Thread(target=lambda: running.append(answer("nap", 3)))
+    thread.start()
+    wait(lambda: shown("nap")["running"] == 1)
+    assert deploy("nap", "python:h:echo") == "nap@2"
+    assert answer("nap", 7) == 7, "the new one, at once"
+    thread.join()
+    assert running == ["slept"], "what runs may end"
+    assert deploy("v", "python:h:version", "-e", "VERSION=2") == "v@2" and answer("v", 0) == "2"
+    done = cp("fn", "deploy", "v", "--image", "p:1", "--handler", "python:h:none", "--cpus", "0.4", "-e", "PYTHONPATH=/code")
+    assert done.returncode == 1 and "AttributeError" in done.stderr and answer("v", 0) == "2", "a bad one changes nothing"
+    assert ok("fn", "rollback", "v") == "v@1\n" and answer("v", 0) == "1"
+    assert ok("fn", "rollback", "v") == "v@2\n" and answer("v", 0) == "2"
+    ok("fn", "rm", "v")
+    assert call("v", 0).returncode == 4 and cp("fn", "rm", "v").returncode == 4
+    wait(lambda: not instances("v"))
+
+
+def test_code_is_added_to_an_image(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "mine.py").write_text("def handle(v):\n    return ['mine', v]\n")
+    ok("fn", "deploy", "c", "--image", "p:1", "--code", tmp_path / "src", "--handler", "python:mine:handle", "--cpus", "0.4")
+    assert answer("c", 1) == ["mine", 1]
+
+
+def test_an_instance_that_does_nothing_gives_its_place_to_one_that_waits_for_it() -> None:
+    deploy("a", "python:h:echo", "--cpus", os.cpu_count() or 1)
+    assert answer("a", 1) == 1
+    began = time.monotonic()
+    deploy("b", "python:h:echo", "--cpus", os.cpu_count() or 1)
+    assert answer("b", 2) == 2 and time.monotonic() - began < 30 and not instances("a")
+
+
+def test_instances_that_end_before_they_are_ready_are_not_started_for_ever() -> None:
+    deploy("x", "python:h:none", "--no-try")
+    done = call("x", 1)
+    assert done.returncode == 1 and "instances end before they are ready" in done.stderr and "AttributeError" in done.stderr
+    began = time.monotonic()
+    assert call("x", 1).returncode == 1 and time.monotonic() - began < 2, "while nothing is tried, it is said at once"
+    assert "AttributeError" in str(shown("x")["problem"])
+
+
+def test_ten_thousand_calls_wait_and_one_more_is_refused() -> None:
+    deploy("nap", "python:h:nap", "--max", 1)
+    with Function("nap") as nap:
+        assert nap.call(0) == "slept"
+        found = nap.map([3] + [0] * 10_100, parallel=10_101, return_errors=True)
+        answers = list(found)
+    kinds = [one.kind for one in answers if isinstance(one, CallError)]
+    assert set(kinds) == {"full"} and 80 <= len(kinds) <= 101 and answers.count("slept") == 10_101 - len(kinds)
+    assert len(instances("nap")) == 1
+
+
+def test_who_never_reads_costs_nobody_else_anything() -> None:
+    from pool import calls, sockets
+    from pool.session import Session
+
+    deploy("make", "python:h:make", "--max", 1)
+    lazy = sockets.connect(os.environ["CAFS_POOL"] + "/router")
+    session = Session()
+    session.ask("open", name="make", tenant="")
+    lazy.sendall(session.out)
+    reader = calls.Reader()
+    (reply,) = list(reader.feed(lazy.recv(4096)))
+    session.out = bytearray()
+    for _ in range(200):
+        session.begin(calls.said(reply[5])["number"], 1 << 20)
+    lazy.sendall(session.out)
+    wait(lambda: int(str(shown("make")["calls"])) >= 200, 30)
+    assert answer("make", -3) == "yyy"
+    lazy.close()
