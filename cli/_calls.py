@@ -257,16 +257,16 @@ def listed() -> list[dict[str, Any]]:
 
 
 def logs(name: str, tenant: str | None, *, is_followed: bool, call_id: str | None, as_json: bool) -> None:
-    """What instances have written, those of today's first.  Raises CafsError."""
+    """What instances of the versions that there are have written.  Raises CafsError."""
     rows = change("show", name, tenant)["functions"]
-    whose = rows[0]["tenant"]
+    whose, since_s = rows[0]["tenant"], min(row["made_s"] for row in rows)
     offsets: dict[tuple[int, str], int] = {}
     held: dict[tuple[int, str], bytes] = {}
     over: set[int] = set()
     with asking.client() as client:
         while True:
             jobs = client.ask("jobs", all=True, limit=1000)["jobs"]
-            mine = [job for job in jobs if job["spec"].get("fn", {}).get("name") == name]
+            mine = [job for job in jobs if job["spec"].get("fn", {}).get("name") == name and job["submitted_s"] >= since_s]
             size = 0
             for job in [one for one in mine if one["spec"].get("tenant", "") == whose and one["id"] not in over]:
                 ended = 0

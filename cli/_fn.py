@@ -6,7 +6,7 @@ import click
 
 from cli import _calls as calling
 from cli import _pool as asking
-from cli._options import Size, json_option, quiet_option
+from cli._options import Size, bounds_options, json_option, quiet_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,18 +28,13 @@ def fn() -> None:
 @click.option("--cpus", type=click.FloatRange(0), default=1.0, help="Processors of an instance (1).")
 @click.option("--memory", type=Size(), default=0, metavar="SIZE", help="Memory of an instance (0: no limit).")
 @click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs of an instance, for itself (0).")
-@click.option("--concurrency", type=click.IntRange(1), default=1, help="Calls at once in an instance (1).")
-@click.option("--idle", "idle_s", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="Kept so long (60).")
-@click.option("--min", "least", type=click.IntRange(0), default=0, help="Instances that are always there (0).")
-@click.option("--max", "most", type=click.IntRange(1), default=10, help="Instances at most (10).")
-@click.option("--buffer", type=click.IntRange(0), default=0, help="Instances more than needed, while it is used (0).")
+@bounds_options
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), default=300.0, metavar="S", help="A call (300)."
 )
 @click.option(
     "--start-timeout", "start_s", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="A start (60)."
 )
-@click.option("--wait-goal", "wait_s", type=click.FloatRange(0), default=0.5, metavar="S", help="A call may wait (0.5).")
 @click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A file of $CPOOL_SECRETS with that secret.")
 @click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone.")

@@ -68,3 +68,22 @@ def quiet_option(*, used: bool = True) -> Decorator:
 def version_option(program: str) -> Decorator:
     """--version."""
     return click.version_option(__version__, "-V", "--version", prog_name=program, message="%(prog)s %(version)s")
+
+
+def bounds_options(command: Any) -> Any:
+    """How many instances a function has, as of pool.autoscaling.Bounds."""
+    more = click.FloatRange(0, min_open=True)
+    for option in reversed(
+        (
+            click.option("--concurrency", type=click.IntRange(1), default=1, help="Calls at once in an instance (1)."),
+            click.option("--idle", "idle_s", type=more, default=60.0, metavar="S", help="Kept at most so long (60)."),
+            click.option("--min", "least", type=click.IntRange(0), default=0, help="Instances that are always there (0)."),
+            click.option("--max", "most", type=click.IntRange(1), default=10, help="Instances at most (10)."),
+            click.option("--buffer", type=click.IntRange(0), default=0, help="More than needed, while it is used (0)."),
+            click.option(
+                "--wait-goal", "wait_s", type=click.FloatRange(0), default=0.5, metavar="S", help="A call may wait (0.5)."
+            ),
+        )
+    ):
+        command = option(command)
+    return command

@@ -392,40 +392,6 @@ def exit_code(job: dict[str, Any]) -> int:
     return 1 if job["code"] is None or job["code"] < 0 else int(job["code"])
 
 
-def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, **given: Any) -> None:
-    """Run a trace through the policy, or through several.  Raises CafsError."""
-    from cafs.errors import os_error
-    from pool import settings, sweep
-    from pool.simulation import Simulation, read_trace
-
-    policy = (settings.read_file(config) if config else settings.read(directory())).policy()
-    if given["goal"]:
-        sweep.parse_goal(given["goal"])
-    if not given["quiet"]:
-        sys.stderr.write(f"cpool: what the trace does not say: {duration} seconds, {cpus:g} CPUs a job; seed {seed}\n")
-    is_sweep = given["sweep"] or given["goal"] or given["svg"]
-    try:
-        with open(0 if trace == "-" else trace, encoding="utf-8", newline="", closefd=trace != "-") as file:
-            arrivals = read_trace(file, trace, duration, cpus, seed)
-            every = list(arrivals) if is_sweep else arrivals
-            found = Simulation(policy).run(every).shown()
-    except OSError as error:
-        raise os_error(f"cannot read {trace!r}", error) from error
-    if not is_sweep:
-        return _print_fields(found, as_json=given["as_json"])
-    results = sweep.run(policy, list(every))
-    if given["svg"]:
-        _write(given["svg"], sweep.draw(results, found))
-    if given["goal"]:
-        best = sweep.cheapest(results, given["goal"])
-        _print_fields(best, as_json=given["as_json"])
-    elif given["sweep"]:
-        names = ("policy", "p50_wait_s", "p95_wait_s", "p99_wait_s", "utilisation", "cost", "launches")
-        table(results, {name: name.upper() for name in names}, as_json=given["as_json"], only="")
-    else:
-        _print_fields(found, as_json=given["as_json"])
-
-
 def report(days: float, page: str | None, *, as_json: bool) -> None:
     """Print it, or write a page.  Raises CafsError."""
     from pool import report, settings
@@ -433,14 +399,14 @@ def report(days: float, page: str | None, *, as_json: bool) -> None:
 
     found = report.make(State(directory()), settings.read(directory()), days)
     if page:
-        _write(page, report.as_html(found))
+        write(page, report.as_html(found))
     elif as_json:
         click.echo(json.dumps(found))
     else:
-        _print_fields({name: value for name, value in found.items() if name not in ("pieces", "at_s")}, as_json=False)
+        print_fields({name: value for name, value in found.items() if name not in ("pieces", "at_s")}, as_json=False)
 
 
-def _print_fields(found: dict[str, Any], *, as_json: bool) -> None:
+def print_fields(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -448,7 +414,7 @@ def _print_fields(found: dict[str, Any], *, as_json: bool) -> None:
         click.echo(f"{name:<16} {round(value, 4) if isinstance(value, float) else value}")
 
 
-def _write(path: str, text: str) -> None:
+def write(path: str, text: str) -> None:
     from cafs import atomic
     from cafs.errors import os_error
 

@@ -11,7 +11,7 @@ import click
 from cli import _fn, _poolgroups
 from cli import _pool as asking
 from cli._app import run
-from cli._options import CONTEXT, Size, json_option, quiet_option, version_option
+from cli._options import CONTEXT, Size, bounds_options, json_option, quiet_option, version_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -375,11 +375,25 @@ def nodes(as_json: bool, is_quiet: bool) -> int:
 @click.option("--sweep", is_flag=True, help="Policies of spare capacity beside each other.")
 @click.option("--goal", metavar="p99=S", help="The cheapest of them that keeps this.")
 @click.option("--svg", metavar="FILE", help="Draw them: paid for / needed against waiting.")
+@click.option("--functions", "are_calls", is_flag=True, help="They are calls of a function; what follows is of it.")
+@click.option("--start", "start_s", type=click.FloatRange(0), default=0.5, metavar="S", help="A start takes so long (0.5).")
+@bounds_options
 @json_option()
 @quiet_option()
-def simulate(trace: str, config: str | None, duration: str, cpus: float, seed: int, **given: Any) -> int:
+def simulate(
+    trace: str, config: str | None, duration: str, cpus: float, seed: int, sweep: bool, goal: str | None, svg: str | None,
+    are_calls: bool, start_s: float, as_json: bool, quiet: bool, **bounds: Any,
+) -> int:  # fmt: skip
     """Say what a policy would cost and how long jobs would wait."""
-    asking.simulate(trace, config, duration, cpus, seed, **given)
+    from cli import _simulating
+
+    given = _simulating.Trace(trace, config, duration, cpus, seed, is_quiet=quiet, as_json=as_json)
+    if are_calls:
+        if sweep or goal or svg:
+            raise click.UsageError("--sweep, --goal and --svg are of jobs")
+        _simulating.calls(given, start_s, **bounds)
+    else:
+        _simulating.jobs(given, is_sweep=sweep, goal=goal, svg=svg)
     return 0
 
 

@@ -8,6 +8,7 @@ which is what panic modes do that look at queues alone (Knative's issue 13284). 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ _RAMP, _RAMP_LEAST = 2, 10
 _GAPS_MIN, _SHARE, _LEAST_S = 10, 0.95, 2.0
 FAILURES_MAX = 3
 _BACK_OFF_MAX_S = 60.0
+_WEIGHT, _START_WEIGHT = 0.1, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,10 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """queued: calls that wait; running: calls at work; ready, starting: instances; service_s of a call, start_s of a start."""
+    """queued: calls that wait; running: calls at work; ready, starting: instances; service_s of a call, start_s of a start.
+
+    start_s is no less than how long those that are starting have taken already.
+    """
 
     queued: int = 0
     running: int = 0
@@ -47,12 +52,36 @@ class Seen:
     start_s: float = START_S
 
 
+class Measured:
+    """service_s of a call, start_s of an instance, of late; gaps: from the end of all work to the next call."""
+
+    def __init__(self) -> None:
+        self.service_s, self.start_s = SERVICE_S, START_S
+        self.gaps: deque[float] = deque(maxlen=200)
+        self._served = self._started = 0
+
+    def served(self, seconds: float) -> None:
+        """A call has taken so long; the first few count for more, so that what was assumed is forgotten soon."""
+        self._served += 1
+        self.service_s += max(_WEIGHT, 1 / self._served) * (seconds - self.service_s)
+
+    def started(self, seconds: float) -> None:
+        """An instance has taken so long to be ready."""
+        self._started += 1
+        self.start_s += max(_START_WEIGHT, 1 / self._started) * (seconds - self.start_s)
+
+    def gap(self, seconds: float) -> None:
+        """Nothing was asked for so long."""
+        self.gaps.append(seconds)
+
+
 def to_start(seen: Seen, bounds: Bounds) -> int:
     """How many instances to start now."""
     each = bounds.concurrency
     service_s = max(seen.service_s, 1e-6)
     soon = seen.ready * each * seen.start_s / service_s
-    served = each * max(1.0, bounds.wait_s / service_s)
+    within_s = max(bounds.wait_s, seen.start_s / 2)  # who has waited for a start need not be served in a moment then
+    served = each * max(1.0, within_s / service_s)
     need = math.ceil(max(0.0, seen.queued - soon) / served - 1e-9)
     wanted = max(need - seen.starting, 0)
     if seen.queued and not seen.ready + seen.starting:
@@ -65,8 +94,9 @@ def to_start(seen: Seen, bounds: Bounds) -> int:
 
 def floor(seen: Seen, bounds: Bounds) -> int:
     """How many are kept whatever is asked for."""
-    is_used = seen.running or seen.queued
-    return min(bounds.least + (bounds.buffer if is_used else 0), bounds.most)
+    busy = math.ceil(seen.running / bounds.concurrency)
+    spare = bounds.buffer if seen.running or seen.queued else 0
+    return min(max(bounds.least, busy + spare if spare else 0), bounds.most)
 
 
 def window_s(gaps: Sequence[float], bounds: Bounds) -> float:

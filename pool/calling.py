@@ -54,40 +54,54 @@ class Connection:
         self.session = Session()
         self._socket = _connect(directory, _BEGIN_S)
         self._opened: dict[tuple[str, str], int] = {}
+        self._is_renewing = self._has_heard = False
+        self._renewed = 0
 
     def close(self) -> None:
         """What has no answer goes on."""
         self._socket.close()
 
     def _renew(self) -> None:
-        """The router has ended; another one takes up what the one before had begun."""
-        self._socket.close()
-        self._socket = _connect(self._directory, _AGAIN_S)
-        again, self.session.out = bytes(self.session.out), bytearray()
-        opened, self._opened = dict(self._opened), {}
-        self.session.renew()
-        resent, self.session.out = self.session.out, bytearray()
-        for (tenant, name), number in opened.items():
-            if self.open(tenant, name) != number:
+        """The router has ended; another one takes up what the one before had begun.  Raises RemoteError."""
+        if not self._has_heard:
+            raise RemoteError("the router has ended the connection", hint="may this user use the pool?")
+        before, deadline = self._opened, time.monotonic() + _AGAIN_S
+        self._is_renewing, self._has_heard = True, False
+        self._renewed += 1
+        try:
+            while True:
+                self._socket.close()
+                self._socket = _connect(self._directory, max(deadline - time.monotonic(), 0))
+                self.session.renew()
                 self._opened = {}
-                self.session.pending.clear()
-                raise RemoteError("the router has ended, and functions have changed since")
-        del again
-        self.session.out = resent
+                try:
+                    self.session.again({number: self.open(*key) for key, number in before.items()})
+                    return
+                except OSError as error:  # that was still the one before
+                    if time.monotonic() > deadline:
+                        raise RemoteError("the router has ended") from error
+                    time.sleep(0.02)
+        finally:
+            self._is_renewing = False
 
     def open(self, tenant: str, name: str) -> int:
         """The router's number of a function.  Raises NotFound."""
-        if (tenant, name) not in self._opened:
+        while (tenant, name) not in self._opened:
             found = self.reply(self.session.ask("open", name=name, tenant=tenant))
+            if found is None:
+                continue
             if found["is"] == "error":
                 raise NotFound(str(found["message"]), hint="cpool fn ls")
             self._opened[tenant, name] = int(found["number"])
         return self._opened[tenant, name]
 
-    def reply(self, tag: int) -> dict[str, Any]:
-        """To a control."""
+    def reply(self, tag: int) -> dict[str, Any] | None:
+        """To a control; None if it is to be asked again, as the router has ended."""
+        renewed = self._renewed
         while tag not in self.session.replies:
             self.turn()
+            if self._renewed != renewed:
+                return None
         return self.session.replies.pop(tag)
 
     def turn(self) -> list[bytes]:
@@ -99,7 +113,10 @@ class Connection:
             data = self._socket.recv(_PIECE)
             if not data:
                 raise ConnectionResetError
+            self._has_heard = True
         except OSError:
+            if self._is_renewing:
+                raise
             self._renew()
             return []
         return self.session.feed(data)
@@ -240,7 +257,7 @@ class Function:
     ) -> Iterator[tuple[int, Any]]:
         """(number of the input, answer or CallError)."""
         fields = self._fields(None, timeout_s, idempotent=idempotent)
-        with self._connection() as (connection, number):
+        with self._connection() as (connection, _):
             session, source = connection.session, enumerate(inputs)
             running: dict[bytes, int] = {}
             waiting: dict[int, Any] = {}
@@ -252,6 +269,7 @@ class Function:
                         one = next(source, None)
                         is_over = one is None
                         if one:
+                            number = connection.open(self.tenant, self.name)  # another one after another router
                             running[session.begin(number, one[1], **fields)] = one[0]
                     if not running and is_over:
                         break
@@ -473,6 +491,8 @@ def stats(directory: str | None = None) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         while True:
             reply = connection.reply(tag)
+            if reply is None:
+                raise RemoteError("the router has ended")
             found += reply["functions"]
             if not reply["more"]:
                 return found

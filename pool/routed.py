@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 
 from pool import autoscaling, calls
-from pool.autoscaling import Bounds, Seen
+from pool.autoscaling import Bounds, Measured, Seen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 QUEUE_MAX, QUEUE_BYTES = 10_000, 64 << 20
 _SHORT_S, _AHEAD = 0.002, 16
-_WEIGHT = 0.1
 _KEPT = 1000
 
 
@@ -72,8 +71,7 @@ class Routed:
         self.starting: dict[int, Instance] = {}
         self.retiring: list[Instance] = []
         self.is_gone = False
-        self.service_s, self.start_s = autoscaling.SERVICE_S, autoscaling.START_S
-        self.gaps: deque[float] = deque(maxlen=200)
+        self.measured = Measured()
         self._quiet_since = 0.0
         self.failures, self.blocked_until, self.problem = 0, 0.0, ""
         self.waits: deque[float] = deque(maxlen=_KEPT)
@@ -89,7 +87,7 @@ class Routed:
         spec = self.specs[version]
         fn = spec["fn"]
         self.bounds = Bounds(fn["concurrency"], fn["min"], fn["max"], fn["buffer"], fn["idle_s"], fn["wait_s"])
-        self.service_s = autoscaling.SERVICE_S
+        self.measured = Measured()
         self.failures, self.blocked_until, self.problem = 0, 0.0, ""
 
     @property
@@ -106,7 +104,9 @@ class Routed:
         ahead = sum(max(len(one.calls) - each, 0) for one in self.ready)
         starting = len(self.starting) + self.submitting
         many = len(self.ready), starting
-        return Seen(len(self.queue) + ahead, self.running() - ahead, *many, self.service_s, self.start_s)
+        began = min((one.made for one in self.starting.values() if one.is_placed), default=math.inf)
+        start_s = max(self.measured.start_s, time.monotonic() - began)
+        return Seen(len(self.queue) + ahead, self.running() - ahead, *many, self.measured.service_s, start_s)
 
     def pick(self) -> Instance | None:
         """The instance used last that has room; of short calls some are sent ahead, so that none waits for the way back."""
@@ -118,7 +118,7 @@ class Routed:
                 if at != len(ready) - 1:
                     ready.append(ready.pop(at))
                 return one
-        if self.service_s < _SHORT_S and ready:
+        if self.measured.service_s < _SHORT_S and ready:
             one = min(ready, key=lambda one: len(one.calls))
             if len(one.calls) < each + _AHEAD and not one.busy:
                 return one
@@ -127,14 +127,14 @@ class Routed:
     def came(self, now: float) -> None:
         """A call has."""
         if self._quiet_since:
-            self.gaps.append(now - self._quiet_since)
+            self.measured.gap(now - self._quiet_since)
             self._quiet_since = 0.0
 
     def answered(self, call: Call, flags: int, now: float) -> None:
         """Measure it."""
         service_s = now - call.begun
         ahead = max(len(call.instance.calls) - self.bounds.concurrency + 1, 1) if call.instance else 1
-        self.service_s += _WEIGHT * (service_s / ahead - self.service_s)
+        self.measured.served(service_s / ahead)
         self.waits.append(now - call.came)
         self.count += 1
         self.errors += bool(flags & calls.ERROR)
@@ -147,7 +147,7 @@ class Routed:
 
     def started(self, instance: Instance, now: float) -> None:
         """An instance is ready; how long it took."""
-        self.start_s += 0.3 * (now - instance.made - self.start_s)
+        self.measured.started(now - instance.made)
         self.failures, self.blocked_until, self.problem = 0, 0.0, ""
 
     def failed(self, why: str, now: float) -> None:
@@ -182,7 +182,7 @@ class Routed:
             "p50_s": part(0.50),
             "p95_s": part(0.95),
             "p99_s": part(0.99),
-            "idle_s": round(autoscaling.window_s(self.gaps, self.bounds), 3),
+            "idle_s": round(autoscaling.window_s(self.measured.gaps, self.bounds), 3),
             "instance_s": round(self.instance_s, 1),
             "problem": self.problem,
         }

@@ -678,7 +678,7 @@ class Router:
 
     def _set_idle(self, fn: Routed) -> None:
         """Tell hosts how long instances are kept."""
-        idle_s = autoscaling.window_s(fn.gaps, fn.bounds)
+        idle_s = autoscaling.window_s(fn.measured.gaps, fn.bounds)
         keep = autoscaling.floor(fn.seen(), fn.bounds)
         for at, one in enumerate(fn.ready):
             wanted = 0.0 if at >= len(fn.ready) - keep else idle_s

@@ -106,9 +106,19 @@ class Session:
         self.out += calls.frame(calls.CANCEL, call)
 
     def renew(self) -> None:
-        """There is another connection: what has no answer is sent again, and is not done twice."""
+        """There is another connection."""
         self._reader = calls.Reader()
-        self.out = bytearray(b"".join(one.frame for one in self.pending.values() if not one.is_done))
+        self.out = bytearray()
+
+    def again(self, numbers: dict[int, int]) -> None:
+        """Send again what has no answer; it is not done twice.  numbers: of functions, before and now."""
+        for one in self.pending.values():
+            if one.is_done:
+                continue
+            _, kind, flags, _, call, number, b = calls.HEAD.unpack_from(one.frame)
+            if kind == calls.CALL:
+                one.frame = calls.frame(kind, call, one.frame[calls.HEAD.size :], flags=flags, a=numbers[number], b=b)
+            self.out += one.frame
 
     def feed(self, data: bytes) -> list[bytes]:
         """The calls that are done by that.  Raises CafsError."""

@@ -62,7 +62,7 @@ def connect_within(directory: str, seconds: float) -> socket.socket:
 @contextmanager
 def _path(directory: str) -> Iterator[str]:
     """A short one: sun_path has 108 bytes, unix(7)."""
-    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    here = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # also where others may not list it
     try:
         yield f"/proc/self/fd/{here}/socket"
     finally:

@@ -82,9 +82,8 @@ def functions_at(base: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
     try:
         with serving() as controller:
             yield base
-            if controller.poll() is None:
-                cp("down", "--grace", "0")
-                controller.wait(60)
+            cp("down", "--grace", "0")  # of whoever is the controller now
+            controller.wait(60)
         end_all(base)
     finally:
         for name in "bp":

@@ -1,0 +1,210 @@
+"""What ends in mid-call, and what becomes of the call: one answer each, and nothing is done twice that must not be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.functioning import NEEDS, answer, deploy, functions_at, instances, routers, wait
+from tests.pooling import BIN, agents, cp, ok, serving
+
+pytestmark = pytest.mark.needs(*NEEDS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch, functions_at(tmp_path_factory.mktemp("fault"), patch) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def alone(base: Path) -> Iterator[None]:
+    yield
+    names = ok("fn", "ls", "-q").split()
+    if names:
+        ok("fn", "rm", *dict.fromkeys(names))
+
+
+class Running:
+    """A call in the background that is at work."""
+
+    def __init__(self, function: str, name: str, seconds: float, *more: str) -> None:
+        words = [BIN / "cpool", "fn", "call", function, *more]
+        self._child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._child.stdin
+        self._child.stdin.write(json.dumps({"name": name, "s": seconds}))
+        self._child.stdin.close()
+        self._child.stdin = None
+        wait(lambda: f"begun {name}" in ok("fn", "logs", function))
+
+    def end(self) -> tuple[int, str, str]:
+        """(exit code, answer, errors)."""
+        out, err = self._child.communicate(timeout=90)
+        return self._child.returncode, out, err
+
+
+def hosts(base: Path) -> list[int]:
+    """Processes that hold the lock of a function host."""
+    found = []
+    for path in base.glob("pool/agents/*/calls/lock"):
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+                found.append(int(words[4]))
+    return found
+
+
+def times(function: str, word: str) -> int:
+    return ok("fn", "logs", function).splitlines().count(word)
+
+
+def handlers_of(function: str) -> list[int]:
+    """Processes in the containers of its instances."""
+    (one,) = instances(function)
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if Path(f"/proc/{name}/cmdline").read_bytes().startswith(b"python3\0/run/cpool/shim.py"):
+                environ = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+                found += [int(name)] if b"CPOOL_JOB=%d" % one["id"] in environ else []
+        except OSError:
+            continue
+    return found
+
+
+def test_a_handler_or_a_container_that_is_killed_fails_its_call(base: Path) -> None:
+    deploy("mark", "python:h:mark")
+    running = Running("mark", "a", 30)
+    (pid,) = handlers_of("mark")
+    os.kill(pid, signal.SIGKILL)
+    code, out, err = running.end()
+    assert (code, out) == (1, "") and "process has ended in the call" in err
+    running = Running("mark", "b", 30)
+    (one,) = instances("mark")
+    ok("cancel", one["id"], "--grace", "0")
+    code, out, err = running.end()
+    assert (code, out) == (1, "") and "process has ended in the call" in err
+    assert answer("mark", {"name": "c", "s": 0}) == "c"
+    assert [times("mark", f"begun {name}") for name in "abc"] == [1, 1, 1]
+
+
+def test_a_function_host_that_is_killed_leaves_calls_of_which_the_outcome_is_unknown(base: Path) -> None:
+    deploy("mark", "python:h:mark", "--max", 1)
+    running = Running("mark", "a", 2)
+    (host,) = hosts(base)
+    os.kill(host, signal.SIGKILL)
+    code, out, err = running.end()
+    assert (code, out) == (7, "") and "outcome unknown" in err
+    assert answer("mark", {"name": "b", "s": 0}) == "b", "a new host, and a new instance"
+    assert times("mark", "begun a") == 1, "it was not done again"
+    running = Running("mark", "twice", 2, "--idempotent")
+    (host,) = hosts(base)
+    os.kill(host, signal.SIGKILL)
+    assert running.end()[:2] == (0, '"twice"\n')
+    assert times("mark", "begun twice") == 2, "this one may be"
+
+
+def test_an_agent_that_is_killed_disturbs_no_call(base: Path) -> None:
+    deploy("mark", "python:h:mark")
+    running = Running("mark", "a", 4)
+    (host,) = hosts(base)
+    killed = [pid for pid in agents(base) if pid != host]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    assert running.end()[:2] == (0, '"a"\n')
+    wait(lambda: '"state": "ready"' in ok("nodes", "--json"), 40)
+    assert answer("mark", {"name": "b", "s": 0}) == "b" and len(instances("mark")) == 1
+
+
+def test_a_router_that_is_killed_is_replaced_and_callers_get_their_answers(base: Path) -> None:
+    deploy("mark", "python:h:mark", "--concurrency", 2)
+    running = [Running("mark", "a", 3), Running("mark", "b", 5)]
+    (router,) = routers(base)
+    os.kill(router, signal.SIGKILL)
+    assert [one.end() for one in running] == [(0, '"a"\n', ""), (0, '"b"\n', "")]
+    assert [times("mark", f"begun {name}") for name in "ab"] == [1, 1], "each was done once"
+    assert len(routers(base)) == 1 and len(instances("mark")) == 1
+    key = ("--key", "once")
+    first = Running("mark", "c", 0, *key).end()
+    os.kill(routers(base)[0], signal.SIGKILL)
+    wait(lambda: cp("fn", "call", "mark", *key, input='{"name":"c","s":0}').stdout == '"c"\n')
+    assert first[1] == '"c"\n' and times("mark", "begun c") == 1, "an answer that the host has kept is not made again"
+
+
+def test_a_map_goes_on_over_a_router_that_is_killed_and_no_line_is_lost(base: Path) -> None:
+    deploy("echo", "python:h:nap", "--max", 2, "--concurrency", 4)
+    many = 400
+    words = [BIN / "cpool", "fn", "map", "echo"]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin and child.stdout
+    child.stdin.write("0.05\n" * many)
+    child.stdin.close()
+    child.stdin = None
+    first = [child.stdout.readline() for _ in range(20)]
+    os.kill(routers(base)[0], signal.SIGKILL)
+    rest = child.stdout.read()
+    assert child.wait(60) == 0 and "".join(first) + rest == '"slept"\n' * many
+
+
+def test_calls_go_on_without_a_controller(base: Path) -> None:
+    """The one before is killed and another begins."""
+    deploy("mark", "python:h:mark")
+    running = Running("mark", "a", 3)
+    pid = next(
+        int(name)
+        for name in filter(str.isdigit, os.listdir("/proc"))
+        if Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")[1:3] == [os.fsencode(BIN / "cpool"), b"serve"]
+        and f"CAFS_POOL={base}/pool".encode() in Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+    )
+    os.kill(pid, signal.SIGKILL)
+    assert running.end()[:2] == (0, '"a"\n')
+    assert cp("nodes").returncode == 7
+    assert answer("mark", {"name": "b", "s": 0}) == "b", "the instance that there is serves on"
+    with serving() as controller:
+        assert answer("mark", {"name": "c", "s": 0}) == "c" and len(instances("mark")) == 1
+        deploy("other", "python:h:echo")
+        assert answer("other", 1) == 1, "and it is the new one's router now"
+        ok("fn", "rm", "mark", "other")
+        controller.terminate()
+        controller.wait(30)
+    subprocess.Popen([BIN / "cpool", "serve"])  # for whoever comes next; it ends with the fixture's `down`
+    wait(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+
+
+def test_a_caller_that_is_interrupted_takes_its_call_back(base: Path) -> None:
+    deploy("mark", "python:h:mark", "--max", 1)
+    running = Running("mark", "a", 60)
+    running._child.send_signal(signal.SIGINT)
+    assert running.end()[0] == 130
+    began = time.monotonic()
+    assert answer("mark", {"name": "b", "s": 0}) == "b" and time.monotonic() - began < 10
+    assert times("mark", "done a") == 0
+
+
+def test_no_clock_that_may_jump_decides_anything_about_calls() -> None:
+    """All of it is by time.monotonic(); the wall's clock is for what is shown, and for the handler's deadline."""
+    room = Path(__file__).parent.parent / "pool"
+    for name in (
+        "hosting",
+        "router",
+        "routed",
+        "hostlinks",
+        "controlling",
+        "loop",
+        "session",
+        "calling",
+        "lines",
+        "autoscaling",
+    ):
+        for node in ast.walk(ast.parse((room / f"{name}.py").read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+                assert node.attr in ("monotonic", "sleep"), (name, node.attr)
