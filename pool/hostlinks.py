@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pool.router import Router
 
 _AGAIN_S, _AGAIN_LOCAL_S = 1.0, 0.005
-_LOST_S = 30.0
 
 
 class HostLink:
@@ -73,7 +72,7 @@ class HostLink:
             if found is not None:
                 self._connected(found)
                 continue
-            if self.name and time.monotonic() > self._lost_at + _LOST_S:
+            if self.name and time.monotonic() > self._lost_at + self._router.lost_s:
                 self._give_up()
             self._router.loop.at(time.monotonic() + _AGAIN_S, self.open)
 
@@ -128,7 +127,7 @@ class HostLink:
 
     def mind(self) -> None:
         """Once a second."""
-        if self.wire is None and self.name and time.monotonic() > self._lost_at + _LOST_S:
+        if self.wire is None and self.name and time.monotonic() > self._lost_at + self._router.lost_s:
             self._give_up()
 
     def close(self) -> None:

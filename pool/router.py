@@ -65,7 +65,8 @@ class Router:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._tenants = Tenants(read(directory).tenants)
+        settings = read(directory)
+        self._tenants, self.lost_s = Tenants(settings.tenants), settings.lost_s
         self.loop = Loop()
         self.wake = waker(self.loop)
         self.pool = links.Pool(directory, "")

@@ -24,6 +24,7 @@ COMMENTED = """\
 [pool]
 # store = "s3://bucket/store"       # where images are, as the workers see it (default: this machine's)
 # overcommit = 1.5                  # processors that jobs get for each that there is (1)
+# lost_s = 30                       # calls are given up when their worker was silent for so long
 # one_per_boot = true               # workers that were booted as one are one machine, and share what it has
 
 # [cloud]                             # launch machines when there is work for them; without it, cpool simulate alone
@@ -67,7 +68,7 @@ COMMENTED = """\
 class Settings:
     """store: as of --store, '' for this machine's.  overcommit: processors given away for each that there is.
 
-    one_per_boot: workers with one boot id are one machine, and share what it has.
+    one_per_boot: workers with one boot id are one machine, and share what it has.  lost_s: until calls are given up.
     """
 
     store: str = ""
@@ -77,6 +78,7 @@ class Settings:
     tenants: dict[str, dict[str, Any]] = field(default_factory=dict)
     overcommit: float = 1.0
     one_per_boot: bool = False
+    lost_s: float = 30.0
 
     def policy(self) -> Policy:
         """For pool.scaling.  Without kinds of machines: of 16 processors, free of charge."""
@@ -100,7 +102,7 @@ def _kind(table: dict[str, Any]) -> Kind:
 _NUMBERS = ("launch_s", "idle_s", "least_cpus", "share", "quantile", "machines", "price", "price_day")
 _TEXTS = ("provider", "region", "image", "user", "address", "project", "network", "endpoint")
 _KNOWN: dict[str, dict[str, type]] = {
-    "pool": {"store": str, "overcommit": float, "one_per_boot": bool},
+    "pool": {"store": str, "overcommit": float, "one_per_boot": bool, "lost_s": float},
     "cloud": dict.fromkeys(_TEXTS, str)
     | {"zones": list, "security_groups": list, "port": int, "disk_gb": int, "boot_s": float, "poll_s": float, "max_run_s": int},
     "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
@@ -144,7 +146,7 @@ def read_file(path: str) -> Settings:
     for name, table in found.get("tenants", {}).items():
         _check_tenant(f"{path}:{_line_of(text, f'tenants.{name}')}", name, table)
     pool = found.get("pool", {})
-    more = float(pool.get("overcommit", 1.0)) or 1.0, bool(pool.get("one_per_boot", False))
+    more = float(pool.get("overcommit", 1.0)) or 1.0, bool(pool.get("one_per_boot", False)), float(pool.get("lost_s", 30.0))
     return Settings(pool.get("store", ""), kinds, found.get("scaling", {}), cloud, found.get("tenants", {}), *more)
 
 
