@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import click
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from cafs.store import Store
     from pool.calling import Function
 
 _LOOK_S = 0.02
@@ -44,7 +46,7 @@ def deploy(
     name: str, tenant: str | None, *, is_sure: bool, image: str, code: str | None, env: tuple[str, ...], **given: Any
 ) -> int:
     """Its version, when it has the calls.  Raises CafsError."""
-    fields = ("handler", "concurrency", "buffer", "idle_s", "wait_s", "timeout_s", "start_s")
+    fields = ("handler", "concurrency", "buffer", "idle_s", "wait_s", "timeout_s", "start_s", "zygote")
     fn = {"name": name, "min": given["least"], "max": given["most"], **{field: given[field] for field in fields}}
     spec = asking.spec(
         command=(given["handler"],), image=with_code(image, code) if code else image, is_plain=False, env=env,
@@ -52,6 +54,7 @@ def deploy(
         retries=0, no_requeue=True, name=f"fn {name}", queue_timeout=0.0, labels=given["labels"], exclude=(), disk=0,
         strict=False, start_timeout=0.0, secrets=given["secrets"], tenant=tenant,
     )  # fmt: skip
+    fn["record"] = not is_sure and _has_no_profile(spec["image"])
     version = int(change("deploy", name, tenant, spec={**spec, "fn": fn}, is_sure=is_sure)["version"])
     while True:
         rows = change("show", name, tenant)["functions"]
@@ -61,8 +64,58 @@ def deploy(
         if row["state"] == "failed":
             raise CafsError(f"cannot deploy {name!r}: {row['reason']}", hint=f"cpool fn logs {name}")
         if row["state"] != "trying":
+            if fn["record"] and row["state"] == "current":
+                _make_profile(name, version, spec["image"])
             return version
         time.sleep(_LOOK_S)
+
+
+def _store() -> Store:
+    """Of the pool."""
+    from cafs import paths
+    from cafs.store import Store
+
+    return Store(str(asking.ask("about")["store"] or paths.store()))
+
+
+def _has_no_profile(image: str) -> bool:
+    """Whether it is to be noted what the first instance reads of it."""
+    from cafs import profile
+
+    try:
+        return not profile.names(_store(), bytes.fromhex(image))
+    except CafsError:
+        return False
+
+
+def _make_profile(name: str, version: int, image: str) -> None:
+    """Of what the first instance has read, for the mounts of others to bring; without it they work as well, later."""
+    from cafs import image as images
+    from cafs import profile, record
+
+    jobs = asking.ask("jobs", all=False, limit=1000)["jobs"]
+    mine = [
+        one
+        for one in jobs
+        if (one["spec"].get("fn", {}).get("name"), one["spec"].get("fn", {}).get("version")) == (name, version)
+    ]
+    try:
+        data = b""
+        with asking.client() as client:
+            while mine:
+                found = client.ask("read", id=mine[0]["id"], stream="record", offset=len(data))
+                data += base64.b64decode(found["data"])
+                if not found["data"]:
+                    break
+        store = _store()
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            reads = list(record.parse(file.name, store.hash_name))
+        if reads:
+            profile.make(store, images.resolve(store, image), reads)
+    except (CafsError, OSError) as error:
+        sys.stderr.write(f"cpool: what {name} reads was not noted: {error}\n")
 
 
 def code_place(code: str) -> str:
@@ -245,15 +298,28 @@ def listed() -> list[dict[str, Any]]:
     if not rows:
         return []
     measured = {(one["tenant"], one["name"]): one for one in calling.stats(asking.directory())}
+    costs = _costs(min(row["made_s"] for row in rows))
     found = []
     for row in rows:
-        one = measured.get((row["tenant"], row["name"]), {})
+        one = {**measured.get((row["tenant"], row["name"]), {}), **costs.get((row["tenant"], row["name"]), {})}
         base = {"name": row["name"], "tenant": row["tenant"], "version": row["version"], "state": row["state"]}
         if row["state"] == "failed":
             found.append({**base, "problem": row["reason"]})
         else:
             found.append({**one, **base, "handler": row["spec"]["fn"]["handler"], "image": row["spec"]["image"]})
     return found
+
+
+def _costs(since_s: float) -> dict[tuple[str, str], dict[str, Any]]:
+    """For the pool's owner, who may read its state."""
+    from pool import report, settings
+    from pool.state import State
+
+    try:
+        rows = report.functions(State(asking.directory()), settings.read(asking.directory()), since_s)
+    except (CafsError, OSError):
+        return {}
+    return {(row["tenant"], row["name"]): {"cost": round(row["cost"], 6), "hours": round(row["hours"], 4)} for row in rows}
 
 
 def logs(name: str, tenant: str | None, *, is_followed: bool, call_id: str | None, as_json: bool) -> None:

@@ -38,6 +38,7 @@ def fn() -> None:
 @click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A file of $CPOOL_SECRETS with that secret.")
 @click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone.")
+@click.option("--zygote", is_flag=True, help="Further instances are forks of the first one's process.")
 @click.option("--no-try", "is_sure", is_flag=True, help="Do not start an instance first, to see that it does.")
 @_tenant
 @quiet_option()

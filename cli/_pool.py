@@ -397,13 +397,29 @@ def report(days: float, page: str | None, *, as_json: bool) -> None:
     from pool import report, settings
     from pool.state import State
 
-    found = report.make(State(directory()), settings.read(directory()), days)
+    state, given = State(directory()), settings.read(directory())
+    found = report.make(state, given, days)
+    found["functions"] = with_measured(report.functions(state, given, found["since_s"]))
     if page:
         write(page, report.as_html(found))
     elif as_json:
         click.echo(json.dumps(found))
     else:
-        print_fields({name: value for name, value in found.items() if name not in ("pieces", "at_s")}, as_json=False)
+        print_fields(
+            {name: value for name, value in found.items() if name not in ("pieces", "functions", "at_s")}, as_json=False
+        )
+
+
+def with_measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of functions, with what the router has measured, if there is one."""
+    from cafs.errors import CafsError
+    from pool import calling
+
+    try:
+        measured = {(one["tenant"], one["name"]): one for one in calling.stats(directory())} if rows else {}
+    except CafsError:
+        measured = {}
+    return [{**measured.get((row["tenant"], row["name"]), {}), **row} for row in rows]
 
 
 def print_fields(found: dict[str, Any], *, as_json: bool) -> None:

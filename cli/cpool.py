@@ -138,14 +138,19 @@ def down(grace_s: float) -> int:
 @click.option("--array", metavar="N-M[%L]", help="A job for each number, which is CPOOL_INDEX; L at once.")
 @click.option("--in", "given_files", multiple=True, metavar="FILE[:NAME]", help="A file that is there where it runs.")
 @click.option("--out", "back", multiple=True, metavar="NAME", help="A file that it leaves, for `fetch`.")
+@click.option("--code", metavar="DIR[:DEST]", help="A directory that is added to the image, at /code.")
 @click.option("--after", "after", type=int, multiple=True, metavar="JOB", help="When that job has ended well.")
 @quiet_option(used=False)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(
-    key: str | None, hold: bool, array: str | None, given_files: tuple[str, ...], back: tuple[str, ...], **given: Any
-) -> int:
+def submit(key: str | None, hold: bool, array: str | None, code: str | None, **given: Any) -> int:
     """Put a job into the queue, and print its number."""
-    said, files = asking.files(given_files, back)
+    if code:
+        from cli import _calls
+
+        if not given["image"]:
+            raise click.UsageError("--code needs --image IMAGE")
+        given |= {"image": _calls.with_code(given["image"], code), "workdir": given["workdir"] or _calls.code_place(code)}
+    said, files = asking.files(given.pop("given_files"), given.pop("back"))
     numbers, spec = asking.numbers(array), asking.spec(**given, has_files=bool(said)) | said
     if array:
         spec |= {"array": int.from_bytes(os.urandom(6), "big"), "at_once": asking.at_once(array)}

@@ -117,6 +117,7 @@ class Agent:
             return
         many = int(asked.get("gpus", 0))
         asked["gpu_ids"], asked["has_gpus"] = self._free_gpus()[:many] if many else [], bool(self._gpus)
+        asked["zygote_of"] = self._zygote_for(asked)
         self.jobs[job.key] = job
         try:
             if len(asked["gpu_ids"]) < many:
@@ -130,6 +131,17 @@ class Agent:
             self._ended(job, 126)
             return
         self.peers.say("running", id=job.id, attempt=job.attempt)
+
+    def _zygote_for(self, asked: dict[str, Any]) -> str:
+        """The job of which this instance of a function may be a fork, '' for none: the same version of the same tenant's."""
+        wanted = asked.get("fn", {})
+        for job in self.jobs.values() if wanted.get("zygote") else ():
+            fn = job.asked.get("fn", {})
+            is_same = (fn.get("name"), fn.get("version")) == (wanted["name"], wanted["version"])
+            is_whose = job.asked["env"].get("CPOOL_TENANT") == asked["env"].get("CPOOL_TENANT")
+            if is_same and is_whose and not job.ended and not job.asked.get("zygote_of"):
+                return f"{job.id}.{job.attempt}"
+        return ""
 
     def _free_gpus(self) -> list[int]:
         """That no job has."""

@@ -15,7 +15,7 @@ _PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
 
 
 def make(name: str, memory: int) -> str:
-    """A new one for a job; '' where none may be made.  memory: bytes that it may have."""
+    """A new one for a job; '' where none may be made.  memory: bytes that it may have, 0: as many as there are."""
     for hierarchy in ("memory", ""):
         top = os.path.join(_TOP, hierarchy)
         if not os.path.exists(os.path.join(top, "cgroup.procs")):
@@ -23,11 +23,32 @@ def make(name: str, memory: int) -> str:
         directory = os.path.join(top, _PARENT, name)
         try:
             os.makedirs(directory)
-            _limit(directory, memory)
+            if memory:
+                _limit(directory, memory)
             return directory
         except OSError:
             remove(directory)
     return ""
+
+
+def make_for_cpus(name: str, cpus: float) -> str:
+    """The same for processors, of version 1, where these have a hierarchy of their own."""
+    top = os.path.join(_TOP, "cpu")
+    if not os.path.exists(os.path.join(top, "cpu.cfs_quota_us")) and not os.path.exists(os.path.join(top, "cgroup.procs")):
+        return ""
+    directory = os.path.join(top, _PARENT, name)
+    try:
+        os.makedirs(directory)
+        _write(os.path.join(directory, "cpu.cfs_quota_us"), str(max(int(cpus * 100_000), 1000)))
+        return directory
+    except OSError:
+        remove(directory)
+        return ""
+
+
+def put(directory: str, pid: int) -> None:
+    """A process into one.  Raises OSError."""
+    _write(os.path.join(directory, "cgroup.procs"), str(pid))
 
 
 def _limit(directory: str, memory: int) -> None:
@@ -77,7 +98,7 @@ def remove(directory: str) -> None:
 
 def sweep(agent: str, known: set[str]) -> None:
     """Remove what is empty and belongs to no job that its agent knows."""
-    for hierarchy in ("memory", ""):
+    for hierarchy in ("memory", "cpu", ""):
         top = os.path.join(_TOP, hierarchy, _PARENT, agent)
         for name in os.listdir(top) if os.path.isdir(top) else ():
             if os.path.join(top, name) not in known and os.path.isdir(os.path.join(top, name)):

@@ -30,7 +30,7 @@ MANY = 10_000
 _KINDS: dict[str, tuple[Any, Any]] = {
     "name": (str, ""), "version": (int, 0), "handler": (str, ""), "concurrency": (int, 1), "min": (int, 0), "max": (int, 10),
     "buffer": (int, 0), "idle_s": ((int, float), 60), "wait_s": ((int, float), 0.5), "timeout_s": ((int, float), 300),
-    "start_s": ((int, float), 60), "is_first": (bool, False),
+    "start_s": ((int, float), 60), "is_first": (bool, False), "zygote": (bool, False), "record": (bool, False),
 }  # fmt: skip
 _LONGEST_S = 86400.0
 
@@ -49,6 +49,8 @@ def check(fn: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{quote(found['name'])} is not a name for a function")
     if not instance.is_handler(found["handler"]):
         raise UsageError(f"{quote(found['handler'])} is no handler", hint="python:MODULE:FUNCTION or jsonl:PROGRAM")
+    if found["zygote"] and not found["handler"].startswith("python:"):
+        raise UsageError("a zygote is of a handler in Python")
     if not 1 <= found["concurrency"] <= 1000 or not 1 <= found["max"] <= 1000 or found["min"] > found["max"]:
         raise UsageError("a function has a concurrency, and a maximum, of 1 to 1000, and no more at least than at most")
     if not all(0 < found[name] <= _LONGEST_S for name in ("idle_s", "timeout_s", "start_s")) or found["wait_s"] > _LONGEST_S:

@@ -73,6 +73,10 @@ class Host:
         self._name = os.urandom(8).hex()
         self._router: loop.Wire | None = None
         self._instances: dict[int, Instance] = {}
+        self._zygotes: dict[str, loop.Wire] = {}
+        self._forks: dict[str, loop.Wire] = {}
+        """Who waits for the process of a job that is to be forked."""
+
         self._calls: dict[bytes, Call] = {}
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._kept_bytes = 0
@@ -142,6 +146,8 @@ class Host:
             self._greet(wire)
         elif said["is"] == "leave":
             self._is_to_leave = True
+        elif said["is"] == "fork":
+            self._fork(wire, str(said["zygote"]), str(said["job"]))
         elif said["is"] == "idle":
             found = self._instances.get(int(said["instance"]))
             if found:
@@ -150,6 +156,16 @@ class Host:
             found = self._instances.get(int(said["instance"]))
             if found:
                 self._leave(found, "it is not wanted any more")
+
+    def _fork(self, wire: loop.Wire, zygote: str, job: str) -> None:
+        """An agent wants one more instance of what a zygote has loaded."""
+        there = self._zygotes.get(zygote)
+        if there is None:
+            return wire.say(calls.control("refused"))
+        with open(os.path.join(self._directory, "jobs", job, PLACE, "token"), encoding="ascii") as file:
+            token = file.read().split()[1]
+        self._forks[job] = wire
+        there.say(calls.control("fork", job=job, token=token))
 
     def _greet(self, wire: loop.Wire) -> None:
         if self._router:
@@ -261,22 +277,51 @@ class Host:
     def _accept_instance(self, connection: socket.socket) -> None:
         pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         found: list[Instance] = []
+        zygote: list[str] = []
         wire: loop.Wire
 
         def heed(kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
             if found:
                 self._heed_instance(found[0], kind, flags, call, a, body)
+            elif zygote:
+                self._refused(calls.said(body))
+            elif calls.said(body).get("zygote"):
+                zygote.append(self._check(calls.said(body))[0])
+                self._zygotes[zygote[0]] = wire
             else:
                 found.append(self._greeted(wire, pid, calls.said(body)))
 
         def lost(_: str) -> None:
             if found:
                 self._lost(found[0])
+            if zygote:
+                del self._zygotes[zygote[0]]
 
         wire = loop.Wire(self._loop, connection, heed, lost)
 
+    def _refused(self, said: dict[str, Any]) -> None:
+        """A zygote cannot be forked."""
+        waits = self._forks.pop(str(said["job"]), None) if said["is"] == "refused" else None
+        if waits:
+            waits.say(calls.control("refused"))
+
     def _greeted(self, wire: loop.Wire, pid: int, said: dict[str, Any]) -> Instance:
-        """An instance that says whose it is, and knows what only that can know.  Raises ValueError, OSError, LookupError."""
+        """An instance.  Raises ValueError, LookupError."""
+        job, about = self._check(said)
+        owner = str(about.get("zygote_of") or job)  # whose container it is in
+        self._numbers += 1
+        one = Instance(self._numbers, wire, job, about, os.path.join(self._directory, "jobs", owner, PLACE), pid)
+        self._instances[one.number] = one
+        waits = self._forks.pop(job, None)
+        if waits:
+            waits.say(calls.control("forked", pid=pid))
+        return one
+
+    def _check(self, said: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """(job, what its agent has written of it) of who says whose it is, and knows what only that can know.
+
+        Raises ValueError, LookupError.
+        """
         job = str(said["job"])
         if said["is"] != "hello" or not job.replace(".", "", 1).isdigit():
             raise ValueError("no hello")
@@ -290,10 +335,7 @@ class Host:
             raise ValueError("no such job") from error
         if said["token"] != wanted:
             raise ValueError("not the job that it says")
-        self._numbers += 1
-        one = Instance(self._numbers, wire, job, about, directory, pid)
-        self._instances[one.number] = one
-        return one
+        return job, about
 
     def _heed_instance(self, one: Instance, kind: int, flags: int, call: bytes, a: int, body: bytes) -> None:
         found = one.calls.get(call)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 IN_IMAGE = "/run/cpool"
+RECORD = "record"
+"""Of a job: what its container has read of its image, if that is noted."""
+
 PYTHON, LINES = "python", "jsonl"
 
 
@@ -37,7 +40,7 @@ def prepare(directory: str, asked: dict[str, Any]) -> None:
         code.write(pkgutil.get_data("pool", "shim.py") or b"")
     os.chmod(os.path.join(place, "shim.py"), 0o444)
     with open(os.path.join(directory, "about.json"), "w", encoding="utf-8") as file:
-        json.dump(asked["fn"], file)
+        json.dump({**asked["fn"], "zygote_of": asked.get("zygote_of", "")}, file)
     hosting.ensure(os.path.dirname(os.path.dirname(directory)))
 
 
@@ -45,11 +48,21 @@ def words(directory: str, asked: dict[str, Any], run: Sequence[str]) -> list[str
     """What serves the calls.  run: the words of crun for a container of the job, without its image."""
     place = os.path.join(directory, hosting.PLACE)
     host = os.path.join(os.path.dirname(os.path.dirname(directory)), hosting.PLACE, "in")
+    many_gpus = len(asked.get("gpu_ids", ()))
+    run = [*run, "-e", "CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(many_gpus)))]  # it sees its own, numbered from 0
+    if asked["fn"].get("record") and asked["fn"].get("is_first"):
+        run = [*run, "--record", os.path.join(directory, RECORD)]
     mounts = ["-v", f"{place}:{IN_IMAGE}:ro", "-v", f"{host}:{IN_IMAGE}/host:ro", "-v", f"{place}/out:{IN_IMAGE}/out"]
     kind, _, handler = asked["fn"]["handler"].partition(":")
     many = str(asked["fn"]["concurrency"])
     if kind == PYTHON:
-        return [*run, *mounts, "--entrypoint", "python3", asked["image"], f"{IN_IMAGE}/shim.py", handler, many]
+        more = []
+        if asked["fn"].get("zygote"):
+            # Each fork mounts a /tmp of its own, which is nothing that it may do on the host: its users are nobody there.
+            at = run.index("--network")
+            run = [*run[:at], *run[at + 2 :], "--userns", "auto", "--cap-add", "SYS_ADMIN"]
+            more = ["zygote"]
+        return [*run, *mounts, "--entrypoint", "python3", asked["image"], f"{IN_IMAGE}/shim.py", handler, many, *more]
     program = os.path.abspath(sys.argv[0])
     return [sys.executable, program, "lines", directory, many, *run, *mounts, "--", asked["image"], handler]
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 
-from pool import cgroup, hiding, instance, machine, staging, streams
+from pool import cgroup, forking, hiding, instance, machine, staging, streams
 from pool.entering import container_of
 
 TYPE_CHECKING = False
@@ -98,7 +98,11 @@ class Job:
             asked["cgroup"] = cgroup.make(f"{agent}/{self.id}.{self.attempt}", int(asked["memory"]))
         words = ["/bin/sh", "-c", _SHELL, "cpool-job", asked.get("cgroup", ""), place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
-        self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
+        if asked.get("zygote_of"):
+            forking.make_cgroups(self.directory, asked)
+            self.pid = forking.start(self.directory, asked, lambda: os.execve("/bin/sh", words, environment))
+        else:
+            self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
         asked.update(pid=self.pid, pid_start=machine.start_time(self.pid), started_s=time.time())
         with open(self.path("job.json.new"), "w", encoding="utf-8") as file:
             json.dump(asked, file)
@@ -159,7 +163,7 @@ class Job:
             names = dict(enumerate(self.asked.get("out", [])))
             data = staging.read(self.path(staging.WORK), names[int(stream[4:])], offset, size)
             return data, offset + len(data)
-        name = "err" if stream == "err" else "out"
+        name = stream if stream in ("err", instance.RECORD) else "out"
         start, end = self.gaps.get(name, (0, 0))
         if start <= offset < end:
             return b"\n[cpool: %d bytes left out]\n" % (end - offset), end
@@ -238,6 +242,8 @@ class Job:
                             found.add(pid)
                 except OSError:
                     continue
+        if self.is_alive():
+            found.add(self.pid)
         grown = True
         while grown:
             more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
@@ -248,6 +254,7 @@ class Job:
     def remove(self) -> None:
         """Nothing of it is wanted any more."""
         cgroup.remove(self.asked.get("cgroup", ""))
+        cgroup.remove(self.asked.get("cgroup_cpu", ""))
         if self.asked.get("has_secrets"):
             hiding.remove(hiding.place_of(self.directory))
         shutil.rmtree(self.directory, ignore_errors=True)

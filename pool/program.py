@@ -14,6 +14,7 @@ MODULES: tuple[str, ...] = (
     "calls",
     "cgroup",
     "entering",
+    "forking",
     "frames",
     "hiding",
     "hosting",

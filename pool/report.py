@@ -70,10 +70,49 @@ def _utilisation(
     return used / paid if paid else 0.0
 
 
+def functions(state: State, settings: Settings, since_s: float, now_s: float | None = None) -> list[dict[str, Any]]:
+    """Of each, what its instances have taken: how many, their hours, and what these cost on machines that have a price.
+
+    An instance costs its part of its machine's processors.
+    """
+    now = time.time() if now_s is None else now_s
+    cpus = {table["name"]: float(table["cpus"]) for table in settings.machines}
+    machines = state.machines(all_of_them=True)
+    price = {one["name"]: one["price"] / cpus[one["kind"]] for one in machines if cpus.get(one["kind"])}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in state.instances_since(since_s):
+        key = one["tenant"] or "", one["name"]
+        row = found.setdefault(key, {"tenant": key[0], "name": key[1], "started": 0, "hours": 0.0, "cost": 0.0})
+        hours = _overlap(one["started_s"], one["finished_s"], since_s, now, now) / _HOUR_S
+        row["started"] += one["started_s"] is not None
+        row["hours"] += hours
+        row["cost"] += hours * one["cpus"] * price.get(one["worker"], 0.0)
+    return [found[key] for key in sorted(found)]
+
+
+_MEASURED = ("calls", "errors", "cold_share", "queued", "p50_s", "p95_s", "p99_s")
+
+
+def _of_functions(rows: list[dict[str, Any]]) -> str:
+    """A table, if there are any."""
+    if not rows:
+        return ""
+    names = ("tenant", "name", "started", "hours", "cost", *_MEASURED)
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    cells = [
+        "".join(
+            f"<td>{html.escape(f'{one[name]:.4g}' if isinstance(one.get(name), float) else str(one.get(name, '')))}</td>"
+            for name in names
+        )
+        for one in rows
+    ]
+    return f"<h2>Functions</h2>\n<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>\n"
+
+
 def as_html(found: dict[str, Any]) -> str:
     """A page that needs nothing else."""
     begin, pieces = found["since_s"], found["pieces"]
-    rows = [(name, found[name]) for name in found if name not in ("pieces", "since_s", "until_s", "at_s")]
+    rows = [(name, found[name]) for name in found if name not in ("pieces", "functions", "since_s", "until_s", "at_s")]
     table = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.6g}</td></tr>" for name, value in rows)
     charts = ""
     for title, unit, names in (
@@ -90,5 +129,5 @@ def as_html(found: dict[str, Any]) -> str:
     return (
         f'<!doctype html><meta charset="utf-8"><title>cpool report</title>\n<style>body {{ font-family: sans-serif }} '
         f"td {{ padding-right: 2em }} svg {{ display: block; margin: 1em 0 }}</style>\n<h1>Pool, {when}</h1>\n"
-        f"<table>{table}</table>\n{charts}"
+        f"<table>{table}</table>\n{charts}{_of_functions(found.get('functions', []))}"
     )

@@ -6,7 +6,7 @@ import base64
 import os
 
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
-from pool import inputs, links, metrics, outputs, secrets, specs, staging, state
+from pool import inputs, instance, links, metrics, outputs, secrets, specs, staging, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
 
@@ -137,7 +137,7 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """A piece of what a job has written: from here if it is all here, else from where it runs."""
     number, stream, offset = int(said["id"]), str(said["stream"]), int(said["offset"])
     job, tag = _job_of(client, controller, number), client.tag
-    if stream not in outputs.streams_of(job):
+    if stream not in outputs.streams_of(job) and not (stream == instance.RECORD and job.spec.get("fn", {}).get("record")):
         raise UsageError(f"no stream {quote(stream)}")
     is_over = job.state in state.ENDED
 

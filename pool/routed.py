@@ -11,6 +11,7 @@ from pool.autoscaling import Bounds, Measured, Seen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from pool.hostlinks import HostLink
@@ -46,13 +47,51 @@ class Instance:
         self.busy = 0
         self.made = self.used = time.monotonic()
         self.idle_s = -1.0
-        self.is_placed = self.is_ready = False
+        self.is_placed = self.is_ready = self.is_over = False
         self.problem: dict[str, Any] | None = None
         """Why its handler cannot serve, as it has said."""
 
     @property
     def load(self) -> int:
         return len(self.calls) + self.busy
+
+
+class Queue:
+    """Calls that wait, first come first served; any of them may leave.  size: bytes of their values."""
+
+    def __init__(self) -> None:
+        self._calls: OrderedDict[bytes, Call] = OrderedDict()
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self._calls.values())
+
+    def is_full(self, more: int) -> bool:
+        """Whether a value of so many bytes is too much."""
+        return len(self._calls) >= QUEUE_MAX or self.size + more > QUEUE_BYTES
+
+    def put(self, call: Call, *, is_first: bool = False) -> None:
+        """At its end, or before all others."""
+        self._calls[call.id] = call
+        if is_first:
+            self._calls.move_to_end(call.id, last=False)
+        self.size += len(call.body)
+
+    def pop(self) -> Call:
+        """The first."""
+        call = self._calls.popitem(last=False)[1]
+        self.size -= len(call.body)
+        return call
+
+    def remove(self, call: Call) -> bool:
+        """Whether it was there."""
+        if self._calls.pop(call.id, None) is None:
+            return False
+        self.size -= len(call.body)
+        return True
 
 
 class Routed:
@@ -63,8 +102,7 @@ class Routed:
         self.version, self.trying = 0, 0
         self.specs: dict[int, dict[str, Any]] = {}
         self.bounds = Bounds()
-        self.queue: deque[Call] = deque()
-        self.queue_bytes = 0
+        self.queue = Queue()
         self.ready: list[Instance] = []
         """Of the current version; the one that was used last is the last."""
 
@@ -78,6 +116,7 @@ class Routed:
         self.count = self.errors = self.colds = self.unknowns = 0
         self.instance_s = 0.0
         self.submitting = 0
+        self.scale_after = 0.0
 
     def set_version(self, version: int) -> None:
         """From now on calls go to that one."""

@@ -21,7 +21,7 @@ from pool import autoscaling, calls, links, sockets
 from pool.controlling import ControllerLink
 from pool.hostlinks import HostLink
 from pool.loop import Loop, Wire, listen, waker
-from pool.routed import QUEUE_BYTES, QUEUE_MAX, Call, Instance, Routed
+from pool.routed import Call, Instance, Routed
 from pool.settings import read
 from pool.tenants import OWNER, Tenants
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PLACE = "router"
 _TICK_S = 0.2
+_SCALE_S = 0.02
 _BEGIN_S = 10.0
 _GREET_S = 5.0
 _PLACE_S = 0.3
@@ -150,7 +151,7 @@ class Router:
             self._submit(fn, trying, is_first=True)
         fn.trying = trying
         while fn.queue and not current and not trying:
-            self._fail(fn.queue.popleft(), "start", "its first instance has not started")
+            self._fail(fn.queue.pop(), "start", "its first instance has not started")
         if fn.bounds.least:
             self._active[fn] = None
 
@@ -173,7 +174,7 @@ class Router:
         fn = self._functions.pop(key)
         fn.is_gone = True
         while fn.queue:
-            self._fail(fn.queue.popleft(), "function", f"function {fn.name} was removed")
+            self._fail(fn.queue.pop(), "function", f"function {fn.name} was removed")
         for one in [one for one in self._jobs.values() if one.function is fn]:
             self._retire(one)
         fn.ready = []
@@ -247,8 +248,8 @@ class Router:
         self.gone(one, "")
         fn.retiring = [other for other in fn.retiring if other is not one]
         fn.instance_s += time.monotonic() - one.made if one.is_placed else 0
-        if one.link and not one.is_ready and one.number:
-            one.link.instances.pop(one.number, None)
+        one.is_over = True
+        self._forget_if_over(one)
         if not was_starting or fn.is_gone:
             return
         problem = one.problem
@@ -263,6 +264,12 @@ class Router:
             self._not_started(one, (said.get("reason") or "it ended") + (f": {text[-1]}" if text else ""))
 
         self._controller.ask("read", then, id=one.job, stream="err", offset=0)
+
+    @staticmethod
+    def _forget_if_over(one: Instance) -> None:
+        """Its job has ended; what it still has its host answers for, or that is lost with the host."""
+        if one.is_over and not one.calls and one.link and one.link.instances.get(one.number) is one:
+            del one.link.instances[one.number]
 
     def _not_started(self, one: Instance, why: str) -> None:
         fn = one.function
@@ -280,8 +287,7 @@ class Router:
     def _give_up_queue(self, fn: Routed) -> None:
         if fn.is_hopeless:
             while fn.queue:
-                self._fail(fn.queue.popleft(), "start", f"instances end before they are ready: {fn.problem}")
-            fn.queue_bytes = 0
+                self._fail(fn.queue.pop(), "start", f"instances end before they are ready: {fn.problem}")
 
     # Hosts.
 
@@ -292,7 +298,7 @@ class Router:
             one = self._jobs.get(int(str(said["job"]).partition(".")[0]))
             if one is None:
                 return link.say(calls.control("end", instance=said["instance"]))  # its job is none of ours any more
-            self._ready(link, one, int(said["instance"]))
+            self._ready(link, one, int(said["instance"]), int(said["busy"]))
         elif kind == "failed":
             one = self._jobs.get(int(str(said["job"]).partition(".")[0]))
             if one:
@@ -305,8 +311,9 @@ class Router:
                 one.busy = max(one.busy - 1, 0)
                 self._dispatch(one.function)
 
-    def _ready(self, link: HostLink, one: Instance, number: int) -> None:
+    def _ready(self, link: HostLink, one: Instance, number: int, busy: int) -> None:
         fn = one.function
+        one.busy = max(busy - len(one.calls), 0)
         one.link, one.number = link, number
         link.instances[number] = one
         if one.is_ready:
@@ -345,6 +352,7 @@ class Router:
             one.calls.pop(call, None)
             one.used = now
             one.busy += bool(flags & calls.BUSY)
+            self._forget_if_over(one)
         items = self._items.pop(call, None)
         if items is not None and not flags & calls.ERROR:
             body, flags = b"[" + b",".join(items) + b"]", 0
@@ -389,8 +397,7 @@ class Router:
         fn = call.function
         if fn.is_gone or call.tries > _TRIES_MAX:
             return self._fail(call, "unknown" if not fn.is_gone else "function", f"function {fn.name} has lost its instances")
-        fn.queue.appendleft(call)
-        fn.queue_bytes += len(call.body)
+        fn.queue.put(call, is_first=True)
         self._active[fn] = None
         self._dispatch(fn)
 
@@ -434,8 +441,7 @@ class Router:
             one = fn.pick()
             if one is None:
                 return
-            call = fn.queue.popleft()
-            fn.queue_bytes -= len(call.body)
+            call = fn.queue.pop()
             self._give(call, one)
 
     def _give(self, call: Call, one: Instance) -> None:
@@ -485,9 +491,7 @@ class Router:
                 return
             if found.instance and found.instance.link and kind in (calls.PIECE, calls.MORE, calls.CANCEL):
                 found.instance.link.say(calls.frame(kind, call, body, flags=flags, a=a))
-            elif kind == calls.CANCEL and found in found.function.queue:
-                found.function.queue.remove(found)
-                found.function.queue_bytes -= len(found.body)
+            elif kind == calls.CANCEL and found.function.queue.remove(found):
                 self._fail(found, "cancelled", "the call was cancelled")
 
     def _come(self, caller: Caller, flags: int, call: bytes, number: int, ms: int, body: bytes) -> None:
@@ -502,7 +506,7 @@ class Router:
         if any(call in link.known for link in self._links.values()):
             return self._take_up(caller, call, flags, fn, body, now)
         limit = self._tenants.all[fn.tenant].calls if fn.tenant in self._tenants.all else 0
-        if len(fn.queue) >= QUEUE_MAX or fn.queue_bytes + len(body) > QUEUE_BYTES:
+        if fn.queue.is_full(len(body)):
             return caller.wire.say(calls.failed(call, "full", f"the queue of {fn.name} is full"))
         if limit and self._usage[fn.tenant] >= limit:
             return caller.wire.say(calls.failed(call, "full", f"quota: {fn.tenant} has {limit} of {limit} calls"))
@@ -519,11 +523,11 @@ class Router:
         one = fn.pick() if not fn.queue else None
         if one:
             return self._give(found, one)
-        fn.queue.append(found)
-        fn.queue_bytes += len(body)
+        fn.queue.put(found)
         self._active[fn] = None
         found.is_cold = not fn.ready
-        if not fn.ready and not fn.starting and not fn.submitting:
+        if now >= fn.scale_after:
+            fn.scale_after = now + _SCALE_S
             self._scale(fn, now)
 
     def _same_again(self, caller: Caller, call: bytes, flags: int, known: Call | Done) -> None:
@@ -649,7 +653,6 @@ class Router:
         limit = now - fn.timeout_s
         for call in [one for one in fn.queue if 0 < one.deadline <= now or (not one.deadline and one.came < limit)]:
             fn.queue.remove(call)
-            fn.queue_bytes -= len(call.body)
             self._fail(call, "timeout", "the call waited too long for an instance")
         for one in list(fn.starting.values()):
             if one.is_placed and not one.is_ready and now > one.made + fn.specs[one.version]["fn"]["start_s"]:

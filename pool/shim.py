@@ -2,13 +2,13 @@
 
 One file, standard library only, Python 3.8: the image brings no more.  cpool-function(7), HANDLERS and FRAMES.
 
-usage: shim.py MODULE:FUNCTION CONCURRENCY
+usage: shim.py MODULE:FUNCTION CONCURRENCY [zygote]
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
+import gc
 import importlib
 import inspect
 import io
@@ -26,6 +26,7 @@ import traceback
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable
     from typing import Any
 
@@ -157,16 +158,20 @@ def told(kind: str, problem: BaseException) -> dict[str, str]:
 
 def failed(call: bytes, problem: BaseException) -> bytes:
     """An answer that is an error."""
-    kind = "cancelled" if isinstance(problem, (Cancelled, asyncio.CancelledError)) else "raised"
+    is_ours = (
+        isinstance(problem, Cancelled) or type(problem).__name__ == "CancelledError"
+    )  # asyncio's, which takes 40 ms to load
+    kind = "cancelled" if is_ours else "raised"
     return frame(ANSWER, call, encode({"error": told(kind, problem)}).encode("utf-8", "replace"), ERROR)
 
 
 class Channel:
     """The way to the function host.  Blocks."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, job: str = "", token: str = "", *, is_zygote: bool = False) -> None:
         with open(os.path.join(place, "token"), encoding="ascii") as file:
-            self.job, self.token = file.read().split()
+            own = file.read().split()
+        self.job, self.token = (job, token) if job else own
         deadline = time.monotonic() + 10
         while True:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -180,7 +185,7 @@ class Channel:
                 time.sleep(0.005)
         self._lock = threading.Lock()
         self._held, self._at = b"", 0
-        self.send(control("hello", protocol=1, job=self.job, token=self.token))
+        self.send(control("hello", protocol=1, job=self.job, token=self.token, zygote=is_zygote))
 
     def send(self, data: bytes) -> None:
         """All of it."""
@@ -407,9 +412,13 @@ class Tasks:
 
     def run(self) -> None:
         """Until it is told to end."""
+        import asyncio
+
         asyncio.run(self._run())
 
     async def _run(self) -> None:
+        import asyncio
+
         loop = asyncio.get_running_loop()
         self._reader, self._writer = await asyncio.open_connection(sock=self._channel.socket)
         main = asyncio.current_task()
@@ -462,12 +471,96 @@ def server_of(channel: Channel, handler: Handler, many: int) -> Serial | Threads
     return Threads(channel, handler, many) if many > 1 else Serial(channel, handler)
 
 
-def main() -> int:
-    """As of the usage above."""
-    channel = Channel(PLACE)
-    sys.stdout, sys.stderr = Log(1), Log(2)
+class Zygote:
+    """Has the module loaded, and forks for each instance; nothing of a call is ever in this process."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._channel = Channel(PLACE, is_zygote=True)
+        self._children: set[int] = set()
+
+    def run(self) -> None:
+        """Until no instance is left, or the host has gone.  In a child it returns nothing but ends."""
+        signal.signal(signal.SIGTERM, self._leave)
+        gc.freeze()
+        self._fork(self._channel.job, self._channel.token)
+        while self._children:
+            if self._channel.has_more(0.2):
+                one = self._channel.next()
+                if one is None:
+                    return
+                said = json.loads(one[5])
+                if said["is"] == "fork":
+                    self._fork(said["job"], said["token"])
+            self._reap()
+
+    def _reap(self) -> None:
+        try:
+            while True:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                self._children.discard(pid)
+        except ChildProcessError:
+            self._children.clear()
+
+    def _leave(self, *_: object) -> None:
+        for pid in self._children:
+            os.kill(pid, signal.SIGTERM)
+
+    def _fork(self, job: str, token: str) -> None:
+        if len(os.listdir("/proc/self/task")) > 1:
+            return self._channel.send(control("refused", job=job))
+        pid = os.fork()
+        if pid:
+            self._children.add(pid)
+            return
+        code = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ["CPOOL_JOB"], os.environ["CPOOL_ATTEMPT"] = job.split(".")
+            own_tmp()
+            reseed()
+            self._channel.socket.close()
+            code = serve(Channel(PLACE, job, token), self._handler)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def own_tmp() -> None:
+    """A mount namespace with a /tmp of its own, and then no way to mount anything more (unshare(2), capabilities(7)).
+
+    Raises OSError.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    newns, private, sys_admin = 0x20000, 0x44000, 21
+    failed = libc.unshare(newns) or libc.mount(b"none", b"/", None, private, None)
+    if failed or libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 6, b"mode=1777"):  # nosuid, nodev
+        raise OSError(ctypes.get_errno(), "a /tmp of its own cannot be made")
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    failed = libc.prctl(24, sys_admin, 0, 0, 0) or libc.capget(head, sets)
+    for at in range(3):
+        sets[at] &= ~(1 << sys_admin)
+    if failed or libc.capset(head, sets) or libc.prctl(38, 1, 0, 0, 0):  # PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS
+        raise OSError(ctypes.get_errno(), "a capability cannot be dropped")
+
+
+def reseed() -> None:
+    """Generators that were loaded: no two instances draw the same."""
+    if "random" in sys.modules:
+        sys.modules["random"].seed()
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed()
+
+
+def serve(channel: Channel, handler: Handler) -> int:
+    """The calls of one instance; its exit code."""
     try:
-        handler = Handler(sys.argv[1])
         handler.begin()
     except BaseException as problem:
         traceback.print_exc()
@@ -482,6 +575,23 @@ def main() -> int:
     finally:
         handler.end()
         sys.stdout.flush()
+    return 0
+
+
+def main() -> int:
+    """As of the usage above."""
+    is_zygote = sys.argv[3:] == ["zygote"]
+    channel = None if is_zygote else Channel(PLACE)
+    sys.stdout, sys.stderr = Log(1), Log(2)
+    try:
+        handler = Handler(sys.argv[1])
+    except BaseException as problem:
+        traceback.print_exc()
+        (channel or Channel(PLACE)).send(control("failed", error=told("start", problem)))
+        return 1
+    if channel:
+        return serve(channel, handler)
+    Zygote(handler).run()
     return 0
 
 

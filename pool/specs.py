@@ -115,6 +115,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         found["fn"] = functions.check(found["fn"])
         if not found["image"]:
             raise UsageError("a function has an image")
+        if found["fn"]["zygote"] and found["gpus"]:
+            raise UsageError("a process that has GPUs cannot be forked: no zygote with --gpus")
     inputs.check(found)
     if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
         raise UsageError("a job needs what can be counted")

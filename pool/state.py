@@ -54,6 +54,7 @@ CREATE TABLE IF NOT EXISTS functions (
   reason TEXT NOT NULL DEFAULT '', made_s REAL NOT NULL, PRIMARY KEY (tenant, name, version)
 ) WITHOUT ROWID;
 """
+_OF_INSTANCES = {"tenant": "tenant", "fn.name": "name", "cpus": "cpus"}
 _CHANGES = {1: _MACHINES, 2: _FUNCTIONS}
 """From each version to the next."""
 
@@ -207,6 +208,13 @@ class State:
         """All versions of all."""
         rows = [dict(row) for row in self._do("SELECT * FROM functions ORDER BY tenant, name, version")]
         return [{**row, "spec": json.loads(row["spec"])} for row in rows]
+
+    def instances_since(self, when_s: float) -> list[dict[str, Any]]:
+        """tenant, name, worker, cpus, code and times of instances of functions that had not ended then."""
+        names = ", ".join(f"json_extract(spec, '$.{at}') AS {name}" for at, name in _OF_INSTANCES.items())
+        where = "json_extract(spec, '$.fn.name') IS NOT NULL AND (finished_s IS NULL OR finished_s >= ?)"
+        wanted = f"SELECT {names}, worker, code, started_s, finished_s FROM jobs WHERE {where} ORDER BY id"
+        return [dict(row) for row in self._do(wanted, [when_s])]
 
     def put_function(self, tenant: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Its versions are these."""

@@ -111,7 +111,10 @@ class Kept:
 
     def remove(self) -> None:
         """It has arrived, or is not wanted any more."""
-        os.unlink(self._path)
+        try:
+            os.unlink(self._path)
+        except IsADirectoryError:
+            shutil.rmtree(self._path, ignore_errors=True)
 
 
 def piece_of(call: bytes, number: int, data: bytes, size: int) -> bytes:

@@ -136,3 +136,34 @@ def dice(value):
 
 def who(value):
     return [os.environ["CPOOL_WORKER"], os.environ["CPOOL_JOB"]]
+
+
+loaded = time.time()
+if os.environ.get("THREAD"):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+
+
+def own(seconds):
+    """What an instance has for itself."""
+    import ctypes
+
+    mine = "/tmp/mine"
+    if not os.path.exists(mine):
+        with open(mine, "w") as file:
+            file.write(str(random.random()))
+    time.sleep(seconds)
+    libc = ctypes.CDLL(None)
+    return {
+        "pid": os.getpid(),
+        "job": os.environ["CPOOL_JOB"],
+        "tmp": open(mine).read(),
+        "drawn": open(mine).read(),
+        "loaded": loaded,
+        "begun": len(begun),
+        "can_mount": libc.mount(b"tmpfs", b"/mnt", b"tmpfs", 0, None) == 0,
+    }
+
+
+def threaded(seconds):
+    time.sleep(seconds)
+    return os.environ["CPOOL_JOB"]

@@ -63,7 +63,7 @@ def test_a_program_that_breaks_the_protocol_fails_that_call_and_no_other(concurr
     assert done.returncode == 3 and "of 39 calls have failed" in done.stderr
     for word, one in zip(words * 3, found, strict=True):
         is_bad = word in ("half", "two", "nojson", "die", "long")
-        assert one["error"]["kind"] in ("died", "protocol") if is_bad else one == ("ok" if word == "flood" else word), word
+        assert one["error"]["kind"] in ("died", "protocol") if is_bad else one == ("ok" if word == "flood" else word), (word, one)
 
 
 def test_a_late_line_answers_no_other_call() -> None:
@@ -298,6 +298,11 @@ def test_code_is_added_to_an_image(tmp_path: Path) -> None:
     (tmp_path / "src" / "mine.py").write_text("def handle(v):\n    return ['mine', v]\n")
     ok("fn", "deploy", "c", "--image", "p:1", "--code", tmp_path / "src", "--handler", "python:mine:handle", "--cpus", "0.4")
     assert answer("c", 1) == ["mine", 1]
+    words = ("submit", "--image", "b:1", "--code", f"{tmp_path}/src:/there", "--cpus", "0.3", "--")
+    number = ok(*words, "sh", "-c", "pwd; cat mine.py").strip()
+    assert cp("wait", number).returncode == 0 and ok("logs", number).splitlines()[:2] == ["/there", "def handle(v):"]
+    bad = cp("submit", "--image", "b:1", "--code", tmp_path / "none", "--", "true")
+    assert bad.returncode == 1 and "is no directory" in bad.stderr
 
 
 def test_an_instance_that_does_nothing_gives_its_place_to_one_that_waits_for_it() -> None:
@@ -346,3 +351,50 @@ def test_who_never_reads_costs_nobody_else_anything() -> None:
     wait(lambda: int(str(shown("make")["calls"])) >= 200, 30)
     assert answer("make", -3) == "yyy"
     lazy.close()
+
+
+def test_what_the_first_instance_reads_is_the_image_s_profile_then(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "mine.py").write_text("import json\ndef handle(v):\n    return v\n")
+    (tmp_path / "src" / "unread").write_bytes(os.urandom(100_000))
+    ok("fn", "deploy", "c", "--image", "p:1", "--code", tmp_path / "src", "--handler", "python:mine:handle", "--cpus", "0.4")
+    image = str(shown("c")["image"])
+    (made,) = (base / "store").glob(f"profiles/{image}/default")
+    assert 1000 < made.stat().st_size < 30_000_000
+    assert answer("c", 1) == 1
+
+
+# Zygotes.
+
+
+def test_further_instances_are_forks_with_a_tmp_and_limits_of_their_own() -> None:
+    """Eight calls at once, so that there are several instances; each says where it is."""
+    deploy("own", "python:h:own", "--zygote", "--max", 3, "--memory", "100M", "--cpus", "0.3")
+    (first,) = instances("own")
+    with Function("own") as own:
+        found = list(own.map([0.5] * 12))
+    by_pid = {one["pid"]: one for one in found}
+    assert len(by_pid) >= 2 and len({one["tmp"] for one in by_pid.values()}) == len(by_pid), "a /tmp each"
+    assert len({one["drawn"] for one in by_pid.values()}) == len(by_pid), "random numbers of its own each"
+    assert {one["loaded"] for one in found} == {found[0]["loaded"]}, "loaded once"
+    assert all(one["can_mount"] is False and one["begun"] == 1 for one in found)
+    assert {one["job"] for one in found} >= {str(first["id"])} and len({one["job"] for one in found}) == len(by_pid)
+    jobs = instances("own")
+    assert len(jobs) == len(by_pid)
+    for job in jobs:
+        if job["id"] != first["id"]:
+            (place,) = Path("/sys/fs/cgroup/memory/cafs-jobs").glob(f"*/{job['id']}.1")
+            assert len((place / "cgroup.procs").read_text().split()) == 1
+            assert int((place / "memory.limit_in_bytes").read_text()) == 100 << 20
+            ok("cancel", job["id"], "--grace", "0")
+            wait(lambda place=place: not place.exists())
+    assert answer("own", 0)["job"] == str(first["id"]), "the others have ended, the first serves on"  # type: ignore[index]
+
+
+def test_a_zygote_with_threads_is_not_forked_and_none_has_gpus() -> None:
+    deploy("t", "python:h:threaded", "--zygote", "--max", 2, "-e", "THREAD=1", "--cpus", "0.3")
+    with Function("t") as function:
+        assert len(set(function.map([0.6] * 6))) == 2, "each in a container of its own"
+    done = cp("fn", "deploy", "g", "--image", "p:1", "--handler", "python:h:echo", "--zygote", "--gpus", 1)
+    assert done.returncode == 2 and "cannot be forked" in done.stderr
+    assert cp("fn", "deploy", "g", "--image", "b:1", "--handler", "jsonl:/bin/upper", "--zygote").returncode == 2

@@ -1,0 +1,191 @@
+"""Frames, values, specs: what carries calls, piece by piece, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cafs.errors import CafsError, UsageError
+from pool import calls, functions, instance, report, values
+from pool.session import CallError, Session, id_of
+from pool.settings import Settings
+from pool.state import State, create
+from pool.tokens import Token, tenant_of
+
+frames = st.tuples(
+    st.integers(1, 12), st.integers(0, 255), st.binary(min_size=16, max_size=16), st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1), st.binary(max_size=200),
+)  # fmt: skip
+
+
+@given(st.lists(frames, max_size=8), st.lists(st.integers(1, 70), max_size=60))
+def test_frames_come_out_as_they_went_in_however_they_are_cut(
+    given_frames: list[tuple[int, int, bytes, int, int, bytes]], cuts: list[int]
+) -> None:
+    data = b"".join(calls.frame(kind, call, body, flags=flags, a=a, b=b) for kind, flags, call, a, b, body in given_frames)
+    reader, found = calls.Reader(), []
+    for size in [*cuts, len(data) + 1]:
+        found += list(reader.feed(data[:size])) if data[:size] else []
+        data = data[size:]
+    assert found == given_frames
+
+
+@given(st.binary(min_size=32, max_size=100))
+def test_what_is_no_frame_is_refused_before_it_takes_memory(data: bytes) -> None:
+    size, kind = calls.HEAD.unpack_from(data)[:2]
+    try:
+        found = list(calls.Reader().feed(data))
+    except ValueError:
+        return
+    assert size <= calls.SIZE_MAX or not 1 <= kind <= 12 or not found
+    for wrong in (calls.HEAD.pack(calls.SIZE_MAX + 1, 1, 0, 0, bytes(16), 0, 0), calls.HEAD.pack(0, 13, 0, 0, bytes(16), 0, 0)):
+        with pytest.raises(ValueError, match="no frame begins so"):
+            list(calls.Reader().feed(wrong))
+
+
+@given(st.integers(0, 3 * calls.PIECE_SIZE + 5), st.randoms())
+def test_a_value_comes_in_pieces_in_whatever_order(size: int, rng: object) -> None:
+    import tempfile
+
+    data = os.urandom(size)
+    with tempfile.TemporaryDirectory() as place:
+        pull = values.Pull(place, "x", json.dumps({"size": size}).encode(), 0)
+        wanted = list(pull.first())
+        while wanted:
+            piece = wanted.pop(rng.randrange(len(wanted)))  # type: ignore[attr-defined]
+            following = pull.take(piece, data[piece * calls.PIECE_SIZE : (piece + 1) * calls.PIECE_SIZE])
+            wanted += [] if following is None else [following]
+        assert pull.is_whole and (Path(place) / "x").read_bytes() == data
+        pull.remove()
+        assert not os.listdir(place)
+
+
+def test_a_piece_that_nobody_asked_for_is_refused(tmp_path: Path) -> None:
+    pull = values.Pull(str(tmp_path), "x", b'{"size": 300000}', 0)
+    for piece, data in ((0, b"short"), (1, b"x" * calls.PIECE_SIZE), (2, b""), (1 << 31, b"x")):
+        with pytest.raises(ValueError, match="not asked for"):
+            pull.take(piece, data)
+    pull.take(0, b"x" * calls.PIECE_SIZE)
+    with pytest.raises(ValueError, match="not asked for"):
+        pull.take(0, b"x" * calls.PIECE_SIZE)
+    for body in (b"{}", b'{"size": -1}', b'{"size": 1e30}', b'{"size": true}', b"[]", b'{"size": 99999999999999}'):
+        with pytest.raises((ValueError, LookupError, TypeError)):
+            values.Pull(str(tmp_path), "y", body, 0)
+
+
+def test_an_answer_in_a_file_is_a_file_of_the_instance_and_nothing_else(tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    out.mkdir()
+    kept.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    (out / "dir").mkdir()
+    os.mkfifo(out / "pipe")
+    for name in ("link", "dir", "pipe", "none", "../secret", "", "a/b", "/etc/passwd", "."):
+        with pytest.raises((ValueError, OSError)):
+            values.Kept(str(out), str(kept), "x", json.dumps({"$ref": f"/run/cpool/out/{name}"}).encode())
+    for body in (b"1", b"{}", b'{"$ref": 1}', b'{"$ref": "/run/cpool/in/x"}'):
+        with pytest.raises((ValueError, LookupError, TypeError)):
+            values.Kept(str(out), str(kept), "x", body)
+    (out / "good").write_bytes(b"x" * 300_000)
+    one = values.Kept(str(out), str(kept), "y", b'{"$ref": "/run/cpool/out/good"}')
+    pieces = [next(iter(calls.Reader().feed(one.piece(bytes(16), number)))) for number in range(2)]
+    assert b"".join(piece[5] for piece in pieces) == b"x" * 300_000 and [bool(piece[1] & calls.LAST) for piece in pieces] == [
+        False,
+        True,
+    ]
+    one.remove()
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_what_a_router_says_that_is_not_of_its_protocol_is_an_error_of_ours() -> None:
+    session = Session()
+    call = session.begin(1, "x" * 2_000_000)
+    for frame in (
+        calls.frame(calls.ANSWER, call, b"[]", flags=calls.ERROR),
+        calls.frame(calls.ANSWER, call, b'{"size": -4}', flags=calls.REFERENCE),
+        calls.control("state", call="zz"),
+        b"\xff" * 40,
+    ):
+        other = Session()
+        other.pending = dict(session.pending)
+        with pytest.raises(CafsError):
+            other.feed(frame)
+    session.feed(calls.frame(calls.ANSWER, call, b"1" * 5000))  # more digits than Python reads
+    with pytest.raises(CallError, match="no JSON"):
+        session.take(call)
+    with pytest.raises(CafsError, match="no JSON"):
+        session.begin(1, {1, 2})
+    assert id_of("", "f", "k") != id_of("f", "", "k") and len(id_of("", "f", "k")) == 16
+
+
+GOOD = {"name": "f", "handler": "python:a.b:c"}
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "concurrency", "max", "min", "idle_s", "timeout_s", "zygote", "x"]), st.one_of(st.none(), st.integers(-5, 10**6), st.floats(), st.text(max_size=5), st.booleans())))  # fmt: skip
+def test_a_function_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+    try:
+        found = functions.check({**GOOD, **wrong})
+    except UsageError:
+        return
+    assert 1 <= found["concurrency"] <= 1000 and found["min"] <= found["max"] <= 1000
+    assert 0 < found["idle_s"] <= 86400 and instance.is_handler(found["handler"])
+
+
+def test_handlers_are_of_two_kinds() -> None:
+    for good in ("python:a:b", "python:a.b.c:d", "jsonl:cat", "jsonl:/bin/sh -c 'x y'"):
+        assert instance.is_handler(good), good
+    for bad in (
+        "",
+        "python:a",
+        "python:a:b:c",
+        "python:a-b:c",
+        "python::c",
+        "jsonl:",
+        "jsonl:'",
+        "bash:x",
+        "jsonl:a\0",
+        None,
+        1,
+    ):
+        assert not instance.is_handler(bad), bad
+
+
+def test_an_instance_sees_the_gpus_that_it_was_given_and_no_others() -> None:
+    asked = {"fn": {"handler": "python:a:b", "concurrency": 1}, "image": "i"}
+    words = instance.words("/x/p.w/jobs/1.1", {**asked, "gpu_ids": [2, 5]}, ["crun", "--gpus", "device=2,5"])
+    assert "CUDA_VISIBLE_DEVICES=0,1" in words and "device=2,5" in words
+    assert "CUDA_VISIBLE_DEVICES=" in instance.words("/x/p.w/jobs/1.1", asked, ["crun"])
+
+
+def test_what_instances_cost_is_their_part_of_their_machine(tmp_path: Path) -> None:
+    create(str(tmp_path))
+    state = State(str(tmp_path))
+    fn = {"name": "f", "version": 1}
+    spec = {"command": ["x"], "image": "i", "cpus": 2, "fn": fn, "memory": 0, "gpus": 0}
+    machine = {"name": "m", "kind": "big", "zone": "z", "price": 1.6, "state": "ready", "intended_s": 0.0}
+    state.put_machine(machine)
+    for tenant, worker in (("", "m"), ("a", "m"), ("", "other")):
+        job = state.job(state.submit({**spec, **({"tenant": tenant} if tenant else {})}))
+        state.change(job, state="finished", worker=worker, code=0, started_s=1000.0, finished_s=4600.0)
+    state.submit({"command": ["plain"], "image": "", "cpus": 1})
+    settings = Settings(machines=({"name": "big", "cpus": 8},))
+    rows = report.functions(state, settings, 0.0, 9999.0)
+    assert [(row["tenant"], row["name"], row["started"], row["hours"], row["cost"]) for row in rows] == [
+        ("", "f", 2, 2.0, pytest.approx(0.4)),
+        ("a", "f", 1, 1.0, pytest.approx(0.4)),
+    ]
+    page = report.as_html({**report.make(state, settings, 1, 9999.0), "functions": rows})
+    assert "<h2>Functions</h2>" in page and "<td>f</td>" in page
+
+
+def test_a_token_is_known_by_its_digest_alone() -> None:
+    import hashlib
+
+    known = [Token("a", "", hashlib.sha256(b"one").hexdigest()), Token("b", "t", hashlib.sha256(b"two").hexdigest())]
+    assert [tenant_of(known, given_one) for given_one in ("one", "two", "", "three")] == ["", "t", None, None]
