@@ -137,9 +137,8 @@ class Agent:
         wanted = asked.get("fn", {})
         for job in self.jobs.values() if wanted.get("zygote") else ():
             fn = job.asked.get("fn", {})
-            is_same = (fn.get("name"), fn.get("version")) == (wanted["name"], wanted["version"])
-            is_whose = job.asked["env"].get("CPOOL_TENANT") == asked["env"].get("CPOOL_TENANT")
-            if is_same and is_whose and not job.ended and not job.asked.get("zygote_of"):
+            is_same = fn.get("id") == wanted.get("id") and job.asked["image"] == asked["image"]
+            if is_same and not job.ended and not job.asked.get("zygote_of"):
                 return f"{job.id}.{job.attempt}"
         return ""
 

@@ -54,6 +54,9 @@ class Connection:
         self.session = Session()
         self._socket = _connect(directory, _BEGIN_S)
         self._opened: dict[tuple[str, str], int] = {}
+        self.owners: dict[tuple[str, str], str] = {}
+        """Whose the functions are that were opened."""
+
         self._is_renewing = self._has_heard = False
         self._renewed = 0
 
@@ -93,6 +96,7 @@ class Connection:
             if found["is"] == "error":
                 raise NotFound(str(found["message"]), hint="cpool fn ls")
             self._opened[tenant, name] = int(found["number"])
+            self.owners[tenant, name] = str(found["tenant"])
         return self._opened[tenant, name]
 
     def reply(self, tag: int) -> dict[str, Any] | None:
@@ -184,9 +188,9 @@ class Function:
             else:
                 connection.close()
 
-    def _fields(self, key: str | None, timeout_s: float | None, *, idempotent: bool) -> dict[str, Any]:
+    def _fields(self, owner: str, key: str | None, timeout_s: float | None, *, idempotent: bool) -> dict[str, Any]:
         return {
-            "call": id_of(self.tenant, self.name, key) if key is not None else None,
+            "call": id_of(owner, self.name, key) if key is not None else None,
             "ms": max(int(timeout_s * 1000), 1) if timeout_s else 0,
             "flags": calls.IDEMPOTENT if idempotent else 0,
         }
@@ -198,15 +202,14 @@ class Function:
         its worker is lost.  Raises CallError, CafsError.
         """
         with self._connection() as (connection, number):
-            return connection.wait(
-                connection.session.begin(number, value, **self._fields(key, timeout_s, idempotent=idempotent))
-            )
+            fields = self._fields(connection.owners[self.tenant, self.name], key, timeout_s, idempotent=idempotent)
+            return connection.wait(connection.session.begin(number, value, **fields))
 
     def stream(self, value: Any, *, timeout_s: float | None = None) -> Iterator[Any]:
         """What a handler gives that is a generator, as it comes; one value, if it is none.  Raises CallError, CafsError."""
         with self._connection() as (connection, number):
             session = connection.session
-            call = session.begin(number, value, **self._fields(None, timeout_s, idempotent=False))
+            call = session.begin(number, value, **self._fields("", None, timeout_s, idempotent=False))
             one = session.pending[call]
             one.takes = False
             given = 0
@@ -256,7 +259,7 @@ class Function:
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """(number of the input, answer or CallError)."""
-        fields = self._fields(None, timeout_s, idempotent=idempotent)
+        fields = self._fields("", None, timeout_s, idempotent=idempotent)
         with self._connection() as (connection, _):
             session, source = connection.session, enumerate(inputs)
             running: dict[bytes, int] = {}
@@ -298,7 +301,7 @@ class Function:
     def spawn(self, value: Any, *, key: str | None = None, timeout_s: float | None = None) -> str:
         """Begin a call, and leave it; its id, for `result`.  Raises CafsError."""
         with self._connection() as (connection, number):
-            fields = self._fields(key, timeout_s, idempotent=False)
+            fields = self._fields(connection.owners[self.tenant, self.name], key, timeout_s, idempotent=False)
             fields["flags"] |= calls.SPAWN
             session = connection.session
             call = session.begin(number, value, **fields)
@@ -308,15 +311,16 @@ class Function:
             if one.data:
                 while not one.is_done:  # its value is taken from here
                     connection.turn()
+            has_begun = call in session.begun
             session.begun.discard(call)
             session.pending.pop(call)
-            if one.is_done and one.error and one.error.exit_code in (4, 6):
+            if one.error and not has_begun:
                 raise one.error
             return call.hex()
 
     def result(self, call: str, *, wait: bool = True) -> Any:
         """Of one that was begun before.  Raises CallError, StateOfCall."""
-        return result(call, wait=wait, directory=self._directory)
+        return result(call, wait=wait, directory=self._directory, tenant=self.tenant)
 
     # The same, for asyncio.
 
@@ -334,8 +338,8 @@ class Function:
     ) -> Any:
         """As `call`."""
         connection = await self._connected()
-        number = await connection.open(self.tenant, self.name)
-        return await connection.call(number, value, **self._fields(key, timeout_s, idempotent=idempotent))
+        number, owner = await connection.open(self.tenant, self.name)
+        return await connection.call(number, value, **self._fields(owner, key, timeout_s, idempotent=idempotent))
 
     async def amap(
         self,
@@ -390,7 +394,7 @@ class AsyncConnection:
         self._session = Session()
         self._waits: dict[bytes, asyncio.Future[Any]] = {}
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._opened: dict[tuple[str, str], asyncio.Task[int]] = {}
+        self._opened: dict[tuple[str, str], asyncio.Task[tuple[int, str]]] = {}
         self._begun = asyncio.ensure_future(self._begin())
         self.is_closed = False
 
@@ -436,24 +440,26 @@ class AsyncConnection:
             out, self._session.out = self._session.out, bytearray()
             self._writer.write(out)
 
-    async def open(self, tenant: str, name: str) -> int:
-        """As of Connection."""
+    async def open(self, tenant: str, name: str) -> tuple[int, str]:
+        """(as of Connection, whose it is)."""
         key = tenant, name
         if key not in self._opened or (self._opened[key].done() and self._opened[key].exception()):
             self._opened[key] = asyncio.ensure_future(self._open(tenant, name))
         return await asyncio.shield(self._opened[key])
 
-    async def _open(self, tenant: str, name: str) -> int:
+    async def _open(self, tenant: str, name: str) -> tuple[int, str]:
         tag = self._session.ask("open", name=name, tenant=tenant)
         wait = self._replies[tag] = asyncio.get_running_loop().create_future()
         self._send()
         found = await wait
         if found["is"] == "error":
             raise NotFound(str(found["message"]), hint="cpool fn ls")
-        return int(found["number"])
+        return int(found["number"]), str(found["tenant"])
 
     async def call(self, number: int, value: Any, **fields: Any) -> Any:
         """Its answer.  Raises CallError, CafsError."""
+        if fields["call"] in self._waits:  # the same key is the same call
+            return await asyncio.shield(self._waits[fields["call"]])
         call = self._session.begin(number, value, **fields)
         wait = self._waits[call] = asyncio.get_running_loop().create_future()
         self._send()
@@ -467,8 +473,8 @@ class AsyncConnection:
             raise
 
 
-def result(call: str, *, wait: bool = True, directory: str | None = None) -> Any:
-    """Of a call that was spawned.  Raises CallError, StateOfCall, CafsError."""
+def result(call: str, *, wait: bool = True, directory: str | None = None, tenant: str = "") -> Any:
+    """Of a call that was spawned.  tenant: whose alone, for the pool's owner.  Raises CallError, StateOfCall, CafsError."""
     try:
         identity = bytes.fromhex(call)
     except ValueError:
@@ -477,7 +483,7 @@ def result(call: str, *, wait: bool = True, directory: str | None = None) -> Any
         raise NotFound(f"{call!r} is no id of a call")
     connection = Connection(directory or paths.pool())
     try:
-        connection.session.await_answer(identity, is_to_wait=wait)
+        connection.session.await_answer(identity, tenant, is_to_wait=wait)
         return connection.wait(identity)
     finally:
         connection.close()

@@ -49,12 +49,17 @@ def failed(call: bytes, kind: str, message: str, *, flags: int = 0) -> bytes:
     return frame(ANSWER, call, error(kind, message), flags=ERROR | flags)
 
 
-def said(body: bytes) -> dict[str, Any]:
-    """The object of a control frame.  Raises ValueError."""
+def loads(body: bytes) -> Any:
+    """JSON of a stranger.  Raises ValueError, also for what is too deep."""
     try:
-        found = json.loads(body)
+        return json.loads(body)
     except RecursionError as problem:
         raise ValueError("too deep") from problem
+
+
+def said(body: bytes) -> dict[str, Any]:
+    """The object of a control frame.  Raises ValueError."""
+    found = loads(body)
     if not isinstance(found, dict) or not isinstance(found.get("is"), str):
         raise ValueError("a control frame says not what it is")
     return found

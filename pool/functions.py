@@ -30,7 +30,7 @@ MANY = 10_000
 _KINDS: dict[str, tuple[Any, Any]] = {
     "name": (str, ""), "version": (int, 0), "handler": (str, ""), "concurrency": (int, 1), "min": (int, 0), "max": (int, 10),
     "buffer": (int, 0), "idle_s": ((int, float), 60), "wait_s": ((int, float), 0.5), "timeout_s": ((int, float), 300),
-    "start_s": ((int, float), 60), "is_first": (bool, False), "zygote": (bool, False), "record": (bool, False),
+    "start_s": ((int, float), 60), "is_first": (bool, False), "zygote": (bool, False), "record": (bool, False), "id": (str, ""),
 }  # fmt: skip
 _LONGEST_S = 86400.0
 
@@ -96,7 +96,7 @@ class Functions:
         if not before and len(self._rows) >= MANY:
             raise BusyError(f"there are {MANY} functions already")
         version = max((row["version"] for row in before), default=0) + 1
-        spec = {**spec, "fn": {**spec["fn"], "version": version}}
+        spec = {**spec, "fn": {**spec["fn"], "version": version, "id": os.urandom(8).hex()}}
         row = {"tenant": tenant, "name": name, "version": version, "state": TRYING, "spec": spec, "reason": ""}
         kept = [one for one in before if one["state"] in (CURRENT, PREVIOUS)]
         self._put(tenant, name, [*kept, {**row, "made_s": time.time()}])

@@ -5,6 +5,7 @@ RFC 9110 and 9112, as http.server has them; a thread for each connection.  By it
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import json
 import re
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 BODY_MAX = 256 << 20
 _CONNECTIONS = 256
-_WAIT_S = 60.0
+_WAIT_S, _HEAD_S = 60.0, 20.0
 _READ_AGAIN_S = 1.0
 _STATUS = {
     "raised": 500, "died": 502, "protocol": 502, "start": 503, "cancelled": 499, "function": 404, "full": 429, "unknown": 502,
@@ -101,15 +102,16 @@ class Handler(BaseHTTPRequestHandler):
         """/healthz, and /calls/ID for the answer of a call that was begun before."""
         if self.path == "/healthz":
             return self._json(200, {"ok": True})
-        if self._tenant() is None:
+        tenant = self._tenant()
+        if tenant is None or not self._is_framed():
             return
         match = re.fullmatch("/calls/([0-9a-f]{32})", self.path)
         if not match:
             return self._error(404, "function", "no such thing")
         try:
-            self._answer(result(match[1], wait=False, directory=self.server.directory))
+            self._answer(result(match[1], wait=False, directory=self.server.directory, tenant=tenant))
         except CallError as error:
-            self._json(_STATUS[error.kind], error.shown())
+            self._json(_STATUS.get(error.kind, 502), error.shown())
         except StateOfCall as error:
             self._json(404 if error.state == "unknown" else 202, {"state": error.state})
         except CafsError as error:
@@ -118,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """/NAME: a call."""
         tenant = self._tenant()
-        if tenant is None:
+        if tenant is None or not self._is_framed():
             return
         match = re.fullmatch("/([A-Za-z0-9][A-Za-z0-9_.-]{0,62})", self.path)
         value = self._value() if match else None
@@ -136,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self._stream(function, value[0])
             self._answer(function.call(value[0], key=self.headers.get("Idempotency-Key"), timeout_s=self._timeout()))
         except CallError as error:
-            self._json(_STATUS.get(error.kind, 500), error.shown())
+            self._json(_STATUS.get(error.kind, 502), error.shown())
         except CafsError as error:
             self._error(404 if error.exit_code == 4 else 503, "function" if error.exit_code == 4 else "unknown", str(error))
 
@@ -148,12 +150,36 @@ class Handler(BaseHTTPRequestHandler):
             self._json(401, {"error": {"kind": "token", "message": "no such token"}}, **{"WWW-Authenticate": "Bearer"})
         return found
 
+    def _is_framed(self) -> bool:
+        """Whether it is certain where the request ends (RFC 9112, 6.3); else, after an answer, nothing more is read."""
+        sizes = self.headers.get_all("Content-Length") or []
+        if "Transfer-Encoding" not in self.headers and len(sizes) <= 1 and (self.command == "POST" or not sizes):
+            return True
+        self.close_connection = True
+        self._error(400, "protocol", "a body has one Content-Length, and a GET none")
+        return False
+
     def _timeout(self) -> float | None:
         try:
             found = float(self.headers.get("X-Timeout-S", "0"))
         except ValueError:
             return None
         return found if 0 < found < 1e6 else None
+
+    def parse_request(self) -> bool:
+        """As of http.server, within a time for all of the head, so that who is slow holds no place."""
+        timer = threading.Timer(_HEAD_S, self._give_up)
+        timer.start()
+        try:
+            return super().parse_request()
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
 
     def _value(self) -> tuple[Any] | None:
         """The body; None, after an answer, if it cannot be taken."""
@@ -194,13 +220,13 @@ class Handler(BaseHTTPRequestHandler):
                 first = next(items, _NOTHING)
         except CallError as error:
             self._chunk(error.shown())
+        except CafsError as error:
+            self.close_connection = True  # in the midst of it
+            return self._chunk({"error": {"kind": "unknown", "message": str(error)}})
         self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, item: Any) -> None:
-        from base64 import b64encode
-
-        item = {"$bytes": b64encode(item).decode()} if isinstance(item, bytes) else item
-        line = json.dumps(item, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(item, separators=(",", ":"), default=_bytes).encode() + b"\n"
         self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         self.wfile.flush()
 
@@ -209,7 +235,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _json(self, status: int, found: Any, **headers: str) -> None:
         more = {"Retry-After": "1"} if status in (429, 503) else {}
-        self._send(status, json.dumps(found, separators=(",", ":")).encode(), "application/json", **more, **headers)
+        data = json.dumps(found, separators=(",", ":"), default=_bytes).encode()
+        self._send(status, data, "application/json", **more, **headers)
 
     def _send(self, status: int, data: bytes, kind: str, **headers: str) -> None:
         self.send_response(status)
@@ -222,6 +249,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 _NOTHING = object()
+
+
+def _bytes(value: object) -> dict[str, str]:
+    """As in lines."""
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode()}
+    raise TypeError(type(value).__name__)
 
 
 def serve(directory: str, address: str, *, is_public: bool, cert: str | None, key: str | None, is_quiet: bool) -> None:

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 PLACE = "calls"
 _TICK_S, _IDLE_TICK_S = 0.1, 1.0
 _GRACE_S = 10.0
+_BEGIN_S = 5.0
 _ALONE_S = 600.0
 _KEPT_BYTES, _KEPT_MANY = 64 << 20, 100_000
+_GONE_MANY = 200_000
+_TEXT_MAX = 64 << 10
+_STRANGERS_MAX, _HELLO_S = 64, 10.0
+"""Connections that have not said whose they are, and how long they may take."""
+
 _FILES_SHARE = 128
 """So many bytes of an answer in a file count as one in memory."""
 
@@ -39,13 +45,14 @@ RUNNING, DONE = "running", "done"
 class Call:
     """instance: where it runs.  deadline: by time.monotonic().  given_up: when it was answered for its handler."""
 
-    __slots__ = ("answer", "deadline", "done", "given_up", "has_begun", "id", "instance", "pull", "result")
+    __slots__ = ("answer", "credit", "deadline", "done", "given_up", "has_begun", "id", "instance", "items", "pull", "result")
 
     def __init__(self, call: bytes, instance: Instance, deadline: float) -> None:
         self.id, self.instance, self.deadline = call, instance, deadline
         self.answer = b""
         self.done = self.given_up = 0.0
         self.has_begun = False
+        self.items, self.credit = 0, calls.ITEMS_AHEAD
         self.pull: values.Pull | None = None
         self.result: values.Kept | None = None
 
@@ -54,13 +61,23 @@ class Instance:
     """A container that serves calls.  number: its name for the router; about: as the agent wrote it."""
 
     def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
-        self.number, self.wire, self.job, self.directory, self.pid = number, wire, job, directory, pid
+        self.number, self.wire, self.job, self.directory = number, wire, job, directory
+        self.process = os.pidfd_open(pid)  # a number may be another's later
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])
         self.calls: OrderedDict[bytes, Call] = OrderedDict()
         self.used = time.monotonic()
-        self.is_ready = self.is_leaving = self.is_serial = False
+        self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False
+        self.left_at = 0.0
+        """Since when it is to end."""
+
+    def send(self, number: int) -> None:
+        """A signal to its process."""
+        try:
+            signal.pidfd_send_signal(self.process, number)
+        except OSError:
+            pass  # it has ended, or is not ours
 
 
 class Host:
@@ -74,12 +91,16 @@ class Host:
         self._router: loop.Wire | None = None
         self._instances: dict[int, Instance] = {}
         self._zygotes: dict[str, loop.Wire] = {}
-        self._forks: dict[str, loop.Wire] = {}
-        """Who waits for the process of a job that is to be forked."""
+        self._forks: dict[str, tuple[loop.Wire, str]] = {}
+        """Who waits for the process of a job that is to be forked, and from which zygote."""
 
         self._calls: dict[bytes, Call] = {}
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._kept_bytes = 0
+        self._gone: OrderedDict[bytes, float] = OrderedDict()
+        """Calls that were answered, and whose answers are not kept any more."""
+
+        self._strangers = 0
         self._numbers = 0
         self._alone_since = time.monotonic()
         self._is_ticking = self._is_to_leave = False
@@ -105,8 +126,10 @@ class Host:
 
         def lost(_: str) -> None:
             self._router = None if self._router is wire else self._router
+            for job in [job for job, (waits, _) in self._forks.items() if waits is wire]:
+                del self._forks[job]  # a process that still comes is not wanted any more
 
-        wire = loop.Wire(self._loop, connection, heed, lost)
+        wire = loop.Wire(self._loop, connection, heed, lost, is_shared=True)
 
     def _heed_router(self, wire: loop.Wire, kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
         if kind == calls.CALL:
@@ -123,10 +146,10 @@ class Host:
                 wire.say(calls.failed(call, "unknown", "outcome unknown: nothing is known of it any more"))
             elif found.done:
                 wire.say(found.answer)
+            else:
+                self._ask_for_pieces(found)
         elif kind == calls.WANT:
-            found = self._calls.get(call)
-            if found and found.result:
-                wire.say(found.result.piece(call, a))
+            wire.say(self._piece(call, a))
         elif kind == calls.PIECE:
             found = self._calls.get(call)
             if found and found.pull:
@@ -134,18 +157,34 @@ class Host:
         elif kind == calls.MORE:
             found = self._calls.get(call)
             if found and not found.done:
+                found.credit += a
                 found.instance.wire.say(calls.frame(calls.MORE, call, a=a))
         elif kind == calls.FORGET:
             found = self._calls.get(call)
             if found and found.done:
                 self._forget(found)
 
+    def _piece(self, call: bytes, number: int) -> bytes:
+        found = self._calls.get(call)
+        try:
+            if found and found.result:
+                return found.result.piece(call, number)
+        except OSError:
+            pass
+        return calls.failed(call, "unknown", "its answer is not kept any more")
+
+    def _ask_for_pieces(self, call: Call) -> None:
+        """Those that were under way when a router, or a connection, was lost."""
+        for piece in call.pull.asked() if call.pull else ():
+            self._say(calls.frame(calls.WANT, call.id, a=piece))
+
     def _obey(self, wire: loop.Wire, said: dict[str, Any]) -> None:
         if said["is"] == "hello":
             self._is_to_leave = False
             self._greet(wire)
-        elif said["is"] == "leave":
-            self._is_to_leave = True
+        elif said["is"] in ("leave", "stay"):
+            self._is_to_leave = said["is"] == "leave"
+            wire.say(calls.control("so"))
         elif said["is"] == "fork":
             self._fork(wire, str(said["zygote"]), str(said["job"]))
         elif said["is"] == "idle":
@@ -164,7 +203,7 @@ class Host:
             return wire.say(calls.control("refused"))
         with open(os.path.join(self._directory, "jobs", job, PLACE, "token"), encoding="ascii") as file:
             token = file.read().split()[1]
-        self._forks[job] = wire
+        self._forks[job] = wire, zygote
         there.say(calls.control("fork", job=job, token=token))
 
     def _greet(self, wire: loop.Wire) -> None:
@@ -172,19 +211,22 @@ class Host:
             self._router.close(is_quiet=True)
         self._router = wire
         known = [[call.id.hex(), DONE if call.done else RUNNING, call.instance.number] for call in self._calls.values()]
+        known += [[call.hex(), DONE, 0] for call in self._gone]
         for at in range(0, len(known), _TOLD_AT_ONCE):
             wire.say(calls.control("calls", calls=known[at : at + _TOLD_AT_ONCE]))
         wire.say(calls.control("hello", protocol=calls.PROTOCOL, host=self._name))
         for one in self._instances.values():
             if one.is_ready and not one.is_leaving:
                 self._say_ready(one)
+        for call in self._calls.values():
+            self._ask_for_pieces(call)
 
     def _say(self, frame: bytes) -> None:
         if self._router:
             self._router.say(frame)
 
     def _say_ready(self, one: Instance) -> None:
-        self._say(calls.control("ready", instance=one.number, job=one.job, busy=len(one.calls)))
+        self._say(calls.control("ready", instance=one.number, job=one.job, busy=len(one.calls), ahead=one.may_be_ahead))
 
     # Calls.
 
@@ -194,6 +236,8 @@ class Host:
             if known.done:
                 self._say(known.answer)
             return
+        if call in self._gone:
+            return self._say(calls.failed(call, "unknown", "it was done, and its answer is not kept any more"))
         one = self._instances.get(number)
         if one is None or one.is_leaving:
             self._say(calls.frame(calls.BOUNCE, call))
@@ -234,10 +278,11 @@ class Host:
         ms = max(int((call.deadline - self._loop.now) * 1000), 1)
         call.instance.wire.say(calls.frame(calls.CALL, call.id, call.pull.reference(), flags=call.pull.flags, b=ms))
         call.has_begun = True
+        call.instance.calls.move_to_end(call.id)  # they are in the order in which they were given
 
     def _answer(self, call: Call, flags: int, body: bytes) -> None:
         """What the caller gets; it is kept for a while."""
-        call.answer = calls.frame(calls.ANSWER, call.id, body, flags=flags)
+        call.answer = calls.frame(calls.ANSWER, call.id, body, flags=flags, a=call.items)
         call.done = self._loop.now
         if call.pull:
             call.pull.remove()
@@ -250,7 +295,11 @@ class Host:
         self._kept[call.id] = weight
         self._kept_bytes += weight
         while self._kept_bytes > _KEPT_BYTES or len(self._kept) > _KEPT_MANY:
-            self._forget(self._calls[next(iter(self._kept))])
+            oldest = self._calls[next(iter(self._kept))]
+            self._gone[oldest.id] = oldest.done
+            self._forget(oldest)
+        while len(self._gone) > _GONE_MANY:
+            self._gone.popitem(last=False)
         self._say(call.answer)
 
     def _forget(self, call: Call) -> None:
@@ -262,7 +311,7 @@ class Host:
     def _give_up(self, call: Call, kind: str, message: str) -> None:
         """Answer for the handler, and tell it."""
         one = call.instance
-        is_first = next(iter(one.calls)) == call.id
+        is_first = next((other.id for other in one.calls.values() if other.has_begun), b"") == call.id
         self._answer(call, calls.ERROR | (calls.BUSY if call.has_begun else 0), calls.error(kind, message))
         if not call.has_begun:
             return
@@ -270,12 +319,15 @@ class Host:
         one.wire.say(calls.frame(calls.CANCEL, call.id))
         if one.is_serial and is_first:
             one.wire.flush()
-            _send(one.pid, signal.SIGUSR1)
+            one.send(signal.SIGUSR1)
 
     # Instances.
 
     def _accept_instance(self, connection: socket.socket) -> None:
         pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        if self._strangers >= _STRANGERS_MAX:
+            return connection.close()
+        self._strangers += 1
         found: list[Instance] = []
         zygote: list[str] = []
         wire: loop.Wire
@@ -286,35 +338,55 @@ class Host:
             elif zygote:
                 self._refused(calls.said(body))
             elif calls.said(body).get("zygote"):
-                zygote.append(self._check(calls.said(body))[0])
-                self._zygotes[zygote[0]] = wire
+                job = self._check(calls.said(body))[0]
+                if job in self._zygotes:
+                    raise ValueError("there is one")
+                zygote.append(job)
+                self._zygotes[job] = wire
+                known(None)
             else:
                 found.append(self._greeted(wire, pid, calls.said(body)))
+                known(None)
 
         def lost(_: str) -> None:
             if found:
                 self._lost(found[0])
             if zygote:
                 del self._zygotes[zygote[0]]
+                for job in [job for job, (_, whose) in self._forks.items() if whose == zygote[0]]:
+                    self._refused({"is": "refused", "job": job})
+            known(None)
 
+        def known(_: object) -> None:
+            if strangers:
+                self._strangers -= strangers.pop()
+
+        def late() -> None:
+            if strangers:
+                wire.close("it says nothing")
+
+        strangers = [1]
         wire = loop.Wire(self._loop, connection, heed, lost)
+        self._loop.at(time.monotonic() + _HELLO_S, late)
 
     def _refused(self, said: dict[str, Any]) -> None:
         """A zygote cannot be forked."""
         waits = self._forks.pop(str(said["job"]), None) if said["is"] == "refused" else None
         if waits:
-            waits.say(calls.control("refused"))
+            waits[0].say(calls.control("refused"))
 
     def _greeted(self, wire: loop.Wire, pid: int, said: dict[str, Any]) -> Instance:
         """An instance.  Raises ValueError, LookupError."""
         job, about = self._check(said)
         owner = str(about.get("zygote_of") or job)  # whose container it is in
+        if any(one.job == job for one in self._instances.values()) or (owner != job and job not in self._forks):
+            raise ValueError("that job is another process")
         self._numbers += 1
         one = Instance(self._numbers, wire, job, about, os.path.join(self._directory, "jobs", owner, PLACE), pid)
         self._instances[one.number] = one
         waits = self._forks.pop(job, None)
         if waits:
-            waits.say(calls.control("forked", pid=pid))
+            waits[0].say(calls.control("forked", pid=pid))
         return one
 
     def _check(self, said: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -351,14 +423,22 @@ class Host:
             self._answer(found, flags & (calls.ERROR | calls.BYTES | calls.STREAM), body)
         elif kind == calls.ITEM:
             if found and not found.given_up:
+                if flags & calls.REFERENCE or found.credit <= 0:
+                    raise ValueError("an item that nobody has asked for")
+                found.credit -= 1
+                found.items += 1
                 self._say(calls.frame(calls.ITEM, call, body, flags=flags & calls.BYTES))
         elif kind == calls.CONTROL:
             said = calls.said(body)
             if said["is"] == "ready":
                 one.is_ready, one.is_serial, one.used = True, bool(said.get("serial")), self._loop.now
+                one.may_be_ahead = bool(said.get("ahead"))
                 self._say_ready(one)
             elif said["is"] == "failed":
-                self._say(calls.control("failed", job=one.job, error=said["error"]))
+                error = {
+                    name: str(said["error"].get(name, ""))[:_TEXT_MAX] for name in ("kind", "type", "message", "traceback")
+                }
+                self._say(calls.control("failed", job=one.job, error=error))
 
     def _kept_answer(self, call: Call, flags: int, body: bytes) -> None:
         """A large one, in a file that the instance has left."""
@@ -374,19 +454,22 @@ class Host:
         if not one.is_leaving:
             one.is_leaving = True
             self._say(calls.control("gone", instance=one.number, reason=why))
-        if not one.calls:
+        if not one.calls and not one.left_at:
+            one.left_at = self._loop.now
             one.wire.say(calls.control("end"))
 
     def _lost(self, one: Instance) -> None:
         """Its process has ended: the calls that it had begun fail, those that were sent ahead go elsewhere."""
         self._instances.pop(one.number, None)
+        os.close(one.process)
         if not one.is_leaving:
             one.is_leaving = True
             self._say(calls.control("gone", instance=one.number, reason="its process has ended"))
-        for number, call in enumerate(list(one.calls.values())):
+        begun = [call.id for call in one.calls.values() if call.has_begun][: one.concurrency if one.may_be_ahead else None]
+        for call in list(one.calls.values()):
             if call.done:
                 one.calls.pop(call.id)
-            elif number < one.concurrency and call.has_begun:
+            elif call.id in begun:
                 self._answer(call, calls.ERROR, calls.error("died", "the handler's process has ended in the call"))
             else:
                 call.pull.remove() if call.pull else None
@@ -408,6 +491,8 @@ class Host:
             self._mind(one, now)
         while self._kept and self._calls[next(iter(self._kept))].done < now - calls.KEPT_S:
             self._forget(self._calls[next(iter(self._kept))])
+        while self._gone and next(iter(self._gone.values())) < now - calls.KEPT_S:
+            self._gone.popitem(last=False)
         if self._router or self._instances:
             self._alone_since = now
         if not self._instances and (self._is_to_leave or now > self._alone_since + _ALONE_S):
@@ -428,19 +513,14 @@ class Host:
         if stuck:
             self._leave(one, "its handler does not end")
             if all(call.given_up for call in one.calls.values()):
-                _send(one.pid, signal.SIGKILL)
+                one.send(signal.SIGKILL)
         elif one.is_leaving and not one.calls:
-            one.wire.say(calls.control("end"))
+            self._leave(one, "")
+            if now > one.left_at + _GRACE_S:
+                one.send(signal.SIGKILL if now > one.left_at + 2 * _GRACE_S else signal.SIGTERM)
         idle_s = one.idle_s or (0.0 if self._router else _ALONE_S)
         if one.is_ready and not one.calls and not one.is_leaving and 0 < idle_s <= now - one.used:
             self._leave(one, "idle")
-
-
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except OSError:
-        pass  # it has ended, or is not ours
 
 
 def daemon(directory: str) -> None:
@@ -467,15 +547,34 @@ def leave(directory: str) -> None:
         connection.sendall(calls.control("leave"))
 
 
+def _stays(place: str) -> bool:
+    """Whether the one that lives goes on living for a while; not before it listens, or when it has decided to end."""
+    try:
+        with sockets.connect(place) as connection:
+            connection.settimeout(1)
+            connection.sendall(calls.control("stay"))
+            return bool(connection.recv(64))
+    except OSError:
+        return False
+
+
 def ensure(directory: str) -> None:
     """Start one if there is none: two forks, so that it is nobody's child, in a session of its own.  Raises OSError."""
     place = os.path.join(directory, PLACE)
     os.makedirs(place, mode=0o700, exist_ok=True)
     lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _BEGIN_S
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return  # it lives
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if _stays(place):
+                    return
+                time.sleep(0.01)  # it is about to end
+        else:
+            return  # it does neither
     finally:
         os.close(lock)
     child = os.fork()

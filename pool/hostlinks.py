@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import socket
@@ -31,9 +32,11 @@ class HostLink:
         """Calls that it had when it greeted: state and instance."""
 
         self._coming: dict[bytes, tuple[str, int]] = {}
-        self.has_greeted = False
+        self.has_greeted = self.has_ever_greeted = False
         self.is_wanted = True
+        self._greeted_at = 0.0
         self._is_opening = False
+        self._tries = 0
         self._lost_at = time.monotonic()
         self._opened: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.open()
@@ -47,10 +50,14 @@ class HostLink:
             place = os.path.join(pool.directory, "agents", f"{pool.id}.{self.worker}", "calls")
             try:
                 return self._connected(sockets.connect(place))
-            except OSError:
-                if self.name:  # nobody listens any more: it has ended, and what it knew is gone
+            except OSError as error:
+                if self.name and error.errno in (
+                    errno.ENOENT,
+                    errno.ECONNREFUSED,
+                ):  # nobody listens any more: it has ended, and what it knew is gone
                     self._give_up()
-                return self._router.loop.at(time.monotonic() + _AGAIN_LOCAL_S, self.open)
+                self._tries += 1
+                return self._router.loop.at(time.monotonic() + min(_AGAIN_LOCAL_S * self._tries, _AGAIN_S), self.open)
         self._is_opening = True
         threading.Thread(target=self._open, daemon=True).start()
 
@@ -77,13 +84,13 @@ class HostLink:
             self._router.loop.at(time.monotonic() + _AGAIN_S, self.open)
 
     def _connected(self, connection: socket.socket) -> None:
-        self.has_greeted, self._coming = False, {}
-        self.wire = Wire(self._router.loop, connection, self._heed, self._lost)
+        self.has_greeted, self._coming, self._tries = False, {}, 0
+        self.wire = Wire(self._router.loop, connection, self._heed, self._lost, is_shared=True)
         self.wire.say(calls.control("hello", protocol=calls.PROTOCOL))
 
     def _heed(self, kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
         if kind == calls.ANSWER:
-            self._router.answered(self, flags, call, body)
+            self._router.answered(self, flags, call, a, body)
         elif kind == calls.CONTROL:
             said = calls.said(body)
             if said["is"] == "calls":
@@ -99,6 +106,8 @@ class HostLink:
         if self.name and name != self.name:
             self._give_up()  # another process: what the one before has begun, nobody knows
         self.name, self.has_greeted, self.known = name, True, self._coming
+        self.has_ever_greeted, self._greeted_at = True, time.monotonic()
+        self._router.greeted(self)
         for one in list(self.instances.values()):
             for call in list(one.calls.values()):
                 if call.id not in self.known:
@@ -120,15 +129,24 @@ class HostLink:
         """The host that there was is no more, nor are its instances."""
         self.name, self.known = "", {}
         gone, self.instances = list(self.instances.values()), {}
-        for one in gone:
+        for one in gone:  # all of them, before a call looks for another
             self._router.gone(one, "its worker was lost")
+        for one in gone:
             for call in list(one.calls.values()):
                 self._router.lost(call)
+        self._router.lost_link(self)
 
     def mind(self) -> None:
         """Once a second."""
         if self.wire is None and self.name and time.monotonic() > self._lost_at + self._router.lost_s:
             self._give_up()
+        if self.known and time.monotonic() > self._greeted_at + calls.KEPT_S:
+            self.known = {}
+
+    def give_up(self) -> None:
+        """Its worker is another machine now."""
+        self._give_up()
+        self.close()
 
     def close(self) -> None:
         """It is not needed any more."""

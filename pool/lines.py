@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 16
 _WAIT_S = 0.05
+_KILL_S = 5.0
 _BEGIN_S = 60.0
 _FAILURES_MAX = 3
 _NOT_BEGUN = (125, 126, 127)
@@ -139,7 +140,7 @@ class Lines:
             self._begin()
         if is_sure and self._many == 1 and not self._runs(self._programs[0].process):
             return self._fail("its program does not run")
-        self._wire.say(calls.control("ready"))
+        self._wire.say(calls.control("ready", ahead=True))
         self.loop.flush()
         self.loop.run()
         return 0 if self._is_ending else 1
@@ -176,7 +177,9 @@ class Lines:
             self._waiting.append((call, flags, body))
             self._next()
         elif kind == calls.CANCEL:
-            self._waiting = [one for one in self._waiting if one[0] != call]
+            if any(one[0] == call for one in self._waiting):
+                self._waiting = [one for one in self._waiting if one[0] != call]
+                self._wire.say(calls.failed(call, "cancelled", "the call was cancelled"))
             for program in list(self._programs):
                 if program.call == call:
                     self.fails(program, "the call was cancelled", kind="cancelled")
@@ -195,9 +198,8 @@ class Lines:
     def answer(self, program: Program, line: bytes) -> None:
         """What a program says."""
         try:
-            found = json.loads(line)
-            flags, body = _packed(found)
-        except (ValueError, RecursionError):
+            flags, body = _packed(line)
+        except ValueError:
             return self.fails(program, "its line is not JSON")
         call, program.call = program.call, b""
         program.answered += 1
@@ -240,8 +242,15 @@ class Lines:
             subprocess.run([self._run[0], "kill", "-s", "KILL", self._name], capture_output=True, check=False)
         else:
             for pid in _inside(process.pid):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it has ended meanwhile
+        try:
+            process.wait(_KILL_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _end(self) -> None:
         self._is_ending = True
@@ -264,8 +273,9 @@ class Lines:
         self._end()
 
 
-def _packed(found: Any) -> tuple[int, bytes]:
+def _packed(line: bytes) -> tuple[int, bytes]:
     """(flags, body) of an answer.  Raises ValueError."""
+    found: Any = calls.loads(line)
     if isinstance(found, dict) and set(found) == {"$bytes"} and isinstance(found["$bytes"], str):
         try:
             return calls.BYTES, base64.b64decode(found["$bytes"], validate=True)
@@ -273,7 +283,8 @@ def _packed(found: Any) -> tuple[int, bytes]:
             raise ValueError("no base64") from error
     if isinstance(found, dict) and set(found) == {"$ref"} and str(found["$ref"]).startswith(_OUT):
         return calls.REFERENCE, json.dumps(found).encode()
-    return 0, json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
+    text = json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
+    return 0, text if len(text) <= calls.VALUE_MAX else line  # which has no more than that
 
 
 def _inside(above: int) -> list[int]:

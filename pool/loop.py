@@ -23,7 +23,8 @@ _PIECE = 1 << 18
 _READ_MAX = 4
 """Pieces read from one connection in a turn, so that no other has to wait for it."""
 
-_UNSENT_MAX = 64 << 20
+_UNSENT_MAX, _SHARED_MAX = 64 << 20, 1 << 30
+"""Of a connection that one uses, or many: what these may have under way is bounded for each."""
 
 
 class Loop:
@@ -84,7 +85,10 @@ class Loop:
 
 
 class Wire:
-    """A connection that carries frames.  heed: is given each frame's fields; lost: is called once, when it has ended."""
+    """A connection that carries frames.  heed: is given each frame's fields; lost: is called once, when it has ended.
+
+    is_shared: calls of many go through it.
+    """
 
     def __init__(
         self,
@@ -92,8 +96,11 @@ class Wire:
         connection: socket.socket,
         heed: Callable[[int, int, bytes, int, int, bytes], None],
         lost: Callable[[str], None],
+        *,
+        is_shared: bool = False,
     ) -> None:
         connection.setblocking(False)
+        self._unsent_max = _SHARED_MAX if is_shared else _UNSENT_MAX
         self._loop, self.socket, self._heed, self._lost = loop, connection, heed, lost
         self._fd = connection.fileno()
         self._reader = calls.Reader()
@@ -109,7 +116,7 @@ class Wire:
         self._unsent += frame
         if not self._is_writing:
             self._loop.to_send[self] = None
-        if len(self._unsent) > _UNSENT_MAX:
+        if len(self._unsent) > self._unsent_max:
             self.close("it takes nothing")
 
     def flush(self) -> None:
@@ -150,7 +157,7 @@ class Wire:
             pass
         except OSError as error:
             self.close(error.strerror or "lost")
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             self.close(f"it says what is not of this protocol: {error}")
 
     def close(self, why: str = "closed", *, is_quiet: bool = False) -> None:

@@ -25,12 +25,17 @@ _KEPT = 1000
 class Call:
     """callers: who waits for its answer.  deadline: by time.monotonic(), 0 for none.  instance: None while it waits."""
 
-    __slots__ = ("begun", "body", "callers", "came", "deadline", "flags", "function", "id", "instance", "is_cold", "tries")
+    __slots__ = (
+        "begun", "body", "callers", "came", "deadline", "flags", "function", "id", "instance", "is_cold", "link", "tries",
+    )  # fmt: skip
 
     def __init__(self, call: bytes, function: Routed, flags: int, body: bytes, came: float, deadline: float) -> None:
         self.id, self.function, self.flags, self.body, self.came, self.deadline = call, function, flags, body, came, deadline
         self.callers: list[Wire] = []
         self.instance: Instance | None = None
+        self.link: HostLink | None = None
+        """Of the host that knows it, if its instance is not known any more."""
+
         self.begun = 0.0
         self.tries = 0
         self.is_cold = False
@@ -47,7 +52,10 @@ class Instance:
         self.busy = 0
         self.made = self.used = time.monotonic()
         self.idle_s = -1.0
-        self.is_placed = self.is_ready = self.is_over = False
+        self.is_placed = self.is_ready = self.is_over = self.is_leaving = self.may_be_ahead = False
+        self.freed_cpus = 0.0
+        """Of idle ones that were ended to give it a place."""
+
         self.problem: dict[str, Any] | None = None
         """Why its handler cannot serve, as it has said."""
 
@@ -153,13 +161,13 @@ class Routed:
         ready = self.ready
         for at in range(len(ready) - 1, -1, -1):
             one = ready[at]
-            if len(one.calls) + one.busy < each:
+            if len(one.calls) + one.busy < each and one.link and one.link.has_greeted:
                 if at != len(ready) - 1:
                     ready.append(ready.pop(at))
                 return one
         if self.measured.service_s < _SHORT_S and ready:
             one = min(ready, key=lambda one: len(one.calls))
-            if len(one.calls) < each + _AHEAD and not one.busy:
+            if len(one.calls) < each + _AHEAD and not one.busy and one.may_be_ahead and one.link and one.link.has_greeted:
                 return one
         return None
 
@@ -188,6 +196,10 @@ class Routed:
         """An instance is ready; how long it took."""
         self.measured.started(now - instance.made)
         self.failures, self.blocked_until, self.problem = 0, 0.0, ""
+
+    def later(self, why: str, now: float) -> None:
+        """Nothing can be started now."""
+        self.blocked_until, self.problem = now + 1.0, why
 
     def failed(self, why: str, now: float) -> None:
         """One ended before it was ready."""

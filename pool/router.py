@@ -29,6 +29,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pool.settings import Settings
+
 PLACE = "router"
 _TICK_S = 0.2
 _SCALE_S = 0.02
@@ -39,26 +41,41 @@ _DONE_BYTES, _DONE_MANY = 64 << 20, 100_000
 _TRIES_MAX = 3
 _ITEMS_MAX = 1 << 20
 _OPENED_MAX = 10_000
+_CALLERS_MAX, _WANTS_MAX = 64, 256
+"""Connections of a user who is not the owner, and pieces that one of them may ask for at once."""
 
 
 class Caller:
     """Somebody who makes calls.  tenant: whose functions they are."""
 
-    __slots__ = ("is_owner", "opened", "tenant", "wire")
+    __slots__ = ("is_owner", "opened", "tenant", "uid", "wants", "wire")
 
-    def __init__(self, tenant: str) -> None:
-        self.tenant, self.is_owner = tenant, tenant == OWNER
+    def __init__(self, uid: int, tenant: str) -> None:
+        self.uid, self.tenant, self.is_owner = uid, tenant, tenant == OWNER
+        self.wants = 0
+        """Pieces that it has asked for and not got."""
+
         self.opened: dict[int, Routed] = {}
         self.wire: Wire
 
 
 class Done:
-    """An answer that is kept.  link: of the host that has its value, if that is large."""
+    """An answer that is kept.  link: of the host that has its value, if that is large; takers: callers who fetch that."""
 
-    __slots__ = ("at", "frame", "link", "tenant")
+    __slots__ = ("at", "frame", "link", "takers", "tenant")
 
-    def __init__(self, frame: bytes, at: float, link: HostLink | None, tenant: str) -> None:
-        self.frame, self.at, self.link, self.tenant = frame, at, link, tenant
+    def __init__(self, frame: bytes, at: float, link: HostLink | None, tenant: str, takers: int) -> None:
+        self.frame, self.at, self.link, self.tenant, self.takers = frame, at, link, tenant, takers
+
+
+class Items:
+    """What a spawned call has given so far.  size: bytes."""
+
+    __slots__ = ("all", "size")
+
+    def __init__(self) -> None:
+        self.all: list[bytes] = []
+        self.size = 0
 
 
 class Router:
@@ -66,8 +83,8 @@ class Router:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        settings = read(directory)
-        self._tenants, self.lost_s = Tenants(settings.tenants), settings.lost_s
+        self._is_listening = False
+        self._settle(read(directory))
         self.loop = Loop()
         self.wake = waker(self.loop)
         self.pool = links.Pool(directory, "")
@@ -77,16 +94,34 @@ class Router:
         self._links: dict[str, HostLink] = {}
         self._jobs: dict[int, Instance] = {}
         self._calls: dict[bytes, Call] = {}
-        self._items: dict[bytes, list[bytes]] = {}
+        self._items: dict[bytes, Items] = {}
         self._done: OrderedDict[bytes, Done] = OrderedDict()
         self._done_bytes = 0
-        self._wants: dict[bytes, Wire] = {}
+        self._wants: dict[tuple[bytes, int], list[Caller]] = {}
+        self._askers: dict[bytes, list[Wire]] = {}
+        """Who waits for what only a host knows."""
+
+        self._held: list[tuple[float, Caller, tuple[int, bytes, int, int, bytes]]] = []
+        """Calls of before this router began, which a host that was not heard yet may know."""
+
         self._usage: Counter[str] = Counter()
-        self._callers: set[Wire] = set()
-        self._is_listening = False
+        self._callers: set[Caller] = set()
         self._is_asked = False
         self._began = self._used = time.monotonic()
         self._controller = ControllerLink(self.loop, directory, self._heed_controller, self._watch)
+
+    def _settle(self, settings: Settings) -> None:
+        """What pool.toml says; it may have changed when there is another controller."""
+        self._tenants, self.lost_s = Tenants(settings.tenants), settings.lost_s
+        if self._is_listening:
+            self._share()
+
+    def _share(self) -> None:
+        """Whether others reach the socket."""
+        place = os.path.join(self._directory, PLACE)
+        is_shared = bool(self._tenants.all)
+        os.chmod(place, 0o711 if is_shared else 0o700)
+        os.chmod(os.path.join(place, "socket"), 0o666 if is_shared else 0o600)
 
     def run(self) -> None:
         """Until nothing is deployed any more, or for a long time nobody is there."""
@@ -112,6 +147,7 @@ class Router:
         if "error" in said:
             return
         self.pool.id = said["pool"]
+        self._settle(read(self._directory))
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in self._functions}
         for row in said["functions"]:
             rows.setdefault((row["tenant"], row["name"]), []).append(row)
@@ -123,6 +159,18 @@ class Router:
         for one in said["jobs"]:
             self._job(one)
         self._is_asked = True
+        for fn in self._functions.values():
+            self._try_again(fn)
+
+    def _try_again(self, fn: Routed) -> None:
+        """A version that is tried, while there was no controller: how its first instance has done, or another one."""
+        if not fn.trying:
+            return
+        first = [one for one in self._jobs.values() if one.function is fn and one.version == fn.trying]
+        if any(one.is_ready for one in first):
+            self._tried(fn, fn.trying, "")
+        elif not first and not fn.submitting:
+            self._submit(fn, fn.trying, is_first=True)
 
     def _heed_controller(self, said: dict[str, Any]) -> None:
         kind = said.get("watch")
@@ -162,10 +210,9 @@ class Router:
         fn.ready = []
         for one in old:
             self._retire(one)
-        for one in [one for one in self._jobs.values() if one.function is fn and one.version == version and one.is_ready]:
-            if one in fn.retiring:
-                fn.retiring.remove(one)
-            if one not in fn.ready:
+        for one in self._jobs.values():
+            is_right = one.function is fn and one.version == version and one.is_ready and not one.is_leaving
+            if is_right and one not in fn.ready:
                 fn.ready.append(one)
         self._active[fn] = None
         self._dispatch(fn)
@@ -182,6 +229,7 @@ class Router:
     def _retire(self, one: Instance) -> None:
         """It gets no more calls; it ends when it has none."""
         one.function.starting.pop(one.job, None)
+        one.is_leaving = True
         if one.is_ready and one.link:
             one.link.say(calls.control("end", instance=one.number))
             one.function.retiring.append(one)
@@ -197,10 +245,8 @@ class Router:
         def then(said: dict[str, Any]) -> None:
             fn.submitting -= 1
             if "error" in said:
-                fn.failed(said["error"], time.monotonic())
-                if is_first:
-                    self._tried(fn, version, said["error"])
-                return self._give_up_queue(fn)
+                fn.later(said["error"], time.monotonic())
+                return self._tried(fn, version, said["error"]) if is_first else None
             self._adopt(said["ids"][0], fn, version, is_first=is_first)
 
         self._controller.ask("submit", then, jobs=[{"spec": spec, "key": None, "hold": False}])
@@ -224,9 +270,10 @@ class Router:
             return
         if one is None:
             fn = self._functions.get((said["tenant"], said["fn"]["name"]))
-            if fn is None:
+            version = said["fn"]["version"]
+            if fn is None or fn.specs.get(version, {}).get("fn", {}).get("id") != said["fn"]["id"]:  # or another of its name
                 return self._controller.ask("cancel", lambda _: None, ids=[said["id"]], grace_s=0)
-            one = self._adopt(said["id"], fn, said["fn"]["version"], is_first=bool(said["fn"].get("is_first")))
+            one = self._adopt(said["id"], fn, version, is_first=bool(said["fn"].get("is_first")))
         if said["worker"] and not one.is_placed:
             one.is_placed, one.made = True, time.monotonic()
             if one.link is None:
@@ -236,7 +283,7 @@ class Router:
         link = self._links.get(worker)
         if link is None or link.address != address:
             if link:
-                link.close()
+                link.give_up()
             link = self._links[worker] = HostLink(self, worker, address)
         return link
 
@@ -285,7 +332,7 @@ class Router:
         self._controller.ask("function", lambda _: None, what="tried", **fields)
 
     def _give_up_queue(self, fn: Routed) -> None:
-        if fn.is_hopeless:
+        if fn.is_hopeless and not fn.ready:
             while fn.queue:
                 self._fail(fn.queue.pop(), "start", f"instances end before they are ready: {fn.problem}")
 
@@ -298,6 +345,7 @@ class Router:
             one = self._jobs.get(int(str(said["job"]).partition(".")[0]))
             if one is None:
                 return link.say(calls.control("end", instance=said["instance"]))  # its job is none of ours any more
+            one.may_be_ahead = bool(said.get("ahead"))
             self._ready(link, one, int(said["instance"]), int(said["busy"]))
         elif kind == "failed":
             one = self._jobs.get(int(str(said["job"]).partition(".")[0]))
@@ -316,8 +364,11 @@ class Router:
         one.busy = max(busy - len(one.calls), 0)
         one.link, one.number = link, number
         link.instances[number] = one
+        one.idle_s = -1.0
         if one.is_ready:
-            return
+            if one.is_leaving:
+                link.say(calls.control("end", instance=number))
+            return self._dispatch(fn)
         one.is_ready = True
         fn.started(one, time.monotonic())
         fn.starting.pop(one.job, None)
@@ -332,20 +383,43 @@ class Router:
 
     def gone(self, one: Instance, why: str) -> None:
         """It gets no more calls."""
+        one.is_leaving = True
         if one in one.function.ready:
             one.function.ready.remove(one)
             one.function.retiring.append(one)
         if why == "its worker was lost" and one.job in self._jobs:
             self._controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=0)
 
-    def answered(self, link: HostLink, flags: int, call: bytes, body: bytes) -> None:
-        """An answer has come from a host."""
+    def greeted(self, link: HostLink) -> None:
+        """A host has said what it knows; what was under way when the connection was lost is asked for again."""
+        for one in self._calls.values():
+            if one.link is link and one.instance is None:
+                link.say(calls.frame(calls.ASK, one.id))
+        for call, piece in self._wants:
+            done = self._done.get(call)
+            if done and done.link is link:
+                link.say(calls.frame(calls.WANT, call, a=piece))
+
+    def lost_link(self, link: HostLink) -> None:
+        """A host is no more."""
+        for one in [one for one in self._calls.values() if one.link is link and one.instance is None]:
+            self.lost(one)
+        for call, piece in list(self._wants):
+            done = self._done.get(call)
+            if done is None or done.link is link:
+                self._no_piece(call, piece)
+
+    def _no_piece(self, call: bytes, piece: int) -> None:
+        for caller in self._wants.pop((call, piece), []):
+            caller.wants -= 1
+            caller.wire.say(calls.failed(call, "unknown", "its answer is not kept any more"))
+
+    def answered(self, link: HostLink, flags: int, call: bytes, items: int, body: bytes) -> None:
+        """An answer has come from a host.  items: how many came before it."""
         found = self._calls.pop(call, None)
         now = self.loop.now
         if found is None:
-            if call in link.known:  # of a router before us; somebody has asked for it
-                self._keep(call, calls.frame(calls.ANSWER, call, body, flags=flags & ~calls.BUSY), link, OWNER)
-            return
+            return self._answered_before(link, flags, call, items, body)
         one, fn = found.instance, found.function
         if one:
             fn.answered(found, flags, now)
@@ -353,32 +427,55 @@ class Router:
             one.used = now
             one.busy += bool(flags & calls.BUSY)
             self._forget_if_over(one)
-        items = self._items.pop(call, None)
-        if items is not None and not flags & calls.ERROR:
-            body, flags = b"[" + b",".join(items) + b"]", 0
-        self._deliver(found, flags & ~calls.BUSY, body, link if flags & calls.REFERENCE else None)
+        kept = self._items.pop(call, None)
+        if flags & calls.STREAM and found.flags & calls.SPAWN and not flags & calls.ERROR:
+            given = kept.all if kept else []
+            if len(given) == items:
+                body, flags = b"[" + b",".join(given) + b"]", 0
+            else:
+                body, flags = calls.error("unknown", "some of its values were lost"), calls.ERROR
+        self._deliver(found, flags & ~calls.BUSY, body, link if flags & calls.REFERENCE else None, items)
         if fn.queue:
             self._dispatch(fn)
         elif one and not one.calls:
             fn.settle(now)
 
+    def _answered_before(self, link: HostLink, flags: int, call: bytes, items: int, body: bytes) -> None:
+        """Of a router before us, or of one that nobody knows: a piece that is not there, most likely."""
+        for at in [at for at in self._wants if at[0] == call] if flags & calls.ERROR and call in self._done else ():
+            self._no_piece(*at)
+        known = link.known.get(call)
+        if known is None:
+            return
+        one = link.instances.get(known[1])
+        if one and known[0] == "running" and not flags & calls.BUSY:
+            link.known[call] = "done", known[1]
+            one.busy = max(one.busy - 1, 0)
+            self._dispatch(one.function)
+        frame = calls.frame(calls.ANSWER, call, body, flags=flags & ~calls.BUSY, a=items)
+        askers = self._askers.pop(call, [])
+        self._keep(call, frame, link if flags & calls.REFERENCE else None, one.function.tenant if one else OWNER, len(askers))
+        for wire in askers:
+            wire.say(frame)
+
     def heed_call(self, link: HostLink, kind: int, flags: int, call: bytes, a: int, body: bytes) -> None:
         """What else a host says of a call."""
         if kind == calls.PIECE:
-            wire = self._wants.get(call)
-            if wire:
-                wire.say(calls.frame(calls.PIECE, call, body, flags=flags, a=a))
+            for caller in self._wants.pop((call, a), []):
+                caller.wants -= 1
+                caller.wire.say(calls.frame(calls.PIECE, call, body, flags=flags, a=a))
             return
         found = self._calls.get(call)
         if found is None:
             return
         if kind == calls.BOUNCE:
-            self.again(found)
+            self.again(found, is_counted=False)
         elif kind == calls.ITEM and found.flags & calls.SPAWN:
-            kept = self._items.setdefault(call, [])
-            if sum(map(len, kept)) + len(body) > _ITEMS_MAX or flags & calls.BYTES:
+            kept = self._items.setdefault(call, Items())
+            kept.size += len(body)
+            if kept.size > _ITEMS_MAX or flags & calls.BYTES:
                 return link.say(calls.frame(calls.CANCEL, call))
-            kept.append(body)
+            kept.all.append(body)
             link.say(calls.frame(calls.MORE, call, a=1))
         elif kind in (calls.ITEM, calls.WANT):
             frame = calls.frame(kind, call, body, flags=flags, a=a)
@@ -388,12 +485,13 @@ class Router:
             if not open_ones:
                 link.say(calls.frame(calls.CANCEL, call))  # nobody takes it, or has its value
 
-    def again(self, call: Call) -> None:
-        """It was certainly not begun: it waits again, before all others."""
+    def again(self, call: Call, *, is_counted: bool = True) -> None:
+        """It waits again, before all others.  is_counted: it may have been begun, which is not tried for ever."""
         if call.instance:
             call.instance.calls.pop(call.id, None)
-            call.instance = None
-        call.tries += 1
+        call.instance = call.link = None
+        self._items.pop(call.id, None)
+        call.tries += is_counted
         fn = call.function
         if fn.is_gone or call.tries > _TRIES_MAX:
             return self._fail(call, "unknown" if not fn.is_gone else "function", f"function {fn.name} has lost its instances")
@@ -417,23 +515,21 @@ class Router:
         self._items.pop(call.id, None)
         call.function.count += 1
         call.function.errors += 1
-        self._deliver(call, calls.ERROR, calls.error(kind, message), None)
+        self._deliver(call, calls.ERROR, calls.error(kind, message), None, 0)
 
-    def _deliver(self, call: Call, flags: int, body: bytes, link: HostLink | None) -> None:
-        frame = calls.frame(calls.ANSWER, call.id, body, flags=flags)
+    def _deliver(self, call: Call, flags: int, body: bytes, link: HostLink | None, items: int) -> None:
+        frame = calls.frame(calls.ANSWER, call.id, body, flags=flags, a=items)
         self._usage[call.function.tenant] -= 1
-        self._keep(call.id, frame, link, call.function.tenant)
+        self._keep(call.id, frame, link, call.function.tenant, len(call.callers))
         for wire in call.callers:
             wire.say(frame)
 
-    def _keep(self, call: bytes, frame: bytes, link: HostLink | None, tenant: str) -> None:
+    def _keep(self, call: bytes, frame: bytes, link: HostLink | None, tenant: str, takers: int) -> None:
         before = self._done.pop(call, None)
         self._done_bytes += len(frame) - (len(before.frame) if before else 0)
-        self._done[call] = Done(frame, self.loop.now, link, tenant)
+        self._done[call] = Done(frame, self.loop.now, link, tenant, takers)
         while self._done_bytes > _DONE_BYTES or len(self._done) > _DONE_MANY:
             self._done_bytes -= len(self._done.popitem(last=False)[1].frame)
-        for wire in [self._wants[call]] if call in self._wants else []:
-            wire.say(frame)
 
     def _dispatch(self, fn: Routed) -> None:
         """Give what waits to those that have room."""
@@ -457,18 +553,19 @@ class Router:
     def _accept(self, connection: socket.socket) -> None:
         uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         tenant = OWNER if uid in (os.geteuid(), 0) else self._tenants.of_user(uid)
-        if tenant is None:
+        many = sum(one.uid == uid for one in self._callers)
+        if tenant is None or (tenant != OWNER and many >= _CALLERS_MAX):
             return connection.close()
-        caller = Caller(tenant)
+        caller = Caller(uid, tenant)
 
         def heed(kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
             self._heed_caller(caller, kind, flags, call, a, b, body)
 
         def lost(_: str) -> None:
-            self._callers.discard(caller.wire)
+            self._callers.discard(caller)
 
         caller.wire = Wire(self.loop, connection, heed, lost)
-        self._callers.add(caller.wire)
+        self._callers.add(caller)
 
     def _heed_caller(self, caller: Caller, kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
         if kind == calls.CALL:
@@ -476,23 +573,41 @@ class Router:
         elif kind == calls.CONTROL:
             self._answer_caller(caller, calls.said(body))
         elif kind == calls.ASK:
-            self._ask(caller, call, is_to_wait=bool(a))
+            self._ask(caller, call, body.decode("utf-8", "replace"), is_to_wait=bool(a))
         elif kind in (calls.WANT, calls.FORGET):
-            done = self._done.get(call)
-            if done and done.link and (caller.is_owner or done.tenant == caller.tenant):
-                self._wants[call] = caller.wire
-                done.link.say(calls.frame(kind, call, a=a))
-                if kind == calls.FORGET:
-                    self._wants.pop(call)
-                    self._done_bytes -= len(self._done.pop(call).frame)
+            self._fetch(caller, kind, call, a)
         else:
             found = self._calls.get(call)
             if found is None or caller.wire not in found.callers:
                 return
-            if found.instance and found.instance.link and kind in (calls.PIECE, calls.MORE, calls.CANCEL):
-                found.instance.link.say(calls.frame(kind, call, body, flags=flags, a=a))
+            link = found.instance.link if found.instance else found.link
+            if link and kind in (calls.PIECE, calls.MORE, calls.CANCEL):
+                link.say(calls.frame(kind, call, body, flags=flags, a=a))
             elif kind == calls.CANCEL and found.function.queue.remove(found):
                 self._fail(found, "cancelled", "the call was cancelled")
+
+    def _fetch(self, caller: Caller, kind: int, call: bytes, piece: int) -> None:
+        """A piece of a large answer; or one that has it, or does not want it."""
+        done = self._done.get(call)
+        if done is None or done.link is None or not (caller.is_owner or done.tenant == caller.tenant):
+            return (
+                caller.wire.say(calls.failed(call, "unknown", "its answer is not kept any more"))
+                if kind == calls.WANT
+                else None
+            )
+        if kind == calls.FORGET:
+            done.takers -= 1
+            if done.takers <= 0:
+                done.link.say(calls.frame(kind, call))
+                self._done_bytes -= len(self._done.pop(call).frame)
+            return
+        caller.wants += 1
+        if caller.wants > _WANTS_MAX:
+            return caller.wire.close("it asks for too much at once")
+        waiting = self._wants.setdefault((call, piece), [])
+        waiting.append(caller)
+        if len(waiting) == 1:
+            done.link.say(calls.frame(kind, call, a=piece))
 
     def _come(self, caller: Caller, flags: int, call: bytes, number: int, ms: int, body: bytes) -> None:
         """A call."""
@@ -505,6 +620,11 @@ class Router:
         now = self.loop.now
         if any(call in link.known for link in self._links.values()):
             return self._take_up(caller, call, flags, fn, body, now)
+        is_again = bool(flags & calls.LAST)
+        flags &= ~calls.LAST
+        if is_again and not flags & calls.IDEMPOTENT and not all(link.has_ever_greeted for link in self._links.values()):
+            self._held.append((now, caller, (flags, call, number, ms, body)))  # a host may have begun it
+            return
         limit = self._tenants.all[fn.tenant].calls if fn.tenant in self._tenants.all else 0
         if fn.queue.is_full(len(body)):
             return caller.wire.say(calls.failed(call, "full", f"the queue of {fn.name} is full"))
@@ -537,40 +657,55 @@ class Router:
             return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
         if flags & calls.SPAWN:
             caller.wire.say(calls.frame(calls.BEGUN, call))
-        elif isinstance(known, Call):
+        if flags & calls.SPAWN and not flags & calls.REFERENCE:
+            return
+        if isinstance(known, Call):
             known.callers.append(caller.wire)
         else:
+            known.takers += 1
             caller.wire.say(known.frame)
 
     def _take_up(self, caller: Caller, call: bytes, flags: int, fn: Routed, body: bytes, now: float) -> None:
         """A call that a host knows from the router before us."""
         for link in self._links.values():
-            known = link.known.pop(call, None)
+            known = link.known.get(call)
             if known is None:
                 continue
+            one = link.instances.get(known[1])
+            if one and one.function is not fn:
+                return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
             found = self._calls[call] = Call(call, fn, flags, body, now, 0.0)
             found.begun = now
             found.callers.append(caller.wire)
             self._usage[fn.tenant] += 1
-            one = link.instances.get(known[1])
+            found.link = link
             if one and known[0] == "running":
                 found.instance = one
                 one.calls[call] = found
+                one.busy = max(one.busy - 1, 0)
             link.say(calls.frame(calls.ASK, call))
+            return
 
-    def _ask(self, caller: Caller, call: bytes, *, is_to_wait: bool) -> None:
-        """What has become of a call."""
+    def _ask(self, caller: Caller, call: bytes, tenant_asked: str, *, is_to_wait: bool) -> None:
+        """What has become of a call.  tenant_asked: whose it is to be, '' for whosever it is."""
         known = self._calls.get(call) or self._done.get(call)
         tenant = (known.function.tenant if isinstance(known, Call) else known.tenant) if known else OWNER
-        if known and not caller.is_owner and tenant != caller.tenant:
+        if known and ((not caller.is_owner and tenant != caller.tenant) or tenant_asked not in ("", tenant)):
             known = None
         if isinstance(known, Done):
+            known.takers += 1
             return caller.wire.say(known.frame)
         if known is None:
-            for link in self._links.values() if caller.is_owner else []:
-                if call in link.known:
-                    self._wants[call] = caller.wire
-                    return link.say(calls.frame(calls.ASK, call))
+            for link in self._links.values():
+                state, number = link.known.get(call, ("", 0))
+                one = link.instances.get(number)
+                whose = one.function.tenant if one else OWNER
+                if not state or (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
+                    continue
+                if state == "running" and not is_to_wait:
+                    return caller.wire.say(calls.control("state", call=call.hex(), state=state))
+                self._askers.setdefault(call, []).append(caller.wire)
+                return link.say(calls.frame(calls.ASK, call))
             return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
         if is_to_wait:
             known.callers.append(caller.wire)
@@ -580,6 +715,8 @@ class Router:
 
     def _answer_caller(self, caller: Caller, said: dict[str, Any]) -> None:
         tag = said.get("tag")
+        if type(tag) is not int:
+            raise ValueError("a tag is a number")
         if said["is"] == "stats":
             shown = [fn.shown() for key, fn in sorted(self._functions.items()) if caller.is_owner or fn.tenant == caller.tenant]
             for at in range(0, len(shown) or 1, 500):
@@ -593,7 +730,7 @@ class Router:
             message = f"no function '{said['name']}'"
             return caller.wire.say(calls.control("error", tag=tag, kind="function", message=message))
         caller.opened[fn.number] = fn
-        caller.wire.say(calls.control("open", tag=tag, number=fn.number, timeout_s=fn.timeout_s))
+        caller.wire.say(calls.control("open", tag=tag, number=fn.number, tenant=fn.tenant, timeout_s=fn.timeout_s))
 
     # Time.
 
@@ -606,6 +743,8 @@ class Router:
         self._mind_listening(now)
         for fn in list(self._active):
             self._mind(fn, now)
+        self._mind_held(now)
+        self._mind_starts(now)
         while self._done and next(iter(self._done.values())).at < now - calls.KEPT_S:
             self._done_bytes -= len(self._done.popitem(last=False)[1].frame)
         self._mind_links()
@@ -623,14 +762,35 @@ class Router:
             return
         if all(link.has_greeted for link in self._links.values()) or now > self._began + _GREET_S:
             self._is_listening = True
-            place = os.path.join(self._directory, PLACE)
-            is_shared = bool(self._tenants.all)
-            os.chmod(place, 0o711 if is_shared else 0o700)
-            listen(self.loop, sockets.listen(place, mode=0o666 if is_shared else 0o600), self._accept)
+            listen(self.loop, sockets.listen(os.path.join(self._directory, PLACE)), self._accept)
+            self._share()
+
+    def _mind_held(self, now: float) -> None:
+        """Calls that a host may have begun, when all were heard; or one is not for too long."""
+        is_known = all(link.has_ever_greeted for link in self._links.values())
+        held, self._held = self._held, []
+        for came, caller, (flags, call, number, ms, body) in held:
+            if is_known:
+                self._come(caller, flags, call, number, ms, body)
+            elif now > came + self.lost_s:
+                caller.wire.say(calls.failed(call, "unknown", "outcome unknown: its worker does not answer"))
+            else:
+                self._held.append((came, caller, (flags, call, number, ms, body)))
+
+    def _mind_starts(self, now: float) -> None:
+        """Instances that are not ready in time."""
+        for one in self._jobs.values():
+            spec = one.function.specs.get(one.version)
+            limit_s = spec["fn"]["start_s"] if spec else 0.0
+            if one.is_placed and not one.is_ready and not one.problem and now > one.made + limit_s:
+                one.problem = {"type": "", "message": "it was not ready in time"}
+                self._controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=1)
 
     def _make_room(self, now: float) -> None:
         """An instance that has waited for a place for a moment gets that of one that is idle."""
-        if not any(not one.is_placed and one.made < now - _PLACE_S for one in self._jobs.values()):
+        waiting = [one for one in self._jobs.values() if not one.is_placed and one.made < now - _PLACE_S]
+        wanted = [one for one in waiting if one.freed_cpus < _cpus(one)]  # no more is ended for one than it needs
+        if not wanted:
             return
         idle = []
         for fn in self._functions.values():
@@ -638,6 +798,7 @@ class Router:
             idle += [one for one in fn.ready[: max(many, 0)] if not one.load] if not fn.queue else []
         if idle:
             one = min(idle, key=lambda one: one.used)
+            wanted[0].freed_cpus += max(_cpus(one), 0.01)
             assert one.link
             one.link.say(calls.control("end", instance=one.number))
 
@@ -654,10 +815,6 @@ class Router:
         for call in [one for one in fn.queue if 0 < one.deadline <= now or (not one.deadline and one.came < limit)]:
             fn.queue.remove(call)
             self._fail(call, "timeout", "the call waited too long for an instance")
-        for one in list(fn.starting.values()):
-            if one.is_placed and not one.is_ready and now > one.made + fn.specs[one.version]["fn"]["start_s"]:
-                one.problem = {"type": "", "message": "it was not ready in time"}
-                self._controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=1)
         self._dispatch(fn)
         if fn.is_gone:
             self._active.pop(fn)
@@ -690,6 +847,12 @@ class Router:
                 one.idle_s = wanted
                 assert one.link
                 one.link.say(calls.control("idle", instance=one.number, idle_s=wanted))
+
+
+def _cpus(one: Instance) -> float:
+    """That it has for itself."""
+    spec = one.function.specs.get(one.version)
+    return float(spec["cpus"]) if spec else 0.0
 
 
 def main(directory: str) -> int:

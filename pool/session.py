@@ -37,7 +37,20 @@ class CallError(CafsError):
 class Pending:
     """A call that has no answer yet.  frame: to be sent again to another router; data: its value, if that is large."""
 
-    __slots__ = ("answer", "arrived", "data", "error", "frame", "is_bytes", "is_done", "items", "parts", "size", "takes")
+    __slots__ = (
+        "answer",
+        "data",
+        "error",
+        "following",
+        "frame",
+        "is_bytes",
+        "is_done",
+        "items",
+        "missing",
+        "parts",
+        "size",
+        "takes",
+    )
 
     def __init__(self, frame: bytes, data: bytes) -> None:
         self.frame, self.data = frame, data
@@ -49,7 +62,8 @@ class Pending:
         self.error: CafsError | None = None
         self.is_done = self.is_bytes = False
         self.parts: bytearray | None = None
-        self.size = self.arrived = 0
+        self.size = self.following = 0
+        self.missing: set[int] = set()
 
     def finish(self, data: bytes) -> None:
         """All of the answer is there."""
@@ -96,9 +110,9 @@ class Session:
         self.out += frame
         return call
 
-    def await_answer(self, call: bytes, *, is_to_wait: bool) -> None:
-        """Ask for the answer of a call that was made before."""
-        self.pending[call] = Pending(calls.frame(calls.ASK, call, a=int(is_to_wait)), b"")
+    def await_answer(self, call: bytes, tenant: str = "", *, is_to_wait: bool) -> None:
+        """Ask for the answer of a call that was made before.  tenant: whose alone, for the pool's owner."""
+        self.pending[call] = Pending(calls.frame(calls.ASK, call, tenant.encode(), a=int(is_to_wait)), b"")
         self.out += self.pending[call].frame
 
     def cancel(self, call: bytes) -> None:
@@ -117,7 +131,10 @@ class Session:
                 continue
             _, kind, flags, _, call, number, b = calls.HEAD.unpack_from(one.frame)
             if kind == calls.CALL:
-                one.frame = calls.frame(kind, call, one.frame[calls.HEAD.size :], flags=flags, a=numbers[number], b=b)
+                one.frame = calls.frame(
+                    kind, call, one.frame[calls.HEAD.size :], flags=flags | calls.LAST, a=numbers[number], b=b
+                )
+            one.items, one.parts = [], None
             self.out += one.frame
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -127,7 +144,7 @@ class Session:
             for kind, flags, call, a, _, body in self._reader.feed(data):
                 one = self.pending.get(call)
                 if kind == calls.ANSWER and one:
-                    self._answered(call, one, flags, body)
+                    self._answered(call, one, flags, a, body)
                     if one.is_done:
                         done.append(call)
                 elif kind == calls.CONTROL:
@@ -153,21 +170,23 @@ class Session:
         one.error = StateOfCall(str(said["state"]))
         return call
 
-    def _answered(self, call: bytes, one: Pending, flags: int, body: bytes) -> None:
+    def _answered(self, call: bytes, one: Pending, flags: int, items: int, body: bytes) -> None:
         if flags & calls.ERROR:
             one.error, one.is_done = CallError(json.loads(body)["error"]), True
         elif flags & calls.REFERENCE:
             one.size, one.is_bytes = values.size_of(body), bool(flags & calls.BYTES)
             one.parts = bytearray(one.size)
             many = -(-one.size // calls.PIECE_SIZE)
-            for piece in range(min(many, _AHEAD)):
+            one.missing, one.following = set(range(many)), min(many, _AHEAD)
+            for piece in range(one.following):
                 self.out += calls.frame(calls.WANT, call, a=piece)
-            one.arrived = min(many, _AHEAD)
         else:
             one.is_bytes = bool(flags & calls.BYTES)
             one.finish(body)
             if flags & calls.STREAM:
                 one.answer = one.items
+                if len(one.items) != items:  # it was asked for by a key, or another router has brought it
+                    one.error = CallError({"kind": "unknown", "message": "some of its values were lost"})
 
     def _heed(self, call: bytes, one: Pending, kind: int, flags: int, a: int, body: bytes) -> None:
         if kind == calls.ITEM:
@@ -181,17 +200,19 @@ class Session:
             at = a * calls.PIECE_SIZE
             if at + len(body) > one.size or (len(body) < calls.PIECE_SIZE and at + len(body) != one.size):
                 raise ValueError("a piece that does not fit")
-            one.parts[at : at + len(body)] = body
-            self._next_piece(call, one)
+            if a in one.missing:
+                one.parts[at : at + len(body)] = body
+                one.missing.discard(a)
+                self._next_piece(call, one)
 
     def _next_piece(self, call: bytes, one: Pending) -> None:
         many = -(-one.size // calls.PIECE_SIZE)
-        if one.arrived < many:
-            self.out += calls.frame(calls.WANT, call, a=one.arrived)
-        one.arrived += 1
-        if one.arrived == many + min(many, _AHEAD):
-            assert one.parts is not None
+        if one.following < many:
+            self.out += calls.frame(calls.WANT, call, a=one.following)
+            one.following += 1
+        elif not one.missing:
             self.out += calls.frame(calls.FORGET, call)
+            assert one.parts is not None
             parts, one.parts = one.parts, None
             one.finish(bytes(parts))
 

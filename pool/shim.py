@@ -137,6 +137,8 @@ def packed(kind: int, call: bytes, value: object, flags: int = 0, place: str = P
         data = encode(value).encode()
     if len(data) <= VALUE_MAX:
         return frame(kind, call, data, flags)
+    if kind == ITEM:
+        raise ValueError("one of several values has at most 1 MiB")
     name = call.hex() + "." + os.urandom(4).hex()
     with open(os.path.join(place, "out", name), "xb") as file:
         file.write(data)
@@ -248,21 +250,32 @@ class Serial:
         self._channel, self._handler = channel, handler
         self._waiting: list[Frame] = []
         self._current = b""
-        self._is_leaving = self._is_cancelled = self._is_at_work = False
-        """is_at_work: with the socket, where an exception would leave half a frame."""
+        self._is_leaving = self._is_asked = self._is_at_work = False
+        """is_at_work: with the socket, where an exception would leave half a frame; is_asked: to look for a cancel then."""
 
         signal.signal(signal.SIGTERM, self._leave)
         signal.signal(signal.SIGUSR1, self._cancel)
 
     def _leave(self, *_: object) -> None:
         self._is_leaving = True
-        if not self._current:
+        if not self._current and not self._is_at_work:
             raise Leave
 
     def _cancel(self, *_: object) -> None:
-        self._is_cancelled = bool(self._current)
+        self._is_asked = True
         if self._current and not self._is_at_work:
-            raise Cancelled
+            self._look()
+
+    def _look(self) -> None:
+        """A signal says that a cancel has come; only the frame says of which call."""
+        self._is_asked = False
+        while self._channel.has_more(0):
+            one = self._channel.next()
+            if one is None:
+                raise Leave
+            if one[0] == CANCEL and one[2] == self._current:
+                raise Cancelled
+            self._waiting.append(one)
 
     def run(self) -> None:
         """Until it is told to end."""
@@ -278,7 +291,7 @@ class Serial:
 
     def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
         token = running.set(call.hex())
-        self._is_cancelled = False
+        self._is_asked = False
         try:
             self._current = call
             try:
@@ -295,7 +308,9 @@ class Serial:
             data = failed(call, problem)
         end_lines()
         running.reset(token)
+        self._is_at_work = True
         self._channel.send(data)
+        self._is_at_work = False
 
     def _items(self, call: bytes, found: Iterable[object]) -> None:
         credit = ITEMS_AHEAD
@@ -303,14 +318,13 @@ class Serial:
             data = packed(ITEM, call, item)
             self._is_at_work = True
             try:
-                while not credit and not self._is_cancelled:
+                while not credit:
                     credit += self._credit(call)
-                if not self._is_cancelled:
-                    self._channel.send(data)
+                self._channel.send(data)
             finally:
                 self._is_at_work = False
-            if self._is_cancelled:
-                raise Cancelled
+            if self._is_asked:
+                self._look()
             credit -= 1
 
     def _credit(self, call: bytes) -> int:
@@ -320,7 +334,9 @@ class Serial:
         one = self._channel.next()
         if one is None:
             raise Leave
-        if one[0] == MORE and one[2] == call:
+        if one[2] == call and one[0] == CANCEL:
+            raise Cancelled
+        if one[2] == call and one[0] == MORE:
             return one[3]
         self._waiting.append(one)
         return 0
@@ -334,6 +350,7 @@ class Threads:
         self._given: queue.SimpleQueue[tuple[bytes, int, int, bytes]] = queue.SimpleQueue()
         self._running: dict[bytes, int] = {}
         self._credits: dict[bytes, int] = {}
+        self._cancelled: set[bytes] = set()
         self._lock = threading.Condition()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(many)]
         signal.signal(signal.SIGTERM, self._leave)
@@ -357,7 +374,8 @@ class Threads:
                 self._cancel(call)
             elif kind == MORE:
                 with self._lock:
-                    self._credits[call] = self._credits.get(call, 0) + many
+                    if call in self._credits:
+                        self._credits[call] += many
                     self._lock.notify_all()
             elif json.loads(body)["is"] == "end":
                 return
@@ -368,6 +386,8 @@ class Threads:
         with self._lock:
             thread = self._running.get(call)
             if thread:
+                self._cancelled.add(call)
+                self._lock.notify_all()
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))
 
     def _work(self) -> None:
@@ -389,6 +409,7 @@ class Threads:
                     with self._lock:
                         self._running.pop(call, None)
                         self._credits.pop(call, None)
+                        self._cancelled.discard(call)
             except BaseException as problem:
                 data = failed(call, problem)
             end_lines()
@@ -397,7 +418,9 @@ class Threads:
     def _items(self, call: bytes, found: Iterable[object]) -> None:
         for item in found:
             with self._lock:
-                self._lock.wait_for(lambda: self._credits[call] > 0)
+                self._lock.wait_for(lambda: self._credits[call] > 0 or call in self._cancelled)
+                if call in self._cancelled:
+                    raise Cancelled
                 self._credits[call] -= 1
             self._channel.send(packed(ITEM, call, item))
 
@@ -509,7 +532,7 @@ class Zygote:
             os.kill(pid, signal.SIGTERM)
 
     def _fork(self, job: str, token: str) -> None:
-        if len(os.listdir("/proc/self/task")) > 1:
+        if has_threads():
             return self._channel.send(control("refused", job=job))
         pid = os.fork()
         if pid:
@@ -528,6 +551,11 @@ class Zygote:
             os._exit(code)
 
 
+def has_threads() -> bool:
+    """Whether a fork would lose some."""
+    return len(os.listdir("/proc/self/task")) > 1
+
+
 def own_tmp() -> None:
     """A mount namespace with a /tmp of its own, and then no way to mount anything more (unshare(2), capabilities(7)).
 
@@ -536,10 +564,19 @@ def own_tmp() -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    newns, private, sys_admin = 0x20000, 0x44000, 21
+    newns, private = 0x20000, 0x44000
     failed = libc.unshare(newns) or libc.mount(b"none", b"/", None, private, None)
     if failed or libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 6, b"mode=1777"):  # nosuid, nodev
         raise OSError(ctypes.get_errno(), "a /tmp of its own cannot be made")
+    drop_mounting()
+
+
+def drop_mounting() -> None:
+    """CAP_SYS_ADMIN, which is there for own_tmp alone.  Raises OSError."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    sys_admin = 21
     head = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()
     failed = libc.prctl(24, sys_admin, 0, 0, 0) or libc.capget(head, sets)
@@ -567,7 +604,8 @@ def serve(channel: Channel, handler: Handler) -> int:
         channel.send(control("failed", error=told("start", problem)))
         return 1
     server = server_of(channel, handler, int(sys.argv[2]))
-    channel.send(control("ready", serial=isinstance(server, Serial)))
+    is_serial = isinstance(server, Serial)
+    channel.send(control("ready", serial=is_serial, ahead=is_serial))
     try:
         server.run()
     except (Leave, OSError):
@@ -589,10 +627,12 @@ def main() -> int:
         traceback.print_exc()
         (channel or Channel(PLACE)).send(control("failed", error=told("start", problem)))
         return 1
-    if channel:
-        return serve(channel, handler)
-    Zygote(handler).run()
-    return 0
+    if is_zygote and not has_threads():
+        Zygote(handler).run()
+        return 0
+    if is_zygote:
+        drop_mounting()
+    return serve(channel or Channel(PLACE), handler)
 
 
 if __name__ == "__main__":

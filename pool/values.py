@@ -24,7 +24,7 @@ _IN, _OUT = "/run/cpool/in", "/run/cpool/out"
 
 def size_of(body: bytes) -> int:
     """Bytes of the value that a reference stands for.  Raises ValueError, LookupError, TypeError."""
-    size = json.loads(body)["size"]
+    size = calls.loads(body)["size"]
     if type(size) is not int or not 0 <= size <= SIZE_MAX:
         raise ValueError("a value has at most 4 GiB")
     return size
@@ -45,6 +45,10 @@ class Pull:
         self._many = -(-self._size // calls.PIECE_SIZE)
         self._next = 0
         self._missing = set(range(self._many))
+
+    def asked(self) -> list[int]:
+        """What was asked for and has not come."""
+        return sorted(piece for piece in self._missing if piece < self._next)
 
     def first(self) -> Iterable[int]:
         """The pieces to ask for at once."""
@@ -85,7 +89,7 @@ class Kept:
     """An answer that an instance left in OUT, moved to PLACE.  Raises OSError, ValueError, LookupError, TypeError."""
 
     def __init__(self, out: str, place: str, name: str, body: bytes) -> None:
-        path = json.loads(body)["$ref"]
+        path = calls.loads(body)["$ref"]
         match = re.fullmatch(rf"{_OUT}/([0-9A-Za-z._-]{{1,200}})", path)
         if not match or not staging.is_name(match[1]):
             raise ValueError("it is no file in /run/cpool/out")
@@ -96,6 +100,11 @@ class Kept:
             self.remove()
             raise ValueError("it is no file, or larger than 4 GiB")
         self.size = status.st_size
+        try:
+            self.piece(calls.NOBODY, 0)
+        except OSError:
+            self.remove()
+            raise
 
     def reference(self) -> bytes:
         """For the caller."""

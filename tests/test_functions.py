@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +22,12 @@ pytestmark = pytest.mark.needs(*NEEDS)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch, functions_at(tmp_path_factory.mktemp("fn"), patch) as found:
-        yield found
+def base() -> Iterator[Path]:
+    """Not below pytest's own directory, through which the users of a container with users of its own do not come."""
+    with tempfile.TemporaryDirectory(prefix="cafs-fn-") as place, pytest.MonkeyPatch.context() as patch:
+        os.chmod(place, 0o711)
+        with functions_at(Path(place), patch) as found:
+            yield found
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,10 @@ def test_a_program_that_breaks_the_protocol_fails_that_call_and_no_other(concurr
     assert done.returncode == 3 and "of 39 calls have failed" in done.stderr
     for word, one in zip(words * 3, found, strict=True):
         is_bad = word in ("half", "two", "nojson", "die", "long")
-        assert one["error"]["kind"] in ("died", "protocol") if is_bad else one == ("ok" if word == "flood" else word), (word, one)
+        assert one["error"]["kind"] in ("died", "protocol") if is_bad else one == ("ok" if word == "flood" else word), (
+            word,
+            one,
+        )
 
 
 def test_a_late_line_answers_no_other_call() -> None:
