@@ -36,6 +36,7 @@ PROGRAMS = {
         "while read -r line; do { printf '\"'; head -c 3000000 /dev/zero | tr '\\0' y; printf '\"'; } > /run/cpool/out/x; "
         'echo \'{"$ref":"/run/cpool/out/x"}\'; done'
     ),
+    "letters": "while read -r line; do printf '\"'; yes ж | head -n 400000 | tr -d '\\n'; printf '\"\\n'; done",
     "evil": 'while read -r line; do ln -sf /etc/passwd /run/cpool/out/x; echo \'{"$ref":"/run/cpool/out/x"}\'; done',
 }
 """Of the image b:1, by the names of their files in /bin."""

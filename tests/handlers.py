@@ -15,11 +15,15 @@ lock = threading.Lock()
 
 def setup():
     print("setup")
+    if os.environ.get("HANG"):
+        time.sleep(600)
     begun.append(time.time())
 
 
 def teardown():
     print("teardown")
+    if os.environ.get("SLOW_END"):
+        time.sleep(3)
 
 
 def echo(value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pool import calls, sockets
 from pool.calling import Function
-from pool.session import CallError
+from pool.session import CallError, Pending, Session
 from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, shown, wait
 from tests.pooling import cp, ok
 
@@ -341,9 +343,6 @@ def test_ten_thousand_calls_wait_and_one_more_is_refused() -> None:
 
 
 def test_who_never_reads_costs_nobody_else_anything() -> None:
-    from pool import calls, sockets
-    from pool.session import Session
-
     deploy("make", "python:h:make", "--max", 1)
     lazy = sockets.connect(os.environ["CAFS_POOL"] + "/router")
     session = Session()
@@ -369,6 +368,87 @@ def test_what_the_first_instance_reads_is_the_image_s_profile_then(base: Path, t
     (made,) = (base / "store").glob(f"profiles/{image}/default")
     assert 1000 < made.stat().st_size < 30_000_000
     assert answer("c", 1) == 1
+
+
+# What was wrong once.
+
+
+def raw(name: str) -> tuple[socket.socket, Session, int]:
+    """A connection to the router, and the number of a function there."""
+    connection, session = sockets.connect(os.environ["CAFS_POOL"] + "/router"), Session()
+    connection.settimeout(20)
+    tag = session.ask("open", name=name, tenant="")
+    connection.sendall(session.out)
+    session.out = bytearray()
+    while tag not in session.replies:
+        session.feed(connection.recv(4096))
+    return connection, session, int(session.replies[tag]["number"])
+
+
+def test_values_of_any_shape_end_nothing_but_their_call() -> None:
+    deploy("echo", "python:h:echo", "--max", 1)
+    connection, session, number = raw("echo")
+    for body, flags in (
+        (b"[" * 100_000, calls.REFERENCE),
+        (b'{"size": "x"}', calls.REFERENCE),
+        (b"[" * 100_000, 0),
+        (b"\xff", 0),
+    ):
+        call = os.urandom(16)
+        session.pending[call] = Pending(b"", b"")
+        connection.sendall(calls.frame(calls.CALL, call, body, flags=flags, a=number))
+        while not session.pending[call].is_done:
+            session.feed(connection.recv(1 << 16))
+        with pytest.raises(CallError) as caught:
+            session.take(call)
+        assert caught.value.kind == "raised", (body[:20], caught.value)
+    (one,) = instances("echo")
+    deep = b'{"is":"open","name":"none","tag":' + b"[" * 950 + b"]" * 950 + b"}"
+    connection.sendall(calls.frame(calls.CONTROL, body=deep))
+    assert connection.recv(100) == b"", "who says that is no caller"
+    assert answer("echo", 1) == 1 and instances("echo")[0]["id"] == one["id"], "the same host, the same instance"
+
+
+def test_two_who_wait_for_one_large_answer_both_get_it_whole() -> None:
+    deploy("make", "python:h:make", "--max", 1)
+    found: list[bytes] = []
+
+    def get() -> None:
+        with Function("make") as make:
+            found.append(make.call(7_000_000, key="one"))
+
+    threads = [threading.Thread(target=get) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [one == b"x" * 7_000_000 for one in found] == [True] * 3
+
+
+def test_a_first_instance_that_is_never_ready_fails_its_deploy() -> None:
+    began = time.monotonic()
+    words = ("fn", "deploy", "h", "--image", "p:1", "--handler", "python:h:echo", "--cpus", "0.3", "--start-timeout", "2")
+    done = cp(*words, "-e", "PYTHONPATH=/code", "-e", "HANG=1")
+    assert done.returncode == 1 and "not ready in time" in done.stderr and time.monotonic() - began < 20
+
+
+def test_short_calls_are_no_more_at_once_than_is_said() -> None:
+    """Only where one is served after the other are some sent ahead."""
+    deploy("many", "python:h:later", "--concurrency", 2, "--max", 1)
+    with Function("many") as many:
+        assert max(many.map([0.001] * 300)) == 2
+
+
+def test_a_long_line_of_any_letters_is_an_answer() -> None:
+    deploy("letters", "jsonl:/bin/letters")
+    assert answer("letters", 1) == "ж" * 400_000
+
+
+def test_a_version_comes_back_while_its_instances_leave() -> None:
+    deploy("v", "python:h:version", "-e", "VERSION=1", "-e", "SLOW_END=1")
+    deploy("v", "python:h:version", "-e", "VERSION=2")
+    ok("fn", "rollback", "v")
+    assert answer("v", 0) == "1", "by a new one: those of before are on their way out"
 
 
 # Zygotes.
