@@ -4,11 +4,13 @@ usage: fn.py [TREE [SKLEARN-TREE]]    from the top of the project; TREE has /usr
                                       $CAFS_BENCH (default /var/tmp/cafs-bench); needs root, runc, busybox, sshd
 """
 
+import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ def echo(value):
     return value
 def size(value):
     return len(value)
+def nap(value):
+    import time
+    time.sleep(value)
 def learn(value):
     import sklearn
     return sklearn.__version__
@@ -116,7 +121,7 @@ def measure(where: str) -> None:
 
 def cold(base: str, name: str, handler: str, what: str, image: str = "python:1") -> None:
     """From a call where no instance is to its answer; its image was run before."""
-    deploy(base, name, handler, "--idle", "0.2", image=image)
+    deploy(base, name, handler, "--idle", "0.2", "--cpus", "1", image=image)
     found = []
     with Function(name) as function:
         for _ in range(7):
@@ -126,6 +131,26 @@ def cold(base: str, name: str, handler: str, what: str, image: str = "python:1")
             found += timed(function.call, 1)
     print(f"{what}\t{statistics.median(found) * 1e3:.0f} ms (median of 7)", flush=True)
     cpool("fn", "rm", name)
+
+
+def second(base: str) -> None:
+    """A call while the only instance is busy: an instance that is a fork, from the call to its answer."""
+    deploy(base, "nap", "python:h:nap", "--zygote", "--max", "2")
+    found = []
+    with Function("nap") as function:
+        function.call(2)  # so that it is known to be worth a second one
+        for _ in range(7):
+            thread = threading.Thread(target=function.call, args=(2,))
+            thread.start()
+            time.sleep(0.3)
+            found += timed(lambda _: function.call(0), 1)
+            thread.join()
+            jobs = [json.loads(line) for line in cpool("jobs", "--json").splitlines()]
+            forks = [one["id"] for one in jobs if one["spec"].get("fn", {}).get("name") == "nap"][1:]
+            cpool("cancel", "--grace", "0", *forks)
+            time.sleep(0.5)
+    print(f"second instance, by a zygote\t{statistics.median(found) * 1e3:.0f} ms (median of 7)", flush=True)
+    cpool("fn", "rm", "nap")
 
 
 def ray() -> None:
@@ -165,6 +190,11 @@ def resident(pids: list[int]) -> int:
     return found
 
 
+def ours() -> int:
+    """Processes of the pool."""
+    return len(subprocess.run(["pgrep", "-f", os.environ["CAFS_POOL"]], capture_output=True, check=False).stdout.split())
+
+
 def idle(controller: int) -> None:
     """What a thousand functions cost that nobody calls."""
     from pool.client import Client
@@ -174,7 +204,8 @@ def idle(controller: int) -> None:
             ["pgrep", "-f", f"pool.router.*{os.environ['CAFS_POOL']}"], capture_output=True, check=True, text=True
         ).stdout
     )
-    before, processes = resident([controller, router]), len(os.listdir("/proc"))
+    time.sleep(2)
+    before, processes = resident([controller, router]), ours()
     with Client(os.environ["CAFS_POOL"]) as client:
         (row,) = client.ask("function", what="show", name="echo")["functions"]
         spec = {**row["spec"], "fn": {name: value for name, value in row["spec"]["fn"].items() if name != "version"}}
@@ -184,7 +215,7 @@ def idle(controller: int) -> None:
     time.sleep(2)
     more = resident([controller, router]) - before
     print(f"1,000 idle functions\t{more / 1e6:.1f} MB more in controller and router ({before / 1e6:.0f} before), "
-          f"{len(os.listdir('/proc')) - processes:+d} processes")  # fmt: skip
+          f"{ours() - processes:+d} processes")  # fmt: skip
 
 
 def behind_ssh(base: str) -> None:
@@ -232,6 +263,7 @@ def main() -> None:
         cpool("fn", "rm", "size")
         cold(base, "cat", "jsonl:cat", "cold: jsonl:cat, busybox", image="busybox:1")
         cold(base, "cold", "python:h:echo", "cold: python handler")
+        second(base)
         if sys.argv[2:]:
             subprocess.run([f"{BIN}/cafs-index", "create", "-q", sys.argv[2], "-t", "learn:1"], check=True)
             words = ["chroot", sys.argv[2], "python3", "-c", "import sklearn"]

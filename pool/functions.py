@@ -99,9 +99,8 @@ class Functions:
         spec = {**spec, "fn": {**spec["fn"], "version": version, "id": os.urandom(8).hex()}}
         row = {"tenant": tenant, "name": name, "version": version, "state": TRYING, "spec": spec, "reason": ""}
         kept = [one for one in before if one["state"] in (CURRENT, PREVIOUS)]
-        self._put(tenant, name, [*kept, {**row, "made_s": time.time()}])
-        if is_sure:
-            self.tried(tenant, name, version, "")
+        rows = [*kept, {**row, "made_s": time.time()}]
+        self._put(tenant, name, _promoted(rows) if is_sure else rows)
         return version
 
     def tried(self, tenant: str, name: str, version: int, problem: str) -> None:
@@ -113,9 +112,7 @@ class Functions:
         if problem:
             changed = [{**row, "state": FAILED, "reason": problem} if row is one else row for row in rows]
             return self._put(tenant, name, changed)
-        states = {CURRENT: PREVIOUS, TRYING: CURRENT}
-        kept = [row for row in rows if row["state"] in states]
-        self._put(tenant, name, [{**row, "state": states[row["state"]]} for row in kept])
+        self._put(tenant, name, _promoted(rows))
 
     def roll_back(self, tenant: str, name: str) -> int:
         """To the version before; its number.  Raises NotFound."""
@@ -193,6 +190,12 @@ class Functions:
     def end(self) -> None:
         """The router is to end, too."""
         self._tell({"watch": "end"})
+
+
+def _promoted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The version that is tried is the current one, and that the one before."""
+    states = {CURRENT: PREVIOUS, TRYING: CURRENT}
+    return [{**row, "state": states[row["state"]]} for row in rows if row["state"] in states]
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

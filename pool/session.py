@@ -152,7 +152,7 @@ class Session:
                     if said["is"] == "state":
                         done.append(self._is_in_state(said))
                     else:
-                        self.replies[int(said.get("tag") or 0)] = said
+                        self._replied(int(said.get("tag") or 0), said)
                 elif kind == calls.BEGUN:
                     self.begun.add(call)
                 elif one:
@@ -162,6 +162,13 @@ class Session:
         except (ValueError, LookupError, TypeError) as error:
             raise CafsError(f"the router says what is not of its protocol: {error}") from None
         return done
+
+    def _replied(self, tag: int, said: dict[str, Any]) -> None:
+        """One that comes in several pieces is one, as far as it is there."""
+        before = self.replies.get(tag, {})
+        if said["is"] == "stats":
+            said["functions"] = before.get("functions", []) + said["functions"]
+        self.replies[tag] = said
 
     def _is_in_state(self, said: dict[str, Any]) -> bytes:
         call = bytes.fromhex(said["call"])

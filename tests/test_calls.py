@@ -124,6 +124,14 @@ def test_what_a_router_says_that_is_not_of_its_protocol_is_an_error_of_ours() ->
     assert id_of("", "f", "k") != id_of("f", "", "k") and len(id_of("", "f", "k")) == 16
 
 
+def test_numbers_of_many_functions_come_in_pieces_and_none_is_lost() -> None:
+    session = Session()
+    tag = session.ask("stats")
+    pieces = [calls.control("stats", tag=tag, functions=[{"name": str(at)}], more=at < 2) for at in range(3)]
+    session.feed(b"".join(pieces))
+    assert [one["name"] for one in session.replies[tag]["functions"]] == ["0", "1", "2"] and not session.replies[tag]["more"]
+
+
 GOOD = {"name": "f", "handler": "python:a.b:c"}
 
 

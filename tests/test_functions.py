@@ -324,6 +324,7 @@ def test_an_instance_that_does_nothing_gives_its_place_to_one_that_waits_for_it(
 
 def test_instances_that_end_before_they_are_ready_are_not_started_for_ever() -> None:
     deploy("x", "python:h:none", "--no-try")
+    assert not instances("x"), "nothing is started before it is called"
     done = call("x", 1)
     assert done.returncode == 1 and "instances end before they are ready" in done.stderr and "AttributeError" in done.stderr
     began = time.monotonic()
