@@ -46,6 +46,7 @@ class Instance:
 
     def __init__(self, job: int, function: Routed, version: int, *, is_first: bool) -> None:
         self.job, self.function, self.version, self.is_first = job, function, version, is_first
+        self.identity = function.identity_of(version)
         self.link: HostLink | None = None
         self.number = 0
         self.calls: OrderedDict[bytes, Call] = OrderedDict()
@@ -107,7 +108,7 @@ class Routed:
 
     def __init__(self, tenant: str, name: str, number: int) -> None:
         self.tenant, self.name, self.number = tenant, name, number
-        self.version, self.trying = 0, 0
+        self.version, self.trying, self.identity = 0, 0, ""
         self.specs: dict[int, dict[str, Any]] = {}
         self.bounds = Bounds()
         self.queue = Queue()
@@ -126,11 +127,13 @@ class Routed:
         self.submitting = 0
         self.scale_after = 0.0
 
+    def identity_of(self, version: int) -> str:
+        """Of what was deployed under that number, '' if nothing is: numbers begin anew after a function was removed."""
+        return str(self.specs[version]["fn"]["id"]) if version in self.specs else ""
+
     def set_version(self, version: int) -> None:
         """From now on calls go to that one."""
-        if version == self.version:
-            return
-        self.version = version
+        self.version, self.identity = version, self.identity_of(version)
         spec = self.specs[version]
         fn = spec["fn"]
         self.bounds = Bounds(fn["concurrency"], fn["min"], fn["max"], fn["buffer"], fn["idle_s"], fn["wait_s"])

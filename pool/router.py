@@ -193,6 +193,11 @@ class Router:
         fn.specs = {row["version"]: row["spec"] for row in rows}
         current = next((row["version"] for row in rows if row["state"] == "current"), 0)
         trying = next((row["version"] for row in rows if row["state"] == "trying"), 0)
+        if fn.identity and fn.identity != fn.identity_of(fn.version):  # it was removed, and is another now
+            fn.version, fn.identity = 0, ""
+            for one in [one for one in self._jobs.values() if one.function is fn]:
+                self._retire(one)
+            fn.ready = []
         if current and current != fn.version:
             self._switch(fn, current)
         if trying and trying != fn.trying:
@@ -206,12 +211,12 @@ class Router:
     def _switch(self, fn: Routed, version: int) -> None:
         """Calls go to that version from now on; what runs on the one before may end."""
         fn.set_version(version)
-        old = fn.ready + [one for one in fn.starting.values() if one.version != version]
+        old = fn.ready + [one for one in fn.starting.values() if one.identity != fn.identity]
         fn.ready = []
         for one in old:
             self._retire(one)
         for one in self._jobs.values():
-            is_right = one.function is fn and one.version == version and one.is_ready and not one.is_leaving
+            is_right = one.function is fn and one.identity == fn.identity and one.is_ready and not one.is_leaving
             if is_right and one not in fn.ready:
                 fn.ready.append(one)
         self._active[fn] = None
@@ -372,7 +377,7 @@ class Router:
         one.is_ready = True
         fn.started(one, time.monotonic())
         fn.starting.pop(one.job, None)
-        if one.version == fn.version:
+        if one.identity and one.identity == fn.identity:
             fn.ready.insert(0, one)
             self._active[fn] = None
             self._dispatch(fn)

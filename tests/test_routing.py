@@ -1,0 +1,230 @@
+"""The router's decisions, one by one: what it says to hosts and to the controller, with neither of them there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pool import calls
+from pool.hostlinks import HostLink
+from pool.routed import Instance, Routed
+from pool.router import Caller, Router
+
+
+class Controller:
+    """Notes what it is asked.  answer: to submits."""
+
+    is_open = True
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.refuses = ""
+        self._jobs = 0
+
+    def ask(self, do: str, then: Any, **fields: Any) -> None:
+        self.asked.append((do, fields))
+        if do == "submit":
+            self._jobs += 1
+            then({"error": self.refuses} if self.refuses else {"ids": [self._jobs]})
+
+
+class Link:
+    """A host that notes what it is told."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker, self.has_greeted, self.has_ever_greeted = worker, True, True
+        self.instances: dict[int, Instance] = {}
+        self.known: dict[bytes, tuple[str, int]] = {}
+        self.said: list[tuple[int, bytes, int]] = []
+
+    def say(self, frame: bytes) -> None:
+        _, kind, _, _, call, a, _ = calls.HEAD.unpack_from(frame)
+        self.said.append((kind, call, a))
+
+    def given(self) -> list[int]:
+        """The instances that got calls, in order."""
+        return [a for kind, _, a in self.said if kind == calls.CALL]
+
+
+class World:
+    def __init__(self, directory: Path) -> None:
+        self.router = Router(str(directory))
+        self.controller = self.router._controller = Controller()  # type: ignore[assignment]
+        self.caller = Caller(0, "")
+        self.answers: list[tuple[int, bytes]] = []
+        self.caller.wire = SimpleNamespace(say=self._hear, is_open=True)  # type: ignore[assignment]
+
+    def _hear(self, frame: bytes) -> None:
+        _, _kind, flags, _, call, _, _ = calls.HEAD.unpack_from(frame)
+        self.answers.append((flags & calls.ERROR, call))
+
+    def function(self, identity: str = "one", version: int = 1, **fields: Any) -> Routed:
+        fn = {
+            "id": identity,
+            "concurrency": 1,
+            "min": 0,
+            "max": 10,
+            "buffer": 0,
+            "idle_s": 60,
+            "wait_s": 0.5,
+            "timeout_s": 300,
+            "start_s": 60,
+        }
+        row = {"version": version, "state": "current", "spec": {"cpus": 1, "fn": {**fn, **fields}}}
+        self.router._set_function("", "f", [row])
+        found = self.router._functions["", "f"]
+        self.caller.opened[found.number] = found
+        return found
+
+    def instance(self, link: Link, number: int, job: int = 0, busy: int = 0) -> Instance:
+        fn = self.router._functions["", "f"]
+        one = self.router._adopt(job or 100 + number, fn, fn.version, is_first=False)
+        one.is_placed = True
+        self.router._links[link.worker] = link  # type: ignore[assignment]
+        self.router._ready(link, one, number, busy)  # type: ignore[arg-type]
+        return one
+
+    def call(self, flags: int = 0, call: bytes = b"") -> bytes:
+        call = call or os.urandom(16)
+        number = next(iter(self.caller.opened))
+        self.router._heed_caller(self.caller, calls.CALL, flags, call, number, 0, b"1")
+        return call
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_the_instance_that_was_used_last_gets_the_call_and_one_without_a_greeting_none(world: World) -> None:
+    world.function()
+    near, far = Link("near"), Link("far")
+    world.instance(near, 1)
+    world.instance(far, 2)
+    first = world.call()
+    assert near.given() + far.given() == [1], "the first that was there"
+    world.router.answered(near, 0, first, 0, b"1")  # type: ignore[arg-type]
+    near.has_greeted = False
+    second = world.call()
+    assert far.given() == [2] and near.given() == [1], "not over a connection that has not said what it knows"
+    third = world.call()
+    assert len(world.router._functions["", "f"].queue) == 1 and world.answers == [(0, first)]
+    world.router.answered(far, 0, second, 0, b"1")  # type: ignore[arg-type]
+    assert far.said[-1] == (calls.CALL, third, 2), "the one that waited is next"
+
+
+def test_starts_that_are_refused_fail_no_call_that_waits(world: World) -> None:
+    fn = world.function()
+    world.instance(Link("w"), 1)
+    fn.measured.service_s = 100.0
+    world.controller.refuses = "quota: a has 5 of 5 jobs"
+    for _ in range(50):
+        world.call()
+    world.router._mind(fn, world.router.loop.now)
+    assert len(fn.queue) == 49 and world.answers == [] and fn.problem.startswith("quota")
+    assert not fn.is_hopeless
+
+
+def test_instances_that_do_not_start_fail_what_waits_only_if_there_is_no_other(world: World) -> None:
+    fn = world.function()
+    one = world.instance(Link("w"), 1)
+    world.call()
+    waiting = world.call()
+    for _ in range(3):
+        fn.failed("it ended", 0.0)
+        world.router._give_up_queue(fn)
+    assert world.answers == []
+    world.router.gone(one, "idle")
+    world.router._give_up_queue(fn)
+    assert world.answers == [(calls.ERROR, waiting)]
+
+
+def test_an_instance_that_was_busy_before_this_router_is_free_afterwards(world: World) -> None:
+    world.function()
+    link, before, nobody = Link("w"), os.urandom(16), os.urandom(16)
+    link.known = {before: ("running", 1), nobody: ("running", 2)}
+    for number in (1, 2):
+        world.instance(link, number, busy=1)
+        assert link.instances[number].busy == 1
+    world.call(calls.LAST, before)
+    assert link.said[-1][:2] == (calls.ASK, before) and link.given() == [], "it is not done again"
+    world.router.answered(link, 0, before, 0, b"1")  # type: ignore[arg-type]
+    world.router.answered(link, 0, nobody, 0, b"1")  # type: ignore[arg-type]
+    assert world.answers == [(0, before)] and [link.instances[number].load for number in (1, 2)] == [0, 0]
+    world.call(calls.LAST, nobody)
+    assert world.answers[-1] == (0, nobody), "what nobody had asked for as yet was kept"
+
+
+def test_a_call_of_before_waits_for_a_host_that_was_not_heard_and_is_not_done_again(world: World) -> None:
+    world.function()
+    near, far = Link("near"), Link("far")
+    world.instance(near, 1)
+    world.router._links["far"] = far  # type: ignore[assignment]
+    far.has_ever_greeted = False
+    again, new = world.call(calls.LAST), world.call()
+    assert near.given() == [1] and near.said[-1][1] == new, "a new one need not wait"
+    world.router._mind_held(world.router.loop.now + 1)
+    assert world.answers == [] and len(world.router._held) == 1
+    world.router._mind_held(world.router.loop.now + 31)
+    assert world.answers == [(calls.ERROR, again)] and near.given() == [1]
+
+
+def test_what_is_deployed_under_a_name_of_before_is_another_function(world: World) -> None:
+    fn = world.function("one")
+    link = Link("w")
+    old = world.instance(link, 1)
+    world.function("two")
+    assert fn.ready == [] and old.is_leaving and link.said[-1][0] == calls.CONTROL
+    world.call()
+    assert link.given() == [] and len(fn.queue) == 1
+    world.router._ready(link, old, 1, 0)  # type: ignore[arg-type]
+    assert fn.ready == [], "not even if it says so again"
+
+
+def test_when_a_worker_is_lost_what_may_be_done_twice_goes_to_another(world: World) -> None:
+    fn = world.function(concurrency=5)
+    near, far = Link("near"), Link("far")
+    ones = [world.instance(near, number) for number in range(1, 5)]
+    world.instance(far, 9)
+    fn.ready.sort(key=lambda one: one.number, reverse=True)
+    twice, once = world.call(calls.IDEMPOTENT), world.call()
+    assert near.given() == [1, 1] and not far.given()
+    lost = HostLink.__new__(HostLink)
+    lost._router, lost.instances, lost.name, lost.known = world.router, {one.number: one for one in ones}, "x", {}
+    lost._give_up()
+    assert far.said == [(calls.CALL, twice, 9)] and world.answers == [(calls.ERROR, once)]
+
+
+def test_a_large_answer_that_is_not_there_any_more_is_an_error_for_all_who_wait(world: World) -> None:
+    world.function()
+    link = Link("w")
+    world.instance(link, 1)
+    call = world.call()
+    world.router.answered(link, calls.REFERENCE, call, 0, b'{"$ref": "x", "size": 9000000}')  # type: ignore[arg-type]
+    for piece in (0, 1, 0):
+        world.router._heed_caller(world.caller, calls.WANT, 0, call, piece, 0, b"")
+    assert [one for one in link.said if one[0] == calls.WANT] == [(calls.WANT, call, 0), (calls.WANT, call, 1)], "each once"
+    world.router.answered(link, calls.ERROR, call, 0, b"{}")  # type: ignore[arg-type]
+    assert world.answers[1:] == [(calls.ERROR, call)] * 3 and world.caller.wants == 0 and not world.router._wants
+    world.router._heed_caller(world.caller, calls.WANT, 0, os.urandom(16), 0, 0, b"")
+    assert world.answers[-1][0] == calls.ERROR, "of a call that nobody knows, too"
+
+
+def test_a_tenant_gets_nothing_of_another_s(world: World) -> None:
+    world.function()
+    link = Link("w")
+    world.instance(link, 1)
+    call = world.call()
+    stranger, heard = Caller(1234, "a"), []
+    stranger.wire = SimpleNamespace(say=heard.append, is_open=True)  # type: ignore[assignment]
+    for kind in (calls.CANCEL, calls.PIECE, calls.MORE, calls.WANT, calls.FORGET, calls.ASK):
+        world.router._heed_caller(stranger, kind, 0, call, 1, 0, b"")
+    world.router._heed_caller(stranger, calls.CALL, 0, call, 1, 0, b"")
+    assert [kind for kind, _, _ in link.said] == [calls.CALL], "the host hears nothing of it"
+    world.router.answered(link, 0, call, 0, b'"secret"')  # type: ignore[arg-type]
+    world.router._heed_caller(stranger, calls.ASK, 0, call, 1, 0, b"")
+    assert not any(b"secret" in frame for frame in heard) and len(heard) == 4
