@@ -79,7 +79,7 @@ class HostLink:
             if found is not None:
                 self._connected(found)
                 continue
-            if self.name and time.monotonic() > self._lost_at + self._router.lost_s:
+            if self.name and time.monotonic() > self._lost_at + self._router.callers.lost_s:
                 self._give_up()
             self._router.loop.at(time.monotonic() + _AGAIN_S, self.open)
 
@@ -98,7 +98,7 @@ class HostLink:
             elif said["is"] == "hello":
                 self._greeted(str(said["host"]))
             else:
-                self._router.heed_host(self, said)
+                self._router.instances.heed_host(self, said)
         else:
             self._router.heed_call(self, kind, flags, call, a, body)
 
@@ -130,7 +130,7 @@ class HostLink:
         self.name, self.known = "", {}
         gone, self.instances = list(self.instances.values()), {}
         for one in gone:  # all of them, before a call looks for another
-            self._router.gone(one, "its worker was lost")
+            self._router.instances.gone(one, "its worker was lost")
         for one in gone:
             for call in list(one.calls.values()):
                 self._router.lost(call)
@@ -138,7 +138,7 @@ class HostLink:
 
     def mind(self) -> None:
         """Once a second."""
-        if self.wire is None and self.name and time.monotonic() > self._lost_at + self._router.lost_s:
+        if self.wire is None and self.name and time.monotonic() > self._lost_at + self._router.callers.lost_s:
             self._give_up()
         if self.known and time.monotonic() > self._greeted_at + calls.KEPT_S:
             self.known = {}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from pool import calls
+from pool.callers import Caller
 from pool.hostlinks import HostLink
 from pool.routed import Instance, Routed
-from pool.router import Caller, Router
+from pool.router import Router
 
 
 class Controller:
@@ -53,7 +54,7 @@ class Link:
 class World:
     def __init__(self, directory: Path) -> None:
         self.router = Router(str(directory))
-        self.controller = self.router._controller = Controller()  # type: ignore[assignment]
+        self.controller = self.router.instances.controller = Controller()  # type: ignore[assignment]
         self.caller = Caller(0, "")
         self.answers: list[tuple[int, bytes]] = []
         self.caller.wire = SimpleNamespace(say=self._hear, is_open=True)  # type: ignore[assignment]
@@ -75,23 +76,23 @@ class World:
             "start_s": 60,
         }
         row = {"version": version, "state": "current", "spec": {"cpus": 1, "fn": {**fn, **fields}}}
-        self.router._set_function("", "f", [row])
-        found = self.router._functions["", "f"]
+        self.router.instances._set_function("", "f", [row])
+        found = self.router.instances.functions["", "f"]
         self.caller.opened[found.number] = found
         return found
 
     def instance(self, link: Link, number: int, job: int = 0, busy: int = 0) -> Instance:
-        fn = self.router._functions["", "f"]
-        one = self.router._adopt(job or 100 + number, fn, fn.version, is_first=False)
+        fn = self.router.instances.functions["", "f"]
+        one = self.router.instances._adopt(job or 100 + number, fn, fn.version, is_first=False)
         one.is_placed = True
-        self.router._links[link.worker] = link  # type: ignore[assignment]
-        self.router._ready(link, one, number, busy)  # type: ignore[arg-type]
+        self.router.links[link.worker] = link  # type: ignore[assignment]
+        self.router.instances._ready(link, one, number, busy)  # type: ignore[arg-type]
         return one
 
     def call(self, flags: int = 0, call: bytes = b"") -> bytes:
         call = call or os.urandom(16)
         number = next(iter(self.caller.opened))
-        self.router._heed_caller(self.caller, calls.CALL, flags, call, number, 0, b"1")
+        self.router.callers._heed(self.caller, calls.CALL, flags, call, number, 0, b"1")
         return call
 
 
@@ -112,7 +113,7 @@ def test_the_instance_that_was_used_last_gets_the_call_and_one_without_a_greetin
     second = world.call()
     assert far.given() == [2] and near.given() == [1], "not over a connection that has not said what it knows"
     third = world.call()
-    assert len(world.router._functions["", "f"].queue) == 1 and world.answers == [(0, first)]
+    assert len(world.router.instances.functions["", "f"].queue) == 1 and world.answers == [(0, first)]
     world.router.answered(far, 0, second, 0, b"1")  # type: ignore[arg-type]
     assert far.said[-1] == (calls.CALL, third, 2), "the one that waited is next"
 
@@ -124,7 +125,7 @@ def test_starts_that_are_refused_fail_no_call_that_waits(world: World) -> None:
     world.controller.refuses = "quota: a has 5 of 5 jobs"
     for _ in range(50):
         world.call()
-    world.router._mind(fn, world.router.loop.now)
+    world.router.instances.mind(fn, world.router.loop.now)
     assert len(fn.queue) == 49 and world.answers == [] and fn.problem.startswith("quota")
     assert not fn.is_hopeless
 
@@ -136,10 +137,10 @@ def test_instances_that_do_not_start_fail_what_waits_only_if_there_is_no_other(w
     waiting = world.call()
     for _ in range(3):
         fn.failed("it ended", 0.0)
-        world.router._give_up_queue(fn)
+        world.router.instances._give_up_queue(fn)
     assert world.answers == []
-    world.router.gone(one, "idle")
-    world.router._give_up_queue(fn)
+    world.router.instances.gone(one, "idle")
+    world.router.instances._give_up_queue(fn)
     assert world.answers == [(calls.ERROR, waiting)]
 
 
@@ -163,13 +164,13 @@ def test_a_call_of_before_waits_for_a_host_that_was_not_heard_and_is_not_done_ag
     world.function()
     near, far = Link("near"), Link("far")
     world.instance(near, 1)
-    world.router._links["far"] = far  # type: ignore[assignment]
+    world.router.links["far"] = far  # type: ignore[assignment]
     far.has_ever_greeted = False
     again, new = world.call(calls.LAST), world.call()
     assert near.given() == [1] and near.said[-1][1] == new, "a new one need not wait"
-    world.router._mind_held(world.router.loop.now + 1)
-    assert world.answers == [] and len(world.router._held) == 1
-    world.router._mind_held(world.router.loop.now + 31)
+    world.router.callers.mind_held(world.router.loop.now + 1)
+    assert world.answers == [] and len(world.router.callers._held) == 1
+    world.router.callers.mind_held(world.router.loop.now + 31)
     assert world.answers == [(calls.ERROR, again)] and near.given() == [1]
 
 
@@ -181,7 +182,7 @@ def test_what_is_deployed_under_a_name_of_before_is_another_function(world: Worl
     assert fn.ready == [] and old.is_leaving and link.said[-1][0] == calls.CONTROL
     world.call()
     assert link.given() == [] and len(fn.queue) == 1
-    world.router._ready(link, old, 1, 0)  # type: ignore[arg-type]
+    world.router.instances._ready(link, old, 1, 0)  # type: ignore[arg-type]
     assert fn.ready == [], "not even if it says so again"
 
 
@@ -206,11 +207,11 @@ def test_a_large_answer_that_is_not_there_any_more_is_an_error_for_all_who_wait(
     call = world.call()
     world.router.answered(link, calls.REFERENCE, call, 0, b'{"$ref": "x", "size": 9000000}')  # type: ignore[arg-type]
     for piece in (0, 1, 0):
-        world.router._heed_caller(world.caller, calls.WANT, 0, call, piece, 0, b"")
+        world.router.callers._heed(world.caller, calls.WANT, 0, call, piece, 0, b"")
     assert [one for one in link.said if one[0] == calls.WANT] == [(calls.WANT, call, 0), (calls.WANT, call, 1)], "each once"
     world.router.answered(link, calls.ERROR, call, 0, b"{}")  # type: ignore[arg-type]
-    assert world.answers[1:] == [(calls.ERROR, call)] * 3 and world.caller.wants == 0 and not world.router._wants
-    world.router._heed_caller(world.caller, calls.WANT, 0, os.urandom(16), 0, 0, b"")
+    assert world.answers[1:] == [(calls.ERROR, call)] * 3 and world.caller.wants == 0 and not world.router.answers.wants
+    world.router.callers._heed(world.caller, calls.WANT, 0, os.urandom(16), 0, 0, b"")
     assert world.answers[-1][0] == calls.ERROR, "of a call that nobody knows, too"
 
 
@@ -222,9 +223,9 @@ def test_a_tenant_gets_nothing_of_another_s(world: World) -> None:
     stranger, heard = Caller(1234, "a"), []
     stranger.wire = SimpleNamespace(say=heard.append, is_open=True)  # type: ignore[assignment]
     for kind in (calls.CANCEL, calls.PIECE, calls.MORE, calls.WANT, calls.FORGET, calls.ASK):
-        world.router._heed_caller(stranger, kind, 0, call, 1, 0, b"")
-    world.router._heed_caller(stranger, calls.CALL, 0, call, 1, 0, b"")
+        world.router.callers._heed(stranger, kind, 0, call, 1, 0, b"")
+    world.router.callers._heed(stranger, calls.CALL, 0, call, 1, 0, b"")
     assert [kind for kind, _, _ in link.said] == [calls.CALL], "the host hears nothing of it"
     world.router.answered(link, 0, call, 0, b'"secret"')  # type: ignore[arg-type]
-    world.router._heed_caller(stranger, calls.ASK, 0, call, 1, 0, b"")
+    world.router.callers._heed(stranger, calls.ASK, 0, call, 1, 0, b"")
     assert not any(b"secret" in frame for frame in heard) and len(heard) == 4

@@ -1,0 +1,261 @@
+"""Whoever makes calls, connected to the router: who may call what, what is refused, and what is the same call again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections import Counter
+
+from pool import calls, sockets
+from pool.answers import Done
+from pool.loop import Wire, listen
+from pool.routed import Call, Routed
+from pool.settings import read
+from pool.tenants import OWNER, Tenants
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool.router import Router
+    from pool.settings import Settings
+
+PLACE = "router"
+_GREET_S = 5.0
+_OPENED_MAX = 10_000
+_SCALE_S = 0.02
+_CALLERS_MAX = 64
+"""Connections of a user who is not the owner."""
+
+
+class Caller:
+    """Somebody who makes calls.  tenant: whose functions they are.  wants: pieces that it has asked for and not got."""
+
+    __slots__ = ("is_owner", "opened", "tenant", "uid", "wants", "wire")
+
+    def __init__(self, uid: int, tenant: str) -> None:
+        self.uid, self.tenant, self.is_owner = uid, tenant, tenant == OWNER
+        self.wants = 0
+        self.opened: dict[int, Routed] = {}
+        self.wire: Wire
+
+
+class Callers:
+    """All of them."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self.usage: Counter[str] = Counter()
+        """Calls of each tenant that have no answer."""
+
+        self.askers: dict[bytes, list[Wire]] = {}
+        """Who waits for what only a host knows."""
+
+        self._held: list[tuple[float, Caller, tuple[int, bytes, int, int, bytes]]] = []
+        """Calls of before this router began, which a host that was not heard yet may know."""
+
+        self._all: set[Caller] = set()
+        self._is_listening = False
+        self.settle(read(router.directory))
+
+    def _accept(self, connection: socket.socket) -> None:
+        uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        tenant = OWNER if uid in (os.geteuid(), 0) else self._tenants.of_user(uid)
+        many = sum(one.uid == uid for one in self._all)
+        if tenant is None or (tenant != OWNER and many >= _CALLERS_MAX):
+            return connection.close()
+        caller = Caller(uid, tenant)
+
+        def heed(kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
+            self._heed(caller, kind, flags, call, a, b, body)
+
+        def lost(_: str) -> None:
+            self._all.discard(caller)
+
+        caller.wire = Wire(self._router.loop, connection, heed, lost)
+        self._all.add(caller)
+
+    def _heed(self, caller: Caller, kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
+        if kind == calls.CALL:
+            self._come(caller, flags, call, a, b, body)
+        elif kind == calls.CONTROL:
+            self._control(caller, calls.said(body))
+        elif kind == calls.ASK:
+            self._ask(caller, call, body.decode("utf-8", "replace"), is_to_wait=bool(a))
+        elif kind in (calls.WANT, calls.FORGET):
+            self._router.answers.fetch(caller, kind, call, a)
+        else:
+            found = self._router.calls.get(call)
+            if found is None or caller.wire not in found.callers:
+                return
+            link = found.instance.link if found.instance else found.link
+            if link and kind in (calls.PIECE, calls.MORE, calls.CANCEL):
+                link.say(calls.frame(kind, call, body, flags=flags, a=a))
+            elif kind == calls.CANCEL and found.function.queue.remove(found):
+                self._router.fail(found, "cancelled", "the call was cancelled")
+
+    def _come(self, caller: Caller, flags: int, call: bytes, number: int, ms: int, body: bytes) -> None:
+        """A call."""
+        known = self._router.calls.get(call) or self._router.answers.done.get(call)
+        fn = caller.opened.get(number)
+        if known is not None:
+            return self._same_again(caller, call, flags, known)
+        if fn is None or fn.is_gone:
+            return caller.wire.say(calls.failed(call, "function", "there is no such function"))
+        now = self._router.loop.now
+        if any(call in link.known for link in self._router.links.values()):
+            return self._take_up(caller, call, flags, fn, body, now)
+        is_again = bool(flags & calls.LAST)
+        flags &= ~calls.LAST
+        if is_again and not flags & calls.IDEMPOTENT and not all(link.has_ever_greeted for link in self._router.links.values()):
+            self._held.append((now, caller, (flags, call, number, ms, body)))  # a host may have begun it
+            return
+        limit = self._tenants.all[fn.tenant].calls if fn.tenant in self._tenants.all else 0
+        if fn.queue.is_full(len(body)):
+            return caller.wire.say(calls.failed(call, "full", f"the queue of {fn.name} is full"))
+        if limit and self.usage[fn.tenant] >= limit:
+            return caller.wire.say(calls.failed(call, "full", f"quota: {fn.tenant} has {limit} of {limit} calls"))
+        if fn.is_hopeless and now < fn.blocked_until and not fn.ready:
+            return caller.wire.say(calls.failed(call, "start", f"instances end before they are ready: {fn.problem}"))
+        found = Call(call, fn, flags, body, now, now + ms / 1000 if ms else 0.0)
+        self._router.calls[call] = found
+        self.usage[fn.tenant] += 1
+        if flags & calls.SPAWN:
+            caller.wire.say(calls.frame(calls.BEGUN, call))
+        if not flags & calls.SPAWN or flags & calls.REFERENCE:
+            found.callers.append(caller.wire)
+        fn.came(now)
+        one = fn.pick() if not fn.queue else None
+        if one:
+            return self._router.give(found, one)
+        fn.queue.put(found)
+        self._router.instances.active[fn] = None
+        found.is_cold = not fn.ready
+        if now >= fn.scale_after:
+            fn.scale_after = now + _SCALE_S
+            self._router.instances.scale(fn, now)
+
+    def _same_again(self, caller: Caller, call: bytes, flags: int, known: Call | Done) -> None:
+        """A call that is known: whoever sends it again gets the same answer."""
+        tenant = known.function.tenant if isinstance(known, Call) else known.tenant
+        if not caller.is_owner and tenant != caller.tenant:
+            return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
+        if flags & calls.SPAWN:
+            caller.wire.say(calls.frame(calls.BEGUN, call))
+        if flags & calls.SPAWN and not flags & calls.REFERENCE:
+            return
+        if isinstance(known, Call):
+            known.callers.append(caller.wire)
+        else:
+            known.takers += 1
+            caller.wire.say(known.frame)
+
+    def _take_up(self, caller: Caller, call: bytes, flags: int, fn: Routed, body: bytes, now: float) -> None:
+        """A call that a host knows from the router before us."""
+        for link in self._router.links.values():
+            known = link.known.get(call)
+            if known is None:
+                continue
+            one = link.instances.get(known[1])
+            if one and one.function is not fn:
+                return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
+            found = self._router.calls[call] = Call(call, fn, flags, body, now, 0.0)
+            found.begun = now
+            found.callers.append(caller.wire)
+            self.usage[fn.tenant] += 1
+            found.link = link
+            if one and known[0] == "running":
+                found.instance = one
+                one.calls[call] = found
+                one.busy = max(one.busy - 1, 0)
+            link.say(calls.frame(calls.ASK, call))
+            return
+
+    def _ask(self, caller: Caller, call: bytes, tenant_asked: str, *, is_to_wait: bool) -> None:
+        """What has become of a call.  tenant_asked: whose it is to be, '' for whosever it is."""
+        known = self._router.calls.get(call) or self._router.answers.done.get(call)
+        tenant = (known.function.tenant if isinstance(known, Call) else known.tenant) if known else OWNER
+        if known and ((not caller.is_owner and tenant != caller.tenant) or tenant_asked not in ("", tenant)):
+            known = None
+        if isinstance(known, Done):
+            known.takers += 1
+            return caller.wire.say(known.frame)
+        if known is None:
+            for link in self._router.links.values():
+                state, number = link.known.get(call, ("", 0))
+                one = link.instances.get(number)
+                whose = one.function.tenant if one else OWNER
+                if not state or (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
+                    continue
+                if state == "running" and not is_to_wait:
+                    return caller.wire.say(calls.control("state", call=call.hex(), state=state))
+                self.askers.setdefault(call, []).append(caller.wire)
+                return link.say(calls.frame(calls.ASK, call))
+            return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
+        if is_to_wait:
+            known.callers.append(caller.wire)
+        else:
+            state = "running" if known.instance else "queued"
+            caller.wire.say(calls.control("state", call=call.hex(), state=state))
+
+    def _control(self, caller: Caller, said: dict[str, Any]) -> None:
+        tag = said.get("tag")
+        if type(tag) is not int:
+            raise ValueError("a tag is a number")
+        if said["is"] == "stats":
+            shown = [
+                fn.shown()
+                for key, fn in sorted(self._router.instances.functions.items())
+                if caller.is_owner or fn.tenant == caller.tenant
+            ]
+            for at in range(0, len(shown) or 1, 500):
+                caller.wire.say(calls.control("stats", tag=tag, functions=shown[at : at + 500], more=at + 500 < len(shown)))
+            return
+        if said["is"] != "open":
+            raise ValueError("unknown")
+        tenant = str(said.get("tenant") or caller.tenant)
+        fn = (
+            self._router.instances.functions.get((tenant, str(said["name"])))
+            if caller.is_owner or tenant == caller.tenant
+            else None
+        )
+        if fn is None or not (fn.version or fn.trying) or len(caller.opened) > _OPENED_MAX:
+            message = f"no function '{said['name']}'"
+            return caller.wire.say(calls.control("error", tag=tag, kind="function", message=message))
+        caller.opened[fn.number] = fn
+        caller.wire.say(calls.control("open", tag=tag, number=fn.number, tenant=fn.tenant, timeout_s=fn.timeout_s))
+
+    def mind_held(self, now: float) -> None:
+        """Calls that a host may have begun, when all were heard; or one is not for too long."""
+        is_known = all(link.has_ever_greeted for link in self._router.links.values())
+        held, self._held = self._held, []
+        for came, caller, (flags, call, number, ms, body) in held:
+            if is_known:
+                self._come(caller, flags, call, number, ms, body)
+            elif now > came + self.lost_s:
+                caller.wire.say(calls.failed(call, "unknown", "outcome unknown: its worker does not answer"))
+            else:
+                self._held.append((came, caller, (flags, call, number, ms, body)))
+
+    def settle(self, settings: Settings) -> None:
+        """What pool.toml says; it may have changed when there is another controller."""
+        self._tenants, self.lost_s = Tenants(settings.tenants), settings.lost_s
+        if self._is_listening:
+            self._share()
+
+    def _share(self) -> None:
+        """Whether others reach the socket."""
+        place = os.path.join(self._router.directory, PLACE)
+        is_shared = bool(self._tenants.all)
+        os.chmod(place, 0o711 if is_shared else 0o700)
+        os.chmod(os.path.join(place, "socket"), 0o666 if is_shared else 0o600)
+
+    def mind_listening(self, now: float) -> None:
+        """Take calls when all hosts have said what they know, or have had the time to."""
+        if self._is_listening or not self._router.instances.is_asked:
+            return
+        if all(link.has_greeted for link in self._router.links.values()) or now > self._router.began + _GREET_S:
+            self._is_listening = True
+            listen(self._router.loop, sockets.listen(os.path.join(self._router.directory, PLACE)), self._accept)
+            self._share()
