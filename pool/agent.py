@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from pool import cgroup, frames, hosting, machine
+from pool import cgroup, frames, hostprocess, machine
 from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
@@ -316,7 +316,7 @@ def daemon(directory: str, build: str) -> None:
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that we hear of the end of all that jobs leave
     found = Agent(directory, build)
     found.run()
-    hosting.leave(directory)
+    hostprocess.leave(directory)
     cgroup.sweep(os.path.basename(directory), set())
     if found.is_to_be_removed:
         shutil.rmtree(directory, ignore_errors=True)

@@ -7,143 +7,23 @@ Function("resize").call({"url": "a.jpg"})
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
-import time
 from collections import deque
 from contextlib import contextmanager
 
 from cafs import paths
 from cafs.errors import NotFound, RemoteError
-from pool import calls, sockets
-from pool.session import CallError, Session, id_of
+from pool import calls
+from pool.asyncconnection import AsyncConnection
+from pool.connection import Connection
+from pool.session import CallError, id_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
     from typing import Any
 
-_PIECE = 1 << 18
-_AGAIN_S = 10.0
-_BEGIN_S = 5.0
 PARALLEL = 64
-
-
-def _connect(directory: str, wait_s: float) -> socket.socket:
-    """To the router of a pool; if a controller runs, it is waited for.  Raises RemoteError."""
-    place = f"{directory}/router"
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            return sockets.connect(place)
-        except OSError:
-            try:
-                sockets.connect(directory).close()
-            except OSError:
-                raise RemoteError("no controller runs for this pool", hint="cpool serve &") from None
-            if time.monotonic() > deadline:
-                raise RemoteError("the router does not answer", hint="is a function deployed? cpool fn ls") from None
-        time.sleep(0.02)
-
-
-class Connection:
-    """To the router, for one thread.  Raises RemoteError."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self.session = Session()
-        self._socket = _connect(directory, _BEGIN_S)
-        self._opened: dict[tuple[str, str], int] = {}
-        self.owners: dict[tuple[str, str], str] = {}
-        """Whose the functions are that were opened."""
-
-        self._is_renewing = self._has_heard = False
-        self._renewed = 0
-
-    def close(self) -> None:
-        """What has no answer goes on."""
-        self._socket.close()
-
-    def _renew(self) -> None:
-        """The router has ended; another one takes up what the one before had begun.  Raises RemoteError."""
-        if not self._has_heard:
-            raise RemoteError("the router has ended the connection", hint="may this user use the pool?")
-        before, deadline = self._opened, time.monotonic() + _AGAIN_S
-        self._is_renewing, self._has_heard = True, False
-        self._renewed += 1
-        try:
-            while True:
-                self._socket.close()
-                self._socket = _connect(self._directory, max(deadline - time.monotonic(), 0))
-                self.session.renew()
-                self._opened = {}
-                try:
-                    self.session.again({number: self.open(*key) for key, number in before.items()})
-                    return
-                except OSError as error:  # that was still the one before
-                    if time.monotonic() > deadline:
-                        raise RemoteError("the router has ended") from error
-                    time.sleep(0.02)
-        finally:
-            self._is_renewing = False
-
-    def open(self, tenant: str, name: str) -> int:
-        """The router's number of a function.  Raises NotFound."""
-        while (tenant, name) not in self._opened:
-            found = self.reply(self.session.ask("open", name=name, tenant=tenant))
-            if found is None:
-                continue
-            if found["is"] == "error":
-                raise NotFound(str(found["message"]), hint="cpool fn ls")
-            self._opened[tenant, name] = int(found["number"])
-            self.owners[tenant, name] = str(found["tenant"])
-        return self._opened[tenant, name]
-
-    def reply(self, tag: int) -> dict[str, Any] | None:
-        """To a control; None if it is to be asked again, as the router has ended."""
-        renewed = self._renewed
-        while tag not in self.session.replies:
-            self.turn()
-            if self._renewed != renewed:
-                return None
-        return self.session.replies.pop(tag)
-
-    def turn(self) -> list[bytes]:
-        """Send what is to be sent, wait for something; the calls that are done by it."""
-        try:
-            if self.session.out:
-                out, self.session.out = self.session.out, bytearray()
-                self._socket.sendall(out)
-            data = self._socket.recv(_PIECE)
-            if not data:
-                raise ConnectionResetError
-            self._has_heard = True
-        except OSError:
-            if self._is_renewing:
-                raise
-            self._renew()
-            return []
-        return self.session.feed(data)
-
-    def wait(self, call: bytes) -> Any:
-        """The answer.  Raises CallError."""
-        try:
-            one = self.session.pending[call]
-            while not one.is_done:
-                self.turn()
-        except BaseException:  # Ctrl-C, most likely
-            self._abandon(call)
-            raise
-        return self.session.take(call)
-
-    def _abandon(self, call: bytes) -> None:
-        self.session.pending.pop(call, None)
-        self.session.cancel(call)
-        try:
-            self._socket.sendall(self.session.out)
-            self.session.out = bytearray()
-        except OSError:
-            pass  # then nobody is there to hear it
 
 
 class Function:
@@ -223,7 +103,7 @@ class Function:
                     if not one.is_done:
                         connection.turn()
             except BaseException:
-                connection._abandon(call)
+                connection.abandon(call)
                 raise
             answer = session.take(call)
             if answer is not one.items:
@@ -295,7 +175,7 @@ class Function:
             except BaseException:
                 for call in running:
                     session.cancel(call)
-                connection._abandon(next(iter(running), calls.NOBODY))
+                connection.abandon(next(iter(running), calls.NOBODY))
                 raise
 
     def spawn(self, value: Any, *, key: str | None = None, timeout_s: float | None = None) -> str:
@@ -384,93 +264,6 @@ async def _asynchronous(inputs: Iterable[Any] | AsyncIterable[Any]) -> AsyncIter
     else:
         for one in inputs:
             yield one
-
-
-class AsyncConnection:
-    """To the router, for one event loop; many calls at once."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._session = Session()
-        self._waits: dict[bytes, asyncio.Future[Any]] = {}
-        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._opened: dict[tuple[str, str], asyncio.Task[tuple[int, str]]] = {}
-        self._begun = asyncio.ensure_future(self._begin())
-        self.is_closed = False
-
-    async def begin(self) -> None:
-        """Wait until there is a connection.  Raises RemoteError."""
-        try:
-            await asyncio.shield(self._begun)
-        except Exception:
-            self.is_closed = True
-            raise
-
-    async def _begin(self) -> None:
-        connection = await asyncio.to_thread(_connect, self._directory, _BEGIN_S)
-        self._reader, self._writer = await asyncio.open_connection(sock=connection)
-        self._task = asyncio.ensure_future(self._hear())
-
-    async def _hear(self) -> None:
-        try:
-            while data := await self._reader.read(_PIECE):
-                for call in self._session.feed(data):
-                    wait = self._waits.pop(call, None)
-                    try:
-                        answer = self._session.take(call)
-                    except Exception as error:
-                        if wait and not wait.done():
-                            wait.set_exception(error)
-                        continue
-                    if wait and not wait.done():
-                        wait.set_result(answer)
-                for tag in list(self._session.replies):
-                    self._replies.pop(tag).set_result(self._session.replies.pop(tag))
-                self._send()
-        except OSError:
-            pass
-        finally:
-            self.is_closed = True
-            for one in [*self._waits.values(), *self._replies.values()]:
-                if not one.done():
-                    one.set_exception(RemoteError("outcome unknown: the router has ended"))
-
-    def _send(self) -> None:
-        if self._session.out:
-            out, self._session.out = self._session.out, bytearray()
-            self._writer.write(out)
-
-    async def open(self, tenant: str, name: str) -> tuple[int, str]:
-        """(as of Connection, whose it is)."""
-        key = tenant, name
-        if key not in self._opened or (self._opened[key].done() and self._opened[key].exception()):
-            self._opened[key] = asyncio.ensure_future(self._open(tenant, name))
-        return await asyncio.shield(self._opened[key])
-
-    async def _open(self, tenant: str, name: str) -> tuple[int, str]:
-        tag = self._session.ask("open", name=name, tenant=tenant)
-        wait = self._replies[tag] = asyncio.get_running_loop().create_future()
-        self._send()
-        found = await wait
-        if found["is"] == "error":
-            raise NotFound(str(found["message"]), hint="cpool fn ls")
-        return int(found["number"]), str(found["tenant"])
-
-    async def call(self, number: int, value: Any, **fields: Any) -> Any:
-        """Its answer.  Raises CallError, CafsError."""
-        if fields["call"] in self._waits:  # the same key is the same call
-            return await asyncio.shield(self._waits[fields["call"]])
-        call = self._session.begin(number, value, **fields)
-        wait = self._waits[call] = asyncio.get_running_loop().create_future()
-        self._send()
-        try:
-            return await wait
-        except asyncio.CancelledError:
-            self._session.pending.pop(call, None)
-            self._waits.pop(call, None)
-            self._session.cancel(call)
-            self._send()
-            raise
 
 
 def result(call: str, *, wait: bool = True, directory: str | None = None, tenant: str = "") -> Any:

@@ -11,7 +11,8 @@ import select
 import signal
 import sys
 
-from pool import calls, cgroup, hosting, sockets
+from pool import calls, cgroup, sockets
+from pool.hosted import PLACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def start(directory: str, asked: dict[str, Any], instead: Callable[[], Any]) -> 
 
 def _look_after(directory: str, asked: dict[str, Any], instead: Callable[[], Any]) -> None:
     agent = os.path.dirname(os.path.dirname(directory))
-    pid = _ask(os.path.join(agent, hosting.PLACE), asked["zygote_of"], os.path.basename(directory))
+    pid = _ask(os.path.join(agent, PLACE), asked["zygote_of"], os.path.basename(directory))
     if not pid:
         _note_no_zygote(directory)
         instead()

@@ -6,27 +6,23 @@ other, and an agent that ends disturbs no call.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import os
 import signal
 import socket
 import struct
-import sys
 import time
 from collections import OrderedDict
 
 from pool import calls, loop, sockets, values
+from pool.hosted import DONE, PLACE, RUNNING, Call, Instance
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-PLACE = "calls"
 _TICK_S, _IDLE_TICK_S = 0.1, 1.0
 _GRACE_S = 10.0
-_BEGIN_S = 5.0
 _ALONE_S = 600.0
 _KEPT_BYTES, _KEPT_MANY = 64 << 20, 100_000
 _GONE_MANY = 200_000
@@ -38,46 +34,6 @@ _FILES_SHARE = 128
 """So many bytes of an answer in a file count as one in memory."""
 
 _TOLD_AT_ONCE = 10_000
-_SET_CHILD_SUBREAPER = 36
-RUNNING, DONE = "running", "done"
-
-
-class Call:
-    """instance: where it runs.  deadline: by time.monotonic().  given_up: when it was answered for its handler."""
-
-    __slots__ = ("answer", "credit", "deadline", "done", "given_up", "has_begun", "id", "instance", "items", "pull", "result")
-
-    def __init__(self, call: bytes, instance: Instance, deadline: float) -> None:
-        self.id, self.instance, self.deadline = call, instance, deadline
-        self.answer = b""
-        self.done = self.given_up = 0.0
-        self.has_begun = False
-        self.items, self.credit = 0, calls.ITEMS_AHEAD
-        self.pull: values.Pull | None = None
-        self.result: values.Kept | None = None
-
-
-class Instance:
-    """A container that serves calls.  number: its name for the router; about: as the agent wrote it."""
-
-    def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
-        self.number, self.wire, self.job, self.directory = number, wire, job, directory
-        self.process = os.pidfd_open(pid)  # a number may be another's later
-        self.concurrency = int(about["concurrency"])
-        self.timeout_s = float(about["timeout_s"])
-        self.idle_s = float(about["idle_s"])
-        self.calls: OrderedDict[bytes, Call] = OrderedDict()
-        self.used = time.monotonic()
-        self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False
-        self.left_at = 0.0
-        """Since when it is to end."""
-
-    def send(self, number: int) -> None:
-        """A signal to its process."""
-        try:
-            signal.pidfd_send_signal(self.process, number)
-        except OSError:
-            pass  # it has ended, or is not ours
 
 
 class Host:
@@ -521,76 +477,3 @@ class Host:
         idle_s = one.idle_s or (0.0 if self._router else _ALONE_S)
         if one.is_ready and not one.calls and not one.is_leaving and 0 < idle_s <= now - one.used:
             self._leave(one, "idle")
-
-
-def daemon(directory: str) -> None:
-    """Be the function host of an agent's directory, if there is none."""
-    place = os.path.join(directory, PLACE)
-    os.makedirs(place, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    Host(directory).run()
-    for path in (os.path.join(place, "socket"), os.path.join(place, "in", "socket")):
-        os.unlink(path)
-
-
-def leave(directory: str) -> None:
-    """Have the one that there is end, when it has no instances."""
-    try:
-        connection = sockets.connect(os.path.join(directory, PLACE))
-    except OSError:
-        return
-    with connection:
-        connection.sendall(calls.control("leave"))
-
-
-def _stays(place: str) -> bool:
-    """Whether the one that lives goes on living for a while; not before it listens, or when it has decided to end."""
-    try:
-        with sockets.connect(place) as connection:
-            connection.settimeout(1)
-            connection.sendall(calls.control("stay"))
-            return bool(connection.recv(64))
-    except OSError:
-        return False
-
-
-def ensure(directory: str) -> None:
-    """Start one if there is none: two forks, so that it is nobody's child, in a session of its own.  Raises OSError."""
-    place = os.path.join(directory, PLACE)
-    os.makedirs(place, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + _BEGIN_S
-    try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if _stays(place):
-                    return
-                time.sleep(0.01)  # it is about to end
-        else:
-            return  # it does neither
-    finally:
-        os.close(lock)
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
-    try:
-        os.setsid()
-        if os.fork():
-            os._exit(0)
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        os.closerange(3, 4096)
-        daemon(directory)
-    except BaseException as error:
-        print(f"function host: {error!r}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(0)

@@ -11,7 +11,8 @@ import pkgutil
 import shlex
 import sys
 
-from pool import hosting
+from pool import hostprocess
+from pool.hosted import PLACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ PYTHON, LINES = "python", "jsonl"
 
 def prepare(directory: str, asked: dict[str, Any]) -> None:
     """Of a job that is an instance: what its container sees, and a function host to speak with.  Raises OSError."""
-    place = os.path.join(directory, hosting.PLACE)
+    place = os.path.join(directory, PLACE)
     for name in ("", "in", "host", "out"):
         os.mkdir(os.path.join(place, name), 0o755)
     os.chmod(place, 0o755)
@@ -41,13 +42,13 @@ def prepare(directory: str, asked: dict[str, Any]) -> None:
     os.chmod(os.path.join(place, "shim.py"), 0o444)
     with open(os.path.join(directory, "about.json"), "w", encoding="utf-8") as file:
         json.dump({**asked["fn"], "zygote_of": asked.get("zygote_of", "")}, file)
-    hosting.ensure(os.path.dirname(os.path.dirname(directory)))
+    hostprocess.ensure(os.path.dirname(os.path.dirname(directory)))
 
 
 def words(directory: str, asked: dict[str, Any], run: Sequence[str]) -> list[str]:
     """What serves the calls.  run: the words of crun for a container of the job, without its image."""
-    place = os.path.join(directory, hosting.PLACE)
-    host = os.path.join(os.path.dirname(os.path.dirname(directory)), hosting.PLACE, "in")
+    place = os.path.join(directory, PLACE)
+    host = os.path.join(os.path.dirname(os.path.dirname(directory)), PLACE, "in")
     many_gpus = len(asked.get("gpu_ids", ()))
     run = [*run, "-e", "CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(many_gpus)))]  # it sees its own, numbered from 0
     if asked["fn"].get("record") and asked["fn"].get("is_first"):

@@ -1,0 +1,62 @@
+"""What the function host of a worker has: calls that were begun, and instances that serve them.
+
+Part of the agent's program: standard library only, Python 3.9.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import OrderedDict
+
+from pool import calls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pool import loop, values
+
+PLACE = "calls"
+"""Directory of the host, in that of the agent; and of an instance, in that of its job."""
+
+RUNNING, DONE = "running", "done"
+
+
+class Call:
+    """instance: where it runs.  deadline: by time.monotonic().  given_up: when it was answered for its handler."""
+
+    __slots__ = ("answer", "credit", "deadline", "done", "given_up", "has_begun", "id", "instance", "items", "pull", "result")
+
+    def __init__(self, call: bytes, instance: Instance, deadline: float) -> None:
+        self.id, self.instance, self.deadline = call, instance, deadline
+        self.answer = b""
+        self.done = self.given_up = 0.0
+        self.has_begun = False
+        self.items, self.credit = 0, calls.ITEMS_AHEAD
+        self.pull: values.Pull | None = None
+        self.result: values.Kept | None = None
+
+
+class Instance:
+    """A container that serves calls.  number: its name for the router; about: as the agent wrote it."""
+
+    def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
+        self.number, self.wire, self.job, self.directory = number, wire, job, directory
+        self.process = os.pidfd_open(pid)  # a number may be another's later
+        self.concurrency = int(about["concurrency"])
+        self.timeout_s = float(about["timeout_s"])
+        self.idle_s = float(about["idle_s"])
+        self.calls: OrderedDict[bytes, Call] = OrderedDict()
+        self.used = time.monotonic()
+        self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False
+        self.left_at = 0.0
+        """Since when it is to end."""
+
+    def send(self, number: int) -> None:
+        """A signal to its process."""
+        try:
+            signal.pidfd_send_signal(self.process, number)
+        except OSError:
+            pass  # it has ended, or is not ours
