@@ -33,6 +33,7 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "start_s": ((int, float), 60), "is_first": (bool, False), "zygote": (bool, False), "record": (bool, False), "id": (str, ""),
 }  # fmt: skip
 _LONGEST_S = 86400.0
+_PATIENCE_S = 0.5
 
 
 def check(fn: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +171,7 @@ class Functions:
         if now < self._look_after:
             return
         self._look_after = now + 1.0
+        self._ask_for_room()
         if self._router:
             self._router.poll()
         if not self._rows or any(key in self._controller.clients for key in self._watchers):
@@ -182,6 +184,13 @@ class Functions:
                 words = [sys.executable, "-P", "-c", code, self._controller.directory]
                 null = subprocess.DEVNULL
                 self._router = subprocess.Popen(words, stdin=null, stdout=log, stderr=log, cwd="/", start_new_session=True)
+
+    def _ask_for_room(self) -> None:
+        """For the first plain job that waits: an instance that is idle is worth less than it."""
+        late_s = time.time() - _PATIENCE_S
+        for job in self._controller.waiting.jobs if self.jobs else ():
+            if job.state == "queued" and not job.spec.get("fn") and job.submitted_s < late_s:
+                return self._tell({"watch": "room", "job": job.id, "cpus": job.spec["cpus"]})
 
     def soon(self) -> None:
         """A function was deployed: do not wait to look whether there is a router."""

@@ -33,6 +33,9 @@ class Instances:
         self.active: dict[Routed, None] = {}
         self.jobs: dict[int, Instance] = {}
         self.is_asked = False
+        self._freed: dict[int, float] = {}
+        """Processors of idle ones that were ended for a job that waits."""
+
         self.controller = ControllerLink(router.loop, router.directory, self._heed_controller, self._watch)
 
     def _watch(self) -> None:
@@ -74,6 +77,8 @@ class Instances:
             self._set_function(said["tenant"], said["name"], said["rows"])
         elif kind == "job":
             self._job(said)
+        elif kind == "room":
+            self._make_room_for(int(said["job"]), float(said["cpus"]))
         elif kind == "end":
             self._router.end()
 
@@ -292,19 +297,28 @@ class Instances:
 
     def make_room(self, now: float) -> None:
         """An instance that has waited for a place for a moment gets that of one that is idle."""
-        waiting = [one for one in self.jobs.values() if not one.is_placed and one.made < now - _PLACE_S]
-        wanted = [one for one in waiting if one.freed_cpus < _cpus(one)]  # no more is ended for one than it needs
-        if not wanted:
-            return
+        for one in self.jobs.values():
+            if not one.is_placed and one.made < now - _PLACE_S and one.freed_cpus < _cpus(one):
+                one.freed_cpus += self._end_idle()
+                return
+
+    def _make_room_for(self, job: int, cpus: float) -> None:
+        """The same for a plain job, of which the controller tells."""
+        if self._freed.get(job, 0.0) < cpus:
+            self._freed = {job: self._freed.get(job, 0.0) + self._end_idle()}
+
+    def _end_idle(self) -> float:
+        """The idle instance that was used least lately is ended; its processors, 0 if there is none."""
         idle = []
         for fn in self.functions.values():
             many = len(fn.ready) - autoscaling.floor(fn.seen(), fn.bounds)
             idle += [one for one in fn.ready[: max(many, 0)] if not one.load] if not fn.queue else []
-        if idle:
-            one = min(idle, key=lambda one: one.used)
-            wanted[0].freed_cpus += max(_cpus(one), 0.01)
-            assert one.link
-            one.link.say(calls.control("end", instance=one.number))
+        if not idle:
+            return 0.0
+        one = min(idle, key=lambda one: one.used)
+        assert one.link
+        one.link.say(calls.control("end", instance=one.number))
+        return max(_cpus(one), 0.01)
 
     def mind(self, fn: Routed, now: float) -> None:
         limit = now - fn.timeout_s

@@ -320,6 +320,8 @@ def test_an_instance_that_does_nothing_gives_its_place_to_one_that_waits_for_it(
     began = time.monotonic()
     deploy("b", "python:h:echo", "--cpus", os.cpu_count() or 1)
     assert answer("b", 2) == 2 and time.monotonic() - began < 30 and not instances("a")
+    number = ok("submit", "--no-container", "--cpus", os.cpu_count() or 1, "--", "true").strip()
+    assert cp("wait", number, timeout=20).returncode == 0 and not instances("b"), "a plain job need not wait for it either"
 
 
 def test_instances_that_end_before_they_are_ready_are_not_started_for_ever() -> None:
