@@ -247,11 +247,13 @@ def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
     tmp_path: Path,
 ) -> None:
     with serving_with("from pool import specs; specs.STRICT_S = 1.0"):
-        run = ("sh", "-c", f"trap 'echo ended >>{tmp_path}/$CPOOL_JOB; exit' TERM; while :; do sleep 0.05; done")
+        run = ("sh", "-c", f"echo $$ >{tmp_path}/$CPOOL_JOB; while :; do sleep 0.05; done")
         strict, easy = (ok("submit", *PLAIN, *flags, "--cpus", "0.1", "--", *run).strip() for flags in (("--strict",), ()))
-        wait_until(lambda: all(job(one)["state"] == "running" for one in (strict, easy)))
-    wait_until(lambda: (tmp_path / strict).exists(), 20)
-    assert not (tmp_path / easy).exists()
+        wait_until(lambda: all((tmp_path / one).exists() and (tmp_path / one).read_text() for one in (strict, easy)))
+    places = [Path("/proc") / (tmp_path / one).read_text().strip() for one in (strict, easy)]
+    assert all(place.exists() for place in places)
+    wait_until(lambda: not places[0].exists(), 20)
+    assert places[1].exists()
     with serving():
         ok("down", "--grace", "1")
 
