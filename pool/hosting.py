@@ -7,6 +7,7 @@ other, and an agent that ends disturbs no call.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -59,7 +60,7 @@ class Host:
         self._strangers = 0
         self._numbers = 0
         self._alone_since = time.monotonic()
-        self._is_ticking = self._is_to_leave = False
+        self._tick_at, self._is_to_leave = math.inf, False
         values.clear(os.path.join(self._place, "kept"))
         os.makedirs(os.path.join(self._place, "in"), exist_ok=True)
         os.chmod(os.path.join(self._place, "in"), 0o755)
@@ -201,8 +202,7 @@ class Host:
         limit_s = ms / 1000 if ms else one.timeout_s
         found = Call(call, one, self._loop.now + limit_s)
         self._calls[call] = one.calls[call] = found
-        if not self._is_ticking:
-            self._tick_soon()
+        self._tick_soon()
         if flags & calls.REFERENCE:
             try:
                 found.pull = values.Pull(os.path.join(one.directory, "in"), call.hex(), body, flags)
@@ -435,12 +435,22 @@ class Host:
     # Time.
 
     def _tick_soon(self) -> None:
-        self._is_ticking = True
-        self._loop.at(time.monotonic() + _TICK_S, self._tick)
+        self._tick_within(_TICK_S)
+
+    def _tick_within(self, seconds: float) -> None:
+        """Unless that is to be before."""
+        when = self._loop.now + seconds
+        if when < self._tick_at:
+            self._tick_at = when
+            self._loop.at(when, self._tick_if_due)
+
+    def _tick_if_due(self) -> None:
+        if self._loop.now >= self._tick_at:  # else an earlier one took its place
+            self._tick()
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._is_ticking = False
+        self._tick_at = math.inf
         is_busy = False
         for one in list(self._instances.values()):
             is_busy = is_busy or bool(one.calls)
@@ -453,14 +463,7 @@ class Host:
             self._alone_since = now
         if not self._instances and (self._is_to_leave or now > self._alone_since + _ALONE_S):
             self._loop.is_over = True
-        if is_busy:
-            self._tick_soon()
-        else:
-            self._loop.at(now + _IDLE_TICK_S, self._tick_if_idle)
-
-    def _tick_if_idle(self) -> None:
-        if not self._is_ticking:
-            self._tick()
+        self._tick_within(_TICK_S if is_busy else _IDLE_TICK_S)
 
     def _mind(self, one: Instance, now: float) -> None:
         for call in [call for call in one.calls.values() if call.deadline <= now and not call.done]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafs.errors import CafsError, UsageError
-from pool import calls, functions, instance, report, values
+from pool import calls, functions, hosting, instance, report, values
 from pool.session import CallError, Session, id_of
 from pool.settings import Settings
 from pool.state import State, create
@@ -130,6 +131,21 @@ def test_numbers_of_many_functions_come_in_pieces_and_none_is_lost() -> None:
     pieces = [calls.control("stats", tag=tag, functions=[{"name": str(at)}], more=at < 2) for at in range(3)]
     session.feed(b"".join(pieces))
     assert [one["name"] for one in session.replies[tag]["functions"]] == ["0", "1", "2"] and not session.replies[tag]["more"]
+
+
+def test_a_host_has_one_time_at_which_it_looks_after_its_instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it becomes busy: each of several would go on for ever."""
+    monkeypatch.setattr(hosting, "_TICK_S", 0.001)
+    (tmp_path / "calls").mkdir()
+    host = hosting.Host(str(tmp_path))
+    host._tick()
+    for _ in range(30):
+        host._tick_soon()
+        host._loop.turn(0.002)
+    deadline = time.monotonic() + 2 * hosting._IDLE_TICK_S
+    while len(host._loop._times) > 1:
+        assert time.monotonic() < deadline, host._loop._times
+        host._loop.turn(0.1)
 
 
 GOOD = {"name": "f", "handler": "python:a.b:c"}
