@@ -159,13 +159,9 @@ def _value(text: bytes, where: str) -> Any:
 
 def line_of(answer: Any) -> bytes:
     """An answer as a line of compact JSON."""
-    return json.dumps(answer, separators=(",", ":"), default=_bytes).encode() + b"\n"
+    from pool.session import as_json
 
-
-def _bytes(value: object) -> dict[str, str]:
-    if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode()}
-    raise TypeError(type(value).__name__)
+    return as_json(answer) + b"\n"
 
 
 def call(name: str, tenant: str | None, *, is_bytes: bool, **how: Any) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import selectors
@@ -17,7 +16,7 @@ import signal
 import sys
 import time
 
-from pool import cgroup, frames, hostprocess, machine
+from pool import cgroup, frames, hostprocess, machine, single
 from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
@@ -306,12 +305,7 @@ def _note(path: str, number: int) -> None:
 
 def daemon(directory: str, build: str) -> None:
     """Be the agent of a directory, if there is none."""
-    lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise
+    if not single.be(directory):
         return
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # so that we hear of the end of all that jobs leave
     found = Agent(directory, build)

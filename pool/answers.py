@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from pool import calls
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pool.loop import Loop
 
 _DONE_BYTES, _DONE_MANY = 64 << 20, 100_000
+_ABSENT = "its answer is not kept any more"
 _WANTS_MAX = 256
 """Pieces that one caller may ask for at once."""
 
@@ -33,35 +34,51 @@ class Answers:
         self._loop = loop
         self.done: OrderedDict[bytes, Done] = OrderedDict()
         self._done_bytes = 0
+        self._large: Counter[HostLink] = Counter()
+        """How many of them a host has the value of."""
+
         self.wants: dict[tuple[bytes, int], list[Caller]] = {}
         """Who waits for which piece."""
 
     def keep(self, call: bytes, frame: bytes, link: HostLink | None, tenant: str, takers: int) -> None:
-        before = self.done.pop(call, None)
-        self._done_bytes += len(frame) - (len(before.frame) if before else 0)
+        self._forget(call)
         self.done[call] = Done(frame, self._loop.now, link, tenant, takers)
+        self._done_bytes += len(frame)
+        if link:
+            self._large[link] += 1
         while self._done_bytes > _DONE_BYTES or len(self.done) > _DONE_MANY:
-            self._done_bytes -= len(self.done.popitem(last=False)[1].frame)
+            self._forget(next(iter(self.done)))
+
+    def _forget(self, call: bytes) -> None:
+        """If it is there."""
+        done = self.done.pop(call, None)
+        if done is None:
+            return
+        self._done_bytes -= len(done.frame)
+        if done.link:
+            self._large[done.link] -= 1
+
+    def has_large(self, link: HostLink) -> bool:
+        """Whether a value may still be asked for that a host has."""
+        return self._large[link] > 0
 
     def _no_piece(self, call: bytes, piece: int) -> None:
         for caller in self.wants.pop((call, piece), []):
             caller.wants -= 1
-            caller.wire.say(calls.failed(call, "unknown", "its answer is not kept any more"))
+            caller.wire.say(calls.failed(call, "unknown", _ABSENT))
 
     def fetch(self, caller: Caller, kind: int, call: bytes, piece: int) -> None:
         """A piece of a large answer; or one that has it, or does not want it."""
         done = self.done.get(call)
         if done is None or done.link is None or not (caller.is_owner or done.tenant == caller.tenant):
-            return (
-                caller.wire.say(calls.failed(call, "unknown", "its answer is not kept any more"))
-                if kind == calls.WANT
-                else None
-            )
+            if kind == calls.WANT:
+                caller.wire.say(calls.failed(call, "unknown", _ABSENT))
+            return
         if kind == calls.FORGET:
             done.takers -= 1
             if done.takers <= 0:
                 done.link.say(calls.frame(kind, call))
-                self._done_bytes -= len(self.done.pop(call).frame)
+                self._forget(call)
             return
         caller.wants += 1
         if caller.wants > _WANTS_MAX:
@@ -99,4 +116,4 @@ class Answers:
     def expire(self, now: float) -> None:
         """What is too old is forgotten."""
         while self.done and next(iter(self.done.values())).at < now - calls.KEPT_S:
-            self._done_bytes -= len(self.done.popitem(last=False)[1].frame)
+            self._forget(next(iter(self.done)))

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 
-from pool import calls, frames, sockets
+from pool import calls, frames, single, sockets
 
 _PIECE = 1 << 16
 _BEGIN_S = 10.0
@@ -75,15 +75,7 @@ def _reach(directory: str, build: str) -> socket.socket:
 
 
 def _start(directory: str, build: str) -> None:
-    """Two forks: it is nobody's child but that of process 1, and of no session of ours."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
-    try:
-        os.setsid()
-        if os.fork():
-            os._exit(0)
+    def run() -> None:
         os.umask(0o077)
         log = os.open(os.path.join(directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
@@ -94,11 +86,8 @@ def _start(directory: str, build: str) -> None:
         from pool import agent
 
         agent.daemon(directory, build)
-    except BaseException as error:
-        print(f"agent: {error!r}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        os._exit(0)
+
+    single.begin_apart("agent", run)
 
 
 def _carry(connection: socket.socket) -> None:

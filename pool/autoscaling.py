@@ -11,6 +11,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from pool import quantile
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,9 +105,7 @@ def window_s(gaps: Sequence[float], bounds: Bounds) -> float:
     """How long an instance is idle before it ends.  gaps: s from the end of a function's work to its next call, the latest."""
     if len(gaps) < _GAPS_MIN:
         return bounds.idle_s
-    ordered = sorted(gaps)
-    usual = ordered[min(math.ceil(len(ordered) * _SHARE), len(ordered)) - 1]
-    return min(max(usual, _LEAST_S), bounds.idle_s)
+    return min(max(quantile.of(sorted(gaps), _SHARE), _LEAST_S), bounds.idle_s)
 
 
 def back_off_s(failures: int) -> float:

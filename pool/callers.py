@@ -89,7 +89,7 @@ class Callers:
             found = self._router.calls.get(call)
             if found is None or caller.wire not in found.callers:
                 return
-            link = found.instance.link if found.instance else found.link
+            link = found.host
             if link and kind in (calls.PIECE, calls.MORE, calls.CANCEL):
                 link.say(calls.frame(kind, call, body, flags=flags, a=a))
             elif kind == calls.CANCEL and found.function.queue.remove(found):

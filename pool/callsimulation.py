@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 
-from pool import autoscaling
+from pool import autoscaling, quantile
 from pool.autoscaling import Bounds, Measured, Seen
 from pool.placement import Need
 from pool.simulation import Arrival, Simulation
@@ -58,7 +58,7 @@ class Result:
         waits = sorted(self.waits_s)
 
         def part(share: float) -> float:
-            return round(waits[min(math.ceil(len(waits) * share), len(waits)) - 1], 3) if waits else 0.0
+            return round(quantile.of(waits, share), 3)
 
         paid_s = sum(end - begin for begin, end in self.lives)
         return {

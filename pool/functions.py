@@ -5,7 +5,6 @@ cpool-state(5), cpool-function(7).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import time
 
 from cafs.errors import BusyError, NotFound, UsageError, quote
-from pool import instance
+from pool import instance, single
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -177,8 +176,7 @@ class Functions:
         if not self._rows or any(key in self._controller.clients for key in self._watchers):
             return
         place = os.path.join(self._controller.directory, "router")
-        os.makedirs(place, mode=0o700, exist_ok=True)
-        if _is_free(os.path.join(place, "lock")):
+        if not single.is_there(place):
             with open(os.path.join(place, "log"), "wb") as log:
                 code = "import sys; from pool.router import main; sys.exit(main(sys.argv[1]))"
                 words = [sys.executable, "-P", "-c", code, self._controller.directory]
@@ -209,15 +207,3 @@ def _promoted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("tenant", "name", "version", "state", "spec")}
-
-
-def _is_free(path: str) -> bool:
-    """Whether nobody holds a lock."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)

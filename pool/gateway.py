@@ -5,7 +5,6 @@ RFC 9110 and 9112, as http.server has them; a thread for each connection.  By it
 
 from __future__ import annotations
 
-import base64
 import ipaddress
 import json
 import re
@@ -19,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from pool import tokens
 from pool.calling import Function, result
-from pool.session import CallError, StateOfCall
+from pool.session import CallError, StateOfCall, as_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, item: Any) -> None:
-        line = json.dumps(item, separators=(",", ":"), default=_bytes).encode() + b"\n"
+        line = as_json(item) + b"\n"
         self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         self.wfile.flush()
 
@@ -235,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _json(self, status: int, found: Any, **headers: str) -> None:
         more = {"Retry-After": "1"} if status in (429, 503) else {}
-        data = json.dumps(found, separators=(",", ":"), default=_bytes).encode()
+        data = as_json(found)
         self._send(status, data, "application/json", **more, **headers)
 
     def _send(self, status: int, data: bytes, kind: str, **headers: str) -> None:
@@ -249,13 +248,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 _NOTHING = object()
-
-
-def _bytes(value: object) -> dict[str, str]:
-    """As in lines."""
-    if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode()}
-    raise TypeError(type(value).__name__)
 
 
 def serve(directory: str, address: str, *, is_public: bool, cert: str | None, key: str | None, is_quiet: bool) -> None:

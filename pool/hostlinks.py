@@ -51,11 +51,8 @@ class HostLink:
             try:
                 return self._connected(sockets.connect(place))
             except OSError as error:
-                if self.name and error.errno in (
-                    errno.ENOENT,
-                    errno.ECONNREFUSED,
-                ):  # nobody listens any more: it has ended, and what it knew is gone
-                    self._give_up()
+                if self.name and error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+                    self._give_up()  # nobody listens any more: it has ended, and what it knew is gone
                 self._tries += 1
                 return self._router.loop.at(time.monotonic() + min(_AGAIN_LOCAL_S * self._tries, _AGAIN_S), self.open)
         self._is_opening = True
@@ -130,7 +127,7 @@ class HostLink:
         self.name, self.known = "", {}
         gone, self.instances = list(self.instances.values()), {}
         for one in gone:  # all of them, before a call looks for another
-            self._router.instances.gone(one, "its worker was lost")
+            self._router.instances.lost(one)
         for one in gone:
             for call in list(one.calls.values()):
                 self._router.lost(call)

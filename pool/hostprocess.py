@@ -6,13 +6,11 @@ Part of the agent's program: standard library only, Python 3.9.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
-import sys
 import time
 
-from pool import calls, sockets
+from pool import calls, single, sockets
 from pool.hosted import PLACE
 from pool.hosting import Host
 
@@ -23,11 +21,7 @@ _SET_CHILD_SUBREAPER = 36
 def daemon(directory: str) -> None:
     """Be the function host of an agent's directory, if there is none."""
     place = os.path.join(directory, PLACE)
-    os.makedirs(place, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not single.be(place):
         return
     Host(directory).run()
     for path in (os.path.join(place, "socket"), os.path.join(place, "in", "socket")):
@@ -56,38 +50,19 @@ def _stays(place: str) -> bool:
 
 
 def ensure(directory: str) -> None:
-    """Start one if there is none: two forks, so that it is nobody's child, in a session of its own.  Raises OSError."""
+    """Start one if there is none.  Raises OSError."""
     place = os.path.join(directory, PLACE)
-    os.makedirs(place, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _BEGIN_S
-    try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if _stays(place):
-                    return
-                time.sleep(0.01)  # it is about to end
-        else:
-            return  # it does neither
-    finally:
-        os.close(lock)
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
-    try:
-        os.setsid()
-        if os.fork():
-            os._exit(0)
+    while single.is_there(place):
+        if _stays(place) or time.monotonic() > deadline:
+            return
+        time.sleep(0.01)  # it is about to end
+
+    def run() -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         os.closerange(3, 4096)
         daemon(directory)
-    except BaseException as error:
-        print(f"function host: {error!r}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(0)
+
+    single.begin_apart("function host", run)

@@ -140,7 +140,10 @@ class Instances:
             one.link.say(calls.control("end", instance=one.number))
             one.function.retiring.append(one)
         else:
-            self.controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=0)
+            self._cancel(one.job)
+
+    def _cancel(self, *jobs: int, grace_s: float = 0) -> None:
+        self.controller.ask("cancel", lambda _: None, ids=jobs, grace_s=grace_s)
 
     def _submit(self, fn: Routed, version: int, *, is_first: bool = False) -> None:
         """One more instance."""
@@ -178,7 +181,7 @@ class Instances:
             fn = self.functions.get((said["tenant"], said["fn"]["name"]))
             version = said["fn"]["version"]
             if fn is None or fn.specs.get(version, {}).get("fn", {}).get("id") != said["fn"]["id"]:  # or another of its name
-                return self.controller.ask("cancel", lambda _: None, ids=[said["id"]], grace_s=0)
+                return self._cancel(said["id"])
             one = self._adopt(said["id"], fn, version, is_first=bool(said["fn"].get("is_first")))
         if said["worker"] and not one.is_placed:
             one.is_placed, one.made = True, time.monotonic()
@@ -190,7 +193,7 @@ class Instances:
         fn = one.function
         del self.jobs[one.job]
         was_starting = fn.starting.pop(one.job, None) is not None or (one.is_first and not one.is_ready)
-        self.gone(one, "")
+        self.gone(one)
         fn.retiring = [other for other in fn.retiring if other is not one]
         fn.instance_s += time.monotonic() - one.made if one.is_placed else 0
         one.is_over = True
@@ -250,7 +253,7 @@ class Instances:
         else:
             one = link.instances.get(int(said["instance"]))
             if one and kind == "gone":
-                self.gone(one, str(said["reason"]))
+                self.gone(one)
             elif one and kind == "freed":
                 one.busy = max(one.busy - 1, 0)
                 self._router.dispatch(one.function)
@@ -277,14 +280,18 @@ class Instances:
         else:
             self._retire(one)
 
-    def gone(self, one: Instance, why: str) -> None:
+    def gone(self, one: Instance) -> None:
         """It gets no more calls."""
         one.is_leaving = True
         if one in one.function.ready:
             one.function.ready.remove(one)
             one.function.retiring.append(one)
-        if why == "its worker was lost" and one.job in self.jobs:
-            self.controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=0)
+
+    def lost(self, one: Instance) -> None:
+        """Its host is no more."""
+        self.gone(one)
+        if one.job in self.jobs:
+            self._cancel(one.job)
 
     def mind_starts(self, now: float) -> None:
         """Instances that are not ready in time."""
@@ -293,7 +300,7 @@ class Instances:
             limit_s = spec["fn"]["start_s"] if spec else 0.0
             if one.is_placed and not one.is_ready and not one.problem and now > one.made + limit_s:
                 one.problem = {"type": "", "message": "it was not ready in time"}
-                self.controller.ask("cancel", lambda _: None, ids=[one.job], grace_s=1)
+                self._cancel(one.job, grace_s=1)
 
     def make_room(self, now: float) -> None:
         """An instance that has waited for a place for a moment gets that of one that is idle."""
@@ -343,7 +350,7 @@ class Instances:
         if not fn.queue and len(fn.ready) + len(fn.starting) > autoscaling.floor(seen, fn.bounds):
             waiting = [one.job for one in fn.starting.values() if not one.is_placed]
             if waiting:  # nobody needs them any more, and they have no place yet
-                self.controller.ask("cancel", lambda _: None, ids=waiting, grace_s=0)
+                self._cancel(*waiting)
                 for job in waiting:
                     del fn.starting[job]
 

@@ -29,6 +29,7 @@ MODULES: tuple[str, ...] = (
     "peers",
     "processes",
     "shim",
+    "single",
     "sockets",
     "staging",
     "streams",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
 import time
 
-from pool import drawing
+from pool import drawing, quantile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def _piece(jobs: list[dict[str, Any]], machines: list[dict[str, Any]], begin: fl
         "at_s": begin,
         "jobs": len(ended),
         "failed": sum(one["state"] == "finished" and one["code"] != 0 for one in ended),
-        "p50_wait_s": _part(waits, 0.5),
-        "p95_wait_s": _part(waits, 0.95),
+        "p50_wait_s": quantile.of(waits, 0.5),
+        "p95_wait_s": quantile.of(waits, 0.95),
         "cpu_hours": used / _HOUR_S,
         "machine_hours": sum(spent for _, spent in hours),
         "cost": sum(one["price"] * spent for one, spent in hours),
@@ -51,10 +50,6 @@ def _piece(jobs: list[dict[str, Any]], machines: list[dict[str, Any]], begin: fl
 def _overlap(first: float | None, last: float | None, begin: float, end: float, now: float) -> float:
     """Seconds of [first, last] that are in [begin, end]; what has not ended goes on until now."""
     return 0.0 if first is None else max(min(now if last is None else last, end) - max(first, begin), 0.0)
-
-
-def _part(ordered: list[float], part: float) -> float:
-    return ordered[min(math.ceil(len(ordered) * part), len(ordered)) - 1] if ordered else 0.0
 
 
 def _utilisation(

@@ -6,7 +6,7 @@ import math
 import time
 from collections import OrderedDict, deque
 
-from pool import autoscaling, calls
+from pool import autoscaling, calls, quantile
 from pool.autoscaling import Bounds, Measured, Seen
 
 TYPE_CHECKING = False
@@ -39,6 +39,11 @@ class Call:
         self.begun = 0.0
         self.tries = 0
         self.is_cold = False
+
+    @property
+    def host(self) -> HostLink | None:
+        """Where it is, if it is anywhere."""
+        return self.instance.link if self.instance else self.link
 
 
 class Instance:
@@ -122,7 +127,7 @@ class Routed:
         self._quiet_since = 0.0
         self.failures, self.blocked_until, self.problem = 0, 0.0, ""
         self.waits: deque[float] = deque(maxlen=_KEPT)
-        self.count = self.errors = self.colds = self.unknowns = 0
+        self.count = self.errors = self.colds = 0
         self.instance_s = 0.0
         self.submitting = 0
         self.scale_after = 0.0
@@ -220,7 +225,7 @@ class Routed:
         ordered = sorted(self.waits)
 
         def part(share: float) -> float:
-            return round(ordered[min(math.ceil(len(ordered) * share), len(ordered)) - 1], 6) if ordered else 0.0
+            return round(quantile.of(ordered, share), 6)
 
         return {
             "name": self.name,

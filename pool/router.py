@@ -6,14 +6,14 @@ instances, which are jobs, and goes on without it with those that there are.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 from cafs import linux
-from pool import calls, links
+from pool import calls, links, single
 from pool.answers import Answers
 from pool.callers import PLACE, Callers
 from pool.hostlinks import HostLink
@@ -177,7 +177,6 @@ class Router:
         """Where it was nobody answers any more."""
         if call.flags & calls.IDEMPOTENT:
             return self.again(call)
-        call.function.unknowns += 1
         if call.instance:
             call.instance.calls.pop(call.id, None)
         self.fail(call, "unknown", "outcome unknown: its worker was lost in the call")
@@ -235,35 +234,22 @@ class Router:
             self.loop.is_over = True  # without a controller nobody knows what there is to do
 
     def _mind_links(self) -> None:
-        wanted = {one.link.worker for one in self.instances.jobs.values() if one.link} | {
-            done.link.worker for done in self.answers.done.values() if done.link
-        }
-        for name in set(self.links) - wanted:
-            if not any(call.instance and call.instance.link is self.links[name] for call in self.calls.values()):
-                self.links.pop(name).close()
+        wanted = {one.link for one in self.instances.jobs.values()} | {call.host for call in self.calls.values()}
+        for link in [one for one in self.links.values() if one not in wanted and not self.answers.has_large(one)]:
+            self.links.pop(link.worker).close()
 
 
 def main(directory: str) -> int:
     """Be the router of a pool, if there is none."""
     place = os.path.join(directory, PLACE)
-    os.makedirs(place, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not single.be(place):
         return 0
     linux.raise_descriptor_limit()
     try:
-        os.unlink(os.path.join(place, "socket"))
-    except FileNotFoundError:
-        pass
-    try:
         Router(directory).run()
     finally:
-        try:
+        with suppress(FileNotFoundError):  # it has not begun to listen
             os.unlink(os.path.join(place, "socket"))
-        except FileNotFoundError:
-            pass
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -17,6 +18,17 @@ _AHEAD = 16
 _TIMED_OUT = 124
 _CODES = {"function": NO_SUCH, "full": BUSY, "unknown": REMOTE, "timeout": _TIMED_OUT}
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def as_json(answer: Any) -> bytes:
+    """What a handler gave, compact; bytes as {"$bytes": BASE64}."""
+    return json.dumps(answer, separators=(",", ":"), default=_bytes).encode()
+
+
+def _bytes(value: object) -> dict[str, str]:
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode()}
+    raise TypeError(type(value).__name__)
 
 
 class CallError(CafsError):

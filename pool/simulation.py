@@ -15,6 +15,7 @@ from datetime import datetime
 from itertools import count
 
 from cafs.errors import FormatError, UsageError, quote
+from pool import quantile
 from pool.placement import Need, Placement
 from pool.scaling import Demand, Machine, decide, spare_cpus
 
@@ -80,7 +81,7 @@ class Result:
 
 
 def _part(ordered: list[float], part: float) -> float:
-    return round(ordered[min(math.ceil(len(ordered) * part), len(ordered)) - 1], 3) if ordered else 0.0
+    return round(quantile.of(ordered, part), 3)
 
 
 class Simulation:

@@ -23,7 +23,7 @@ from pool import calls, links, program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from pool.links import Pool
@@ -169,9 +169,8 @@ def _authenticate(transport: paramiko.Transport, address: Address) -> None:
 def open_link(pool: Pool, name: str, address: str) -> socket.socket:
     """To the agent of a worker, whose program is brought if it is not there.  Raises CafsError, OSError."""
     build, data = program.make()
-    transport = _connect(pool.directory, name, address)
-    try:
-        place = f".cache/cafs-agent/{pool.id}.{name}"
+
+    def begin(transport: paramiko.Transport, place: str) -> paramiko.Channel:
         path = f"{place}/agent-{build}.pyz"
         command = f'test -f "$HOME/{path}" || exit {_ABSENT}; exec python3 "$HOME/{path}" attach "$HOME/{place}"'
         channel = _run(transport, command)
@@ -185,31 +184,35 @@ def open_link(pool: Pool, name: str, address: str) -> socket.socket:
             links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
         if pool.lend:
             _lend(transport, f'exec python3 "$HOME/{path}" lend "$HOME/{place}"', pool.lend)
-        ours, theirs = socket.socketpair()
-        _carry(channel, theirs, transport)
-        return ours
-    except paramiko.SSHException as error:
-        transport.close()
-        raise RemoteError(f"cannot run the agent at {quote(name)}: {error}") from error
-    except BaseException:
-        transport.close()
-        raise
+        return channel
+
+    return _open(pool, name, address, begin, "run the agent")
 
 
 def open_calls(pool: Pool, name: str, address: str) -> socket.socket:
     """To the function host of a worker, which an agent has started.  Raises CafsError, OSError."""
-    build = program.make()[0]
+
+    def begin(transport: paramiko.Transport, place: str) -> paramiko.Channel:
+        channel = _run(transport, f'exec python3 "$HOME/{place}/agent-{program.make()[0]}.pyz" calls "$HOME/{place}"')
+        links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), calls.GREETING)
+        return channel
+
+    return _open(pool, name, address, begin, "reach the function host")
+
+
+def _open(
+    pool: Pool, name: str, address: str, begin: Callable[[paramiko.Transport, str], paramiko.Channel], what: str
+) -> socket.socket:
+    """A connection of its own, whose bytes are those of a channel.  what: is to be done.  Raises CafsError, OSError."""
     transport = _connect(pool.directory, name, address)
     try:
-        place = f".cache/cafs-agent/{pool.id}.{name}"
-        channel = _run(transport, f'exec python3 "$HOME/{place}/agent-{build}.pyz" calls "$HOME/{place}"')
-        links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), calls.GREETING)
+        channel = begin(transport, f".cache/cafs-agent/{pool.id}.{name}")
         ours, theirs = socket.socketpair()
         _carry(channel, theirs, transport)
         return ours
     except paramiko.SSHException as error:
         transport.close()
-        raise RemoteError(f"cannot reach the function host at {quote(name)}: {error}") from error
+        raise RemoteError(f"cannot {what} at {quote(name)}: {error}") from error
     except BaseException:
         transport.close()
         raise

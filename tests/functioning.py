@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.crunning import BIN, make_rootfs
-from tests.pooling import agents, cp, ok, serving
+from tests.pooling import agents, cp, ok, processes, serving
 
 HANDLERS = Path(__file__).parent / "handlers.py"
 NEEDS = ("root", "fuse", "runc", "busybox")
@@ -89,6 +89,9 @@ def functions_at(base: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
     finally:
         for name in "bp":
             subprocess.run([BIN / "cafs-mount", "--unmount", base / f"mnt-{name}"], check=False)
+        wait(
+            lambda: not list((base / "run").glob("lazy/*")), 120
+        )  # a container of another test may have our mounts till it ends
 
 
 def end_all(base: Path) -> None:
@@ -102,15 +105,15 @@ def end_all(base: Path) -> None:
 
 def routers(base: Path) -> list[int]:
     """Processes of routers whose pool is below a place."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if len(words) > 3 and b"pool.router" in words[3] and words[4].startswith(os.fsencode(base)):
-            found.append(int(name))
-    return found
+    start = os.fsencode(base)
+    return processes(lambda words: len(words) > 4 and b"pool.router" in words[3] and words[4].startswith(start))
+
+
+def remove_all() -> None:
+    """Functions: none holds a place then."""
+    names = ok("fn", "ls", "-q").split()
+    if names:
+        ok("fn", "rm", *dict.fromkeys(names))
 
 
 def deploy(name: str, handler: str, *more: object, image: str = "") -> str:

@@ -63,13 +63,19 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def agents(place: Path) -> list[int]:
     """The processes of agents whose directory is below a place."""
+    start = os.fsencode(place)
+    return processes(lambda words: {b"attach", b"daemon"} & set(words) and any(word.startswith(start) for word in words))
+
+
+def processes(is_one: Callable[[list[bytes]], object]) -> list[int]:
+    """Those whose words, of the command, are such."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if {b"attach", b"daemon"} & set(words) and any(word.startswith(os.fsencode(place)) for word in words):
+        if is_one(words):
             found.append(int(name))
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functioning import NEEDS, answer, deploy, functions_at, instances, routers, wait
+from tests.functioning import NEEDS, answer, deploy, functions_at, instances, remove_all, routers, wait
 from tests.pooling import BIN, agents, cp, ok, serving
 
 pytestmark = pytest.mark.needs(*NEEDS)
@@ -28,9 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def alone(base: Path) -> Iterator[None]:
     yield
-    names = ok("fn", "ls", "-q").split()
-    if names:
-        ok("fn", "rm", *dict.fromkeys(names))
+    remove_all()
 
 
 class Running:

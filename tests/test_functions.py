@@ -17,7 +17,7 @@ import pytest
 from pool import calls, sockets
 from pool.calling import Function
 from pool.session import CallError, Pending, Session
-from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, shown, wait
+from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, remove_all, shown, wait
 from tests.pooling import cp, ok
 
 pytestmark = pytest.mark.needs(*NEEDS)
@@ -36,9 +36,7 @@ def base() -> Iterator[Path]:
 def alone(base: Path) -> Iterator[None]:
     """No function of the test before holds a place."""
     yield
-    names = ok("fn", "ls", "-q").split()
-    if names:
-        ok("fn", "rm", *dict.fromkeys(names))
+    remove_all()
 
 
 # jsonl:

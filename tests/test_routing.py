@@ -139,7 +139,7 @@ def test_instances_that_do_not_start_fail_what_waits_only_if_there_is_no_other(w
         fn.failed("it ended", 0.0)
         world.router.instances._give_up_queue(fn)
     assert world.answers == []
-    world.router.instances.gone(one, "idle")
+    world.router.instances.gone(one)
     world.router.instances._give_up_queue(fn)
     assert world.answers == [(calls.ERROR, waiting)]
 
