@@ -46,6 +46,9 @@ class Link:
         _, kind, _, _, call, a, _ = calls.HEAD.unpack_from(frame)
         self.said.append((kind, call, a))
 
+    def close(self) -> None:
+        self.has_greeted = False
+
     def given(self) -> list[int]:
         """The instances that got calls, in order."""
         return [a for kind, _, a in self.said if kind == calls.CALL]
@@ -213,6 +216,25 @@ def test_a_large_answer_that_is_not_there_any_more_is_an_error_for_all_who_wait(
     assert world.answers[1:] == [(calls.ERROR, call)] * 3 and world.caller.wants == 0 and not world.router.answers.wants
     world.router.callers._heed(world.caller, calls.WANT, 0, os.urandom(16), 0, 0, b"")
     assert world.answers[-1][0] == calls.ERROR, "of a call that nobody knows, too"
+
+
+def test_a_connection_stays_while_something_of_it_may_be_asked_for(world: World) -> None:
+    world.function()
+    before, large = os.urandom(16), Link("large")
+    world.instance(large, 1)
+    call = world.call()
+    world.router.answered(large, calls.REFERENCE, call, 0, b'{"$ref": "x", "size": 9000000}')  # type: ignore[arg-type]
+    taken, idle = Link("taken"), Link("idle")
+    taken.known = {before: ("running", 7)}  # by an instance that is no more
+    world.router.links |= {"taken": taken, "idle": idle}  # type: ignore[dict-item]
+    world.call(calls.LAST, before)
+    world.router.instances.jobs.clear()
+    world.router._mind_links()
+    assert set(world.router.links) == {"large", "taken"} and not idle.has_greeted
+    world.router.answered(taken, 0, before, 0, b"1")  # type: ignore[arg-type]
+    world.router.callers._heed(world.caller, calls.FORGET, 0, call, 0, 0, b"")
+    world.router._mind_links()
+    assert not world.router.links
 
 
 def test_a_tenant_gets_nothing_of_another_s(world: World) -> None:
