@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cafs import linux
 from tests.crunning import image, shared  # noqa: F401  (fixtures)
 from tests.pooling import controller, pool  # noqa: F401  (fixtures)
 
@@ -111,7 +112,7 @@ def kernel(home: Path, cmd: Run) -> Iterator[Run]:
             done = cmd("cafs-mount", "--unmount", mount["mountpoint"])
             assert done.returncode == 0, done.stderr
     assert mounts_below(home / "run") == []
-    wait_until(lambda: lazy_pids(home) == [], 120)  # a container of another test has our mounts in its namespace till it ends
+    wait_until(lambda: lazy_pids(home) == [])
     assert [path for name in ("lazy", "fuse", "mounts") for path in (home / "run" / name).glob("*")] == []
 
 
@@ -139,3 +140,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*things): skip with a reason where a thing is missing; an error in CI")
+    if hasattr(config, "workerinput") and not os.geteuid():  # one of several processes of pytest-xdist
+        # A container copies all mounts that there are when it begins: those of the tests beside it would live as long as it.
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)

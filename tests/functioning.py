@@ -89,9 +89,7 @@ def functions_at(base: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
     finally:
         for name in "bp":
             subprocess.run([BIN / "cafs-mount", "--unmount", base / f"mnt-{name}"], check=False)
-        wait(
-            lambda: not list((base / "run").glob("lazy/*")), 120
-        )  # a container of another test may have our mounts till it ends
+        wait(lambda: not list((base / "run").glob("lazy/*")), 30)
 
 
 def end_all(base: Path) -> None:
