@@ -9,11 +9,13 @@ import zipfile
 from functools import cache
 
 MODULES: tuple[str, ...] = (
+    "admitting",
     "agent",
     "attach",
     "calls",
     "cgroup",
     "entering",
+    "execution",
     "forking",
     "frames",
     "hiding",
@@ -21,6 +23,7 @@ MODULES: tuple[str, ...] = (
     "hosting",
     "hostprocess",
     "instance",
+    "known",
     "launched",
     "lent",
     "lines",

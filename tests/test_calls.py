@@ -140,7 +140,7 @@ def test_a_host_has_one_time_at_which_it_looks_after_its_instances(tmp_path: Pat
     host = hosting.Host(str(tmp_path))
     host._tick()
     for _ in range(30):
-        host._tick_soon()
+        host._tick_within(hosting._TICK_S)
         host._loop.turn(0.002)
     deadline = time.monotonic() + 2 * hosting._IDLE_TICK_S
     while len(host._loop._times) > 1:
