@@ -21,7 +21,10 @@ _AGAIN_S, _AGAIN_LOCAL_S = 1.0, 0.005
 
 
 class HostLink:
-    """To the host of a worker.  wire: None while there is no connection; name: what the host process calls itself."""
+    """To the host of a worker.
+
+    wire: None while there is no connection.  name: what the host process calls itself.  used: when it was needed last.
+    """
 
     def __init__(self, router: Router, worker: str, address: str) -> None:
         self._router, self.worker, self.address = router, worker, address
@@ -37,7 +40,7 @@ class HostLink:
         self._greeted_at = 0.0
         self._is_opening = False
         self._tries = 0
-        self._lost_at = time.monotonic()
+        self.used = self._lost_at = time.monotonic()
         self._opened: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self.open()
 

@@ -224,7 +224,7 @@ class Router:
         self.callers.mind_held(now)
         self.instances.mind_starts(now)
         self.answers.expire(now)
-        self._mind_links()
+        self._mind_links(now)
         self.instances.make_room(now)
         if self.instances.jobs or self.calls or (self.instances.controller.is_open and self.instances.functions):
             self._used = now
@@ -233,10 +233,17 @@ class Router:
         if not self.instances.is_asked and now > self.began + _BEGIN_S:
             self.loop.is_over = True  # without a controller nobody knows what there is to do
 
-    def _mind_links(self) -> None:
+    def _mind_links(self, now: float) -> None:
+        """Close those that are not needed, at once if broken, else later.
+
+        Where a host knows of many calls, to greet it anew takes as long as a container's start.
+        """
         wanted = {one.link for one in self.instances.jobs.values()} | {call.host for call in self.calls.values()}
-        for link in [one for one in self.links.values() if one not in wanted and not self.answers.has_large(one)]:
-            self.links.pop(link.worker).close()
+        for link in list(self.links.values()):
+            if link in wanted or self.answers.has_large(link):
+                link.used = now
+            elif link.wire is None or now > link.used + calls.KEPT_S:
+                self.links.pop(link.worker).close()
 
 
 def main(directory: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,8 @@ class Link:
 
     def __init__(self, worker: str) -> None:
         self.worker, self.has_greeted, self.has_ever_greeted = worker, True, True
+        self.wire: object = self
+        self.used = time.monotonic()
         self.instances: dict[int, Instance] = {}
         self.known: dict[bytes, tuple[str, int]] = {}
         self.said: list[tuple[int, bytes, int]] = []
@@ -224,16 +227,22 @@ def test_a_connection_stays_while_something_of_it_may_be_asked_for(world: World)
     world.instance(large, 1)
     call = world.call()
     world.router.answered(large, calls.REFERENCE, call, 0, b'{"$ref": "x", "size": 9000000}')  # type: ignore[arg-type]
-    taken, idle = Link("taken"), Link("idle")
+    taken, idle, lost = Link("taken"), Link("idle"), Link("lost")
     taken.known = {before: ("running", 7)}  # by an instance that is no more
-    world.router.links |= {"taken": taken, "idle": idle}  # type: ignore[dict-item]
+    lost.wire = None
+    world.router.links |= {"taken": taken, "idle": idle, "lost": lost}  # type: ignore[dict-item]
     world.call(calls.LAST, before)
     world.router.instances.jobs.clear()
-    world.router._mind_links()
+    now = time.monotonic()
+    world.router._mind_links(now)
+    assert set(world.router.links) == {"large", "taken", "idle"}, "a container may come to one that is idle"
+    world.router._mind_links(now + calls.KEPT_S)
     assert set(world.router.links) == {"large", "taken"} and not idle.has_greeted
     world.router.answered(taken, 0, before, 0, b"1")  # type: ignore[arg-type]
     world.router.callers._heed(world.caller, calls.FORGET, 0, call, 0, 0, b"")
-    world.router._mind_links()
+    world.router._mind_links(now + calls.KEPT_S + 1)
+    assert set(world.router.links) == {"large", "taken"}
+    world.router._mind_links(now + 2 * calls.KEPT_S + 1)
     assert not world.router.links
 
 
