@@ -13,6 +13,7 @@ import time
 
 from cafs.errors import BusyError, NotFound, UsageError, quote
 from pool import instance, single
+from pool.calls import KEPT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Functions:
             self._rows.setdefault((row["tenant"], row["name"]), []).append(row)
         self.jobs: dict[int, Job] = {}
         """Instances that have not ended."""
+
+        self._left: dict[str, float] = {}
+        """Workers, and when an instance of theirs ended last: its host still knows what it has done."""
 
         self._watchers: dict[int, Client] = {}
         self._router: subprocess.Popen[bytes] | None = None
@@ -143,7 +147,15 @@ class Functions:
         """All that there is; from now on CLIENT is told what changes."""
         self._watchers[id(client)] = client
         jobs = [self._shown(job) for job in self.jobs.values()]
-        return {"pool": self._controller.pool, "functions": [_told(row) for row in self.rows(None)], "jobs": jobs}
+        functions = [_told(row) for row in self.rows(None)]
+        return {"pool": self._controller.pool, "functions": functions, "jobs": jobs, "hosts": self._hosts()}
+
+    def _hosts(self) -> dict[str, str]:
+        """Addresses of workers, by name, whose hosts may know of calls although no instance is there now."""
+        since = time.monotonic() - KEPT_S
+        self._left = {worker: when for worker, when in self._left.items() if when > since}
+        remotes = self._controller.remotes
+        return {worker: remotes[worker].address for worker in self._left if worker in remotes}
 
     def changed(self, changes: list[dict[str, Any]]) -> None:
         """What has become of jobs in a turn."""
@@ -152,6 +164,7 @@ class Functions:
             self._tell({"watch": "job", **self._shown(job)})
             if job.state in ("finished", "cancelled"):
                 del self.jobs[number]
+                self._left[job.worker] = time.monotonic()
 
     def _shown(self, job: Job) -> dict[str, Any]:
         remote = self._controller.remotes.get(job.worker)

@@ -57,6 +57,9 @@ class Instances:
             self._job({"id": job, "state": "finished", "code": None, "reason": "its job has ended"})
         for one in said["jobs"]:
             self._job(one)
+        if not self.is_asked:
+            for worker, address in said["hosts"].items():
+                self._router.link(worker, address)
         self.is_asked = True
         for fn in self.functions.values():
             self._try_again(fn)

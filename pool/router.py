@@ -242,7 +242,7 @@ class Router:
         for link in list(self.links.values()):
             if link in wanted or self.answers.has_large(link):
                 link.used = now
-            elif link.wire is None or now > link.used + calls.KEPT_S:
+            elif now > link.used + (calls.KEPT_S if link.wire else 0 if link.has_ever_greeted else self.callers.lost_s):
                 self.links.pop(link.worker).close()
 
 

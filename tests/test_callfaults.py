@@ -138,6 +138,16 @@ def test_a_router_that_is_killed_is_replaced_and_callers_get_their_answers(base:
     assert first[1] == '"c"\n' and times("mark", "begun c") == 1, "an answer that the host has kept is not made again"
 
 
+def test_a_new_router_asks_hosts_that_have_no_instance_any_more(base: Path) -> None:
+    deploy("mark", "python:h:mark", "--idle", "0.3")
+    words = ("fn", "call", "mark", "--key", "of an instance that is gone")
+    first = cp(*words, input='{"name":"a","s":0}')
+    wait(lambda: not instances("mark"))
+    os.kill(routers(base)[0], signal.SIGKILL)
+    wait(lambda: cp(*words, input='{"name":"a","s":0}').stdout == first.stdout == '"a"\n')
+    assert times("mark", "begun a") == 1 and not instances("mark")
+
+
 def test_a_map_goes_on_over_a_router_that_is_killed_and_no_line_is_lost(base: Path) -> None:
     deploy("echo", "python:h:nap", "--max", 2, "--concurrency", 4)
     many = 400
