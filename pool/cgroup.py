@@ -87,6 +87,31 @@ def peak(directory: str) -> int:
     return 0
 
 
+def kills_of(pid: int) -> str:
+    """The file that counts whom the kernel has ended in a process's cgroup as its memory was used up; '' if there is none."""
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            found = os.path.join(_TOP, controllers, path[1:], "memory.oom_control" if controllers else "memory.events")
+            if os.path.exists(found):
+                return found
+    return ""
+
+
+def kills(path: str) -> int:
+    """What such a file says; 0 if it has gone."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except (OSError, ValueError):
+        return 0
+
+
 def remove(directory: str) -> None:
     """If nothing is in it any more."""
     for place, _, _ in os.walk(directory, topdown=False) if directory else ():

@@ -189,12 +189,13 @@ class Execution:
 
     def lost(self, one: Instance) -> None:
         """Its process has ended: the calls that it had begun fail, those that were sent ahead go elsewhere."""
+        why = "the handler's process has ended in the call" + ": it had no memory left" * one.was_too_large()
         begun = [call.id for call in one.calls.values() if call.has_begun][: one.concurrency if one.may_be_ahead else None]
         for call in list(one.calls.values()):
             if call.done:
                 one.calls.pop(call.id)
             elif call.id in begun:
-                self.answer(call, calls.ERROR, calls.error("died", "the handler's process has ended in the call"))
+                self.answer(call, calls.ERROR, calls.error("died", why))
             else:
                 self.known.forget(call)
                 self._say(calls.frame(calls.BOUNCE, call.id))

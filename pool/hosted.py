@@ -10,7 +10,7 @@ import signal
 import time
 from collections import OrderedDict
 
-from pool import calls
+from pool import calls, cgroup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Instance:
 
     def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
         self.number, self.wire, self.job, self.directory = number, wire, job, directory
-        self.process = os.pidfd_open(pid)  # a number may be another's later
+        self.pid, self.process = pid, os.pidfd_open(pid)  # a number may be another's later
+        self._kills, self._kills_before = "", 0
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])
@@ -53,6 +54,17 @@ class Instance:
         self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False
         self.left_at = 0.0
         """Since when it is to end."""
+
+    def set_ready(self, *, is_serial: bool, may_be_ahead: bool) -> None:
+        """It has said so: it is in its cgroup by now."""
+        self.is_ready, self.is_serial, self.may_be_ahead = True, is_serial, may_be_ahead
+        self.used = time.monotonic()
+        self._kills = cgroup.kills_of(self.pid)
+        self._kills_before = cgroup.kills(self._kills)
+
+    def was_too_large(self) -> bool:
+        """Whether the kernel has ended it, or a process beside it, as its memory was used up; no, where nobody knows."""
+        return cgroup.kills(self._kills) > self._kills_before
 
     def send(self, number: int) -> None:
         """A signal to its process."""

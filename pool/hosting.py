@@ -183,8 +183,7 @@ class Host:
         elif kind == calls.CONTROL:
             said = calls.said(body)
             if said["is"] == "ready":
-                one.is_ready, one.is_serial, one.used = True, bool(said.get("serial")), self._loop.now
-                one.may_be_ahead = bool(said.get("ahead"))
+                one.set_ready(is_serial=bool(said.get("serial")), may_be_ahead=bool(said.get("ahead")))
                 self._say_ready(one)
             elif said["is"] == "failed":
                 error = {

@@ -211,8 +211,9 @@ class Instances:
             return self._not_started(one, said.get("reason") or "cancelled")
 
         def then(found: dict[str, Any]) -> None:
-            text = base64.b64decode(found.get("data", "")).decode(errors="replace").strip().splitlines()
-            self._not_started(one, (said.get("reason") or "it ended") + (f": {text[-1]}" if text else ""))
+            lines = base64.b64decode(found.get("data", "")).decode(errors="replace").strip().splitlines()
+            last = next((line for line in reversed(lines) if ": hint: " not in line), "")
+            self._not_started(one, (said.get("reason") or "it ended") + (f": {last}" if last else ""))
 
         self.controller.ask("read", then, id=one.job, stream="err", offset=0)
 

@@ -44,9 +44,10 @@ class Machine:
         (place / "host").write_text(private)
         (place / "host").chmod(0o600)
         (place / "keys").write_text(authorized + "\n")
+        kept = "".join(f" CAFS_{name}={place}/{name.lower()}" for name in ("CACHE", "RUN", "STATE"))
         (place / "config").write_text(
             f"Port {port}\nListenAddress {address}\nHostKey {place}/host\nAuthorizedKeysFile {place}/keys\nStrictModes no\n"
-            f"PermitRootLogin prohibit-password\nUsePAM no\nPidFile none\nSetEnv HOME={place} CPOOL_MACHINE={place}/machine.json\n"
+            f"PermitRootLogin prohibit-password\nUsePAM no\nPidFile none\nSetEnv HOME={place} CPOOL_MACHINE={place}/machine.json{kept}\n"
         )
         os.makedirs("/run/sshd", exist_ok=True)
         self._server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", place / "config"], stderr=subprocess.DEVNULL)

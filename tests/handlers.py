@@ -171,3 +171,12 @@ def own(seconds):
 def threaded(seconds):
     time.sleep(seconds)
     return os.environ["CPOOL_JOB"]
+
+
+held: list[bytes] = []
+
+
+def leak(value):
+    """Keep that many MiB more from now on."""
+    held.append(b"x" * (value << 20))
+    return len(held)

@@ -148,6 +148,12 @@ def test_a_new_router_asks_hosts_that_have_no_instance_any_more(base: Path) -> N
     assert times("mark", "begun a") == 1 and not instances("mark")
 
 
+def test_why_a_container_does_not_start_is_said_and_not_only_what_to_do(base: Path) -> None:
+    """pytest's own directory is closed to the users of a container with users of its own."""
+    done = cp("fn", "deploy", "no", "--image", "p:1", "--handler", "python:h:echo", "--zygote")
+    assert done.returncode == 1 and "crun: --userns auto: other users cannot enter" in done.stderr, done.stderr
+
+
 def test_a_map_goes_on_over_a_router_that_is_killed_and_no_line_is_lost(base: Path) -> None:
     deploy("echo", "python:h:nap", "--max", 2, "--concurrency", 4)
     many = 400

@@ -25,6 +25,7 @@ from pool import boot, cloud, ec2, launched, pricing, state
 from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
+from tests.functioning import routers
 from tests.pooling import DYING, PLAIN, agents, cp, job, ok
 
 pytestmark = pytest.mark.needs("root", "sshd")
@@ -94,7 +95,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
         found = Aws(cloud, tmp_path / "pool")
         found.configure()
         yield found
-    for pid in agents(tmp_path):
+    for pid in [*agents(tmp_path), *routers(tmp_path)]:
         os.kill(pid, signal.SIGKILL)
 
 
@@ -127,6 +128,25 @@ def test_machines_come_when_there_is_work_and_go_when_there_is_none(aws: Aws) ->
         one["name"] for one in machines()
     }  # type: ignore[attr-defined]
     assert all(one["MetadataOptions"]["HttpTokens"] == "required" for one in sent)  # type: ignore[index]
+
+
+@pytest.mark.needs("fuse", "runc", "busybox")
+def test_a_call_brings_a_machine_and_it_goes_when_the_function_is_idle(image: Path, aws: Aws) -> None:
+    """Slow, since what runs images is brought to each machine first."""
+    aws.configure(idle_s=1, machines=1)
+    with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
+        try:
+            wait_until(lambda: cp("nodes").returncode == 0)
+            ok("fn", "deploy", "cat", "--image", "b:1", "--handler", "jsonl:cat", "--cpus", "2", "--idle", "0.5", timeout=120)
+            wait_until(lambda: not aws.instances("running", "pending"), 60)
+            assert len(aws.instances()) == 1 and json.loads(ok("fn", "ls", "--json"))["instances"] == 0
+            assert ok("fn", "call", "cat", input='{"a": 1}', timeout=120) == '{"a":1}\n'
+            assert len(aws.instances()) == 2
+            wait_until(lambda: not aws.instances("running", "pending"), 60)
+            assert json.loads(ok("fn", "ls", "--json"))["instances"] == 0 and ok("nodes", "-q") == ""
+            ok("down")
+        finally:
+            controller.terminate()
 
 
 def test_a_controller_that_is_killed_with_sigkill_while_it_launches_launches_nothing_twice(aws: Aws, tmp_path: Path) -> None:
