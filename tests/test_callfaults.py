@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.functioning import NEEDS, answer, deploy, functions_at, instances, remove_all, routers, wait
-from tests.pooling import BIN, agents, cp, ok, serving
+from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, instances, remove_all, routers, wait
+from tests.pooling import BIN, agents, cp, job, ok, serving
 
 pytestmark = pytest.mark.needs(*NEEDS)
 
@@ -204,12 +204,57 @@ def test_a_caller_that_is_interrupted_takes_its_call_back(base: Path) -> None:
     assert times("mark", "done a") == 0
 
 
+JUMPING = """
+import os, time
+from time import time as real, time_ns as real_ns
+def skew():
+    with open(os.environ["SKEW"]) as file:
+        return int(file.read() or 0)
+time.time = lambda: real() + skew()
+time.time_ns = lambda: real_ns() + skew() * 1_000_000_000
+"""
+"""A sitecustomize for all of our processes."""
+
+
+def test_a_clock_that_jumps_by_a_day_in_mid_call_changes_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine: controller, router, agent and function host see it."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPING)
+    (tmp_path / "skew").write_text("0")
+    for name, value in (("PYTHONPATH", tmp_path), ("SKEW", tmp_path / "skew"), ("CAFS_POOL", tmp_path / "pool")):
+        monkeypatch.setenv(name, str(value))
+    ok("init")
+    with serving() as controller:
+        try:
+            deploy("mark", "python:h:mark", "--concurrency", 2, "--max", 1)
+            for skew in (86400, 0, -86400):
+                running, name = Running("mark", f"a{skew}", 2), f"b{skew}"
+                (tmp_path / "skew").write_text(str(skew))
+                assert answer("mark", {"name": name, "s": 0}) == name and running.end()[:2] == (0, f'"a{skew}"\n')
+            assert [times("mark", f"begun {one}{skew}") for one in "ab" for skew in (86400, 0, -86400)] == [1] * 6
+            assert len(instances("mark")) == 1 and '"state": "ready"' in ok("nodes", "--json")
+            number = ok("submit", "--no-container", "--cpus", "0.1", "--", "true").strip()
+            assert cp("wait", number).returncode == 0 and job(number)["submitted_s"] < time.time() - 80_000, "it is seen"  # type: ignore[operator]
+        finally:
+            cp("down", "--grace", "0")
+            controller.wait(60)
+            end_all(tmp_path)
+
+
 def test_no_clock_that_may_jump_decides_anything_about_calls() -> None:
     """All of it is by time.monotonic(); the wall's clock is for what is shown, and for the handler's deadline."""
     room = Path(__file__).parent.parent / "pool"
     for name in (
         "hosting",
+        "execution",
+        "known",
+        "admitting",
+        "hosted",
         "router",
+        "callers",
+        "instances",
+        "answers",
         "routed",
         "hostlinks",
         "controlling",
