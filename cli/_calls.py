@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 
 import click
 
@@ -153,7 +156,10 @@ def _value(text: bytes, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise click.UsageError(f"{where} is no JSON: {error}") from None
     if isinstance(found, dict) and set(found) == {"$bytes"}:
-        return base64.b64decode(found["$bytes"])
+        try:
+            return base64.b64decode(found["$bytes"], validate=True)
+        except (ValueError, TypeError):
+            raise click.UsageError(f"{where}: $bytes is no base64") from None
     return found
 
 
@@ -206,7 +212,7 @@ class Journal:
         try:
             if is_resumed and os.path.exists(path):
                 with open(path, encoding="ascii", errors="replace") as file:
-                    self.done = {int(line.split("\t")[0]) for line in file if line.endswith("\tok\n")}
+                    self.done = {int(found[1]) for line in file if (found := re.fullmatch("([0-9]{1,18})\tok\n", line))}
             self._file = open(path, "a" if is_resumed else "w", encoding="ascii", buffering=1)
         except OSError as error:
             raise os_error(f"cannot use {path!r}", error) from error
@@ -234,22 +240,28 @@ def map_lines(
     numbers: list[int] = []
     skipped = noted.done if noted else set()
 
+    source = _Lines(0)
+
     def values() -> Iterator[Any]:
-        for number, line in enumerate(sys.stdin.buffer):
+        for number, line in enumerate(source):
             if number in skipped or not line.strip():
                 continue
-            if len(line) > _LINE_MAX:
-                raise CafsError(f"line {number + 1} is longer than {_LINE_MAX} bytes")
             numbers.append(number)
             try:
                 yield _value(line, f"line {number + 1}")
             except click.UsageError as error:
-                raise CafsError(error.message) from None
+                yield CallError({"kind": "protocol", "message": error.message})
 
     failed = 0
     found = function(name, tenant)
     bar = _Bar(is_shown=not quiet)
-    for at, answer in found.map_numbered(values(), parallel, not unordered, how["idempotent"], how["timeout_s"], bar.show):
+
+    def show(done: int) -> None:
+        sys.stdout.buffer.flush()  # whoever reads them does not wait for those that are not there yet
+        bar.show(done)
+
+    how |= {"ordered": not unordered, "progress": show, "coming": source}
+    for at, answer in found.map_numbered(values(), parallel, **how):
         is_well = not isinstance(answer, CallError)
         sys.stdout.buffer.write(line_of(answer.shown() if isinstance(answer, CallError) else answer))
         failed += not is_well
@@ -261,6 +273,40 @@ def map_lines(
     if failed:
         sys.stderr.write(f"cpool: {failed} of {len(numbers)} calls have failed\n")
     return 3 if failed else 0
+
+
+class _Lines:
+    """Of a descriptor, as they come."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._lines: deque[bytes] = deque()
+        self._rest, self._is_over = bytearray(), False
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._lines or not self._is_over:
+            if self._lines:
+                yield self._lines.popleft()
+            else:
+                self._read()
+
+    def _read(self) -> None:
+        data = os.read(self.fd, 1 << 16)
+        self._is_over = not data
+        first, newline, others = data.partition(b"\n")
+        self._rest += first
+        if len(self._rest) > _LINE_MAX:
+            raise CafsError(f"a line is longer than {_LINE_MAX} bytes")
+        if newline:
+            *lines, rest = others.split(b"\n")
+            self._lines += [bytes(self._rest), *lines]
+            self._rest = bytearray(rest)
+        elif not data and self._rest:
+            self._lines.append(bytes(self._rest))
+
+    def is_at_hand(self) -> bool:
+        """Whether there is one more, or something to read."""
+        return bool(self._lines) or self._is_over or bool(select.select([self.fd], [], [], 0)[0])
 
 
 class _Bar:

@@ -6,7 +6,7 @@ import click
 
 from cli import _calls as calling
 from cli import _pool as asking
-from cli._options import Size, bounds_options, json_option, quiet_option
+from cli._options import Amount, Size, bounds_options, json_option, quiet_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,16 +25,12 @@ def fn() -> None:
 @click.option("--image", required=True, metavar="IMAGE", help="What it runs in.")
 @click.option("--handler", required=True, metavar="H", help="python:MODULE:FUNCTION or jsonl:PROGRAM.")
 @click.option("--code", metavar="DIR[:DEST]", help="A directory that is added to the image, at /code.")
-@click.option("--cpus", type=click.FloatRange(0), default=1.0, help="Processors of an instance (1).")
+@click.option("--cpus", type=Amount(0), default=1.0, help="Processors of an instance (1).")
 @click.option("--memory", type=Size(), default=0, metavar="SIZE", help="Memory of an instance (0: no limit).")
 @click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs of an instance, for itself (0).")
 @bounds_options
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), default=300.0, metavar="S", help="A call (300)."
-)
-@click.option(
-    "--start-timeout", "start_s", type=click.FloatRange(0, min_open=True), default=60.0, metavar="S", help="A start (60)."
-)
+@click.option("--timeout", "timeout_s", type=Amount(0, min_open=True), default=300.0, metavar="S", help="A call (300).")
+@click.option("--start-timeout", "start_s", type=Amount(0, min_open=True), default=60.0, metavar="S", help="A start (60).")
 @click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A file of $CPOOL_SECRETS with that secret.")
 @click.option("--constraint", "labels", multiple=True, metavar="LABEL", help="On a host with this label alone.")
@@ -52,7 +48,7 @@ def deploy(name: str, quiet: bool, is_sure: bool, tenant: str | None, **given: A
 
 @fn.command()
 @click.argument("name")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(0), default=None, metavar="S", help="In all.")
+@click.option("--timeout", "timeout_s", type=Amount(0), default=None, metavar="S", help="In all.")
 @click.option("--key", metavar="KEY", help="Called once: the same key again has the same answer.")
 @click.option("--idempotent", is_flag=True, help="It may be done twice, if its worker is lost.")
 @click.option("--bytes", "is_bytes", is_flag=True, help="Standard input is bytes, not JSON.")
@@ -69,7 +65,7 @@ def call(name: str, tenant: str | None, is_bytes: bool, **how: Any) -> int:
 @click.option("--unordered", is_flag=True, help="Answers as they come.")
 @click.option("--journal", metavar="FILE", help="Note what is done.")
 @click.option("--resume", is_flag=True, help="Leave out what the journal has.")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(0), default=None, metavar="S", help="Of each call, in all.")
+@click.option("--timeout", "timeout_s", type=Amount(0), default=None, metavar="S", help="Of each call, in all.")
 @click.option("--idempotent", is_flag=True, help="Calls may be done twice, if a worker is lost.")
 @_tenant
 @quiet_option()
@@ -82,7 +78,7 @@ def map_(name: str, tenant: str | None, journal: str | None, resume: bool, **how
 
 @fn.command()
 @click.argument("name")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(0), default=None, metavar="S", help="In all.")
+@click.option("--timeout", "timeout_s", type=Amount(0), default=None, metavar="S", help="In all.")
 @click.option("--key", metavar="KEY", help="Called once: the same key again is the same call.")
 @_tenant
 @quiet_option(used=False)

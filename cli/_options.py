@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from cafs import __version__
@@ -70,9 +72,19 @@ def version_option(program: str) -> Decorator:
     return click.version_option(__version__, "-V", "--version", prog_name=program, message="%(prog)s %(version)s")
 
 
+class Amount(click.FloatRange):
+    """A number that is one, and has an end."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is no amount", param, ctx)
+        return found
+
+
 def bounds_options(command: Any) -> Any:
     """How many instances a function has, as of pool.autoscaling.Bounds."""
-    more = click.FloatRange(0, min_open=True)
+    more = Amount(0, min_open=True)
     for option in reversed(
         (
             click.option("--concurrency", type=click.IntRange(1), default=1, help="Calls at once in an instance (1)."),
@@ -80,9 +92,7 @@ def bounds_options(command: Any) -> Any:
             click.option("--min", "least", type=click.IntRange(0), default=0, help="Instances that are always there (0)."),
             click.option("--max", "most", type=click.IntRange(1), default=10, help="Instances at most (10)."),
             click.option("--buffer", type=click.IntRange(0), default=0, help="More than needed, while it is used (0)."),
-            click.option(
-                "--wait-goal", "wait_s", type=click.FloatRange(0), default=0.5, metavar="S", help="A call may wait (0.5)."
-            ),
+            click.option("--wait-goal", "wait_s", type=Amount(0), default=0.5, metavar="S", help="A call may wait (0.5)."),
         )
     ):
         command = option(command)

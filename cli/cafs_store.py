@@ -6,7 +6,7 @@ import click
 
 from cafs.paths import located
 from cli._app import run, say, write_json
-from cli._options import CONTEXT, Size, json_option, quiet_option, store_option, store_root, version_option
+from cli._options import CONTEXT, Amount, Size, json_option, quiet_option, store_option, store_root, version_option
 from cli._progress import progress
 
 TYPE_CHECKING = False
@@ -145,8 +145,8 @@ def remove(images: tuple[str, ...], store: str | None) -> None:
 
 @main.command()
 @click.option("-n", "--dry-run", is_flag=True, help="Delete nothing; say what would be.")
-@click.option("--grace", type=click.FloatRange(0), metavar="SECONDS", help="Wait so long before deleting (86400).")
-@click.option("--steps", type=click.FloatRange(0), metavar="SECONDS", help="Keep steps of builds used since (604800).")
+@click.option("--grace", type=Amount(0), metavar="SECONDS", help="Wait so long before deleting (86400).")
+@click.option("--steps", type=Amount(0), metavar="SECONDS", help="Keep steps of builds used since (604800).")
 @json_option()
 @store_option()
 @quiet_option()

@@ -11,7 +11,7 @@ import click
 from cli import _fn, _poolgroups
 from cli import _pool as asking
 from cli._app import run
-from cli._options import CONTEXT, Size, bounds_options, json_option, quiet_option, version_option
+from cli._options import CONTEXT, Amount, Size, bounds_options, json_option, quiet_option, version_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
         (
             click.option("--image", metavar="IMAGE", help="Run it in this image, by crun."),
             click.option("--no-container", "is_plain", is_flag=True, help="Run it as a plain command."),
-            click.option("--cpus", type=click.FloatRange(0), default=1.0, help="Processors that it has for itself (1)."),
+            click.option("--cpus", type=Amount(0), default=1.0, help="Processors that it has for itself (1)."),
             click.option("--memory", type=Size(), default=0, metavar="SIZE", help="Memory that it has for itself (0)."),
             click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs that it has for itself (0)."),
             click.option("-e", "--env", "env", multiple=True, metavar="K[=V]", help="A variable of its environment."),
@@ -52,17 +52,15 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
                 "--secret", "secrets", multiple=True, metavar="NAME", help="A file of $CPOOL_SECRETS with that secret."
             ),
             click.option("--workdir", metavar="DIR", help="Where it runs (default: here, or the image's)."),
-            click.option("--timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="End it after so many seconds."),
+            click.option("--timeout", type=Amount(0), default=0.0, metavar="S", help="End it after so many seconds."),
             click.option("--retries", type=click.IntRange(0), default=0, help="How often it is tried again if it fails (0)."),
             click.option("--no-requeue", is_flag=True, help="Do not start it again if its worker is lost."),
-            click.option(
-                "--queue-timeout", type=click.FloatRange(0), default=0.0, metavar="S", help="Cancel it if it waits longer."
-            ),
+            click.option("--queue-timeout", type=Amount(0), default=0.0, metavar="S", help="Cancel it if it waits longer."),
             click.option("--disk", type=Size(), default=0, metavar="SIZE", help="Free disk that its worker is to have (0)."),
             click.option("--strict", is_flag=True, help="Never twice at once: a lost worker ends it before another begins."),
             click.option(
                 "--start-timeout",
-                type=click.FloatRange(0),
+                type=Amount(0),
                 default=0.0,
                 metavar="S",
                 help="Elsewhere if it has not begun.",
@@ -109,7 +107,7 @@ def serve(config: str | None) -> int:
 
 
 @main.command()
-@click.option("--seconds", type=click.FloatRange(0.1), default=20.0, help="At most so long (20).")
+@click.option("--seconds", type=Amount(0.1), default=20.0, help="At most so long (20).")
 @_config
 @quiet_option(used=False)
 def tick(seconds: float, config: str | None) -> int:
@@ -375,13 +373,13 @@ def nodes(as_json: bool, is_quiet: bool) -> int:
 @click.option("--trace", required=True, metavar="CSV", help="When jobs came: times first; - for standard input.")
 @click.option("--config", metavar="FILE", help="Machines and policy (default: the pool's pool.toml).")
 @click.option("--duration", default="lognormal:10", metavar="DIST", help="How long jobs take, if the trace does not say.")
-@click.option("--cpus", type=click.FloatRange(0, min_open=True), default=1.0, help="What they need, if it does not say (1).")
+@click.option("--cpus", type=Amount(0, min_open=True), default=1.0, help="What they need, if it does not say (1).")
 @click.option("--seed", type=int, default=1, help="Of what is drawn (1).")
 @click.option("--sweep", is_flag=True, help="Policies of spare capacity beside each other.")
 @click.option("--goal", metavar="p99=S", help="The cheapest of them that keeps this.")
 @click.option("--svg", metavar="FILE", help="Draw them: paid for / needed against waiting.")
 @click.option("--functions", "are_calls", is_flag=True, help="They are calls of a function; what follows is of it.")
-@click.option("--start", "start_s", type=click.FloatRange(0), default=0.5, metavar="S", help="A start takes so long (0.5).")
+@click.option("--start", "start_s", type=Amount(0), default=0.5, metavar="S", help="A start takes so long (0.5).")
 @bounds_options
 @json_option()
 @quiet_option()
@@ -403,7 +401,7 @@ def simulate(
 
 
 @main.command()
-@click.option("--days", type=click.FloatRange(0, min_open=True), default=7.0, help="Of the last so many days (7).")
+@click.option("--days", type=Amount(0, min_open=True), default=7.0, help="Of the last so many days (7).")
 @click.option("--html", "page", metavar="FILE", help="As a page with charts.")
 @json_option()
 @quiet_option(used=False)

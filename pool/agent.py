@@ -11,12 +11,11 @@ import errno
 import os
 import re
 import selectors
-import shutil
 import signal
 import sys
 import time
 
-from pool import cgroup, frames, hostprocess, machine, single
+from pool import cgroup, frames, hostprocess, machine, removing, single
 from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
@@ -313,7 +312,7 @@ def daemon(directory: str, build: str) -> None:
     hostprocess.leave(directory)
     cgroup.sweep(os.path.basename(directory), set())
     if found.is_to_be_removed:
-        shutil.rmtree(directory, ignore_errors=True)
+        removing.remove(directory)
     try:
         os.unlink(os.path.join(directory, "socket"))
     except OSError:

@@ -37,6 +37,9 @@ class Answers:
         self._large: Counter[HostLink] = Counter()
         """How many of them a host has the value of."""
 
+        self.gone: OrderedDict[bytes, None] = OrderedDict()
+        """Calls whose answers have gone before their time."""
+
         self.wants: dict[tuple[bytes, int], list[Caller]] = {}
         """Who waits for which piece."""
 
@@ -47,7 +50,11 @@ class Answers:
         if link:
             self._large[link] += 1
         while self._done_bytes > _DONE_BYTES or len(self.done) > _DONE_MANY:
-            self._forget(next(iter(self.done)))
+            oldest = next(iter(self.done))
+            self._forget(oldest)
+            self.gone[oldest] = None
+            if len(self.gone) > _DONE_MANY:
+                self.gone.popitem(last=False)
 
     def _forget(self, call: bytes) -> None:
         """If it is there."""
@@ -57,10 +64,12 @@ class Answers:
         self._done_bytes -= len(done.frame)
         if done.link:
             self._large[done.link] -= 1
+            if not self._large[done.link]:
+                del self._large[done.link]
 
     def has_large(self, link: HostLink) -> bool:
         """Whether a value may still be asked for that a host has."""
-        return self._large[link] > 0
+        return link in self._large
 
     def _no_piece(self, call: bytes, piece: int) -> None:
         for caller in self.wants.pop((call, piece), []):

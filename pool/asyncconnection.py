@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from cafs.errors import NotFound, RemoteError
 from pool.connection import BEGIN_S, connect
@@ -22,6 +23,7 @@ class AsyncConnection:
         self._directory = directory
         self._session = Session()
         self._waits: dict[bytes, asyncio.Future[Any]] = {}
+        self._takers: Counter[bytes] = Counter()
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._opened: dict[tuple[str, str], asyncio.Task[tuple[int, str]]] = {}
         self._begun = asyncio.ensure_future(self._begin())
@@ -87,16 +89,23 @@ class AsyncConnection:
 
     async def call(self, number: int, value: Any, **fields: Any) -> Any:
         """Its answer.  Raises CallError, CafsError."""
-        if fields["call"] in self._waits:  # the same key is the same call
-            return await asyncio.shield(self._waits[fields["call"]])
-        call = self._session.begin(number, value, **fields)
-        wait = self._waits[call] = asyncio.get_running_loop().create_future()
-        self._send()
+        call = fields["call"]
+        if call not in self._waits:  # the same key is the same call
+            call = self._session.begin(number, value, **fields)
+            self._waits[call] = asyncio.get_running_loop().create_future()
+            self._send()
+        self._takers[call] += 1
         try:
-            return await wait
+            return await asyncio.shield(self._waits[call])
         except asyncio.CancelledError:
+            if self._takers[call] > 1 or call not in self._waits:
+                raise
             self._session.pending.pop(call, None)
             self._waits.pop(call, None)
             self._session.cancel(call)
             self._send()
             raise
+        finally:
+            self._takers[call] -= 1
+            if not self._takers[call]:
+                del self._takers[call]

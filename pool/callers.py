@@ -10,7 +10,7 @@ from collections import Counter
 from pool import calls, sockets
 from pool.answers import Done
 from pool.loop import Wire, listen
-from pool.routed import Call, Routed
+from pool.routed import QUEUE_BYTES, QUEUE_MAX, Call, Routed
 from pool.settings import read
 from pool.tenants import OWNER, Tenants
 
@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pool.hostlinks import HostLink
     from pool.router import Router
     from pool.settings import Settings
 
@@ -41,6 +42,16 @@ class Caller:
         self.wire: Wire
 
 
+class Askers:
+    """Of a call that only the host of LINK knows."""
+
+    __slots__ = ("link", "wires")
+
+    def __init__(self, link: HostLink) -> None:
+        self.link = link
+        self.wires: list[Wire] = []
+
+
 class Callers:
     """All of them."""
 
@@ -49,7 +60,7 @@ class Callers:
         self.usage: Counter[str] = Counter()
         """Calls of each tenant that have no answer."""
 
-        self.askers: dict[bytes, list[Wire]] = {}
+        self.askers: dict[bytes, Askers] = {}
         """Who waits for what only a host knows."""
 
         self._held: list[tuple[float, Caller, tuple[int, bytes, int, int, bytes]]] = []
@@ -73,7 +84,7 @@ class Callers:
         def lost(_: str) -> None:
             self._all.discard(caller)
 
-        caller.wire = Wire(self._router.loop, connection, heed, lost)
+        caller.wire = Wire(self._router.loop, connection, heed, lost, is_shared=caller.is_owner)
         self._all.add(caller)
 
     def _heed(self, caller: Caller, kind: int, flags: int, call: bytes, a: int, b: int, body: bytes) -> None:
@@ -87,6 +98,8 @@ class Callers:
             self._router.answers.fetch(caller, kind, call, a)
         else:
             found = self._router.calls.get(call)
+            if found is None and kind == calls.CANCEL:
+                self._held = [one for one in self._held if one[1] is not caller or one[2][1] != call]
             if found is None or caller.wire not in found.callers:
                 return
             link = found.host
@@ -101,7 +114,11 @@ class Callers:
         fn = caller.opened.get(number)
         if known is not None:
             return self._same_again(caller, call, flags, known)
-        if fn is None or fn.is_gone:
+        if fn and fn.is_gone:  # it may have been deployed anew
+            fn = self._router.instances.functions.get((fn.tenant, fn.name))
+            if fn:
+                caller.opened[number] = fn
+        if fn is None:
             return caller.wire.say(calls.failed(call, "function", "there is no such function"))
         now = self._router.loop.now
         if any(call in link.known for link in self._router.links.values()):
@@ -109,8 +126,9 @@ class Callers:
         is_again = bool(flags & calls.LAST)
         flags &= ~calls.LAST
         if is_again and not flags & calls.IDEMPOTENT and not all(link.has_ever_greeted for link in self._router.links.values()):
-            self._held.append((now, caller, (flags, call, number, ms, body)))  # a host may have begun it
-            return
+            return self._hold(now, caller, (flags, call, number, ms, body))
+        if is_again and not flags & calls.IDEMPOTENT and call in self._router.answers.gone:
+            return caller.wire.say(calls.failed(call, "unknown", "it was done, and its answer is not kept any more"))
         limit = self._tenants.all[fn.tenant].calls if fn.tenant in self._tenants.all else 0
         if fn.queue.is_full(len(body)):
             return caller.wire.say(calls.failed(call, "full", f"the queue of {fn.name} is full"))
@@ -158,11 +176,15 @@ class Callers:
             if known is None:
                 continue
             one = link.instances.get(known[1])
-            if one and one.function is not fn:
+            whose = self._router.instances.function_of(link, known)
+            if whose is not fn and (whose or not caller.is_owner):
                 return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
+            if flags & calls.SPAWN:
+                caller.wire.say(calls.frame(calls.BEGUN, call))
             found = self._router.calls[call] = Call(call, fn, flags, body, now, 0.0)
             found.begun = now
-            found.callers.append(caller.wire)
+            if not flags & calls.SPAWN or flags & calls.REFERENCE:
+                found.callers.append(caller.wire)
             self.usage[fn.tenant] += 1
             found.link = link
             if one and known[0] == "running":
@@ -183,14 +205,16 @@ class Callers:
             return caller.wire.say(known.frame)
         if known is None:
             for link in self._router.links.values():
-                state, number = link.known.get(call, ("", 0))
-                one = link.instances.get(number)
-                whose = one.function.tenant if one else OWNER
-                if not state or (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
+                known_there = link.known.get(call)
+                if known_there is None:
+                    continue
+                fn, state = self._router.instances.function_of(link, known_there), known_there[0]
+                whose = fn.tenant if fn else OWNER
+                if (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
                     continue
                 if state == "running" and not is_to_wait:
                     return caller.wire.say(calls.control("state", call=call.hex(), state=state))
-                self.askers.setdefault(call, []).append(caller.wire)
+                self.askers.setdefault(call, Askers(link)).wires.append(caller.wire)
                 return link.say(calls.frame(calls.ASK, call))
             return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
         if is_to_wait:
@@ -198,6 +222,24 @@ class Callers:
         else:
             state = "running" if known.instance else "queued"
             caller.wire.say(calls.control("state", call=call.hex(), state=state))
+
+    def asked(self) -> set[HostLink]:
+        """Of what somebody waits for that only these know."""
+        for call in [call for call, one in self.askers.items() if not any(wire.is_open for wire in one.wires)]:
+            del self.askers[call]
+        return {one.link for one in self.askers.values()}
+
+    def ask_again(self, link: HostLink) -> None:
+        """There is another connection to a host."""
+        for call, one in list(self.askers.items()):
+            if one.link is link:
+                link.say(calls.frame(calls.ASK, call))  # if it knows nothing, it says so
+
+    def lose(self, link: HostLink) -> None:
+        """A host is no more."""
+        for call in [call for call, one in self.askers.items() if one.link is link]:
+            for wire in self.askers.pop(call).wires:
+                wire.say(calls.failed(call, "unknown", "outcome unknown: its worker was lost in the call"))
 
     def _control(self, caller: Caller, said: dict[str, Any]) -> None:
         tag = said.get("tag")
@@ -225,6 +267,13 @@ class Callers:
             return caller.wire.say(calls.control("error", tag=tag, kind="function", message=message))
         caller.opened[fn.number] = fn
         caller.wire.say(calls.control("open", tag=tag, number=fn.number, tenant=fn.tenant, timeout_s=fn.timeout_s))
+
+    def _hold(self, now: float, caller: Caller, fields: tuple[int, bytes, int, int, bytes]) -> None:
+        """A host that was not heard yet may have begun it."""
+        before = [len(body) for _, other, (*_, body) in self._held if other.tenant == caller.tenant]
+        if len(before) >= QUEUE_MAX or sum(before) + len(fields[-1]) > QUEUE_BYTES:
+            return caller.wire.say(calls.failed(fields[1], "full", "too many calls wait for workers that do not answer yet"))
+        self._held.append((now, caller, fields))
 
     def mind_held(self, now: float) -> None:
         """Calls that a host may have begun, when all were heard; or one is not for too long."""

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from contextlib import contextmanager
+from typing import Protocol
 
 from cafs import paths
 from cafs.errors import NotFound, RemoteError
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 PARALLEL = 64
+
+
+class Coming(Protocol):
+    """Where inputs come from.  fd: can be read when there is more."""
+
+    fd: int
+
+    def is_at_hand(self) -> bool:
+        """Whether one more comes without waiting."""
 
 
 class Function:
@@ -71,8 +81,8 @@ class Function:
     def _fields(self, owner: str, key: str | None, timeout_s: float | None, *, idempotent: bool) -> dict[str, Any]:
         return {
             "call": id_of(owner, self.name, key) if key is not None else None,
-            "ms": max(int(timeout_s * 1000), 1) if timeout_s else 0,
-            "flags": calls.IDEMPOTENT if idempotent else 0,
+            "ms": max(int(min(timeout_s * 1000, calls.MS_MAX)), 1) if timeout_s else 0,
+            "flags": (calls.IDEMPOTENT if idempotent else 0) | (calls.LAST if key is not None else 0),
         }
 
     def call(self, value: Any, *, key: str | None = None, timeout_s: float | None = None, idempotent: bool = False) -> Any:
@@ -85,11 +95,11 @@ class Function:
             fields = self._fields(connection.owners[self.tenant, self.name], key, timeout_s, idempotent=idempotent)
             return connection.wait(connection.session.begin(number, value, **fields))
 
-    def stream(self, value: Any, *, timeout_s: float | None = None) -> Iterator[Any]:
+    def stream(self, value: Any, *, key: str | None = None, timeout_s: float | None = None) -> Iterator[Any]:
         """What a handler gives that is a generator, as it comes; one value, if it is none.  Raises CallError, CafsError."""
         with self._connection() as (connection, number):
-            session = connection.session
-            call = session.begin(number, value, **self._fields("", None, timeout_s, idempotent=False))
+            session, owner = connection.session, connection.owners[self.tenant, self.name]
+            call = session.begin(number, value, **self._fields(owner, key, timeout_s, idempotent=False))
             one = session.pending[call]
             one.takes = False
             given = 0
@@ -137,8 +147,12 @@ class Function:
         idempotent: bool = False,
         timeout_s: float | None = None,
         progress: Callable[[int], None] | None = None,
+        coming: Coming | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """(number of the input, answer or CallError)."""
+        """(number of the input, answer or CallError).  An input that is a CallError is its own answer.
+
+        coming: where inputs come from that may be long in coming; answers are given meanwhile.
+        """
         fields = self._fields("", None, timeout_s, idempotent=idempotent)
         with self._connection() as (connection, _):
             session, source = connection.session, enumerate(inputs)
@@ -148,20 +162,28 @@ class Function:
             is_over = False
             try:
                 while True:
-                    while not is_over and len(running) + len(waiting) < max(parallel, 1):
+                    came: list[tuple[int, Any]] = []
+                    has_room = True
+                    while not is_over and (has_room := len(running) + len(waiting) + len(came) < max(parallel, 1)):
+                        if coming and (running or came) and not coming.is_at_hand():
+                            break
                         one = next(source, None)
                         is_over = one is None
-                        if one:
+                        if one and isinstance(one[1], CallError):
+                            came.append(one)
+                        elif one:
                             number = connection.open(self.tenant, self.name)  # another one after another router
                             running[session.begin(number, one[1], **fields)] = one[0]
-                    if not running and is_over:
+                    if running and not came:
+                        for call in connection.turn(coming.fd if coming and has_room and not is_over else -1):
+                            at = running.pop(call)
+                            try:
+                                came.append((at, session.take(call)))
+                            except CallError as error:
+                                came.append((at, error))
+                    elif not came and is_over:
                         break
-                    for call in connection.turn():
-                        at = running.pop(call)
-                        try:
-                            answer = session.take(call)
-                        except CallError as error:
-                            answer = error
+                    for at, answer in came:
                         done += 1
                         if not ordered:
                             yield at, answer

@@ -21,6 +21,7 @@ SIZE_MAX = 5 << 18
 VALUE_MAX = 1 << 20
 """A larger one goes by reference."""
 
+MS_MAX = (1 << 32) - 1
 PIECE_SIZE = 256 << 10
 ITEMS_AHEAD = 16
 KEPT_S = 600.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 
@@ -98,12 +99,15 @@ class Connection:
                 return None
         return self.session.replies.pop(tag)
 
-    def turn(self) -> list[bytes]:
-        """Send what is to be sent, wait for something; the calls that are done by it."""
+    def turn(self, beside: int = -1) -> list[bytes]:
+        """Send what is to be sent, wait for something; the calls that are done by it.  beside: or until that can be read."""
         try:
             if self.session.out:
                 out, self.session.out = self.session.out, bytearray()
                 self._socket.sendall(out)
+            here = self._socket.fileno()
+            if beside >= 0 and here not in select.select([here, beside], [], [])[0]:
+                return []
             data = self._socket.recv(_PIECE)
             if not data:
                 raise ConnectionResetError

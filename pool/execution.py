@@ -42,13 +42,13 @@ class Execution:
         if one is None or one.is_leaving:
             return self._say(calls.frame(calls.BOUNCE, call))
         limit_s = ms / 1000 if ms else one.timeout_s
-        found = Call(call, one, self._loop.now + limit_s)
+        found = Call(call, one, self._loop.now + limit_s, 0.0 if ms else one.timeout_s)
         self.known.add(found)
         one.calls[call] = found
         if flags & calls.REFERENCE:
             return self._ask_for_value(found, flags, body)
         found.has_begun = True
-        one.wire.say(calls.frame(calls.CALL, call, body, flags=flags, b=int(limit_s * 1000)))
+        one.wire.say(calls.frame(calls.CALL, call, body, flags=flags, b=min(int(limit_s * 1000), calls.MS_MAX)))
 
     def heed(self, wire: loop.Wire, kind: int, call: bytes, a: int, body: bytes) -> None:
         """What a router says of a call that was given before."""
@@ -125,7 +125,7 @@ class Execution:
     def _whole(self, call: Call) -> None:
         """Its value is there."""
         assert call.pull
-        ms = max(int((call.deadline - self._loop.now) * 1000), 1)
+        ms = min(max(int((call.deadline - self._loop.now) * 1000), 1), calls.MS_MAX)
         call.instance.wire.say(calls.frame(calls.CALL, call.id, call.pull.reference(), flags=call.pull.flags, b=ms))
         call.has_begun = True
         call.instance.calls.move_to_end(call.id)  # they are in the order in which they were given
@@ -186,6 +186,14 @@ class Execution:
         if one.is_serial and is_first:
             one.wire.flush()
             one.send(signal.SIGUSR1)
+
+    def give_up_late(self, one: Instance, now: float) -> None:
+        """Those that take too long.  What was sent ahead of its time is not begun yet."""
+        for at, call in enumerate(list(one.calls.values())):
+            if at >= one.concurrency and one.may_be_ahead and call.limit_s:
+                call.deadline = now + call.limit_s
+            if call.deadline <= now and not call.done:
+                self.give_up(call, "timeout", "the call took too long")
 
     def lost(self, one: Instance) -> None:
         """Its process has ended: the calls that it had begun fail, those that were sent ahead go elsewhere."""

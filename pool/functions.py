@@ -143,9 +143,11 @@ class Functions:
 
     # Whoever watches.
 
-    def watch(self, client: Client) -> dict[str, Any]:
-        """All that there is; from now on CLIENT is told what changes."""
+    def watch(self, client: Client, hosts: list[str]) -> dict[str, Any]:
+        """All that there is; from now on CLIENT is told what changes.  hosts: workers that it is connected to."""
         self._watchers[id(client)] = client
+        for worker in self._controller.remotes.keys() & set(hosts):
+            self._left.setdefault(worker, time.monotonic())  # of instances that had ended before this controller began
         jobs = [self._shown(job) for job in self.jobs.values()]
         functions = [_told(row) for row in self.rows(None)]
         return {"pool": self._controller.pool, "functions": functions, "jobs": jobs, "hosts": self._hosts()}
@@ -180,7 +182,7 @@ class Functions:
     def mind(self) -> None:
         """Once a second: a router is there while a function is."""
         now = time.monotonic()
-        if now < self._look_after:
+        if now < self._look_after or self._controller.is_leaving:
             return
         self._look_after = now + 1.0
         self._ask_for_room()

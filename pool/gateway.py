@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self, function: Function, value: Any) -> None:
         """A line for each item, as it comes; an error is the last line."""
-        items = function.stream(value, timeout_s=self._timeout())
+        items = function.stream(value, key=self.headers.get("Idempotency-Key"), timeout_s=self._timeout())
         first = next(items, _NOTHING)
         self.send_response(200)
         self.send_header("Content-Type", _LINES)

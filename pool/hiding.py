@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import stat
+
+from pool import removing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def values(place: str) -> list[bytes]:
 
 def remove(place: str) -> None:
     """The job is over, and what it wrote was read."""
-    shutil.rmtree(place, ignore_errors=True)
+    removing.remove(place)
 
 
 def hidden(data: bytes, secrets: Sequence[bytes]) -> bytes:

@@ -25,12 +25,28 @@ RUNNING, DONE = "running", "done"
 
 
 class Call:
-    """instance: where it runs.  deadline: by time.monotonic().  given_up: when it was answered for its handler."""
+    """instance: where it runs.  deadline: by time.monotonic().  given_up: when it was answered for its handler.
 
-    __slots__ = ("answer", "credit", "deadline", "done", "given_up", "has_begun", "id", "instance", "items", "pull", "result")
+    limit_s: how long it may take from when it is begun; 0 if its caller has said how long in all.
+    """
 
-    def __init__(self, call: bytes, instance: Instance, deadline: float) -> None:
-        self.id, self.instance, self.deadline = call, instance, deadline
+    __slots__ = (
+        "answer",
+        "credit",
+        "deadline",
+        "done",
+        "given_up",
+        "has_begun",
+        "id",
+        "instance",
+        "items",
+        "limit_s",
+        "pull",
+        "result",
+    )
+
+    def __init__(self, call: bytes, instance: Instance, deadline: float, limit_s: float) -> None:
+        self.id, self.instance, self.deadline, self.limit_s = call, instance, deadline, limit_s
         self.answer = b""
         self.done = self.given_up = 0.0
         self.has_begun = False
@@ -40,7 +56,7 @@ class Call:
 
 
 class Instance:
-    """A container that serves calls.  number: its name for the router; about: as the agent wrote it."""
+    """A container that serves calls.  number: for the router; about: as the agent wrote it; identity: of the version."""
 
     def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
         self.number, self.wire, self.job, self.directory = number, wire, job, directory
@@ -49,6 +65,7 @@ class Instance:
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])
+        self.identity = str(about["id"])
         self.calls: OrderedDict[bytes, Call] = OrderedDict()
         self.used = time.monotonic()
         self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False

@@ -43,7 +43,9 @@ class Host:
         self._instances: dict[int, Instance] = {}
         self._zygotes = admitting.Zygotes(directory)
         self._calls = Execution(directory, self._loop, self._say)
-        self._strangers = 0
+        self._strangers: dict[loop.Wire, float] = {}
+        """Since when they are there, the oldest first."""
+
         self._numbers = 0
         self._alone_since = time.monotonic()
         self._tick_at, self._is_to_leave = math.inf, False
@@ -123,9 +125,6 @@ class Host:
 
     def _accept_instance(self, connection: socket.socket) -> None:
         pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        if self._strangers >= _STRANGERS_MAX:
-            return connection.close()
-        self._strangers += 1
         found: list[Instance] = []
         zygote: list[str] = []
         wire: loop.Wire
@@ -139,29 +138,25 @@ class Host:
                 job, _ = admitting.admit(self._directory, calls.said(body))
                 self._zygotes.add(job, wire)
                 zygote.append(job)
-                known(None)
+                known()
             else:
                 found.append(self._greeted(wire, pid, calls.said(body)))
-                known(None)
+                known()
 
         def lost(_: str) -> None:
             if found:
                 self._lost(found[0])
             if zygote:
                 self._zygotes.lost(zygote[0])
-            known(None)
+            known()
 
-        def known(_: object) -> None:
-            if strangers:
-                self._strangers -= strangers.pop()
+        def known() -> None:
+            self._strangers.pop(wire, None)
 
-        def late() -> None:
-            if strangers:
-                wire.close("it says nothing")
-
-        strangers = [1]
-        wire = loop.Wire(self._loop, connection, heed, lost)
-        self._loop.at(time.monotonic() + _HELLO_S, late)
+        wire = loop.Wire(self._loop, connection, heed, lost, is_shared=True)
+        self._strangers[wire] = self._loop.now
+        if len(self._strangers) > _STRANGERS_MAX:
+            next(iter(self._strangers)).close("others want to say who they are")
 
     def _greeted(self, wire: loop.Wire, pid: int, said: dict[str, Any]) -> Instance:
         """An instance.  Raises ValueError, LookupError."""
@@ -226,6 +221,8 @@ class Host:
         now = time.monotonic()
         self._tick_at = math.inf
         is_busy = False
+        while self._strangers and next(iter(self._strangers.values())) < now - _HELLO_S:
+            next(iter(self._strangers)).close("it says nothing")
         for one in list(self._instances.values()):
             is_busy = is_busy or bool(one.calls)
             self._mind(one, now)
@@ -237,8 +234,7 @@ class Host:
         self._tick_within(_TICK_S if is_busy else _IDLE_TICK_S)
 
     def _mind(self, one: Instance, now: float) -> None:
-        for call in [call for call in one.calls.values() if call.deadline <= now and not call.done]:
-            self._calls.give_up(call, "timeout", "the call took too long")
+        self._calls.give_up_late(one, now)
         stuck = [call for call in one.calls.values() if call.given_up and call.given_up < now - _GRACE_S]
         if stuck:
             self._leave(one, "its handler does not end")

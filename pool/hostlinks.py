@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import queue
 import socket
@@ -31,10 +32,10 @@ class HostLink:
         self.wire: Wire | None = None
         self.name = ""
         self.instances: dict[int, Instance] = {}
-        self.known: dict[bytes, tuple[str, int]] = {}
-        """Calls that it had when it greeted: state and instance."""
+        self.known: dict[bytes, tuple[str, int, str]] = {}
+        """Calls that it had when it greeted: state, and number and identity of the instance."""
 
-        self._coming: dict[bytes, tuple[str, int]] = {}
+        self._coming: dict[bytes, tuple[str, int, str]] = {}
         self.has_greeted = self.has_ever_greeted = False
         self.is_wanted = True
         self._greeted_at = 0.0
@@ -94,7 +95,8 @@ class HostLink:
         elif kind == calls.CONTROL:
             said = calls.said(body)
             if said["is"] == "calls":
-                self._coming |= {bytes.fromhex(one): (str(state), int(number)) for one, state, number in said["calls"]}
+                for one, state, number, identity in said["calls"]:
+                    self._coming[bytes.fromhex(one)] = str(state), int(number), str(identity)
             elif said["is"] == "hello":
                 self._greeted(str(said["host"]))
             else:
@@ -141,7 +143,8 @@ class HostLink:
         if self.wire is None and self.name and time.monotonic() > self._lost_at + self._router.callers.lost_s:
             self._give_up()
         if self.known and time.monotonic() > self._greeted_at + calls.KEPT_S:
-            self.known = {}
+            self._greeted_at = math.inf
+            self.known = {call: about for call, about in self.known.items() if about[0] == "running"}
 
     def give_up(self) -> None:
         """Its worker is another machine now."""

@@ -38,8 +38,13 @@ class Instances:
 
         self.controller = ControllerLink(router.loop, router.directory, self._heed_controller, self._watch)
 
+    def function_of(self, link: HostLink, known: tuple[str, int, str]) -> Routed | None:
+        """Whose call that is which a host knows, as in `HostLink.known`; None if there is no such function any more."""
+        one = link.instances.get(known[1])
+        return one.function if one else next((fn for fn in self.functions.values() if known[2] in fn.identities()), None)
+
     def _watch(self) -> None:
-        self.controller.ask("watch", self._watched)
+        self.controller.ask("watch", self._watched, hosts=list(self._router.links))
 
     def _watched(self, said: dict[str, Any]) -> None:
         """All that there is: at the beginning, and when there is a controller again."""
@@ -159,6 +164,8 @@ class Instances:
             if "error" in said:
                 fn.later(said["error"], time.monotonic())
                 return self._tried(fn, version, said["error"]) if is_first else None
+            if fn.is_gone:
+                return self._cancel(said["ids"][0])
             self._adopt(said["ids"][0], fn, version, is_first=is_first)
 
         self.controller.ask("submit", then, jobs=[{"spec": spec, "key": None, "hold": False}])

@@ -30,8 +30,8 @@ class Known:
         """What each answer weighs, the oldest first."""
 
         self._kept_bytes = 0
-        self._gone: OrderedDict[bytes, float] = OrderedDict()
-        """Calls that were answered, and whose answers are not kept any more."""
+        self._gone: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+        """When calls were answered, and of what, whose answers are not kept any more."""
 
     def get(self, call: bytes) -> Call | None:
         return self._calls.get(call)
@@ -44,9 +44,12 @@ class Known:
         return self._calls.values()
 
     def listed(self) -> list[list[Any]]:
-        """[id as hex, its state, number of its instance] of each, also of those whose answer has gone."""
-        known = [[call.id.hex(), DONE if call.done else RUNNING, call.instance.number] for call in self._calls.values()]
-        return known + [[call.hex(), DONE, 0] for call in self._gone]
+        """[id as hex, its state, number and identity of its instance] of each, also of those whose answer has gone."""
+        known = [
+            [call.id.hex(), DONE if call.done else RUNNING, call.instance.number, call.instance.identity]
+            for call in self._calls.values()
+        ]
+        return known + [[call.hex(), DONE, 0, identity] for call, (_, identity) in self._gone.items()]
 
     def add(self, call: Call) -> None:
         self._calls[call.id] = call
@@ -58,7 +61,7 @@ class Known:
         self._kept_bytes += weight
         while self._kept_bytes > _KEPT_BYTES or len(self._kept) > _KEPT_MANY:
             oldest = self._oldest()
-            self._gone[oldest.id] = oldest.done
+            self._gone[oldest.id] = oldest.done, oldest.instance.identity
             self.forget(oldest)
         while len(self._gone) > _GONE_MANY:
             self._gone.popitem(last=False)
@@ -76,7 +79,7 @@ class Known:
         """now: by time.monotonic()."""
         while self._kept and self._oldest().done < now - calls.KEPT_S:
             self.forget(self._oldest())
-        while self._gone and next(iter(self._gone.values())) < now - calls.KEPT_S:
+        while self._gone and next(iter(self._gone.values()))[0] < now - calls.KEPT_S:
             self._gone.popitem(last=False)
 
     def _oldest(self) -> Call:

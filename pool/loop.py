@@ -10,6 +10,7 @@ import heapq
 import os
 import select
 import socket
+import struct
 import time
 from itertools import count
 
@@ -157,7 +158,7 @@ class Wire:
             pass
         except OSError as error:
             self.close(error.strerror or "lost")
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
             self.close(f"it says what is not of this protocol: {error}")
 
     def close(self, why: str = "closed", *, is_quiet: bool = False) -> None:
@@ -167,6 +168,7 @@ class Wire:
         self.is_open = False
         self._loop.remove(self._fd)
         self._loop.to_send.pop(self, None)
+        self._reader, self._unsent = calls.Reader(), bytearray()  # whoever still has us has nothing of that
         self.socket.close()
         if not is_quiet:
             self._lost(why)

@@ -9,11 +9,10 @@ import ctypes
 import json
 import os
 import re
-import shutil
 import signal
 import time
 
-from pool import cgroup, forking, hiding, instance, machine, staging, streams
+from pool import cgroup, forking, hiding, instance, machine, removing, staging, streams
 from pool.entering import container_of
 
 TYPE_CHECKING = False
@@ -257,7 +256,7 @@ class Job:
         cgroup.remove(self.asked.get("cgroup_cpu", ""))
         if self.asked.get("has_secrets"):
             hiding.remove(hiding.place_of(self.directory))
-        shutil.rmtree(self.directory, ignore_errors=True)
+        removing.remove(self.directory)
 
 
 def found_in(directory: str) -> list[Job]:

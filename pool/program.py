@@ -31,6 +31,7 @@ MODULES: tuple[str, ...] = (
     "machine",
     "peers",
     "processes",
+    "removing",
     "shim",
     "single",
     "sockets",

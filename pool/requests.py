@@ -219,7 +219,7 @@ def _function(client: Client, controller: Controller, said: dict[str, Any]) -> N
 
 def _watch(client: Client, controller: Controller, said: dict[str, Any]) -> None:
     """The router's: all of functions and their instances, and from now on what changes."""
-    client.answer(controller.functions.watch(client))
+    client.answer(controller.functions.watch(client, [str(one) for one in said["hosts"]]))
 
 
 def _end(client: Client, controller: Controller, said: dict[str, Any]) -> None:

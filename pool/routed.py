@@ -136,6 +136,10 @@ class Routed:
         """Of what was deployed under that number, '' if nothing is: numbers begin anew after a function was removed."""
         return str(self.specs[version]["fn"]["id"]) if version in self.specs else ""
 
+    def identities(self) -> set[str]:
+        """Of all versions that there are."""
+        return {str(spec["fn"]["id"]) for spec in self.specs.values()}
+
     def set_version(self, version: int) -> None:
         """From now on calls go to that one."""
         self.version, self.identity = version, self.identity_of(version)

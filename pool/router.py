@@ -29,13 +29,13 @@ _ITEMS_MAX = 1 << 20
 
 
 class Items:
-    """What a spawned call has given so far.  size: bytes."""
+    """What a spawned call has given so far.  size: bytes.  is_too_much: to be kept."""
 
-    __slots__ = ("all", "size")
+    __slots__ = ("all", "is_too_much", "size")
 
     def __init__(self) -> None:
         self.all: list[bytes] = []
-        self.size = 0
+        self.size, self.is_too_much = 0, False
 
 
 class Router:
@@ -81,12 +81,14 @@ class Router:
         for one in self.calls.values():
             if one.link is link and one.instance is None:
                 link.say(calls.frame(calls.ASK, one.id))
+        self.callers.ask_again(link)
         self.answers.ask_again(link)
 
     def lost_link(self, link: HostLink) -> None:
         """A host is no more."""
         for one in [one for one in self.calls.values() if one.link is link and one.instance is None]:
             self.lost(one)
+        self.callers.lose(link)
         self.answers.lose(link)
 
     def answered(self, link: HostLink, flags: int, call: bytes, items: int, body: bytes) -> None:
@@ -103,6 +105,11 @@ class Router:
             one.busy += bool(flags & calls.BUSY)
             self.instances.forget_if_over(one)
         kept = self._items.pop(call, None)
+        if kept and kept.is_too_much:
+            body, flags = (
+                calls.error("protocol", "the values of a spawned call are no bytes, and 1 MiB at most together"),
+                calls.ERROR,
+            )
         if flags & calls.STREAM and found.flags & calls.SPAWN and not flags & calls.ERROR:
             given = kept.all if kept else []
             if len(given) == items:
@@ -119,21 +126,20 @@ class Router:
         """Of a router before us, or of one that nobody knows: a piece that is not there, most likely."""
         if flags & calls.ERROR:
             self.answers.absent(call)
-        known = link.known.get(call)
+        known, askers = link.known.get(call), self.callers.askers.get(call)
+        wires = self.callers.askers.pop(call).wires if askers and askers.link is link else []
+        frame = calls.frame(calls.ANSWER, call, body, flags=flags & ~calls.BUSY, a=items)
+        for wire in wires:
+            wire.say(frame)
         if known is None:
             return
+        fn = self.instances.function_of(link, known)
         one = link.instances.get(known[1])
         if one and known[0] == "running" and not flags & calls.BUSY:
-            link.known[call] = "done", known[1]
+            link.known[call] = "done", known[1], known[2]
             one.busy = max(one.busy - 1, 0)
             self.dispatch(one.function)
-        frame = calls.frame(calls.ANSWER, call, body, flags=flags & ~calls.BUSY, a=items)
-        askers = self.callers.askers.pop(call, [])
-        self.answers.keep(
-            call, frame, link if flags & calls.REFERENCE else None, one.function.tenant if one else OWNER, len(askers)
-        )
-        for wire in askers:
-            wire.say(frame)
+        self.answers.keep(call, frame, link if flags & calls.REFERENCE else None, fn.tenant if fn else OWNER, len(wires))
 
     def heed_call(self, link: HostLink, kind: int, flags: int, call: bytes, a: int, body: bytes) -> None:
         """What else a host says of a call."""
@@ -148,6 +154,7 @@ class Router:
             kept = self._items.setdefault(call, Items())
             kept.size += len(body)
             if kept.size > _ITEMS_MAX or flags & calls.BYTES:
+                kept.is_too_much = True
                 return link.say(calls.frame(calls.CANCEL, call))
             kept.all.append(body)
             link.say(calls.frame(calls.MORE, call, a=1))
@@ -239,10 +246,13 @@ class Router:
         Where a host knows of many calls, to greet it anew takes as long as a container's start.
         """
         wanted = {one.link for one in self.instances.jobs.values()} | {call.host for call in self.calls.values()}
+        wanted |= self.callers.asked()
         for link in list(self.links.values()):
             if link in wanted or self.answers.has_large(link):
                 link.used = now
-            elif now > link.used + (calls.KEPT_S if link.wire else 0 if link.has_ever_greeted else self.callers.lost_s):
+            elif now > link.used + (
+                calls.KEPT_S if link.wire or link.known else 0 if link.has_ever_greeted else self.callers.lost_s
+            ):
                 self.links.pop(link.worker).close()
 
 

@@ -155,6 +155,8 @@ class Session:
         try:
             for kind, flags, call, a, _, body in self._reader.feed(data):
                 one = self.pending.get(call)
+                if one and one.is_done:
+                    continue  # a second answer, or what was under way of a value that has failed
                 if kind == calls.ANSWER and one:
                     self._answered(call, one, flags, a, body)
                     if one.is_done:
@@ -254,4 +256,4 @@ class StateOfCall(CafsError):
 
 def id_of(tenant: str, name: str, key: str) -> bytes:
     """Of a call that is made once, however often it is sent."""
-    return hashlib.sha256(b"".join(one.encode() + b"\0" for one in (tenant, name, key))).digest()[:16]
+    return hashlib.sha256(b"".join(one.encode("utf-8", "surrogateescape") + b"\0" for one in (tenant, name, key))).digest()[:16]

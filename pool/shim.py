@@ -303,7 +303,9 @@ class Serial:
                     data = packed(ANSWER, call, found)
             finally:
                 self._current = b""
-        except (Exception, Cancelled, SystemExit) as problem:
+        except Leave:
+            raise
+        except BaseException as problem:  # whatever it is, it is the handler's
             self._current = b""
             data = failed(call, problem)
         end_lines()

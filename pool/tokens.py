@@ -10,11 +10,17 @@ import hmac
 import os
 import re
 import secrets
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from cafs import atomic
 from cafs.errors import BusyError, NotFound, UsageError, os_error, quote
+from pool import settings
 from pool.tenants import OWNER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MAX = 1 << 20
 _NOBODY = "-"
@@ -53,24 +59,38 @@ def _write(directory: str, tokens: list[Token]) -> None:
         raise os_error(f"cannot write {quote(_path(directory))}", error) from error
 
 
+@contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(atomic.locked(directory))
+        except OSError as error:
+            raise os_error(f"cannot use {quote(directory)}", error) from error
+        yield
+
+
 def add(directory: str, label: str, tenant: str) -> str:
     """A new one; it is seen here and never again.  Raises CafsError."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", label):
         raise UsageError(f"{quote(label)} is not a label for a token")
-    known = read(directory)
-    if any(one.label == label for one in known):
-        raise BusyError(f"there is a token {quote(label)}", hint=f"cpool fn token rm {label}")
+    if tenant and tenant not in settings.read(directory).tenants:
+        raise NotFound(f"no tenant {quote(tenant)}", hint="[tenants.NAME] in pool.toml")
     token = secrets.token_urlsafe(32)
-    _write(directory, [*known, Token(label, tenant, _digest(token))])
+    with _locked(directory):
+        known = read(directory)
+        if any(one.label == label for one in known):
+            raise BusyError(f"there is a token {quote(label)}", hint=f"cpool fn token rm {label}")
+        _write(directory, [*known, Token(label, tenant, _digest(token))])
     return token
 
 
 def remove(directory: str, label: str) -> None:
     """Raises NotFound."""
-    known = read(directory)
-    if not any(one.label == label for one in known):
-        raise NotFound(f"no token {quote(label)}", hint="cpool fn token ls")
-    _write(directory, [one for one in known if one.label != label])
+    with _locked(directory):
+        known = read(directory)
+        if not any(one.label == label for one in known):
+            raise NotFound(f"no token {quote(label)}", hint="cpool fn token ls")
+        _write(directory, [one for one in known if one.label != label])
 
 
 def tenant_of(tokens: list[Token], given: str) -> str | None:

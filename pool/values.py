@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 
-from pool import calls, staging
+from pool import calls, removing, staging
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,7 +93,10 @@ class Kept:
         if not match or not staging.is_name(match[1]):
             raise ValueError("it is no file in /run/cpool/out")
         self._path, self._name = os.path.join(place, name), name
-        os.rename(os.path.join(out, match[1]), self._path)
+        found = os.path.join(out, match[1])
+        if not stat.S_ISREG(os.lstat(found).st_mode):
+            raise ValueError("it is no file")
+        os.rename(found, self._path)
         status = os.lstat(self._path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > SIZE_MAX:
             self.remove()
@@ -123,7 +125,7 @@ class Kept:
         try:
             os.unlink(self._path)
         except IsADirectoryError:
-            shutil.rmtree(self._path, ignore_errors=True)
+            removing.remove(self._path)
 
 
 def piece_of(call: bytes, number: int, data: bytes, size: int) -> bytes:
@@ -134,5 +136,5 @@ def piece_of(call: bytes, number: int, data: bytes, size: int) -> bytes:
 
 def clear(place: str) -> None:
     """What a host before has kept is nobody's."""
-    shutil.rmtree(place, ignore_errors=True)
-    os.makedirs(place, mode=0o700)
+    removing.remove(place)
+    os.makedirs(place, mode=0o700, exist_ok=True)

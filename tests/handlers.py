@@ -80,6 +80,8 @@ def odd(value):
         return {1, 2}
     if value == "exit":
         sys.exit(3)
+    if value == "interrupt":
+        raise KeyboardInterrupt
     if value == "deep":
         return odd("deep")
     if value == "fork":
@@ -113,6 +115,10 @@ async def later(value):
 
 def several(many):
     yield from range(many)
+
+
+def pieces(many):
+    yield from (b"x" for _ in range(many))
 
 
 async def aseveral(many):

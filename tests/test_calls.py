@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafs.errors import CafsError, UsageError
-from pool import calls, functions, hosting, instance, report, values
+from pool import calls, functions, hosting, instance, loop, removing, report, values
+from pool.execution import Execution
+from pool.hosted import Instance
 from pool.session import CallError, Session, id_of
 from pool.settings import Settings
 from pool.state import State, create
@@ -146,6 +149,90 @@ def test_a_host_has_one_time_at_which_it_looks_after_its_instances(tmp_path: Pat
     while len(host._loop._times) > 1:
         assert time.monotonic() < deadline, host._loop._times
         host._loop.turn(0.1)
+
+
+def test_what_a_handler_left_goes_however_deep_it_is_and_nothing_else(tmp_path: Path) -> None:
+    """Deeper than Python recurses, and than a path may be long."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("kept")
+    (tmp_path / "out").mkdir()
+    at = os.open(tmp_path / "out", os.O_RDONLY)
+    for number in range(3000):
+        os.mkdir(f"removed.{number % 3}", dir_fd=at)
+        os.symlink(tmp_path / "kept", "link", dir_fd=at)
+        further = os.open(f"removed.{number % 3}", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = further
+    os.close(at)
+    removing.remove(str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept" / "file").read_text() == "kept"
+    removing.remove(str(tmp_path / "absent"))
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    removing.remove(str(tmp_path / "link"))
+    assert (tmp_path / "kept" / "file").exists()
+
+
+def test_a_directory_in_place_of_an_answer_stays_with_its_instance(tmp_path: Path) -> None:
+    (tmp_path / "out" / "x").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError, match="no file"):
+        values.Kept(str(tmp_path / "out"), str(tmp_path / "kept"), "y", b'{"$ref": "/run/cpool/out/x"}')
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_connections_that_say_nothing_keep_nobody_away_and_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "calls").mkdir()
+    host = hosting.Host(str(tmp_path))
+    silent = []
+    for _ in range(hosting._STRANGERS_MAX + 1):
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(str(tmp_path / "calls" / "in" / "socket"))
+        one.sendall(calls.frame(calls.CONTROL, calls.NOBODY, b"x" * 200_000)[:-1])
+        silent.append(one)
+        host._loop.turn(0.1)
+    wires = list(host._strangers)
+    assert len(wires) == hosting._STRANGERS_MAX and silent[0].recv(1) == b"", "the one that was silent longest has gone"
+    for one in silent:
+        one.close()
+    while host._strangers:
+        host._loop.turn(0.1)
+    assert all(not wire._reader._held for wire in wires)
+
+
+class Unheard:
+    """A connection to nobody."""
+
+    def say(self, frame: bytes) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+def test_what_was_sent_ahead_takes_no_time_before_it_is_begun(tmp_path: Path) -> None:
+    at, said = loop.Loop(), []
+    doing = Execution(str(tmp_path), at, said.append)
+    about = {"concurrency": 1, "timeout_s": 3, "idle_s": 1, "id": "x"}
+    one = Instance(1, Unheard(), "1.1", about, str(tmp_path), os.getpid())  # type: ignore[arg-type]
+    one.may_be_ahead = True
+    ids = [os.urandom(16) for _ in range(3)]
+    for call, ms in zip(ids, (0, 0, 2000), strict=True):
+        doing.begin(call, one, 0, ms, b"1")
+    doing.give_up_late(one, at.now + 2.5)
+    assert [call.id for call in one.calls.values() if call.done] == [ids[2]], (
+        "that one was to be there in 2 s, whatever happens"
+    )
+    doing.give_up_late(one, at.now + 3.5)
+    assert [call.id for call in one.calls.values() if not call.done] == [ids[1]]
+    os.close(one.process)
+
+
+def test_a_call_that_fails_in_several_pieces_has_ended_once() -> None:
+    session = Session()
+    call = session.begin(1, 1)
+    session.feed(calls.frame(calls.ANSWER, call, b'{"size": 9000000, "$ref": "x"}', flags=calls.REFERENCE))
+    assert session.feed(calls.failed(call, "unknown", "gone") * 3) == [call]
+    assert id_of("", "f", os.fsdecode(b"\xff")) != id_of("", "f", "x")
 
 
 GOOD = {"name": "f", "handler": "python:a.b:c"}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from pool import calls, sockets
 from pool.calling import Function
 from pool.session import CallError, Pending, Session
+from tests.conftest import BIN
 from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, remove_all, shown, wait
 from tests.pooling import cp, ok
 
@@ -124,12 +126,46 @@ def test_an_exception_is_data_with_its_traceback_and_the_exit_code_says_which_ki
         bad.call(6)
     assert (caught.value.kind, caught.value.type, caught.value.message) == ("raised", "Odd", "no 6")
     assert call("none", 1).returncode == 4 and "no function 'none'" in call("none", 1).stderr
-    assert cp("fn", "call", "bad", input="{").returncode == 2
+    for value, more in (
+        ("{", ()),
+        ('{"$bytes": 5}', ()),
+        ('{"$bytes": "a"}', ()),
+        ("1", ("--timeout", "nan")),
+        ("1", ("--timeout", "inf")),
+    ):
+        done = cp("fn", "call", "bad", *more, input=value)
+        assert done.returncode == 2 and "internal" not in done.stderr, done.stderr
+    assert cp("fn", "call", "bad", "--timeout", "1e9", "--key", os.fsdecode(b"\xff"), input="5").returncode == 1
     deploy("odd", "python:h:odd")
-    for value in ("nan", "set", "exit", "deep"):
+    for value in ("nan", "set", "exit", "deep", "interrupt"):
         assert call("odd", value).returncode == 1, value
+    assert "KeyboardInterrupt" in call("odd", "interrupt").stderr, "raised, not died"
     for value in ("fork", "flood"):
         assert answer("odd", value) == value
+
+
+def test_a_line_that_is_no_value_is_an_error_in_its_place_and_answers_do_not_wait_for_input() -> None:
+    deploy("echo", "python:h:echo")
+    done = cp("fn", "map", "echo", input='1\nbad\n3\n{"$bytes": 1}\n5')
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 3 and [lines[at] for at in (0, 2, 4)] == [1, 3, 5] and len(lines) == 5
+    assert "line 2 is no JSON" in lines[1]["error"]["message"] and "2 of 5" in done.stderr
+    words = [BIN / "cpool", "fn", "map", "echo"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout
+        for line in (b"1\n", b"2\n"):
+            child.stdin.write(line)
+            child.stdin.flush()
+            assert child.stdout.readline() == line, "before there is a next one"
+        child.stdin.write(b'"' + b"x" * 3_000_000 + b'"')  # without a newline
+        child.stdin.close()
+        assert len(child.stdout.read()) == 3_000_003 and child.wait(30) == 0
+
+
+def test_what_a_spawned_call_may_not_give_is_said() -> None:
+    deploy("pieces", "python:h:pieces")
+    done = cp("fn", "result", "--wait", ok("fn", "spawn", "pieces", input="3").strip())
+    assert done.returncode == 1 and "no bytes" in done.stderr
 
 
 def test_a_handler_that_dies_fails_that_call_alone() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from pool.calling import Function
 from tests.faultproxy import free_port
-from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, wait
+from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, shown, wait
 from tests.pooling import BIN, cp, ok, serving
 from tests.test_pool import servers  # noqa: F401  (fixture)
 
@@ -65,6 +65,7 @@ def test_functions_are_called_over_http_by_those_who_have_a_token(base: Path) ->
     assert refused.returncode == 2 and "nobody has a token" in refused.stderr
     token = ok("fn", "token", "add", "ci").strip()
     assert token not in (base / "pool" / "tokens").read_text() and (base / "pool" / "tokens").stat().st_mode & 0o777 == 0o600
+    assert cp("fn", "token", "add", "x", "--tenant", "a b").returncode == 4
     assert cp("fn", "token", "add", "ci").returncode == 6 and ok("fn", "token", "ls") == "ci\n"
     mine = {"Authorization": f"Bearer {token}"}
     with gateway() as port:
@@ -81,6 +82,11 @@ def test_functions_are_called_over_http_by_those_who_have_a_token(base: Path) ->
         assert ask(port, "POST", "/nap", b"30", **mine, X_Timeout_S="0.5")[0] == 504
         assert ask(port, "POST", "/several", b"3", **mine, Accept="application/x-ndjson") == (200, b"0\n1\n2\n")
         assert ask(port, "POST", "/several", b"3", **mine) == (200, b"[0,1,2]")
+        many = [shown("several")["calls"]]
+        for _ in range(2):
+            ask(port, "POST", "/several", b"3", **mine, Accept="application/x-ndjson", Idempotency_Key="x")
+            many.append(shown("several")["calls"])
+        assert many[2] == many[1] == many[0] + 1, "a key is a key here, too"
         status, body = ask(port, "POST", "/nap", b"0.5", **mine, Prefer="respond-async")
         call = json.loads(body)["id"]
         assert status == 202 and ask(port, "GET", f"/calls/{call}", **mine)[0] in (200, 202)

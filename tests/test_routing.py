@@ -42,7 +42,7 @@ class Link:
         self.wire: object = self
         self.used = time.monotonic()
         self.instances: dict[int, Instance] = {}
-        self.known: dict[bytes, tuple[str, int]] = {}
+        self.known: dict[bytes, tuple[str, int, str]] = {}
         self.said: list[tuple[int, bytes, int]] = []
 
     def say(self, frame: bytes) -> None:
@@ -153,7 +153,7 @@ def test_instances_that_do_not_start_fail_what_waits_only_if_there_is_no_other(w
 def test_an_instance_that_was_busy_before_this_router_is_free_afterwards(world: World) -> None:
     world.function()
     link, before, nobody = Link("w"), os.urandom(16), os.urandom(16)
-    link.known = {before: ("running", 1), nobody: ("running", 2)}
+    link.known = {before: ("running", 1, "one"), nobody: ("running", 2, "one")}
     for number in (1, 2):
         world.instance(link, number, busy=1)
         assert link.instances[number].busy == 1
@@ -228,7 +228,7 @@ def test_a_connection_stays_while_something_of_it_may_be_asked_for(world: World)
     call = world.call()
     world.router.answered(large, calls.REFERENCE, call, 0, b'{"$ref": "x", "size": 9000000}')  # type: ignore[arg-type]
     taken, idle, lost = Link("taken"), Link("idle"), Link("lost")
-    taken.known = {before: ("running", 7)}  # by an instance that is no more
+    taken.known = {before: ("running", 7, "one")}  # by an instance that is no more
     lost.wire = None
     world.router.links |= {"taken": taken, "idle": idle, "lost": lost}  # type: ignore[dict-item]
     world.call(calls.LAST, before)
@@ -260,3 +260,105 @@ def test_a_tenant_gets_nothing_of_another_s(world: World) -> None:
     world.router.answered(link, 0, call, 0, b'"secret"')  # type: ignore[arg-type]
     world.router.callers._heed(stranger, calls.ASK, 0, call, 1, 0, b"")
     assert not any(b"secret" in frame for frame in heard) and len(heard) == 4
+
+
+def test_what_a_host_has_kept_of_an_instance_that_is_gone_is_for_its_tenant_alone(world: World) -> None:
+    world.function()
+    link, call = Link("w"), os.urandom(16)
+    link.known = {call: ("done", 99, "theirs")}
+    world.router.links["w"] = link  # type: ignore[assignment]
+    for tenant, identity in (("a", "theirs"), ("b", "other")):
+        row = {"version": 1, "state": "current", "spec": world.router.instances.functions["", "f"].specs[1]}
+        row["spec"] = {**row["spec"], "fn": {**row["spec"]["fn"], "id": identity}}
+        world.router.instances._set_function(tenant, "f", [row])
+    heard: dict[str, list[tuple[int, int]]] = {"a": [], "b": []}
+    for uid, tenant in enumerate(heard):
+        caller = Caller(1000 + uid, tenant)
+
+        def hear(frame: bytes, tenant: str = tenant) -> None:
+            heard[tenant].append((calls.HEAD.unpack_from(frame)[1], calls.HEAD.unpack_from(frame)[2] & calls.ERROR))
+
+        caller.wire = SimpleNamespace(say=hear, is_open=True)  # type: ignore[assignment]
+        fn = world.router.instances.functions[tenant, "f"]
+        caller.opened[fn.number] = fn
+        world.router.callers._heed(caller, calls.CALL, 0, call, fn.number, 0, b"1")
+        if tenant == "a":
+            assert link.said == [(calls.ASK, call, 0)], "it is theirs"
+            world.router.calls.clear()
+    assert heard == {"a": [], "b": [(calls.ANSWER, calls.ERROR)]} and len(link.said) == 1
+
+
+def test_who_waits_for_what_only_a_host_knows_is_told_when_that_is_lost(world: World) -> None:
+    world.function()
+    link, call = Link("w"), os.urandom(16)
+    link.known = {call: ("running", 9, "one")}
+    world.router.links["w"] = link  # type: ignore[assignment]
+    world.router.callers._heed(world.caller, calls.ASK, 0, call, 1, 0, b"")
+    world.router._mind_links(time.monotonic() + 2 * calls.KEPT_S)
+    assert "w" in world.router.links and world.answers == []
+    world.router.greeted(link)  # type: ignore[arg-type]
+    assert link.said == [(calls.ASK, call, 0)] * 2, "over another connection it is asked again"
+    world.router.lost_link(link)  # type: ignore[arg-type]
+    assert world.answers == [(calls.ERROR, call)] and not world.router.callers.askers
+
+
+def test_a_call_that_outlives_what_is_kept_frees_its_instance(world: World) -> None:
+    world.function()
+    link, before = Link("w"), os.urandom(16)
+    link.known = {before: ("running", 1, "one"), os.urandom(16): ("done", 1, "one")}
+    one = world.instance(link, 1, busy=1)
+    real = HostLink.__new__(HostLink)
+    real.wire, real.name, real.known, real._greeted_at = SimpleNamespace(), "x", link.known, 0.0  # type: ignore[assignment]
+    real.mind()
+    assert list(real.known) == [before]
+    link.known = real.known
+    call = world.call()
+    world.router.answered(link, 0, before, 0, b"1")  # type: ignore[arg-type]
+    assert one.busy == 0 and link.given() == [1] and call in one.calls
+
+
+def test_who_has_opened_a_function_calls_what_is_deployed_under_its_name_later(world: World) -> None:
+    world.function()
+    world.router.instances._set_function("", "f", [])
+    assert world.answers == [] and world.call() and len(world.answers) == 1, "there is none"
+    world.function("two")
+    fn = world.router.instances.functions["", "f"]
+    world.caller.opened = {1: world.caller.opened.get(1) or fn}
+    world.call()
+    assert len(fn.queue) == 1
+
+
+def test_a_spawned_call_that_a_host_knows_is_accepted_at_once(world: World) -> None:
+    world.function()
+    link, call, kinds = Link("w"), os.urandom(16), []
+    link.known = {call: ("running", 9, "one")}
+    world.router.links["w"] = link  # type: ignore[assignment]
+    world.caller.wire = SimpleNamespace(say=lambda frame: kinds.append(calls.HEAD.unpack_from(frame)[1]), is_open=True)  # type: ignore[assignment]
+    world.call(calls.SPAWN, call)
+    world.router.answered(link, 0, call, 0, b"1")  # type: ignore[arg-type]
+    assert kinds == [calls.BEGUN]
+
+
+def test_calls_that_are_held_have_an_end_and_may_be_taken_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pool.callers.QUEUE_MAX", 2)
+    world.function()
+    link = Link("w")
+    link.has_ever_greeted = False
+    world.router.links["w"] = link  # type: ignore[assignment]
+    held = [world.call(calls.LAST) for _ in range(3)]
+    assert world.answers == [(calls.ERROR, held[2])]
+    world.router.callers._heed(world.caller, calls.CANCEL, 0, held[0], 0, 0, b"")
+    link.has_ever_greeted = True
+    world.router.callers.mind_held(time.monotonic())
+    assert [call.id for call in world.router.instances.functions["", "f"].queue] == [held[1]]
+
+
+def test_an_answer_that_went_before_its_time_is_not_made_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pool.answers._DONE_MANY", 1)
+    world.function()
+    link = Link("w")
+    world.instance(link, 1)
+    for call in (first := world.call(), world.call()):
+        world.router.answered(link, 0, call, 0, b"1")  # type: ignore[arg-type]
+    world.call(calls.LAST, first)
+    assert world.answers[-1] == (calls.ERROR, first) and len(link.given()) == 2
