@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from cafs.errors import CafsError
+from cafs.errors import CafsError, describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,9 +50,13 @@ def failure(answer: bytes, died: CafsError | None = None) -> CafsError:
     return error
 
 
+def _in_words(error: BaseException) -> str:
+    return describe(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
 def tell(writer: int, error: BaseException) -> None:
     """Send an error to whoever waits for an answer, or to the log if nobody does any more."""
-    known = error if isinstance(error, CafsError) else CafsError(f"{type(error).__name__}: {error}")
+    known = error if isinstance(error, CafsError) else CafsError(_in_words(error))
     try:
         os.write(writer, json.dumps([known.exit_code, str(known), known.hint]).encode())
     except OSError:

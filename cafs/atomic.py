@@ -5,6 +5,7 @@ Every system call goes through ``os`` by name, so that tests can fail or kill at
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import contextmanager
@@ -57,6 +58,21 @@ def fsync_directory(path: str) -> None:
         os.close(fd)
 
 
+def overwrite(path: str, data: bytes) -> None:
+    """Write a small text that is there anew in its place, where no other can take it.
+
+    Whoever reads meanwhile finds what it was, or what it is now, perhaps with empty lines behind it.  Raises OSError.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        padded = data.ljust(os.fstat(fd).st_size, b"\n")
+        if os.pwrite(fd, padded, 0) != len(padded):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        os.ftruncate(fd, len(data))
+    finally:
+        os.close(fd)
+
+
 def make_directory(path: str, mode: int = 0o755) -> None:
     """Create a directory and its parents, durably; one that is there already is left as it is."""
     try:
@@ -64,9 +80,11 @@ def make_directory(path: str, mode: int = 0o755) -> None:
     except FileExistsError:
         return
     except FileNotFoundError:
-        make_directory(os.path.dirname(path), mode)
-        make_directory(path, mode)
-        return
+        parent = os.path.dirname(path)
+        if not parent or parent == path or os.path.isdir(parent):
+            raise  # nothing can be made there, as in /proc
+        make_directory(parent, mode)
+        os.mkdir(path, mode) if not os.path.isdir(path) else None
     fsync_directory(os.path.dirname(path) or ".")
 
 

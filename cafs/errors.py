@@ -5,6 +5,8 @@ The codes are a contract with scripts; cafs(7), EXIT STATUS, prints the same tab
 
 from __future__ import annotations
 
+import os
+
 _QUOTED_MAX = 4095
 OK, FAILED, USAGE, DIFFERS, NO_SUCH, CORRUPT, BUSY, REMOTE, UNSUPPORTED = range(9)
 
@@ -85,6 +87,12 @@ def os_error(what: str, error: OSError, *, hint: str | None = None) -> CafsError
     """Say an OSError as 'WHAT: REASON', with the exit code that fits its errno."""
     kind: type[CafsError] = NotFound if isinstance(error, FileNotFoundError) else CafsError
     return kind(f"{what}: {error.strerror or error}", hint=hint)
+
+
+def describe(error: OSError) -> str:
+    """An OSError that nobody gave a noun, in our form."""
+    name = error.filename if isinstance(error.filename, (str, bytes)) else None
+    return f"cannot use '{os.fsdecode(name)}': {error.strerror or error}" if name else str(error.strerror or error)
 
 
 def quote(name: str | bytes) -> str:

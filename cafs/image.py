@@ -139,7 +139,7 @@ def _nearest(store: Store, name: str) -> str | None:
         refs = store.refs()
     except CafsError:  # a web server lists nothing
         return None
-    near = difflib.get_close_matches(name, [*refs, *(ref.removesuffix(":latest") for ref in refs)], 3, 0.5)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(ref.removesuffix(":latest") for ref in refs)), 3, 0.5)
     if near:
         return "did you mean " + " or ".join(quote(ref) for ref in near) + "?"
     return "the store has no images yet" if not refs else None

@@ -16,8 +16,18 @@ def _directory(variable: str, root: str, xdg: str, fallback: str, name: str) -> 
         return os.path.realpath(chosen)
     if os.geteuid() == 0:
         return os.path.realpath(root)
-    base = os.environ.get(xdg) or os.path.join(os.path.expanduser("~"), fallback)
+    base = os.environ.get(xdg) or os.path.join(_home(variable), fallback)
     return os.path.realpath(os.path.join(base, name))
+
+
+def _home(variable: str) -> str:
+    """Of this user.  Raises UsageError where there is none, as for a number without a name."""
+    found = os.path.expanduser("~")
+    if found.startswith("/"):
+        return found
+    from cafs.errors import UsageError
+
+    raise UsageError(f"user {os.geteuid()} has no home directory", hint=f"set HOME, or {variable}")
 
 
 def located(address: str, secret: str | None = None) -> str:
@@ -76,8 +86,10 @@ def state() -> str:
 
 def pool() -> str:
     """State of a pool of workers."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local/state")
-    return os.path.realpath(os.environ.get("CAFS_POOL") or os.path.join(base, "cafs/pool"))
+    if chosen := os.environ.get("CAFS_POOL"):
+        return os.path.realpath(chosen)
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(_home("CAFS_POOL"), ".local/state")
+    return os.path.realpath(os.path.join(base, "cafs/pool"))
 
 
 def _own(path: str) -> str:

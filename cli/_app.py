@@ -60,7 +60,7 @@ def guarded(program: str, main: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # leave as Ctrl-C does: what was made for a while is removed
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
-    from cafs.errors import CafsError
+    from cafs.errors import CafsError, describe
 
     try:
         code = main()
@@ -113,12 +113,6 @@ class Ended(BaseException):
 
 def _end(number: int, _frame: object) -> None:
     raise Ended(number)
-
-
-def describe(error: OSError) -> str:
-    """An OSError that nobody gave a noun, in our form."""
-    name = error.filename if isinstance(error.filename, (str, bytes)) else None
-    return f"cannot use '{os.fsdecode(name)}': {error.strerror or error}" if name else str(error.strerror or error)
 
 
 def _open_streams() -> None:

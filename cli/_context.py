@@ -25,6 +25,8 @@ def dockerfile_of(context: str) -> str:
     """Path of the Dockerfile in a directory.  Raises NotFound."""
     from cafs.errors import NotFound, quote
 
+    if not os.path.isdir(context):
+        raise NotFound(f"no directory {quote(context)}")
     for name in _NAMES:
         path = os.path.join(context, name)
         if os.path.lexists(path):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from builder.request import Request
 
 PROGRAM = "cbuild"
-CONTEXT = {"help_option_names": ["--help"], "max_content_width": 80}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
 @click.command(context_settings=CONTEXT)

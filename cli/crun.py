@@ -8,7 +8,7 @@ import sys
 
 gc.disable()  # until the container runs: of a start that takes 80 ms, looking for garbage takes 4
 
-from cli._app import DEBUG, describe, leave  # noqa: E402
+from cli._app import DEBUG, leave  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def main(arguments: list[str]) -> int:
         raise
     except OSError as error:
         if is_strict:
+            from cafs.errors import describe
+
             raise _ours(CafsError(describe(error))) from error
         raise
     except Exception as error:

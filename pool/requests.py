@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 
-from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
+from cafs.errors import BusyError, NotFound, UnsupportedError, UsageError, os_error, quote
 from pool import inputs, instance, links, metrics, outputs, secrets, specs, staging, state
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
@@ -125,7 +125,7 @@ def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None
     """Add, change or remove one."""
     if said["what"] == "remove":
         if not controller.state.remove_host(said["name"]):
-            raise CafsError(f"no host {quote(said['name'])}")
+            raise NotFound(f"no host {quote(said['name'])}", hint="cpool nodes")
     else:
         labels = [str(label) for label in said.get("labels", [])]
         controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"), labels)

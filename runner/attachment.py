@@ -42,6 +42,23 @@ def frames(received: bytearray) -> Iterator[tuple[bytes, bytes]]:
         yield kind, body
 
 
+def _listen(directory: str) -> socket.socket:
+    """Raises OSError."""
+    found = socket.socket(socket.AF_UNIX)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        atomic.unlink_quietly(os.path.join(directory, "attach"))
+        found.bind(f"/proc/self/fd/{fd}/attach")  # sun_path holds 107 bytes
+    except OSError:
+        found.close()
+        raise
+    finally:
+        os.close(fd)
+    found.listen(16)
+    found.setblocking(False)
+    return found
+
+
 class Attachments:
     """The monitor's side.  input_fd: what the container reads, -1: nothing."""
 
@@ -53,15 +70,10 @@ class Attachments:
         if input_fd >= 0:
             os.set_blocking(input_fd, False)
         self._clients: dict[int, _Client] = {}
-        self._socket = socket.socket(socket.AF_UNIX)
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            atomic.unlink_quietly(os.path.join(directory, "attach"))
-            self._socket.bind(f"/proc/self/fd/{fd}/attach")  # sun_path holds 107 bytes
-        finally:
-            os.close(fd)
-        self._socket.listen(16)
-        self._socket.setblocking(False)
+            self._socket = _listen(directory)
+        except OSError:  # a full disk, most likely: nobody attaches, but the end is noted all the same
+            self._socket, self._nobody = socket.socketpair()
 
     @property
     def are_full(self) -> bool:

@@ -241,13 +241,9 @@ def tell_neighbours(network: str, *, but: str) -> None:
 
     for _, one in neighbours(network, but=but):
         try:
-            fd = os.open(one.path("hosts"), os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+            atomic.overwrite(one.path("hosts"), hosts(one))
         except OSError:
             continue
-        try:
-            atomic.write_all(fd, hosts(one))
-        finally:
-            os.close(fd)
 
 
 def resolvers() -> bytes:

@@ -5,6 +5,7 @@ container.json is written once (and when it is renamed); state.json only by who 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -81,7 +82,13 @@ class Container:
     def note(self, **changes: object) -> dict[str, Any]:
         """Change state.json; only its watcher does."""
         found = self.state() | changes
-        atomic.replace_hint(self.path("state.json"), json.dumps(found, sort_keys=True).encode(), 0o600)
+        data = json.dumps(found, sort_keys=True).encode()
+        try:
+            atomic.replace_hint(self.path("state.json"), data, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            atomic.overwrite(self.path("state.json"), data)  # which needs no room: it may be what this container has used up
         return found
 
     def save(self) -> None:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from runner.containers import Container
 
 
+_UNREAD = b"unread"
+"""What the child says of an archive that nobody reads to its end."""
+
+
 def copy(options: Options) -> None:
     """SOURCE to TARGET, of which one is CONTAINER:PATH.  Raises CafsError."""
     source, target = options.words
@@ -116,6 +120,9 @@ def _in_child(container: Container, work: Callable[[int, int], None]) -> None:
             sys.stdout.flush()
             os.write(writer, b"ok")
             return 0
+        except BrokenPipeError:
+            os.write(writer, _UNREAD)
+            return 1
         except BaseException as error:  # the only way out of this process
             tell(writer, error)
             return 1
@@ -126,6 +133,8 @@ def _in_child(container: Container, work: Callable[[int, int], None]) -> None:
     finally:
         low.let_go()
         lower.release(starting.lower_key(container))
+    if answer == _UNREAD:
+        raise BrokenPipeError
     if answer != b"ok":
         raise failure(answer, CafsError("cannot copy: the process that does it was killed"))
 
@@ -139,6 +148,8 @@ def _copy_out(root: int, path: str, target: str, first: int, *, keep: bool, foll
             return
         where = _host_target(target, name, path, is_directory=_is_directory(parent, name))
         _copy(parent, name, where, keep=keep, shift=-first)
+    except BrokenPipeError:
+        raise  # whoever reads the archive has had enough
     except OSError as error:
         raise os_error(f"cannot copy {quote(path)}", error) from error
     finally:

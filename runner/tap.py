@@ -22,17 +22,25 @@ _SLOT = struct.Struct("<QQ")  # bytes of the record, or 0; size of the log befor
 _NAMES = ("stdout", "stderr")
 
 
+def _slots(path: str) -> mmap.mmap:
+    """A file of them, with room on the disk: where that is missing, writing to the memory would be SIGBUS.  Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, _SLOT.size * len(_NAMES))
+        return mmap.mmap(fd, _SLOT.size * len(_NAMES))
+    finally:
+        os.close(fd)
+
+
 class Taps:
     """The pipes of one container.  log: None to keep nothing."""
 
     def __init__(self, path: str, log: Log | None) -> None:
         self._log = log
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, _SLOT.size * len(_NAMES))
-            self._slots = mmap.mmap(fd, _SLOT.size * len(_NAMES))
-        finally:
-            os.close(fd)
+            self._slots = _slots(path)
+        except OSError:  # a full disk, most likely: then nobody can go on after a kill
+            self._slots = mmap.mmap(-1, _SLOT.size * len(_NAMES))
         self._inner, self._outer = os.pipe2(os.O_CLOEXEC)
 
     def recover(self, fd: int, name: str) -> None:

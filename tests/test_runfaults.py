@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from cafs import atomic
 from tests.conftest import BIN, Run
 from tests.crunning import leftovers, make_rootfs, until
 from tests.test_containers import LOOP, background, cr, cr_bytes, monitors, ok, read_until, state
@@ -406,3 +407,53 @@ def test_twice_is_as_good_as_once(image: Path) -> None:
     ok("rm", "once")
     assert leftovers(image) == []
     assert cr_bytes("ps", "-aq") == b""
+
+
+def test_a_container_that_fills_the_disk_of_its_state_has_an_exit_code_and_can_be_removed(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its start, when the monitor has files to make; and while it runs."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=True)
+    try:
+        monkeypatch.setenv("CAFS_STATE", str(place / "state"))
+        for before in ("", "sleep 0.5; "):
+            script = f"{before}cat /dev/zero > /x; echo >&2 full; exit 3"
+            done = cr("run", "-d", "--name", "self", "b:1", "sh", "-c", script)
+            assert done.returncode == 0, done.stderr
+            assert ok("wait", "self") == "3\n" and os.statvfs(place).f_bavail < 8
+            ok("rm", "self")
+        assert cr("run", "--rm", "b:1", "sh", "-c", "cat /dev/zero > /x; exit 3").returncode == 3
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_hosts_files_are_whole_whenever_they_are_read(image: Path) -> None:
+    """A neighbour's coming and going is written into them while they are mounted."""
+    script = "i=0; while [ $i -lt 4000 ]; do grep -q localhost /etc/hosts || echo torn; i=$((i+1)); done; echo end"
+    ok("run", "-d", "--name", "reader", "b:1", "sh", "-c", script)
+    while cr("exec", "reader", "true").returncode == 0:
+        cr("run", "--rm", "--name", "neighbour", "b:1", "true")
+    ok("wait", "reader")
+    assert ok("logs", "reader") == "end\n"
+    ok("rm", "reader")
+
+
+def test_a_small_text_is_overwritten_whole(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    for data in (b"one\n", b"one\ntwo\n", b"x\n"):
+        path.write_bytes(path.read_bytes() if path.exists() else b"")
+        atomic.overwrite(str(path), data)
+        assert path.read_bytes() == data
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError):
+        atomic.overwrite(str(tmp_path / "link"), b"y")
+
+
+def test_an_archive_that_nobody_reads_to_its_end_ends_as_a_pipe_does(image: Path) -> None:
+    ok("create", "--name", "cc", "b:1", "true")
+    line = f"set -o pipefail; {BIN}/crun cp cc:/bin - | head -c 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (141, b"")
+    ok("rm", "cc")

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -346,3 +347,17 @@ def test_contents_compressed_together_are_stored_as_if_each_were_alone(home: Pat
         maker = ObjectMaker(Header(), writer)
         together = maker.make_all(contents)
         assert [one.frames for one in together] == [maker.make(data).frames for data in contents]
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing", "/proc/nothing/more"])
+def test_a_store_where_nothing_can_be_made_is_said(place: str, home: Path, cmd: Run) -> None:
+    done = cmd("cafs-store", "init", env=os.environ | {"CAFS_STORE": place})
+    assert done.returncode in (1, 4) and b"internal error" not in done.stderr and b"/proc/nothing" in done.stderr, done.stderr
+
+
+def test_a_user_without_a_home_is_told_so_and_nothing_is_made_here(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("CAFS_", "XDG_", "HOME"))}
+    code = "import os, pwd; from cafs import errors, paths; os.setgid(54321); os.setuid(54321); print(paths.store())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=keep, capture_output=True, text=True, check=False)
+    assert "UsageError: user 54321 has no home directory" in done.stderr and list(tmp_path.iterdir()) == []
