@@ -195,12 +195,15 @@ class EC2(Cloud):
             return 403, _error("UnauthorizedOperation", "You are not authorized to perform this operation.")
         if action == "RunInstances":
             status, data = self._run(asked, method, path, headers, body)
+        elif action == "DescribeInstances":
+            with self.lock:  # a machine is shown when it is made, and has its address
+                status, data = self._forward(method, path, headers, body)
+                if status == 200:
+                    data = self._shown(data, is_empty=fault == "empty", is_list="InstanceId.1" not in asked)
         else:
             status, data = self._forward(method, path, headers, body)
             if action == "TerminateInstances" and status == 200:
                 self.end(asked["InstanceId.1"])
-            if action == "DescribeInstances" and status == 200:
-                data = self._shown(data, is_empty=fault == "empty", is_list="InstanceId.1" not in asked)
         return None if fault == "lost" else (status, data)
 
     def _run(self, asked: dict[str, str], *request: object) -> tuple[int, bytes]:

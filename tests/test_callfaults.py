@@ -228,11 +228,11 @@ def test_a_clock_that_jumps_by_a_day_in_mid_call_changes_nothing(
     with serving() as controller:
         try:
             deploy("mark", "python:h:mark", "--concurrency", 2, "--max", 1)
-            for skew in (86400, 0, -86400):
-                running, name = Running("mark", f"a{skew}", 2), f"b{skew}"
+            for skew in (86400, -86400):
+                running, name = Running("mark", f"a{skew}", 1), f"b{skew}"
                 (tmp_path / "skew").write_text(str(skew))
                 assert answer("mark", {"name": name, "s": 0}) == name and running.end()[:2] == (0, f'"a{skew}"\n')
-            assert [times("mark", f"begun {one}{skew}") for one in "ab" for skew in (86400, 0, -86400)] == [1] * 6
+            assert [times("mark", f"begun {one}{skew}") for one in "ab" for skew in (86400, -86400)] == [1] * 4
             assert len(instances("mark")) == 1 and '"state": "ready"' in ok("nodes", "--json")
             number = ok("submit", "--no-container", "--cpus", "0.1", "--", "true").strip()
             assert cp("wait", number).returncode == 0 and job(number)["submitted_s"] < time.time() - 80_000, "it is seen"  # type: ignore[operator]

@@ -431,7 +431,7 @@ def test_a_container_that_fills_the_disk_of_its_state_has_an_exit_code_and_can_b
 
 def test_hosts_files_are_whole_whenever_they_are_read(image: Path) -> None:
     """A neighbour's coming and going is written into them while they are mounted."""
-    script = "i=0; while [ $i -lt 4000 ]; do grep -q localhost /etc/hosts || echo torn; i=$((i+1)); done; echo end"
+    script = "i=0; while [ $i -lt 1500 ]; do grep -q localhost /etc/hosts || echo torn; i=$((i+1)); done; echo end"
     ok("run", "-d", "--name", "reader", "b:1", "sh", "-c", script)
     while cr("exec", "reader", "true").returncode == 0:
         cr("run", "--rm", "--name", "neighbour", "b:1", "true")
