@@ -154,7 +154,8 @@ def test_a_failed_start_takes_away_nobodys_port_but_its_own(image: Path) -> None
     ok("run", "--name", "first", "-p", "28080:80", "b:1", "true")
     ok("run", "-d", "--name", "second", "-p", "28080:80", "b:1", "httpd", "-f", "-h", "/etc")
     assert cr("start", "first").returncode != 0
-    done = subprocess.run(["curl", "-s", "-m", "3", "http://127.0.0.1:28080/group"], capture_output=True, check=False)
+    words = ["curl", "-s", "-m", "3", "--retry-connrefused", "--retry", "4", "http://127.0.0.1:28080/group"]
+    done = subprocess.run(words, capture_output=True, check=False)  # httpd may not be there yet
     assert b"joe" in done.stdout
     ok("rm", "-f", "first", "second")
 
