@@ -8,11 +8,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 from contextlib import ExitStack
 
 from cafs import paths
 from cafs.errors import NotFound, quote
+from cafs.removing import remove_tree
 from runner.treecopy import Copier
 
 TYPE_CHECKING = False
@@ -75,7 +75,7 @@ def _lock(path: str, how: int, stack: ExitStack) -> None:
 def _make(build: Build, mount: Mount, number_of_stage: int, path: str) -> None:
     """A new one, empty or with what from= and source= say."""
     new = path + ".new"
-    shutil.rmtree(new, ignore_errors=True)
+    remove_tree(new)
     if mount.from_ or mount.source:
         with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
             copy_tree(seed, new)

@@ -84,7 +84,8 @@ def make_directory(path: str, mode: int = 0o755) -> None:
         if not parent or parent == path or os.path.isdir(parent):
             raise  # nothing can be made there, as in /proc
         make_directory(parent, mode)
-        os.mkdir(path, mode) if not os.path.isdir(path) else None
+        make_directory(path, mode)
+        return
     fsync_directory(os.path.dirname(path) or ".")
 
 

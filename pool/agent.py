@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 
-from pool import cgroup, frames, hostprocess, machine, removing, single
+from cafs.removing import remove_tree
+from pool import cgroup, frames, hostprocess, machine, single
 from pool.launched import Launched
 from pool.peers import Peer, Peers
 from pool.processes import Job, found_in
@@ -312,7 +313,7 @@ def daemon(directory: str, build: str) -> None:
     hostprocess.leave(directory)
     cgroup.sweep(os.path.basename(directory), set())
     if found.is_to_be_removed:
-        removing.remove(directory)
+        remove_tree(directory)
     try:
         os.unlink(os.path.join(directory, "socket"))
     except OSError:

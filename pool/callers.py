@@ -9,8 +9,9 @@ from collections import Counter
 
 from pool import calls, sockets
 from pool.answers import Done
+from pool.held import Held
 from pool.loop import Wire, listen
-from pool.routed import QUEUE_BYTES, QUEUE_MAX, Call, Routed
+from pool.routed import Call, Routed
 from pool.settings import read
 from pool.tenants import OWNER, Tenants
 
@@ -63,9 +64,7 @@ class Callers:
         self.askers: dict[bytes, Askers] = {}
         """Who waits for what only a host knows."""
 
-        self._held: list[tuple[float, Caller, tuple[int, bytes, int, int, bytes]]] = []
-        """Calls of before this router began, which a host that was not heard yet may know."""
-
+        self._held = Held()
         self._all: set[Caller] = set()
         self._is_listening = False
         self.settle(read(router.directory))
@@ -99,7 +98,7 @@ class Callers:
         else:
             found = self._router.calls.get(call)
             if found is None and kind == calls.CANCEL:
-                self._held = [one for one in self._held if one[1] is not caller or one[2][1] != call]
+                self._held.drop(caller, call)
             if found is None or caller.wire not in found.callers:
                 return
             link = found.host
@@ -126,7 +125,9 @@ class Callers:
         is_again = bool(flags & calls.LAST)
         flags &= ~calls.LAST
         if is_again and not flags & calls.IDEMPOTENT and not all(link.has_ever_greeted for link in self._router.links.values()):
-            return self._hold(now, caller, (flags, call, number, ms, body))
+            if not self._held.put(now, caller, (flags, call, number, ms, body)):
+                caller.wire.say(calls.failed(call, "full", "too many calls wait for workers that do not answer yet"))
+            return
         if is_again and not flags & calls.IDEMPOTENT and call in self._router.answers.gone:
             return caller.wire.say(calls.failed(call, "unknown", "it was done, and its answer is not kept any more"))
         limit = self._tenants.all[fn.tenant].calls if fn.tenant in self._tenants.all else 0
@@ -268,24 +269,17 @@ class Callers:
         caller.opened[fn.number] = fn
         caller.wire.say(calls.control("open", tag=tag, number=fn.number, tenant=fn.tenant, timeout_s=fn.timeout_s))
 
-    def _hold(self, now: float, caller: Caller, fields: tuple[int, bytes, int, int, bytes]) -> None:
-        """A host that was not heard yet may have begun it."""
-        before = [len(body) for _, other, (*_, body) in self._held if other.tenant == caller.tenant]
-        if len(before) >= QUEUE_MAX or sum(before) + len(fields[-1]) > QUEUE_BYTES:
-            return caller.wire.say(calls.failed(fields[1], "full", "too many calls wait for workers that do not answer yet"))
-        self._held.append((now, caller, fields))
-
     def mind_held(self, now: float) -> None:
         """Calls that a host may have begun, when all were heard; or one is not for too long."""
         is_known = all(link.has_ever_greeted for link in self._router.links.values())
-        held, self._held = self._held, []
-        for came, caller, (flags, call, number, ms, body) in held:
+        for came, caller, fields in self._held.all():
+            flags, call, number, ms, body = fields
             if is_known:
+                self._held.drop(caller, call)
                 self._come(caller, flags, call, number, ms, body)
             elif now > came + self.lost_s:
+                self._held.drop(caller, call)
                 caller.wire.say(calls.failed(call, "unknown", "outcome unknown: its worker does not answer"))
-            else:
-                self._held.append((came, caller, (flags, call, number, ms, body)))
 
     def settle(self, settings: Settings) -> None:
         """What pool.toml says; it may have changed when there is another controller."""

@@ -163,8 +163,7 @@ class Function:
             try:
                 while True:
                     came: list[tuple[int, Any]] = []
-                    has_room = True
-                    while not is_over and (has_room := len(running) + len(waiting) + len(came) < max(parallel, 1)):
+                    while not is_over and len(running) + len(waiting) + len(came) < max(parallel, 1):
                         if coming and (running or came) and not coming.is_at_hand():
                             break
                         one = next(source, None)
@@ -175,7 +174,8 @@ class Function:
                             number = connection.open(self.tenant, self.name)  # another one after another router
                             running[session.begin(number, one[1], **fields)] = one[0]
                     if running and not came:
-                        for call in connection.turn(coming.fd if coming and has_room and not is_over else -1):
+                        has_room = not is_over and len(running) + len(waiting) < max(parallel, 1)
+                        for call in connection.turn(coming.fd if coming and has_room else -1):
                             at = running.pop(call)
                             try:
                                 came.append((at, session.take(call)))

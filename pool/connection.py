@@ -105,8 +105,7 @@ class Connection:
             if self.session.out:
                 out, self.session.out = self.session.out, bytearray()
                 self._socket.sendall(out)
-            here = self._socket.fileno()
-            if beside >= 0 and here not in select.select([here, beside], [], [])[0]:
+            if beside >= 0 and self._socket.fileno() not in select.select([self._socket.fileno(), beside], [], [])[0]:
                 return []
             data = self._socket.recv(_PIECE)
             if not data:

@@ -154,10 +154,13 @@ class Functions:
 
     def _hosts(self) -> dict[str, str]:
         """Addresses of workers, by name, whose hosts may know of calls although no instance is there now."""
-        since = time.monotonic() - KEPT_S
-        self._left = {worker: when for worker, when in self._left.items() if when > since}
         remotes = self._controller.remotes
-        return {worker: remotes[worker].address for worker in self._left if worker in remotes}
+        return {worker: remotes[worker].address for worker in self._recent() if worker in remotes}
+
+    def _recent(self) -> dict[str, float]:
+        """Of what has left, that of which hosts still know something."""
+        since = time.monotonic() - KEPT_S
+        return {worker: when for worker, when in self._left.items() if when > since}
 
     def changed(self, changes: list[dict[str, Any]]) -> None:
         """What has become of jobs in a turn."""
@@ -166,7 +169,7 @@ class Functions:
             self._tell({"watch": "job", **self._shown(job)})
             if job.state in ("finished", "cancelled"):
                 del self.jobs[number]
-                self._left[job.worker] = time.monotonic()
+                self._left = {**self._recent(), job.worker: time.monotonic()}
 
     def _shown(self, job: Job) -> dict[str, Any]:
         remote = self._controller.remotes.get(job.worker)

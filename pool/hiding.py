@@ -9,7 +9,7 @@ import base64
 import os
 import stat
 
-from pool import removing
+from cafs.removing import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def values(place: str) -> list[bytes]:
 
 def remove(place: str) -> None:
     """The job is over, and what it wrote was read."""
-    removing.remove(place)
+    remove_tree(place)
 
 
 def hidden(data: bytes, secrets: Sequence[bytes]) -> bytes:

@@ -12,7 +12,8 @@ import re
 import signal
 import time
 
-from pool import cgroup, forking, hiding, instance, machine, removing, staging, streams
+from cafs.removing import remove_tree
+from pool import cgroup, forking, hiding, instance, machine, staging, streams
 from pool.entering import container_of
 
 TYPE_CHECKING = False
@@ -256,7 +257,7 @@ class Job:
         cgroup.remove(self.asked.get("cgroup_cpu", ""))
         if self.asked.get("has_secrets"):
             hiding.remove(hiding.place_of(self.directory))
-        removing.remove(self.directory)
+        remove_tree(self.directory)
 
 
 def found_in(directory: str) -> list[Job]:

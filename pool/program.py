@@ -31,7 +31,6 @@ MODULES: tuple[str, ...] = (
     "machine",
     "peers",
     "processes",
-    "removing",
     "shim",
     "single",
     "sockets",
@@ -39,6 +38,9 @@ MODULES: tuple[str, ...] = (
     "streams",
     "values",
 )
+SHARED = ("removing",)
+"""Of cafs, which all others use, too."""
+
 _MAIN = "import sys\nfrom pool.attach import main\nsys.exit(main({build!r}))\n"
 _DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -46,11 +48,11 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 @cache
 def make() -> tuple[str, bytes]:
     """(its build, the file); made once in a process."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    sources = {"pool/__init__.py": b""}
-    for name in MODULES:
-        with open(os.path.join(here, f"{name}.py"), "rb") as file:
-            sources[f"pool/{name}.py"] = file.read()
+    top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sources = {"pool/__init__.py": b"", "cafs/__init__.py": b""}
+    for path in (*(f"pool/{name}.py" for name in MODULES), *(f"cafs/{name}.py" for name in SHARED)):
+        with open(os.path.join(top, path), "rb") as file:
+            sources[path] = file.read()
     digest = hashlib.sha256(b"\0".join(name.encode() + b"\0" + data for name, data in sorted(sources.items())))
     build = digest.hexdigest()[:16]
     out = io.BytesIO(b"#!/usr/bin/env python3\n")

@@ -106,10 +106,8 @@ class Router:
             self.instances.forget_if_over(one)
         kept = self._items.pop(call, None)
         if kept and kept.is_too_much:
-            body, flags = (
-                calls.error("protocol", "the values of a spawned call are no bytes, and 1 MiB at most together"),
-                calls.ERROR,
-            )
+            flags = calls.ERROR
+            body = calls.error("protocol", "the values of a spawned call are no bytes, and 1 MiB at most together")
         if flags & calls.STREAM and found.flags & calls.SPAWN and not flags & calls.ERROR:
             given = kept.all if kept else []
             if len(given) == items:
@@ -250,10 +248,14 @@ class Router:
         for link in list(self.links.values()):
             if link in wanted or self.answers.has_large(link):
                 link.used = now
-            elif now > link.used + (
-                calls.KEPT_S if link.wire or link.known else 0 if link.has_ever_greeted else self.callers.lost_s
-            ):
+            elif now > link.used + self._stays_s(link):
                 self.links.pop(link.worker).close()
+
+    def _stays_s(self, link: HostLink) -> float:
+        """How long, when it is not needed."""
+        if link.wire or link.known:
+            return calls.KEPT_S
+        return 0.0 if link.has_ever_greeted else self.callers.lost_s  # what it knows is still to be heard
 
 
 def main(directory: str) -> int:

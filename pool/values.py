@@ -10,7 +10,8 @@ import os
 import re
 import stat
 
-from pool import calls, removing, staging
+from cafs.removing import remove_tree
+from pool import calls, staging
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Kept:
         try:
             os.unlink(self._path)
         except IsADirectoryError:
-            removing.remove(self._path)
+            remove_tree(self._path)
 
 
 def piece_of(call: bytes, number: int, data: bytes, size: int) -> bytes:
@@ -136,5 +137,5 @@ def piece_of(call: bytes, number: int, data: bytes, size: int) -> bytes:
 
 def clear(place: str) -> None:
     """What a host before has kept is nobody's."""
-    removing.remove(place)
+    remove_tree(place)
     os.makedirs(place, mode=0o700, exist_ok=True)

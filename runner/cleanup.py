@@ -6,6 +6,7 @@ import json
 import os
 
 from cafs import atomic, mountinfo
+from cafs.removing import remove_tree
 
 
 def remove_state(state: str) -> bool:
@@ -30,43 +31,3 @@ def remove_directory(path: str) -> None:
     """Remove a container's directory, never through a mount: a file system that is mounted below keeps its content."""
     if not any(one.point.startswith(os.fsencode(path) + b"/") for one in mountinfo.mounts()):
         remove_tree(path)
-
-
-def remove_tree(path: str) -> None:
-    """Remove a tree, however deep, by two descriptors; a link that a container made in it is removed, never followed.
-
-    A directory that is not empty gives its directories to the top, so that nothing is ever deeper than one level.
-    What cannot be removed is left.
-    """
-    try:
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        names = _empty(top, top)
-        while names:
-            name = names.pop()
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-            try:
-                names += _empty(fd, top)
-            finally:
-                os.close(fd)
-            os.rmdir(name, dir_fd=top)
-        os.rmdir(path)
-    except OSError:
-        pass
-    finally:
-        os.close(top)
-
-
-def _empty(fd: int, top: int) -> list[str]:
-    """Unlink what is no directory, and move the directories to the top; returns their names there."""
-    moved = []
-    for name in os.listdir(fd):
-        try:
-            os.unlink(name, dir_fd=fd)
-        except (IsADirectoryError, PermissionError):  # unlink(2) of a directory: EISDIR on Linux, EPERM by POSIX
-            new = f"removing-{os.urandom(8).hex()}"
-            os.rename(name, new, src_dir_fd=fd, dst_dir_fd=top)
-            moved.append(new)
-    return moved

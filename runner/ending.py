@@ -6,6 +6,7 @@ import os
 import time
 
 from cafs import atomic, linux
+from cafs.removing import remove_tree
 from runner import alive, cgroups, cleanup, containers, create, holding, lower, starting
 
 TYPE_CHECKING = False
@@ -56,7 +57,7 @@ def settle(container: Container, code: int | None, *, error: str = "", **more: A
         create.discard(container)
         containers.event(container, "destroy")
         return
-    cleanup.remove_tree(container.path("work"))
+    remove_tree(container.path("work"))
     os.makedirs(container.path("work"), exist_ok=True)
     for name in ("stdin", "stdout", "stderr", "taking", "attach", "console", "pid"):
         atomic.unlink_quietly(container.path(name))

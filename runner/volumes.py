@@ -11,7 +11,8 @@ import time
 
 from cafs import atomic, linux, paths
 from cafs.errors import BusyError, NotFound, UsageError, quote
-from runner.cleanup import remove_directory, remove_tree
+from cafs.removing import remove_tree
+from runner.cleanup import remove_directory
 from runner.containers import every as every_container
 from runner.containers import is_name
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafs.errors import CafsError, UsageError
-from pool import calls, functions, hosting, instance, loop, removing, report, values
+from cafs.removing import remove_tree
+from pool import calls, functions, hosting, instance, loop, report, values
 from pool.execution import Execution
 from pool.hosted import Instance
 from pool.session import CallError, Session, id_of
@@ -164,11 +165,11 @@ def test_what_a_handler_left_goes_however_deep_it_is_and_nothing_else(tmp_path: 
         os.close(at)
         at = further
     os.close(at)
-    removing.remove(str(tmp_path / "out"))
+    remove_tree(str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept" / "file").read_text() == "kept"
-    removing.remove(str(tmp_path / "absent"))
+    remove_tree(str(tmp_path / "absent"))
     (tmp_path / "link").symlink_to(tmp_path / "kept")
-    removing.remove(str(tmp_path / "link"))
+    remove_tree(str(tmp_path / "link"))
     assert (tmp_path / "kept" / "file").exists()
 
 

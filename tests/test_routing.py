@@ -340,7 +340,7 @@ def test_a_spawned_call_that_a_host_knows_is_accepted_at_once(world: World) -> N
 
 
 def test_calls_that_are_held_have_an_end_and_may_be_taken_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pool.callers.QUEUE_MAX", 2)
+    monkeypatch.setattr("pool.held.QUEUE_MAX", 2)
     world.function()
     link = Link("w")
     link.has_ever_greeted = False
