@@ -74,17 +74,17 @@ def overwrite(path: str, data: bytes) -> None:
 
 
 def make_directory(path: str, mode: int = 0o755) -> None:
-    """Create a directory and its parents, durably; one that is there already is left as it is."""
+    """Create a directory and its parents, durably; one that is there already is left as it is.  Raises OSError."""
     try:
-        os.mkdir(path, mode)
+        try:
+            os.mkdir(path, mode)
+        except FileNotFoundError:
+            parent = os.path.dirname(path)
+            if parent in ("", path):
+                raise
+            make_directory(parent, mode)
+            os.mkdir(path, mode)  # where nothing can be made, as in /proc, that is all
     except FileExistsError:
-        return
-    except FileNotFoundError:
-        parent = os.path.dirname(path)
-        if not parent or parent == path or os.path.isdir(parent):
-            raise  # nothing can be made there, as in /proc
-        make_directory(parent, mode)
-        make_directory(path, mode)
         return
     fsync_directory(os.path.dirname(path) or ".")
 

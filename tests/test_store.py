@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cafs import fsck, image
+from cafs import atomic, fsck, image
 from cafs.digest import PLAIN
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError
 from cafs.indexing import Options, create_image
@@ -361,3 +361,22 @@ def test_a_user_without_a_home_is_told_so_and_nothing_is_made_here(tmp_path: Pat
     code = "import os, pwd; from cafs import errors, paths; os.setgid(54321); os.setuid(54321); print(paths.store())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=keep, capture_output=True, text=True, check=False)
     assert "UsageError: user 54321 has no home directory" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_another_makes_meanwhile_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent is missing at the first look, and there at the second."""
+    real = os.mkdir
+    looks = []
+
+    def late(path: str, mode: int = 0o777) -> None:
+        looks.append(path)
+        if len(looks) == 1:
+            real(tmp_path / "a")
+            raise FileNotFoundError(errno.ENOENT, "missing", path)
+        if path.endswith("/b"):
+            real(path)  # by another, too
+        real(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    atomic.make_directory(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir() and [os.path.basename(path) for path in looks] == ["b", "a", "b"]
