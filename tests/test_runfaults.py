@@ -150,13 +150,17 @@ def test_a_start_that_is_killed_after_the_runtime_leaves_nothing_that_runs(
     assert not (image / "run" / "runc" / identity).exists()
 
 
+def served(port: int) -> bytes:
+    """What httpd in a container that has just been started says of /etc/group; it may not be there yet."""
+    words = ["curl", "-s", "-m", "9", "--retry-connrefused", "--retry", "4", f"http://127.0.0.1:{port}/group"]
+    return subprocess.run(words, capture_output=True, check=False).stdout
+
+
 def test_a_failed_start_takes_away_nobodys_port_but_its_own(image: Path) -> None:
     ok("run", "--name", "first", "-p", "28080:80", "b:1", "true")
     ok("run", "-d", "--name", "second", "-p", "28080:80", "b:1", "httpd", "-f", "-h", "/etc")
     assert cr("start", "first").returncode != 0
-    words = ["curl", "-s", "-m", "3", "--retry-connrefused", "--retry", "4", "http://127.0.0.1:28080/group"]
-    done = subprocess.run(words, capture_output=True, check=False)  # httpd may not be there yet
-    assert b"joe" in done.stdout
+    assert b"joe" in served(28080)
     ok("rm", "-f", "first", "second")
 
 
@@ -181,10 +185,7 @@ def test_rules_that_somebody_has_flushed_are_made_again(image: Path) -> None:
     ok("run", "--rm", "b:1", "true")
     subprocess.run(["nft", "delete", "table", "ip", "cafs"], check=True)
     ok("run", "-d", "--name", "anew", "-p", "28082:80", "b:1", "httpd", "-f", "-h", "/etc")
-    assert (
-        b"joe"
-        in subprocess.run(["curl", "-s", "-m", "3", "http://127.0.0.1:28082/group"], capture_output=True, check=False).stdout
-    )
+    assert b"joe" in served(28082)
     ok("rm", "-f", "anew")
 
 

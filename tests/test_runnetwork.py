@@ -59,6 +59,13 @@ def cr(image: Path, inside: Crun) -> Iterator[Crun]:
 def serve(cr: Crun, name: str, *words: object) -> None:
     done = cr("run", "-d", "--name", name, *words, "b:1", "httpd", "-f", "-h", "/etc")
     assert done.returncode == 0, done.stderr
+    await_server(cr, name)
+
+
+def await_server(cr: Crun, name: str) -> None:
+    """Until something in a container listens at port 80."""
+    look = "cat /proc/net/tcp /proc/net/tcp6 | grep -q ':0050 [0:]* 0A '"
+    assert until(lambda: cr("exec", name, "sh", "-c", look).returncode == 0)
 
 
 def fetch(run: Crun, url: str) -> str:
@@ -206,6 +213,7 @@ def test_without_nft_iptables_does_it_and_without_both_it_says_so(cr: Crun, insi
 
     done = hidden("run", "-d", "--name", "web", "-p", "18084:80", "b:1", "httpd", "-f", "-h", "/etc")
     assert done.returncode == 0, done.stderr
+    await_server(cr, "web")
     for address in ("127.0.0.1", ADDRESS):
         assert "joe" in fetch(inside, f"http://{address}:18084/group")
     assert hidden("rm", "-f", "web").returncode == 0
