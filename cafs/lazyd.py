@@ -145,6 +145,8 @@ def supervise(state: str, fd: int, peer: int, columns: int = -1) -> None:
         _reap()
         wait_s = min(wait_s * 2 + 0.05, _WAIT_MAX_S) if time.monotonic() - started < _SOON_S else 0.0
         time.sleep(wait_s)  # one that dies at once is not started over and over
+    if peer >= 0:  # it was unmounted before we looked: the worker still writes down that it has let go
+        _ends(peer, signals, lambda: None)
     _end(state)
 
 

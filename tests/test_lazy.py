@@ -348,3 +348,28 @@ sys.stdout.buffer.write(open(sys.argv[1], "rb").read())
     assert readers[1].wait(5) == -signal.SIGKILL
     os.rename(home / "away", home / "store")
     assert readers[0].communicate(timeout=20)[0] == (tree / "1").read_bytes()
+
+
+def test_a_supervisor_that_comes_after_the_unmount_waits_for_its_worker(tmp_path: Path) -> None:
+    """What the worker writes down at its end goes with everything else; a pipe that nobody reads stands for what was unmounted."""
+    state = tmp_path / "state"
+    state.mkdir()
+    go, told = os.pipe()
+    word = "import os, sys; os.read(0, 1); open(sys.argv[1], 'w').write('x')"
+    with subprocess.Popen([sys.executable, "-c", word, state / "leases"], stdin=go) as worker:
+        reader, gone = os.pipe()
+        os.close(reader)
+        code = "import os, sys; from cafs import lazyd; lazyd.supervise(sys.argv[1], int(sys.argv[2]), os.pidfd_open(int(sys.argv[3])))"
+        words = [sys.executable, "-c", code, str(state), str(gone), str(worker.pid)]
+        with subprocess.Popen(words, pass_fds=[gone], start_new_session=True) as supervisor:
+            wait_until(lambda: (state / "supervisor").exists() or supervisor.poll() is not None)
+            try:
+                supervisor.wait(0.5)
+                has_waited = False
+            except subprocess.TimeoutExpired:
+                has_waited = True
+            os.close(told)
+            assert has_waited and supervisor.wait(20) == 0 and worker.wait(20) == 0
+    assert not state.exists()
+    for fd in (go, gone):
+        os.close(fd)
