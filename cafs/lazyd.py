@@ -1,14 +1,16 @@
-"""The two processes of LAZY, or of a tree: supervisor and worker watch each other; only both dying at once ends the mount.
+"""The processes that serve LAZY, or a tree: one worker, and three supervisors that keep each other and the worker alive.
 
-Each holds the descriptor of /dev/fuse, and a pidfd of the other (pidfd_open(2)).  When the worker dies the supervisor starts
-another, which has the requests of the dead one sent again.  When the supervisor dies the worker starts another.  SIGHUP to the
-supervisor: start both programs anew, with whatever version is installed now.
+All hold the descriptor of /dev/fuse and watch each other by pidfd (pidfd_open(2)).  When one dies, a supervisor forks another
+in its place: no program is loaded, so that takes a few milliseconds, and only killing all four within that time ends the mount.
+A new worker has the requests that the dead one had taken sent again.  SIGHUP to the first supervisor: they run the program that
+is installed now, one after the other, and then replace the worker.
 
-usage: python -m cafs.lazyd worker|supervisor STATE FUSE_FD PEER_PIDFD COLUMNS_FD
+usage: python -m cafs.lazyd STATE FUSE_FD COLUMNS_FD TABLE_FD SLOT [upgraded]
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -17,29 +19,43 @@ import sys
 import threading
 import time
 
-from cafs import atomic
-from cafs.serving import PID_FILE, held, is_unmounted, note_pid, read_config, remove_state, unmount
+from cafs import atomic, linux, slots
+from cafs.serving import PID_FILE, hold, is_over, note_pid, read_config, remove_state, unmount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable
+    from typing import NoReturn
 
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-_SMALL_AFTER_MS = 1000
-_SOON_S = 1.0
-_WAIT_MAX_S = 2.0
 _STAND_IN_S = 5.0
+_RETRY_S = 1.0
+_SUPERVISOR_NICE = -15
+_BEGIN_WAIT_S = 10.0
+_UPGRADED = "upgraded"
+_WORKER_LOADS = ("concurrent.futures.thread", "cafs.store", "cafs.worker")
+_LAZY_LOADS = ("cafs.lazy", "cafs.overlay")
+_TREE_LOADS = ("cafs.columns", "cafs.kept", "cafs.treefs")
 
 
-def start(role: str, state: str, fd: int, peer: int, columns: int) -> subprocess.Popen[bytes]:
-    """Start one of the two.  peer: a pidfd of the other, -1: none yet; columns: of a tree, else -1."""
-    import subprocess
+class Served:
+    """What a process of a mount needs.  state: its directory.
 
-    keep = [one for one in (fd, peer, columns) if one >= 0]
-    null = subprocess.DEVNULL
-    command = _command(role, state, fd, peer, columns)
-    return subprocess.Popen(command, pass_fds=keep, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
+    fd: of /dev/fuse; columns: of a tree, -1 for LAZY; table: of the slots; slot: which one of them is ours.
+    """
+
+    __slots__ = ("columns", "fd", "slot", "state", "table")
+
+    def __init__(self, state: str, fd: int, columns: int, table: int, slot: int) -> None:
+        self.state, self.fd, self.columns, self.table, self.slot = state, fd, columns, table, slot
+
+    def descriptors(self) -> list[int]:
+        """What a program that takes our place has to inherit."""
+        return [one for one in (self.fd, self.columns, self.table) if one >= 0]
+
+    def command(self, *more: str) -> list[str]:
+        """The program that takes our place."""
+        numbers = (self.fd, self.columns, self.table, self.slot)
+        return [sys.executable, "-P", "-m", "cafs.lazyd", self.state, *map(str, numbers), *more]
 
 
 def wait(answers: int) -> None:
@@ -52,12 +68,11 @@ def wait(answers: int) -> None:
 
 
 def begin(state: str, fd: int, columns: int = -1) -> int:
-    """Start both for a file system that was just mounted; returns a descriptor for `wait`.
+    """Start the servers of a file system that was just mounted; returns a descriptor for `wait`.
 
-    By fork, for the caller has loaded what the worker needs; the supervisor then runs the program anew, to be small.
+    The caller must have no threads: all that ever serves this mount is forked from it.
     """
-    from cafs import linux
-
+    _preload(columns)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
@@ -68,49 +83,25 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
         if os.fork():
             os._exit(0)  # nobody has to wait for the supervisor
         linux.leave_session()
-        mine = os.pidfd_open(os.getpid())
-        _close_all_but(*(one for one in (fd, mine, writer, columns) if one >= 0))
-        note_pid(state, PID_FILE)
-        worker = os.fork()
-        if not worker:
-            _first_work(state, fd, mine, columns, writer)
-        peer = os.pidfd_open(worker)
-        os.close(writer)
+        linux.set_command_line(f"cafs-mount: serving {state}")
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        poll = select.poll()
-        poll.register(peer, select.POLLIN)
-        poll.poll(_SMALL_AFTER_MS)  # what mounts needs the processor now
-        if is_unmounted(fd):
-            _end(state)
-            os._exit(0)
-        _supervise_anew(state, fd, peer, columns)
+        alive, table = hold(state), slots.create(state)
+        os.set_inheritable(alive, True)
+        _close_all_but(*(one for one in (fd, alive, table, writer, columns) if one >= 0))
+        served = Served(state, fd, columns, table, slots.SUPERVISORS[0])
+        slots.take(table, served.slot)
+        first = Supervisor(served)
+        first.fork(slots.WORKER, writer)
+        os.close(writer)
+        first.run(has_just_begun=True)
     finally:
         os._exit(1)
 
 
-def _supervise_anew(state: str, fd: int, peer: int, columns: int) -> None:
-    """Run the supervisor's program, as it is installed now, in this process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to handle them
-    for one in (fd, peer, columns):
-        if one >= 0:
-            os.set_inheritable(one, True)
-    os.execv(sys.executable, _command("supervisor", state, fd, peer, columns))
-
-
-def _first_work(state: str, fd: int, mine: int, columns: int, writer: int) -> None:
-    from cafs.answer import tell
-
-    def ready() -> None:
-        os.write(writer, b"ok")
-        os.close(writer)
-
-    try:
-        os.setsid()
-        _work(state, fd, mine, columns, ready)
-    except BaseException as error:  # the only way out of this process
-        tell(writer, error)
-    finally:
-        os._exit(0)
+def _preload(columns: int) -> None:
+    """Load what a worker needs, so that one that is forked later begins at once."""
+    for name in _WORKER_LOADS + (_LAZY_LOADS if columns < 0 else _TREE_LOADS):
+        importlib.import_module(name)
 
 
 def _close_all_but(*kept: int) -> None:
@@ -121,33 +112,128 @@ def _close_all_but(*kept: int) -> None:
         first = one + 1
 
 
-def _command(role: str, state: str, *fds: int) -> list[str]:
-    return [sys.executable, "-P", "-m", "cafs.lazyd", role, state, *map(str, fds)]
+class Supervisor:
+    """One of the supervisors.  It has no threads: a child that is forked from it is whole."""
 
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._watched: dict[int, int] = {}  # slot -> pidfd
+        self._signals = -1
 
-def supervise(state: str, fd: int, peer: int, columns: int = -1) -> None:
-    """Keep a worker alive until the file system is unmounted, then remove STATE."""
-    inherited = held(state)
-    note_pid(state, PID_FILE)
-    for one in inherited:
-        os.close(one)
-    mine = os.pidfd_open(os.getpid())
-    signals = _on_signal()
-    wait_s = 0.0
-    while not is_unmounted(fd):
-        started = time.monotonic()
-        if peer < 0:
-            peer = os.pidfd_open(start("worker", state, fd, mine, columns).pid)
-        if _ends(peer, signals, lambda: unmount(state)):
-            _supervise_anew(state, fd, peer, columns)
-        os.close(peer)
-        peer = -1
+    def run(self, *, has_just_begun: bool = False, is_upgraded: bool = False) -> NoReturn:
+        """Keep all slots filled until the file system is unmounted, then remove STATE."""
+        try:
+            _set_priority(_SUPERVISOR_NICE)
+            self._signals = _on_signal()
+            if self._served.slot == slots.SUPERVISORS[0]:
+                note_pid(self._served.state, PID_FILE)
+            self._mend()
+            if has_just_begun:
+                from cafs.apart import leave_cgroups
+
+                leave_cgroups([os.getpid(), *filter(None, (slots.pid(self._served.table, slot) for slot in slots.ALL))])
+            if is_upgraded:
+                self._pass_on()
+            while not (is_over(self._served.state, self._served.fd) and slots.WORKER not in self._watched):
+                self._wait()
+                self._mend()
+            _end(self._served.state)
+        except BaseException as error:
+            _complain(self._served.state, error)
+            time.sleep(_RETRY_S)  # whoever takes our place may fare no better
+        finally:
+            os._exit(0)
+
+    def _wait(self) -> None:
+        """Until one of the others ends, a signal comes, or the file system is unmounted."""
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        for pidfd in self._watched.values():
+            poll.register(pidfd, select.POLLIN)
+        if not is_over(self._served.state, self._served.fd):
+            poll.register(self._served.fd, 0)  # POLLERR when it is unmounted
+        ready = dict(poll.poll())
+        for slot, pidfd in list(self._watched.items()):
+            if pidfd in ready:
+                os.close(self._watched.pop(slot))
         _reap()
-        wait_s = min(wait_s * 2 + 0.05, _WAIT_MAX_S) if time.monotonic() - started < _SOON_S else 0.0
-        time.sleep(wait_s)  # one that dies at once is not started over and over
-    if peer >= 0:  # it was unmounted before we looked: the worker still writes down that it has let go
-        _ends(peer, signals, lambda: None)
-    _end(state)
+        if self._signals in ready:
+            self._heed(os.read(self._signals, 64))
+
+    def _heed(self, numbers: bytes) -> None:
+        if signal.SIGINT in numbers or signal.SIGTERM in numbers:
+            unmount(self._served.state)
+        if signal.SIGHUP in numbers:
+            _run_anew(self._served)
+
+    def _mend(self) -> None:
+        """Fill the slots whose process has died, and watch all others."""
+        lost = [slot for slot in slots.ALL if slot not in self._watched and slot != self._served.slot]
+        if not lost:
+            return
+        slots.lock(self._served.table)
+        try:
+            for slot in lost:
+                pidfd = slots.watch(self._served.table, slot)
+                if pidfd < 0 and not is_over(self._served.state, self._served.fd):
+                    self.fork(slot)
+                    pidfd = slots.watch(self._served.table, slot)
+                if pidfd >= 0:
+                    self._watched[slot] = pidfd
+        finally:
+            slots.unlock(self._served.table)
+
+    def fork(self, slot: int, answers: int = -1) -> None:
+        """Fork the process of a slot; returns when it has taken the slot, or has died.  answers: of `begin`, for a worker."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a signal of ours must not be noted by the child, nor the reverse
+        if os.fork():
+            os.close(writer)
+            os.read(reader, 1)
+            os.close(reader)
+            if self._signals >= 0:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            return
+        try:
+            os.close(reader)
+            mine = self._become(slot)
+            if not slots.take(mine.table, slot):
+                os._exit(0)  # our parent was killed, and another one has filled the slot
+            os.write(writer, b"x")
+            os.close(writer)
+            if slot == slots.WORKER:
+                _set_priority(0)
+                _work(mine, answers)
+            if answers >= 0:
+                os.close(answers)
+            Supervisor(mine).run()
+        finally:
+            os._exit(0)
+
+    def _become(self, slot: int) -> Served:
+        """In a new child: forget what its parent watched."""
+        os.setsid()
+        for one in (*self._watched.values(), self._signals, signal.set_wakeup_fd(-1)):
+            if one >= 0:
+                os.close(one)
+        served = self._served
+        return Served(served.state, served.fd, served.columns, served.table, slot)
+
+    def _pass_on(self) -> None:
+        """We run the new program: the next supervisor is to do the same; after the last the worker is replaced."""
+        after = [slot for slot in slots.SUPERVISORS if slot > self._served.slot and slot in self._watched]
+        if after:
+            signal.pidfd_send_signal(self._watched[after[0]], signal.SIGHUP)
+        elif slots.WORKER in self._watched:
+            signal.pidfd_send_signal(self._watched[slots.WORKER], signal.SIGTERM)
+
+
+def _run_anew(served: Served) -> None:
+    """Run the program that is installed now in this process, which keeps its number and its slot."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is somebody to handle them
+    for one in served.descriptors():
+        os.set_inheritable(one, True)
+    os.execv(sys.executable, served.command(_UPGRADED))
 
 
 def _end(state: str) -> None:
@@ -159,6 +245,14 @@ def _end(state: str) -> None:
     except (OSError, ValueError):
         pass  # they are gone already
     remove_state(state)
+
+
+def _set_priority(nice: int) -> None:
+    """A supervisor does next to nothing, and that before all others: on a busy host two could die before one has run."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    except PermissionError:
+        pass  # for root alone
 
 
 def _reap() -> None:
@@ -179,55 +273,71 @@ def _on_signal() -> int:
     return reader
 
 
-def _ends(pidfd: int, signals: int, unmount: Callable[[], None]) -> bool:
-    """Wait until a process ends (False) or SIGHUP has come and it was told to end (True)."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.register(signals, select.POLLIN)
-    while True:
-        if pidfd in dict(poll.poll()):
-            return False
-        for number in os.read(signals, 64):
-            if number == signal.SIGHUP:
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                return True
-            if number in (signal.SIGINT, signal.SIGTERM):
-                unmount()
-
-
-def _work(state: str, fd: int, peer: int, columns: int = -1, ready: Callable[[], None] = lambda: None) -> None:
+def _work(served: Served, answers: int) -> None:
+    """Be the worker.  answers: of `begin`, -1 if nobody waits."""
+    from cafs.answer import tell
     from cafs.worker import work
 
-    watch(peer, lambda: _revive(state, fd, columns))  # also if what follows fails: somebody has to answer
-    work(state, fd, columns, ready)
+    def ready() -> None:
+        if answers >= 0:
+            os.write(answers, b"ok")
+            os.close(answers)
 
-
-def _revive(state: str, fd: int, columns: int) -> subprocess.Popen[bytes]:
-    mine = os.pidfd_open(os.getpid())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
-        return start("supervisor", state, fd, mine, columns)
+        watch(served)  # also if what follows fails: somebody has to answer
+        work(served.state, served.fd, served.columns, ready)
+    except BaseException as error:  # the only way out of this process
+        if answers >= 0:
+            tell(answers, error)
+            os._exit(0)
+        _complain(served.state, error)
+        _stand_in(served.fd)
     finally:
-        os.close(mine)
+        os._exit(0)  # not waiting for threads that wait for a store
 
 
-def watch(peer: int, revive: Callable[[], subprocess.Popen[bytes]]) -> None:
-    """Start another supervisor whenever one dies, from a thread."""
+def watch(served: Served) -> None:
+    """From a thread of the worker: should all supervisors die at once, start one.  It forks the others."""
+    threading.Thread(target=_watch, args=(served,), daemon=True).start()
 
-    def run() -> None:
-        pidfd = peer
-        while True:
+
+def _watch(served: Served) -> None:
+    while True:
+        watched = [pidfd for slot in slots.SUPERVISORS if (pidfd := slots.watch(served.table, slot)) >= 0]
+        if watched:
             poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
+            for pidfd in watched:
+                poll.register(pidfd, select.POLLIN)
             poll.poll()
-            os.close(pidfd)
-            child = revive()
-            pidfd = os.pidfd_open(child.pid)
-            time.sleep(0.05)
+            for pidfd in watched:
+                os.close(pidfd)
+        elif not is_over(served.state, served.fd):
+            _start_supervisor(served)
+        time.sleep(0.05)  # the others have filled the slot by then
 
-    threading.Thread(target=run, daemon=True).start()
+
+def _start_supervisor(served: Served) -> None:
+    """By execve: a process that has threads cannot fork one that goes on."""
+    import subprocess
+
+    slots.lock(served.table)
+    try:
+        if any(slots.pid(served.table, slot) for slot in slots.SUPERVISORS):
+            return
+        null = subprocess.DEVNULL
+        other = Served(served.state, served.fd, served.columns, served.table, slots.SUPERVISORS[0])
+        child = subprocess.Popen(
+            other.command(), pass_fds=other.descriptors(), stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True
+        )
+        deadline = time.monotonic() + _BEGIN_WAIT_S
+        while child.poll() is None and not slots.pid(served.table, other.slot) and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        slots.unlock(served.table)
 
 
-def _complain(state: str, error: Exception) -> None:
+def _complain(state: str, error: BaseException) -> None:
     """The log that was asked for may be what is wrong."""
     try:
         with open(os.path.join(state, "log"), "a", encoding="utf-8") as log:
@@ -246,19 +356,18 @@ def _stand_in(fd: int) -> None:
     server.serve()
 
 
-def _main(role: str, state: str, fd: int, peer: int, columns: int) -> None:
-    try:
-        if role == "supervisor":
-            supervise(state, fd, peer, columns)
-        else:
-            _work(state, fd, peer, columns)
-    except Exception as error:
-        _complain(state, error)
-        if role == "worker":
-            _stand_in(fd)
-    finally:
-        os._exit(0)  # not waiting for threads that wait for a store
+def _main(state: str, numbers: list[int], *, is_upgraded: bool) -> None:
+    served = Served(state, *numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if not is_upgraded and not slots.take(served.table, served.slot):
+        return
+    for one in served.descriptors():
+        os.set_inheritable(one, False)
+    if not is_upgraded:
+        os.set_inheritable(hold(state), True)
+    _preload(served.columns)
+    Supervisor(served).run(is_upgraded=is_upgraded)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))
+    _main(sys.argv[1], [int(one) for one in sys.argv[2:6]], is_upgraded=sys.argv[6:] == [_UPGRADED])

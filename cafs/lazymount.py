@@ -13,6 +13,8 @@ from cafs.holder import held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from cafs.locator import Locator
     from cafs.request import Request
     from cafs.store import Store
@@ -113,8 +115,24 @@ def _start(state: str) -> LazyMount:
 
 
 def end(state: str) -> None:
-    """Unmount a LAZY that no mount here needs; it goes on as long as one in another mount namespace does."""
-    linux.umount(os.path.join(state, serving.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    """Unmount a LAZY that no mount here needs; it goes on as long as a container in another mount namespace stands on it."""
+    point = os.path.join(state, serving.MOUNT_POINT)
+    linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    if not is_used_elsewhere(state):
+        serving.end(state)  # a copied namespace would keep the servers for ever
+
+
+def is_used_elsewhere(state: str) -> bool:
+    """Whether something in another mount namespace stands on a LAZY."""
+    return bool(users_elsewhere(os.path.join(state, serving.MOUNT_POINT), serving.gone(state)))
+
+
+def users_elsewhere(point: str, gone: Collection[str] = ()) -> list[int]:
+    """A process of each other mount namespace in which an overlay stands on the LAZY at POINT.
+
+    gone: MAJOR:MINOR of mounts that cafs-mount has taken away: a namespace that was copied before has them still, for nobody.
+    """
+    return mountinfo.users_elsewhere(lambda m: m.has_data(point) and not (mountinfo.is_kernel(m) and m.device in gone))
 
 
 def states(run: str) -> list[str]:

@@ -216,6 +216,19 @@ def set_name(name: str) -> None:
     _check(_libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0), "prctl")
 
 
+def set_command_line(text: str) -> None:
+    """Replace what ps(1) shows of this process and its future children, as far as it fits (proc_pid_stat(5), arg_start).
+
+    A process that outlives the command that started it must not keep that command's arguments: they may be secret.
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    if 0 < start < end:
+        data = os.fsencode(text)[: end - start - 1].ljust(end - start, b"\0")
+        ctypes.memmove(start, data, len(data))
+
+
 def exit_code(status: int) -> int:
     """Of what waitpid(2) says, as a shell has it: 128 and the number of the signal if one ended it."""
     code = os.waitstatus_to_exitcode(status)

@@ -168,6 +168,8 @@ def unmount(point: str) -> None:
     record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
+        if not mountinfo.users_elsewhere(lambda one: one.stands_on_tree(point)):
+            serving.end(str(record["state"]))  # a copied mount namespace would keep the servers for ever
         serving.wait_for_end(str(record["state"]))
         if not serving.is_alive(str(record["state"])):
             serving.remove_state(str(record["state"]))  # they were killed

@@ -7,6 +7,10 @@ import re
 
 from cafs import paths
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 FSTYPE = b"fuse.cafs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
@@ -51,6 +55,10 @@ class Mount:
         """Whether it is an overlay that has PATH as a layer of data."""
         return ("datadir+", path) in self.layers
 
+    def stands_on_tree(self, path: str) -> bool:
+        """Whether it is an overlay over the tree at PATH, or maybe: one may have been given its layer by descriptor."""
+        return any(layer == path or layer.startswith("/proc/self/fd/") for key, layer in self.layers if key == "lowerdir+")
+
     @property
     def digest(self) -> str:
         """Image or index digest of one of our mounts."""
@@ -66,19 +74,19 @@ def _unescape(text: bytes) -> bytes:
     return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text)
 
 
-def is_used_elsewhere(point: str) -> bool:
-    """Whether an overlay in another mount namespace, such as a container's, has the mount on POINT as a data layer."""
-    seen = {os.readlink("/proc/self/ns/mnt")}
+def users_elsewhere(stands_on: Callable[[Mount], bool]) -> list[int]:
+    """A process of each other mount namespace, such as a container's, that has a mount of which STANDS_ON says yes."""
+    found, seen = [], {os.readlink("/proc/self/ns/mnt")}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
-                if any(mount.has_data(point) for mount in mounts(pid)):
-                    return True
+                if any(stands_on(mount) for mount in mounts(pid)):
+                    found.append(int(pid))
         except OSError:
             continue  # it ended
-    return False
+    return found
 
 
 def mounts(pid: str = "self") -> list[Mount]:
@@ -132,10 +140,24 @@ def fstype(path: str) -> str:
     return ""
 
 
+def lazy_below(mount: Mount) -> str:
+    """Where LAZY is mounted on which a mount of the kernel engine stands; '' for any other mount."""
+    data = [layer for key, layer in mount.layers if key == "datadir+"] if is_kernel(mount) else []
+    return data[-1] if data else ""
+
+
 def answers(path: str) -> bool:
-    """Whether the server of a mount is alive.  By statfs: what stat(2) says may come from the kernel's cache."""
+    """Whether the servers of the mount at PATH are alive.
+
+    By statfs(2): what stat(2) says may come from the kernel's cache.  An overlay answers by itself: LAZY below it is asked.
+    """
+    here = at(path)
+    lazy = lazy_below(here) if here else ""
+    if lazy and at(lazy) is None:
+        return False  # its servers were found dead before, by way of another mount
     try:
-        os.statvfs(path)
+        for one in filter(None, (lazy, path)):
+            os.statvfs(one)
     except OSError:
         return False
     return True

@@ -62,7 +62,11 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
             # Without the cache LAZY sees every first read.
             _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
             names = [os.path.basename(path) for path in layers]
-            requests.write_record(request, found.digest.hex(), ENGINE, lazy=lazy.state, layers=names, point=request.point)
+            here = mountinfo.at(request.point)
+            device = here.device if here else ""
+            serving.note_gone(lazy.state, device, is_gone=False)
+            notes: dict[str, object] = {"lazy": lazy.state, "layers": names, "point": request.point, "device": device}
+            requests.write_record(request, found.digest.hex(), ENGINE, 0, **notes)
     except BaseException as error:
         with _lock():
             tidy()
@@ -82,7 +86,6 @@ def unmount(point: str) -> None:
     with _lock():
         here = mountinfo.at(point)
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
-        atomic.unlink_quietly(requests.record_path(point))
         before = lazymount.states(run_directory("lazy"))
         try:
             tidy()
@@ -103,7 +106,7 @@ def _let_go(digest: str) -> None:
     if any(mount.digest == digest for mount in mountinfo.mounts() if mountinfo.is_kernel(mount)):
         return
     for state in lazymount.states(run_directory("lazy")):
-        if not mountinfo.is_used_elsewhere(os.path.join(state, serving.MOUNT_POINT)):  # as by a container that outlives it
+        if not lazymount.is_used_elsewhere(state):  # as by a container that outlives it
             atomic.unlink_quietly(os.path.join(state, serving.IMAGES, digest))
 
 
@@ -145,11 +148,13 @@ def _used() -> set[str]:
                 continue
             is_live = (os.fsencode(record["point"]), record["digest"]) in live
             needs = {os.path.join(run_directory("erofs"), layer) for layer in record["layers"]} | {record["lazy"]}
+            device = str(record.get("device", ""))
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if is_live:
             found |= needs
         else:
+            serving.note_gone(record["lazy"], device)
             atomic.unlink_quietly(os.path.join(run_directory("mounts"), name))
     return found
 

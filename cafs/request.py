@@ -94,7 +94,7 @@ def unmount_stale(point: str) -> None:
 
 
 def unmount_quietly(point: str) -> None:
-    """For a signal handler: a second signal finds nothing mounted any more, while the server still has users."""
+    """A second signal finds nothing mounted any more, while the server still has users."""
     try:
         unmount_stale(point)
     except OSError:

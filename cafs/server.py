@@ -9,7 +9,7 @@ from cafs import atomic, linux, locator, paths, quota
 from cafs.answer import ask_child, failure, tell
 from cafs.cache import Cache
 from cafs.holder import Holder
-from cafs.keeper import Keeper, log_to
+from cafs.keeper import Keeper, log_to, on_signals
 from cafs.request import record_path, unmount_quietly, write_record
 from cafs.store import Store
 
@@ -75,8 +75,8 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
         write_record(request, digest, "pyfuse3", os.getpid())
         ready()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server ends when the last user of the mount has
-        signal.signal(number, lambda *_: unmount_quietly(request.point))
+    # The server ends when the last user of the mount has.
+    on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda: unmount_quietly(request.point))
     quota.note_use(cache.root, source.digest, locator.contents(source.index))
     holder = Holder(store, lambda: {(digest, os.getpid())} if source.image else set())
     holder.start()

@@ -1,6 +1,7 @@
 """The directory of a served mount, in the directory of live state: what its processes and the commands tell each other.
 
-config.json is written once; supervisor and worker hold a pid each; alive is locked by both for as long as they live; images and
+config.json is written once; processes is the table of the servers (slots.py); supervisor and worker hold the pid of the first
+supervisor and of the worker, for people; alive is locked by all of them while they live; ended tells them to end; images and
 locators say what is served, prefetch what is to be brought into the cache, leases what is held in the store.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
-_DEVICE = "device"
+_DEVICE, _ENDED, _GONE = "device", "ended", "gone."
 _END_WAIT_S = 2.0
 
 
@@ -93,14 +94,27 @@ def images(state: str) -> set[str]:
 
 
 def note_pid(state: str, name: str) -> None:
-    """Write our pid, and hold a lock for as long as we live, also when we run the program anew."""
+    """Write our pid."""
     atomic.replace_hint(os.path.join(state, name), b"%d\n" % os.getpid(), 0o600)
-    os.set_inheritable(hold(state), True)
 
 
 def note_device(state: str, device: str) -> None:
     """What MAJOR:MINOR the mount has: on its mount point there may be another one later."""
     atomic.replace_hint(os.path.join(state, _DEVICE), device.encode())
+
+
+def note_gone(state: str, device: str, *, is_gone: bool = True) -> None:
+    """Note that a mount which stands on a LAZY, MAJOR:MINOR, was taken away, or that there is a new one of that number."""
+    path = os.path.join(state, _GONE + device)
+    if not is_gone:
+        atomic.unlink_quietly(path)
+    elif os.path.isdir(state):
+        atomic.replace_hint(path, b"")
+
+
+def gone(state: str) -> set[str]:
+    """What `note_gone` has noted."""
+    return {name.removeprefix(_GONE) for name in paths.listed(state) if name.startswith(_GONE)}
 
 
 def device(state: str) -> str:
@@ -111,19 +125,6 @@ def device(state: str) -> str:
         return ""
 
 
-def held(state: str) -> list[int]:
-    """The descriptors that this process has of the mark of life, from the program that it was before."""
-    mark = os.path.join(state, ALIVE)
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{fd}") == mark:
-                found.append(int(fd))
-        except OSError:
-            continue
-    return found
-
-
 def hold(state: str) -> int:
     """A descriptor that keeps STATE from being taken for that of a dead server."""
     fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -132,29 +133,47 @@ def hold(state: str) -> int:
 
 
 def pid(state: str) -> int:
-    """Of the supervisor, 0 if there is none."""
+    """The first supervisor, 0 if it is not known."""
     try:
-        return _read_pid(state)
+        return int(atomic.read_file(os.path.join(state, PID_FILE), 32))
     except (OSError, ValueError):
         return 0
 
 
-def _read_pid(state: str) -> int:
-    return int(atomic.read_file(os.path.join(state, PID_FILE), 32))
-
-
 def reload(state: str) -> None:
-    """Start both programs anew.  Raises CafsError if the supervisor does not live."""
+    """Have all servers of STATE run the program that is installed now.  Raise CafsError if none is left."""
+    from cafs import slots
     from cafs.errors import CafsError, quote
 
+    supervisors = [process for slot, process in slots.pids(state).items() if slot in slots.SUPERVISORS]
     try:
-        os.kill(_read_pid(state), signal.SIGHUP)
-    except (OSError, ValueError) as error:
-        raise CafsError(f"what serves {quote(state)} cannot be reached: {error}") from error
+        os.kill(supervisors[0], signal.SIGHUP)
+    except (OSError, IndexError) as error:
+        raise CafsError(
+            f"no process serves {quote(state)} any more: its mounts are lost", hint="cafs-mount IMAGE DIR replaces a lost mount"
+        ) from error
+
+
+def end(state: str) -> None:
+    """Tell the servers of STATE to end, though a copy of the mount exists in another mount namespace."""
+    from cafs import slots
+
+    try:
+        os.close(os.open(os.path.join(state, _ENDED), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.kill(slots.pids(state)[slots.WORKER], signal.SIGTERM)
+    except (FileNotFoundError, ProcessLookupError, KeyError):
+        pass  # they have ended, or the next worker will see that it is to end
+    if not is_alive(state):
+        remove_state(state)  # what we have just made in it, too
+
+
+def is_over(state: str, fd: int) -> bool:
+    """Whether the servers are to end.  fd: of /dev/fuse."""
+    return is_unmounted(fd) or os.path.exists(os.path.join(state, _ENDED))
 
 
 def is_alive(state: str) -> bool:
-    """Whether one of the two lives."""
+    """Whether one of the servers lives."""
     try:
         fd = os.open(os.path.join(state, ALIVE), os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -171,8 +190,13 @@ def is_alive(state: str) -> bool:
 def wait_for_end(state: str) -> None:
     """Until the servers of what was just unmounted have gone, if they do soon: others may still use it."""
     deadline = time.monotonic() + _END_WAIT_S
-    while is_alive(state) and time.monotonic() < deadline:
+    while not _has_ended(state) and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def _has_ended(state: str) -> bool:
+    """Whether the servers were killed, or have removed STATE, which they do last."""
+    return not (is_alive(state) if os.path.exists(os.path.join(state, ALIVE)) else os.path.isdir(state))
 
 
 def remove_state(state: str) -> None:

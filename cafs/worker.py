@@ -10,9 +10,9 @@ import threading
 from cafs import fusedev, linux, quota
 from cafs.cache import Cache
 from cafs.holder import Holder
-from cafs.keeper import Keeper, log_to, look_anew
+from cafs.keeper import Keeper, log_to, look_anew, on_signals
 from cafs.record import Recorder
-from cafs.serving import LEASES, WORKER_FILE, images, is_unmounted, note_pid, pid, read_config, unmount
+from cafs.serving import LEASES, WORKER_FILE, images, is_over, note_pid, pid, read_config, unmount
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -41,8 +41,8 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     holder = Holder(store, lambda: _held(state), os.path.join(state, LEASES))
     files = _files(state, config, cache, recorder, columns, holder.poke)
     server = fusedev.Server(fd, files, config["limit_s"])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: unmount(state) if config["foreground"] else server.stop())
+    ending = (lambda: unmount(state)) if config["foreground"] else server.stop
+    on_signals((signal.SIGINT, signal.SIGTERM), ending)
     note_pid(state, WORKER_FILE)
     files.brought = cache.evicted = lambda: look_anew(cache.root)
     is_lazy = columns < 0
@@ -50,10 +50,12 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     keeper.also = lambda: _look_after(state, cache.root, is_lazy=is_lazy)
     ready()
     server.take_over()
+    if is_over(state, fd):  # said before anybody could hear it
+        server.stop()
     threading.Thread(target=holder.start, daemon=True).start()  # the store may take its time, or be away
     server.serve()
     files.save()
-    if is_unmounted(fd):
+    if is_over(state, fd):
         keeper.end()
         holder.let_go()
     else:

@@ -123,10 +123,12 @@ def _shared(point: str, mount: Callable[[str], None]) -> Lower:
             if not _is_current(lock, point + ".lock"):
                 continue  # the last user has just removed it
             linux.lock_byte(lock, fcntl.F_WRLCK, _CHANGING, wait=True)
-            is_there = mountinfo.at(point) is not None
-            if not is_there:
+            here = mountinfo.at(point)
+            if here is None:
                 os.makedirs(point, mode=0o700, exist_ok=True)
-            if not is_there or not mountinfo.answers(point):
+                mount(point)
+            elif not mountinfo.answers(point):
+                _warn_of_lost(here, point)
                 mount(point)
             linux.lock_byte(lock, fcntl.F_UNLCK, _CHANGING)
             kept, lock = lock, -1
@@ -134,6 +136,24 @@ def _shared(point: str, mount: Callable[[str], None]) -> Lower:
         finally:
             if lock >= 0:
                 os.close(lock)
+
+
+def _warn_of_lost(here: mountinfo.Mount, point: str) -> None:
+    """The servers of a mount were killed, all at once: name the containers that cannot read their files any more."""
+    from runner import containers
+
+    lazy = mountinfo.lazy_below(here)
+    for container in containers.every():
+        pid = container.state().get("pid", 0) if container.is_running() else 0
+        try:
+            mounts = mountinfo.mounts(str(pid)) if pid else []
+        except OSError:
+            continue  # it ended
+        if any(one.has_data(lazy) if lazy else one.stands_on_tree(point) for one in mounts):
+            sys.stderr.write(
+                f"crun: warning: container {container.name!r} has lost its image's files: their servers were killed\n"
+                f"crun: hint: crun restart {container.name}\n"
+            )
 
 
 def _is_current(lock: int, path: str) -> bool:

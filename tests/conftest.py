@@ -19,6 +19,9 @@ from tests.crunning import image, shared  # noqa: F401  (fixtures)
 from tests.pooling import controller, pool  # noqa: F401  (fixtures)
 
 BIN = Path(sys.executable).parent
+SLOW = float(os.environ.get("CAFS_TEST_SLOW", "1"))
+"""How many times slower than the machine of CI this one is: every bound of time in the tests is multiplied by it."""
+
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
@@ -40,7 +43,7 @@ def cmd(home: Path) -> Run:
     """Run one of our commands; the result has stdout and stderr as bytes."""
 
     def run(program: str, *arguments: str | Path, **options: object) -> subprocess.CompletedProcess[bytes]:
-        options.setdefault("timeout", 60)
+        options["timeout"] = options.get("timeout", 60) * SLOW
         options.setdefault("capture_output", True)
         return subprocess.run([BIN / program, *map(str, arguments)], check=False, **options)  # type: ignore[call-overload,no-any-return]
 
@@ -92,7 +95,7 @@ def _holds(pid: str, top: str) -> bool:
 
 def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
     """Look again and again."""
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + limit_s * SLOW
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)
