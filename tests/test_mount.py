@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from cafs import slots
 from cafs.cache import Cache
 from cafs.digest import PLAIN
 from cafs.store import Store
@@ -286,9 +287,9 @@ def test_a_mount_whose_servers_were_killed_is_replaced(small: Path, cmd: Run, en
     pids = [server_pid(cmd, small)]
     if engine == "fuse":
         (state,) = (small.parent / "run" / "fuse").iterdir()
-        pids.append(int((state / "worker").read_text()))
+        pids = list(slots.pids(str(state)).values())
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # or one would start the other
+            os.kill(pid, signal.SIGSTOP)  # or one would start the others
     for pid in pids:
         end_and_wait(pid, signal.SIGKILL)
     with pytest.raises(OSError):
