@@ -99,7 +99,7 @@ def look_anew(cache: str) -> None:
     """
     for mount in mountinfo.over(cache):
         try:
-            linux.reconfigure(os.fsdecode(mount.point), is_read_only=not mount.is_writable)
+            linux.reconfigure(os.fsdecode(mount.point), is_read_only=not mount.upper)
         except OSError:
             continue  # it went meanwhile; it costs space or speed until its last user has gone
 

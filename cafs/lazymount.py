@@ -13,8 +13,6 @@ from cafs.holder import held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from cafs.locator import Locator
     from cafs.request import Request
     from cafs.store import Store
@@ -123,16 +121,13 @@ def end(state: str) -> None:
 
 
 def is_used_elsewhere(state: str) -> bool:
-    """Whether something in another mount namespace stands on a LAZY."""
-    return bool(users_elsewhere(os.path.join(state, serving.MOUNT_POINT), serving.gone(state)))
+    """Whether an overlay in another mount namespace, such as a container's, stands on a LAZY.
 
-
-def users_elsewhere(point: str, gone: Collection[str] = ()) -> list[int]:
-    """A process of each other mount namespace in which an overlay stands on the LAZY at POINT.
-
-    gone: MAJOR:MINOR of mounts that cafs-mount has taken away: a namespace that was copied before has them still, for nobody.
+    Mounts of cafs-mount that were taken away do not count: a namespace that was copied before has them still, for nobody.
     """
-    return mountinfo.users_elsewhere(lambda m: m.has_data(point) and not (mountinfo.is_kernel(m) and m.device in gone))
+    point, gone = os.path.join(state, serving.MOUNT_POINT), serving.gone(state)
+    others = (mount for pid, found in mountinfo.namespaces() if pid != "self" for mount in found)
+    return any(one.has_data(point) and not (mountinfo.is_kernel(one) and one.device in gone) for one in others)
 
 
 def states(run: str) -> list[str]:

@@ -35,7 +35,7 @@ def mount(request: Request) -> str | None:
     from cafs import treemount
 
     source = treemount.find(request)
-    note = check_point(request.point, source.digest.hex())
+    note = check_point(request, source.digest.hex())
     if note:
         return note
     _check_host()
@@ -69,7 +69,7 @@ def _with_kernel(request: Request) -> tuple[bool, str | None]:
         if os.geteuid():
             raise UnsupportedError("the kernel engine needs root")
         found = kept.find(request.store, request.name)
-        note = check_point(request.point, found.image.digest.hex())
+        note = check_point(request, found.image.digest.hex())
         if note is None:
             note = overlay.mount(request, found.image, found.store)
         request.warnings += [found.warning] if found.warning else []
@@ -81,18 +81,22 @@ def _with_kernel(request: Request) -> tuple[bool, str | None]:
         return False, None
 
 
-def check_point(point: str, digest: str) -> str | None:
-    """A note if the image is mounted on POINT, None if it is free.  Raises BusyError, CafsError."""
+def check_point(request: Request, digest: str) -> str | None:
+    """A note if the image is mounted there as requested, None if the place is free.  Raises BusyError, CafsError."""
+    point = request.point
     here = mountinfo.at(point)
     if here and (here.fstype == mountinfo.FSTYPE or mountinfo.is_kernel(here)):
         if not mountinfo.answers(point):
             requests.unmount_stale(point)
             here = None
         else:
-            if here.digest == digest and mountinfo.is_mine(here):
+            is_same = here.digest == digest and mountinfo.is_mine(here)
+            if is_same and _is_as_requested(here, request):
                 return f"already mounted on {point}"
+            more = " with other options" if is_same else ""
             raise BusyError(
-                f"{quote(point)} is taken: image {here.digest[:12]} is mounted there", hint=f"cafs-mount --unmount {point}"
+                f"{quote(point)} is taken: image {here.digest[:12]} is mounted there{more}",
+                hint=f"cafs-mount --unmount {point}",
             )
     if here:
         raise BusyError(f"{quote(point)} is taken: a {here.fstype.decode()} file system is mounted there")
@@ -105,6 +109,11 @@ def check_point(point: str, digest: str) -> str | None:
             f"cannot mount on {quote(point)}: Directory not empty", hint="its content would be hidden; use an empty one"
         )
     return None
+
+
+def _is_as_requested(here: mountinfo.Mount, request: Request) -> bool:
+    """Whether a mount of the image writes where the request says, and is not to record, which it cannot begin now."""
+    return here.upper == (os.path.join(request.upper, "upper") if request.upper else "") and not request.record
 
 
 def _check_host() -> None:
@@ -168,7 +177,8 @@ def unmount(point: str) -> None:
     record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
-        if not mountinfo.users_elsewhere(lambda one: one.stands_on_tree(point)):
+        others = (mount for pid, found in mountinfo.namespaces() if pid != "self" for mount in found)
+        if not any(one.stands_on_tree(point) for one in others):
             serving.end(str(record["state"]))  # a copied mount namespace would keep the servers for ever
         serving.wait_for_end(str(record["state"]))
         if not serving.is_alive(str(record["state"])):

@@ -9,10 +9,11 @@ from cafs import paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
 FSTYPE = b"fuse.cafs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+_UPPER = re.compile(rb"(?:^|,)upperdir=([^,]*)")
 _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 
 
@@ -35,9 +36,10 @@ class Mount:
         return int(found[1]) if found else -1
 
     @property
-    def is_writable(self) -> bool:
-        """Whether an overlay has a layer for what is written."""
-        return b"upperdir=" in self.options
+    def upper(self) -> str:
+        """The directory that takes what is written to an overlay, '' if there is none."""
+        found = _UPPER.search(self.options)
+        return os.fsdecode(_unescape(found[1])) if found else ""
 
     @property
     def layers(self) -> list[tuple[str, str]]:
@@ -74,19 +76,32 @@ def _unescape(text: bytes) -> bytes:
     return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text)
 
 
-def users_elsewhere(stands_on: Callable[[Mount], bool]) -> list[int]:
-    """A process of each other mount namespace, such as a container's, that has a mount of which STANDS_ON says yes."""
-    found, seen = [], {os.readlink("/proc/self/ns/mnt")}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+def writer_to(upper: str) -> tuple[str, Mount] | None:
+    """An overlay that has the directory UPPER to write to, in any mount namespace: ('self' or a pid in it, mount)."""
+    wanted = os.stat(upper)
+    for pid, found in namespaces():
+        for mount in found:
+            try:
+                # /proc/self/fd/N, of a container of the fuse engine, would be a descriptor of ours.
+                is_path = mount.upper and not mount.upper.startswith("/proc/")
+                if is_path and os.path.samestat(os.stat(f"/proc/{pid}/root{mount.upper}"), wanted):
+                    return pid, mount
+            except OSError:
+                continue  # the process ended, or the directory has gone
+    return None
+
+
+def namespaces() -> Iterator[tuple[str, list[Mount]]]:
+    """The mounts of each mount namespace that has a process, ours first: ('self' or a pid in it, mounts)."""
+    seen = set()
+    for pid in ["self", *filter(str.isdigit, os.listdir("/proc"))]:
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in seen:
                 seen.add(namespace)
-                if any(stands_on(mount) for mount in mounts(pid)):
-                    found.append(int(pid))
+                yield pid, mounts(pid)
         except OSError:
             continue  # it ended
-    return found
 
 
 def mounts(pid: str = "self") -> list[Mount]:

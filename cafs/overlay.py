@@ -10,13 +10,14 @@ import errno
 import json
 import logging
 import os
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 
-from cafs import atomic, kept, lazymount, linux, mountinfo, paths, profile, quota, serving
+from cafs import atomic, kept, lazymount, linux, mountinfo, paths, profile, quota, serving, upperdir
 from cafs import request as requests
 from cafs.cache import Cache
-from cafs.errors import CafsError, UnsupportedError, os_error, quote
+from cafs.errors import CafsError, UnsupportedError, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,12 +56,12 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
                 quota.note_use(cache, found.digest, chain.from_iterable(one.objects() for one in locators))
             points = [_mount_erofs(path) for path in layers]
             lazy.wait()
-            if note := check_point(request.point, found.digest.hex()):
+            if note := check_point(request, found.digest.hex()):
                 tidy()
                 return note
             lazy.add(found.digest, locators, request.rate if request.prefetch == profile.ALL else -1)
             # Without the cache LAZY sees every first read.
-            _mount_overlay(request, found.digest, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
+            _mount_overlay(request, found, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
             names = [os.path.basename(path) for path in layers]
             here = mountinfo.at(request.point)
             device = here.device if here else ""
@@ -224,24 +225,20 @@ def _mount_erofs(path: str) -> str:
     return point
 
 
-def _mount_overlay(request: Request, digest: bytes, layers: list[str], data: list[str]) -> None:
+def _mount_overlay(request: Request, found: Image, layers: list[str], data: list[str]) -> None:
     """layers: base first.  data: where the objects are."""
     settings = [("lowerdir+", layer) for layer in reversed(layers)] + [("datadir+", path) for path in data]
     settings += [("metacopy", "on"), ("xino", "auto")]
-    attributes = linux.MOUNT_ATTR_RDONLY
-    if request.upper:
-        attributes = 0
-        upper, work = (os.path.join(request.upper, name) for name in ("upper", "work"))
+    with ExitStack() as stack:
+        attributes = linux.MOUNT_ATTR_RDONLY
+        if request.upper:
+            attributes = 0
+            upper, work = stack.enter_context(upperdir.taken(request.upper, found, layers[-1]))
+            settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
         try:
-            os.makedirs(upper, exist_ok=True)
-            os.makedirs(work, exist_ok=True)
+            linux.mount_overlay(f"cafs:{found.digest.hex()}", request.point, settings, attributes | request.restrictions())
         except OSError as error:
-            raise os_error(f"cannot write to {quote(request.upper)}", error) from error
-        settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
-    try:
-        linux.mount_overlay(f"cafs:{digest.hex()}", request.point, settings, attributes | request.restrictions())
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise CafsError(f"cannot mount on {quote(request.point)}: {error.strerror}") from error
-        raise UnsupportedError(f"cannot mount an overlay: {error.strerror}", hint="--engine fuse") from error
+            if error.errno == errno.ENOENT:
+                raise CafsError(f"cannot mount on {quote(request.point)}: {error.strerror}") from error
+            raise UnsupportedError(f"cannot mount an overlay: {error.strerror}", hint="--engine fuse") from error
     linux.mount("", request.point, "", linux.MS_PRIVATE)

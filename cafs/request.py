@@ -47,7 +47,7 @@ class Request:
         self.limit_s = limit_s
         self.foreground = foreground
         self.engine = engine
-        self.upper = upper and os.path.abspath(upper)
+        self.upper = upper and os.path.realpath(upper)  # as the kernel shows it
         self.record = record and os.path.abspath(record)
         self.prefetch = prefetch
         self.rate = rate

@@ -126,7 +126,7 @@ def mount(request: Request, source: Source) -> str | None:
     hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
         with _lock():
-            if note := check_point(request.point, source.digest.hex()):
+            if note := check_point(request, source.digest.hex()):
                 serving.remove_state(state)
                 return note
             fd = _mount(request, source)

@@ -9,7 +9,7 @@ import json
 import os
 from contextlib import nullcontext
 
-from cafs import atomic, linux, mountinfo, paths
+from cafs import atomic, linux, mountinfo, paths, upperdir
 from cafs.errors import CafsError, UnsupportedError, quote
 from runner import containers, etc, lower, mounts, programs, spec, stubs, users
 from runner.containers import Container
@@ -92,7 +92,7 @@ def mount_root(container: Container, low: lower.Lower, ids: Ids | None = None) -
     linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
     target, up, work = (container.path(name) for name in ("rootfs", "upper", "work"))
     if not container.state().get("started_ns"):
-        _copy_attributes(low.path, up)
+        upperdir.copy_attributes(low.path, up)
     try:
         if settings := low.settings():
             settings += [("upperdir", up), ("workdir", work)]
@@ -129,16 +129,6 @@ def _overlay_on(low: str, up: str, work: str, target: str) -> None:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _copy_attributes(source: str, target: str) -> None:
-    """The container's root is the upper directory: give it what the image's root has."""
-    status = os.stat(source)
-    os.chown(target, status.st_uid, status.st_gid)
-    os.chmod(target, status.st_mode & 0o7777)
-    for name in os.listxattr(source):
-        os.setxattr(target, name, os.getxattr(source, name))
-    os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None) -> int:

@@ -336,3 +336,35 @@ def test_an_overlay_is_mounted_by_options_where_it_cannot_be_by_keys(
     assert b"lowerdir=" in mount.options and len(mount.layers) == 4
     assert mount.layers[2] == ("datadir+", str(tmp_path / name / "cache" / "data"))
     assert describe(tmp_path / "mnt") == describe(tree)
+
+
+def test_a_directory_of_changes_is_mounted_once_and_over_its_own_image(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
+) -> None:
+    tree.chmod(0o711)
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tree / "a").write_bytes(b"of another image, and longer")
+    cmd("cafs-index", "create", tree, "-t", "x:2")
+    up = tmp_path / "up"
+    assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0
+    assert os.stat(tmp_path / "k").st_mode & 0o7777 == 0o711, "as the root of the image"
+    assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0, "it is mounted there already"
+    for options in ((), ("--rw", tmp_path / "other"), ("--record", tmp_path / "record")):
+        assert kernel("x:1", tmp_path / "k", *options).returncode == 6, options
+    (tmp_path / "link").symlink_to(up)
+    second = kernel("x:1", tmp_path / "k2", "--rw", tmp_path / "link")
+    assert second.returncode == 6 and b"in use" in second.stderr
+    os.chmod(tmp_path / "k" / "a", 0o600)
+    copy = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sleep", "60"])
+    wait_until(lambda: os.readlink(f"/proc/{copy.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 6, "mounted in another namespace still"
+    copy.kill()
+    copy.wait()
+    wait_until(lambda: kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0)
+    assert cmd("cafs-mount", "--unmount", tmp_path / "k").returncode == 0
+    other = kernel("x:2", tmp_path / "k", "--rw", up)
+    assert other.returncode == 6 and b"hint" in other.stderr
+    assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0
+    assert (tmp_path / "k" / "a").read_bytes() == b"a" * 3000
+    assert os.stat(tmp_path / "k" / "a").st_mode & 0o777 == 0o600
