@@ -36,7 +36,7 @@ def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, 
     held: those that the step has already.
     """
     first = _path(build.request, mount.id)
-    os.makedirs(os.path.dirname(first), mode=0o700, exist_ok=True)
+    paths.make_private(os.path.dirname(first))
     if first in held:
         return held[first]  # two descriptors of one lock would wait for each other
     for number in range(1 << 16):

@@ -22,7 +22,7 @@ _NAME, _LOCK = "builds", "lock"
 def directory(above: str) -> Iterator[str]:
     """A new one, of ours alone, that is locked while we live.  above: paths.run(), which is memory, or paths.state()."""
     top = os.path.join(above, _NAME)
-    os.makedirs(top, mode=0o700, exist_ok=True)
+    paths.make_private(top)
     made = tempfile.mkdtemp(prefix="step-", dir=top)
     lock = os.open(os.path.join(made, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 
-from cafs import atomic, checkout, image
+from cafs import atomic, checkout, image, paths
 from cafs import export as writing
 from cafs.errors import UsageError, quote
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from cafs.store import Store
 
 _KINDS = ("oci", "oci-archive", "docker-archive")
+_COMPRESSED = re.compile(r"\.(?:tar\.[a-z0-9]+|tgz|tbz2?|txz|tzst)$")
 
 
 def write(
@@ -49,6 +52,13 @@ def write(
     elif destination == "-" or destination.endswith(".tar"):
         with atomic.output(destination) as out:
             writing.write_tar(found, store, out)
+    elif not paths.is_local(destination):
+        near = difflib.get_close_matches(kind.lower(), _KINDS, 1)
+        hint = f"did you mean {near[0]}:?" if near else f"a directory of that name is {quote('./' + destination)}"
+        raise UsageError(f"cannot export to {quote(destination)}: unknown kind {quote(kind)}", hint=hint)
+    elif _COMPRESSED.search(destination):
+        hint = f"cafs-index export IMAGE - | gzip > {destination}"
+        raise UsageError(f"cannot export to {quote(destination)}: a tar is written uncompressed", hint=hint)
     else:
         checkout.checkout(image.load_tree(store, found), store, destination, merges=merges)
 

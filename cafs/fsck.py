@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from cafs import atomic, chunks, erofs, image, lease, locator, pack, paths, profile, quota
+from cafs.backend import CannotList
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
@@ -37,14 +38,20 @@ class Finding:
 
 
 def totals(store: Store) -> dict[str, object]:
-    """What `cafs-store info` prints.  Sizes in bytes."""
+    """What `cafs-store info` prints.  Sizes in bytes; None is not known, where nothing can be listed."""
     packs = store.pack_sizes()
+    refs: int | None = None
+    images: int | None = None
+    try:
+        refs, images = len(store.refs()), sum(kind == "image" for _, kind in store.meta_names())
+    except CannotList:  # a web server
+        pass
     return {
         "store": store.root,
         "hash": store.hash_name,
         "chunk_size": store.chunk_size,
-        "refs": len(store.refs()),
-        "images": sum(kind == "image" for _, kind in store.meta_names()),
+        "refs": refs,
+        "images": images,
         "packs": len(packs),
         "objects": sum(len(store.read_footer(name)) for name in packs),
         "stored_bytes": sum(packs.values()),

@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from cafs import fusemount, lazyd, linux, locator, mountinfo, serving
+from cafs import fusemount, lazyd, linux, locator, mountinfo, paths, serving
 from cafs.errors import CafsError
 from cafs.holder import held
 
@@ -94,7 +94,7 @@ def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, p
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
     state = os.path.join(run, f"{'record' if record else name}.{os.urandom(4).hex()}")
     for directory in ("", serving.MOUNT_POINT, serving.IMAGES, serving.LOCATORS, serving.PREFETCH):
-        os.makedirs(os.path.join(state, directory), mode=0o700)
+        paths.make_private(os.path.join(state, directory))
     serving.write_config(state, store, cache, request)
     serving.announce(state, image, profile)
     return _start(state)

@@ -31,12 +31,23 @@ def _home(variable: str) -> str:
 
 
 def located(address: str, secret: str | None = None) -> str:
-    """A store's address with absolute paths, in the scope of a secret file.  Raises UsageError if it names another one."""
+    """A store's address with absolute paths, in the scope of a secret file.  Raises UsageError."""
     from cafs import scope
 
     url, named = scope.split(address if secret is None else scope.join(address, secret))
-    url = url if "://" in url else os.path.abspath(url)
+    if "://" not in url:
+        if not is_local(url):
+            from cafs.errors import UsageError, quote
+
+            hint = f"a path, as {quote('./' + url)}, s3://, http:// or https://" if url else "an unset variable?"
+            raise UsageError(f"{quote(url)} is not the address of a store", hint=hint)
+        url = os.path.abspath(url)
     return scope.join(url, os.path.abspath(named)) if named else url
+
+
+def is_local(path: str) -> bool:
+    """Whether PATH names a place on this machine only: as for git and rsync, HOST:PATH has a colon before the first slash."""
+    return bool(path) and ":" not in path.partition("/")[0]
 
 
 def store() -> str:
@@ -44,6 +55,11 @@ def store() -> str:
     if os.environ.get("CAFS_STORE"):
         return located(os.environ["CAFS_STORE"])
     return _directory("CAFS_STORE", "/var/lib/cafs/store", "XDG_DATA_HOME", ".local/share", "cafs/store")
+
+
+def chosen_store(given: str | None, secret: str | None = None) -> str:
+    """The store that an option names, else the default one; in the scope of a secret file.  Raises UsageError."""
+    return located(store() if given is None else given, secret)
 
 
 def cache() -> str:
@@ -71,12 +87,29 @@ def listed(path: str) -> list[str]:
 
 def make_private(path: str, *below: str) -> None:
     """Make PATH, for its owner alone, and a directory below it.  Raises OSError."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    _make_all(path)
     status = os.stat(path)
-    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077 and not status.st_mode & stat.S_ISVTX:  # /tmp stays open
         os.chmod(path, 0o700)
     if below:
-        os.makedirs(os.path.join(path, *below), mode=0o700, exist_ok=True)
+        _make_all(os.path.join(path, *below))
+
+
+def _make_all(path: str) -> None:
+    """As os.makedirs, which leaves the directories above to the umask: these are for their owner alone, too."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        above = os.path.dirname(path)
+        if above in ("", path):
+            raise
+        _make_all(above)
+        try:
+            os.mkdir(path, 0o700)  # once: where nothing can be made, as in /proc, that is all
+        except FileExistsError:
+            return  # somebody else has made it
 
 
 def state() -> str:

@@ -70,7 +70,7 @@ def write_record(request: Request, digest: str, engine: str, pid: int = 0, **mor
     record = {"digest": digest, "engine": engine, "image": request.name, "pid": pid, "start": int(time.time())} | more
     path = record_path(request.point)
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        paths.make_private(os.path.dirname(path))
         atomic.replace_hint(path, json.dumps(record, sort_keys=True).encode(), 0o600)
     except OSError as error:
         logging.getLogger(__name__).warning("cannot write %s: %s", path, error.strerror)

@@ -180,7 +180,7 @@ def _state(request: Request, source: Source, hot: list[str]) -> Iterator[str]:
     with _lock():
         _tidy()
         for directory in ("", serving.IMAGES, serving.PREFETCH):
-            os.makedirs(os.path.join(state, directory), mode=0o700)
+            paths.make_private(os.path.join(state, directory))
         alive = serving.hold(state)
     layers = [layer.hex() for layer in source.layers]
     try:

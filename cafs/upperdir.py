@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import ExitStack, contextmanager
 
-from cafs import atomic, mountinfo
+from cafs import atomic, mountinfo, paths
 from cafs.errors import BusyError, FormatError, os_error, quote
 
 TYPE_CHECKING = False
@@ -34,13 +34,14 @@ def taken(directory: str, image: Image, top: str) -> Iterator[tuple[str, str]]:
     """
     with ExitStack() as stack:
         try:
-            os.makedirs(directory, exist_ok=True)
+            if not os.path.lexists(directory):
+                paths.make_private(directory)  # what is copied up may be a program with the set-user-id bit
             stack.enter_context(atomic.locked(directory))  # the lock of live state does not bind another CAFS_RUN
             upper, work = (os.path.join(directory, name) for name in ("upper", "work"))
             if os.path.lexists(upper):
                 _check_unused(directory, upper)
             _note(directory, upper, image, top)
-            os.makedirs(work, exist_ok=True)
+            paths.make_private(work)
         except OSError as error:
             raise os_error(f"cannot write to {quote(directory)}", error) from error
         yield upper, work

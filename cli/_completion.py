@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cafs.errors import UsageError, quote
 from cafs.options import SWITCH
-from runner.flags import VERBS
+from runner.flags import GROUPS, VERBS
 
 SHELLS = ("bash", "zsh", "fish")
 _IMAGES = ("run", "create")
@@ -14,6 +14,12 @@ _CONTAINERS = (
 )  # fmt: skip
 
 _NAMES = r's/.*"Names": *"\([^"]*\)".*/\1/p'
+_GROUP = """    {group})
+        if [ "$COMP_CWORD" -eq 2 ]; then
+            COMPREPLY=($(compgen -W "{verbs}" -- "$word"))
+            return
+        fi
+        verb="$verb ${{COMP_WORDS[2]}}" ;;"""
 _BASH = """_crun() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} verb=${{COMP_WORDS[1]}} flags values
     COMPREPLY=()
@@ -21,6 +27,9 @@ _BASH = """_crun() {{
         COMPREPLY=($(compgen -W "{verbs}" -- "$word"))
         return
     fi
+    case $verb in
+{groups}
+    esac
     case $verb in
 {cases}
     *) return ;;
@@ -50,9 +59,10 @@ def script(shell: str) -> str:
         names = " ".join([f"--{name}" for name in flags] + [f"-{flag[1]}" for flag in flags.values() if flag[1]])
         values = [f"--{name}" for name, flag in flags.items() if flag[0] != SWITCH]
         values += [f"-{flag[1]}" for flag in flags.values() if flag[0] != SWITCH and flag[1]]
-        cases.append(f"    {verb}) flags='{names} --help' values='{' '.join(values)}' ;;")
+        cases.append(f"    '{verb}') flags='{names} --help' values='{' '.join(values)}' ;;")
     return head + _BASH.format(
-        verbs=" ".join(VERBS),
+        verbs=" ".join([*(verb for verb in VERBS if " " not in verb), *GROUPS]),
+        groups="\n".join(_GROUP.format(group=group, verbs=" ".join(_below(group))) for group in GROUPS),
         cases="\n".join(cases),
         images="|".join(_IMAGES),
         containers="|".join(_CONTAINERS),
@@ -60,14 +70,21 @@ def script(shell: str) -> str:
     )
 
 
+def _below(group: str) -> list[str]:
+    return [verb.partition(" ")[2] for verb in VERBS if verb.startswith(f"{group} ")]
+
+
 def _fish() -> str:
     lines = ["complete -c crun -f"]
+    lines += [f"complete -c crun -n __fish_use_subcommand -a {group} -d {_quoted(text)}" for group, text in GROUPS.items()]
     for verb, (_, text, flags) in VERBS.items():
-        lines.append(f"complete -c crun -n __fish_use_subcommand -a {verb} -d {_quoted(text)}")
-        seen = f"-n '__fish_seen_subcommand_from {verb}'"
-        for name, (kind, letter, _, _, what) in flags.items():
+        group, _, name = verb.rpartition(" ")
+        place = f"'__fish_seen_subcommand_from {group}'" if group else "__fish_use_subcommand"
+        lines.append(f"complete -c crun -n {place} -a {name} -d {_quoted(text)}")
+        seen = "-n '" + "; and ".join(f"__fish_seen_subcommand_from {word}" for word in verb.split()) + "'"
+        for flag, (kind, letter, _, _, what) in flags.items():
             short = f" -s {letter}" if letter else ""
-            lines.append(f"complete -c crun {seen} -l {name}{short}{'' if kind == SWITCH else ' -r'} -d {_quoted(what)}")
+            lines.append(f"complete -c crun {seen} -l {flag}{short}{'' if kind == SWITCH else ' -r'} -d {_quoted(what)}")
     for verbs, command in (
         (_IMAGES, "cafs-store ls -q"),
         (_CONTAINERS, """crun ps -a --format json | string match -rg '"Names": *"([^"]*)"'"""),

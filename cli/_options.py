@@ -54,7 +54,7 @@ def store_root(given: str | None) -> str:
     """The store's address from the options, the environment, or the default."""
     from cafs import paths
 
-    return paths.located(given or paths.store(), click.get_current_context().meta[_SCOPE])
+    return paths.chosen_store(given, click.get_current_context().meta[_SCOPE])
 
 
 def json_option() -> Decorator:

@@ -100,7 +100,7 @@ def _request(options: Options) -> Request:
     return Request(
         image,
         directory,
-        store=paths.located(options.value("store") or paths.store(), options.value("scope")),
+        store=paths.chosen_store(options.value("store"), options.value("scope")),
         log=options.value("log"),
         extra={"suid", "dev"} if options.has("suid") else {"nosuid", "nodev"},
         limit_s=_seconds(options.value("timeout")),

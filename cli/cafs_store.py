@@ -86,7 +86,7 @@ def info(as_json: bool, store: str | None) -> None:
         write_json(found)
     else:
         for name, value in found.items():
-            click.echo(f"{name}\t{value}")
+            click.echo(f"{name}\t{'-' if value is None else value}")
 
 
 @main.command()

@@ -19,6 +19,20 @@ PROGRAM = "crun"
 OLDEST_RUNC = ((1, 2, 8), (1, 3, 3))
 """Without CVE-2025-31133, -52565 and -52881; of a later series every version is."""
 
+_INSTEAD = {
+    "build": "cbuild",
+    "images": "cafs-store ls",
+    "load": "cafs-index create docker-archive:FILE",
+    "ls": "crun ps",
+    "pull": "cafs-index create docker://REF -t REF",
+    "push": "cafs-store push",
+    "rmi": "cafs-store rm",
+    "save": "cafs-index export",
+    "tag": "cafs-store tag",
+    "version": "crun --version",
+}
+"""What does the work of commands of docker's that crun has not."""
+
 USAGE = """Usage: crun COMMAND [FLAG]... [ARGUMENT]...
 
 Run commands in images, in containers, and look after them.
@@ -38,9 +52,33 @@ Full manual: man crun
 
 def _usage() -> str:
     from cafs.options import row
-    from runner.flags import VERBS
+    from runner.flags import GROUPS, VERBS
 
-    return USAGE.format(rows="\n".join(row(f"  {verb}", text, 12) for verb, (_, text, _) in VERBS.items()))
+    texts = {verb: text for verb, (_, text, _) in VERBS.items() if " " not in verb} | GROUPS
+    return USAGE.format(rows="\n".join(row(f"  {verb}", text, 12) for verb, text in texts.items()))
+
+
+def _group_usage(group: str) -> str:
+    from cafs.options import row
+    from runner.flags import GROUPS, VERBS
+
+    verbs = {verb.partition(" ")[2]: text for verb, (_, text, _) in VERBS.items() if verb.startswith(f"{group} ")}
+    rows = "\n".join(row(f"  {verb}", text, 12) for verb, text in verbs.items())
+    return f"Usage: crun {group} COMMAND\n\n{GROUPS[group]}\n\nCommands:\n{rows}\n\nFull manual: man crun\n"
+
+
+def _instead_of(verb: str) -> str:
+    """What does what docker's command does; else the nearest of ours.  A hint."""
+    import difflib
+
+    from runner.flags import GROUPS, VERBS
+
+    if verb in _INSTEAD:
+        return f"{_INSTEAD[verb]} does that"
+    group = verb.partition(" ")[0]
+    names = [one for one in (*VERBS, *GROUPS) if group not in GROUPS or one.startswith(f"{group} ")]
+    near = difflib.get_close_matches(verb, names, 1, 0.65)
+    return f"did you mean {near[0]}?" if near else f"crun {group} --help" if group in GROUPS else "crun --help"
 
 
 def _help(verb: str) -> str:
@@ -80,7 +118,7 @@ def _version() -> str:
 
 def main(arguments: list[str]) -> int:
     """Dispatch the verb; the returned number is the exit code."""
-    from cafs.errors import CafsError, UnsupportedError, UsageError
+    from cafs.errors import CafsError, UnsupportedError, UsageError, quote
 
     if arguments[:1] == ["--version"]:
         sys.stdout.write(_version())
@@ -96,26 +134,32 @@ def main(arguments: list[str]) -> int:
         return 0
     if verb == "run":
         from cafs.options import parse
-        from runner.flags import ALIASES, RUN
+        from runner.flags import ALIASES, RUN, check_words
 
         flags, aliases, stop_at = RUN, ALIASES, 1
     else:
         from cafs.options import parse
-        from runner.flags import ALIASES, VERBS
+        from runner.flags import ALIASES, GROUPS, VERBS, check_words
 
+        if verb in GROUPS:
+            if not rest or rest[0] in ("-h", "--help"):
+                (sys.stdout if rest else sys.stderr).write(_group_usage(verb))
+                return 0 if rest else 2
+            if rest[0].startswith("-"):
+                raise UsageError(f"crun {verb} COMMAND: the command is missing", hint=f"crun {verb} --help")
+            verb, rest = f"{verb} {rest[0]}", rest[1:]
         if verb not in VERBS:
-            import difflib
-
-            near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
-            raise UsageError(f"unknown command '{verb}'", hint=f"did you mean {near[0]}?" if near else "crun --help")
-        flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 2}.get(verb, 0)
+            raise UsageError(f"unknown command {quote(verb)}", hint=_instead_of(verb))
+        flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 1}.get(verb, 0)
     is_strict = verb in ("run", "exec", "create")
     asked = {"--help"} if verb in ("run", "create") else {"-h", "--help"}  # -h is their --hostname
     if asked & set(rest[:1] if is_strict else rest):
         sys.stdout.write(_help(verb))
         return 0
     try:
-        return _call(verb, parse(rest, flags, aliases, program=f"crun {verb}", stop_at=stop_at))
+        options = parse(rest, flags, aliases, program=f"crun {verb}", stop_at=stop_at)
+        check_words(verb, options.words)
+        return _call(verb, options)
     except BrokenPipeError:
         raise
     except CafsError as error:

@@ -87,7 +87,7 @@ def _mount(image: str, directory: str, values: dict[str, str], extra: set[str]) 
     request = Request(
         image,
         directory,
-        store=paths.located(values.get("store") or paths.store(), values.get("scope")),
+        store=paths.chosen_store(values.get("store"), values.get("scope")),
         log=values.get("log"),
         extra={one if one in extra else f"no{one}" for one in _SUID},
         limit_s=float(values.get("timeout", FETCH_LIMIT_S)),

@@ -7,7 +7,7 @@ Function("resize").call({"url": "a.jpg"})
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
 from collections import deque
 from contextlib import contextmanager
 from typing import Protocol
@@ -43,8 +43,7 @@ class Function:
         self.name, self.tenant = name, tenant
         self._directory = directory or paths.pool()
         self._free: list[Connection] = []
-        self._lock = threading.Lock()
-        self._async: dict[int, AsyncConnection] = {}
+        self._async: dict[tuple[int, int], AsyncConnection] = {}
 
     def __enter__(self) -> Function:
         return self
@@ -60,10 +59,7 @@ class Function:
     @contextmanager
     def _connection(self) -> Iterator[tuple[Connection, int]]:
         """One that no other thread uses, kept for the next call."""
-        try:
-            connection = self._free.pop()
-        except IndexError:
-            connection = Connection(self._directory)
+        connection = self._take()
         is_well = False
         try:
             number = connection.open(self.tenant, self.name)
@@ -73,10 +69,21 @@ class Function:
             is_well = True
             raise
         finally:
-            if is_well:
+            if is_well and connection.is_own:
                 self._free.append(connection)
             else:
                 connection.close()
+
+    def _take(self) -> Connection:
+        """A free one.  Those that were there when this process was forked are its parent's."""
+        while True:
+            try:
+                connection = self._free.pop()
+            except IndexError:
+                return Connection(self._directory)
+            if connection.is_own:
+                return connection
+            connection.close()
 
     def _fields(self, owner: str, key: str | None, timeout_s: float | None, *, idempotent: bool) -> dict[str, Any]:
         return {
@@ -227,11 +234,11 @@ class Function:
     # The same, for asyncio.
 
     async def _connected(self) -> AsyncConnection:
-        """One for each event loop."""
-        loop = asyncio.get_running_loop()
-        found = self._async.get(id(loop))
+        """One for each event loop of each process: those of the process that has forked this one are kept, and never used."""
+        place = os.getpid(), id(asyncio.get_running_loop())
+        found = self._async.get(place)
         if found is None or found.is_closed:
-            found = self._async[id(loop)] = AsyncConnection(self._directory)
+            found = self._async[place] = AsyncConnection(self._directory)
         await found.begin()
         return found
 

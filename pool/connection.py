@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -41,7 +42,7 @@ class Connection:
     """To the router, for one thread.  Raises RemoteError."""
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
+        self._directory, self._pid = directory, os.getpid()
         self.session = Session()
         self._socket = connect(directory, BEGIN_S)
         self._opened: dict[tuple[str, str], int] = {}
@@ -50,6 +51,11 @@ class Connection:
 
         self._is_renewing = self._has_heard = False
         self._renewed = 0
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process has made it: one that was forked from that has only the same descriptor."""
+        return self._pid == os.getpid()
 
     def close(self) -> None:
         """What has no answer goes on."""
@@ -101,6 +107,8 @@ class Connection:
 
     def turn(self, beside: int = -1) -> list[bytes]:
         """Send what is to be sent, wait for something; the calls that are done by it.  beside: or until that can be read."""
+        if not self.is_own:
+            raise RemoteError("the connection to the router is of the process that has forked this one")
         try:
             if self.session.out:
                 out, self.session.out = self.session.out, bytearray()
@@ -132,6 +140,8 @@ class Connection:
     def abandon(self, call: bytes) -> None:
         self.session.pending.pop(call, None)
         self.session.cancel(call)
+        if not self.is_own:
+            return  # they are its parent's calls
         try:
             self._socket.sendall(self.session.out)
             self.session.out = bytearray()

@@ -205,5 +205,6 @@ class Execution:
             elif call.id in begun:
                 self.answer(call, calls.ERROR, calls.error("died", why))
             else:
+                one.calls.pop(call.id)
                 self.known.forget(call)
                 self._say(calls.frame(calls.BOUNCE, call.id))

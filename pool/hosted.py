@@ -89,3 +89,8 @@ class Instance:
             signal.pidfd_send_signal(self.process, number)
         except OSError:
             pass  # it has ended, or is not ours
+
+    def forget_process(self) -> None:
+        """It has ended."""
+        os.close(self.process)
+        self.process = -1

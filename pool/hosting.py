@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _TICK_S, _IDLE_TICK_S = 0.1, 1.0
 _GRACE_S = 10.0
+_LAST_S = 1.0
+"""How long a process may live on whose connection has ended."""
+
 _ALONE_S = 600.0
 _TEXT_MAX = 64 << 10
 _STRANGERS_MAX, _HELLO_S = 64, 10.0
@@ -196,13 +199,19 @@ class Host:
             one.wire.say(calls.control("end"))
 
     def _lost(self, one: Instance) -> None:
-        """Its process has ended."""
-        self._instances.pop(one.number, None)
-        os.close(one.process)
+        """Its connection has ended: with its process, most likely; else that is ended too, as nobody can tell it anything."""
         if not one.is_leaving:
             one.is_leaving = True
             self._say(calls.control("gone", instance=one.number, reason="its process has ended"))
         self._calls.lost(one)
+        self._loop.add(one.process, lambda _: self._ended(one))
+        self._loop.at(self._loop.now + _LAST_S, lambda: one.send(signal.SIGKILL))
+
+    def _ended(self, one: Instance) -> None:
+        """Its process has."""
+        del self._instances[one.number]
+        self._loop.remove(one.process)
+        one.forget_process()
 
     # Time.
 

@@ -6,6 +6,7 @@ An instance is a job: the controller is asked for it, says what becomes of it, a
 from __future__ import annotations
 
 import base64
+import math
 import time
 
 from pool import autoscaling, calls
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pool.router import Router
 
 _PLACE_S = 0.3
+_END_S = 30.0
+"""A host takes no longer than that to end an instance that does nothing."""
 
 
 class Instances:
@@ -143,7 +146,7 @@ class Instances:
     def _retire(self, one: Instance) -> None:
         """It gets no more calls; it ends when it has none."""
         one.function.starting.pop(one.job, None)
-        one.is_leaving = True
+        one.leave()
         if one.is_ready and one.link:
             one.link.say(calls.control("end", instance=one.number))
             one.function.retiring.append(one)
@@ -293,7 +296,7 @@ class Instances:
 
     def gone(self, one: Instance) -> None:
         """It gets no more calls."""
-        one.is_leaving = True
+        one.leave()
         if one in one.function.ready:
             one.function.ready.remove(one)
             one.function.retiring.append(one)
@@ -311,6 +314,13 @@ class Instances:
             limit_s = spec["fn"]["start_s"] if spec else 0.0
             if one.is_placed and not one.is_ready and not one.problem and now > one.made + limit_s:
                 one.problem = {"type": "", "message": "it was not ready in time"}
+                self._cancel(one.job, grace_s=1)
+
+    def mind_ends(self, now: float) -> None:
+        """Instances whose hosts have not ended them, although they are to end: their jobs are cancelled."""
+        for one in self.jobs.values():
+            if one.is_leaving and one.is_ready and not one.calls and max(one.left_at, one.used) < now - _END_S:
+                one.left_at = math.inf  # once
                 self._cancel(one.job, grace_s=1)
 
     def make_room(self, now: float) -> None:

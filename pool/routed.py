@@ -62,8 +62,16 @@ class Instance:
         self.freed_cpus = 0.0
         """Of idle ones that were ended to give it a place."""
 
+        self.left_at = math.inf
+        """Since when it is to end."""
+
         self.problem: dict[str, Any] | None = None
         """Why its handler cannot serve, as it has said."""
+
+    def leave(self) -> None:
+        """It gets no more calls."""
+        if not self.is_leaving:
+            self.is_leaving, self.left_at = True, time.monotonic()
 
     @property
     def load(self) -> int:

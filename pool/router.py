@@ -228,6 +228,7 @@ class Router:
             self.instances.mind(fn, now)
         self.callers.mind_held(now)
         self.instances.mind_starts(now)
+        self.instances.mind_ends(now)
         self.answers.expire(now)
         self._mind_links(now)
         self.instances.make_room(now)

@@ -187,10 +187,33 @@ class Channel:
                 time.sleep(0.005)
         self._lock = threading.Lock()
         self._held, self._at = b"", 0
+        self._pid = os.getpid()
+        os.register_at_fork(after_in_child=self._forked)
         self.send(control("hello", protocol=1, job=self.job, token=self.token, zygote=is_zygote))
+
+    def _forked(self) -> None:
+        """In a child: the connection and asyncio's signal pipe are the parent's; SIGTERM ends it, as any process."""
+        self.socket.close()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+    def end_child(self, problem: BaseException | None = None) -> None:
+        """End a child that a handler forked and that has returned from it, as a program ends: its parent answers the call."""
+        if os.getpid() == self._pid:
+            return
+        if isinstance(problem, SystemExit):
+            code = problem.code if isinstance(problem.code, int) else int(bool(problem.code))
+        else:
+            code = int(problem is not None)
+            if problem:
+                sys.stderr.write(told("raised", problem)["traceback"])
+        end_lines()
+        os._exit(code & 0xFF)
 
     def send(self, data: bytes) -> None:
         """All of it."""
+        self.end_child()
         with self._lock:
             self.socket.sendall(data)
 
@@ -307,6 +330,7 @@ class Serial:
             raise
         except BaseException as problem:  # whatever it is, it is the handler's
             self._current = b""
+            self._channel.end_child(problem)
             data = failed(call, problem)
         end_lines()
         running.reset(token)
@@ -413,6 +437,7 @@ class Threads:
                         self._credits.pop(call, None)
                         self._cancelled.discard(call)
             except BaseException as problem:
+                self._channel.end_child(problem)
                 data = failed(call, problem)
             end_lines()
             self._channel.send(data)
@@ -475,6 +500,7 @@ class Tasks:
                 found = await found
             if inspect.isasyncgen(found):
                 async for item in found:
+                    self._channel.end_child()
                     await self._credits[call].acquire()
                     self._writer.write(packed(ITEM, call, item))
                     await self._writer.drain()
@@ -482,7 +508,9 @@ class Tasks:
             else:
                 data = packed(ANSWER, call, found)
         except BaseException as problem:
+            self._channel.end_child(problem)
             data = failed(call, problem)
+        self._channel.end_child()
         end_lines()
         self._writer.write(data)
         self._tasks.pop(call, None)
@@ -542,11 +570,9 @@ class Zygote:
             return
         code = 1
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ["CPOOL_JOB"], os.environ["CPOOL_ATTEMPT"] = job.split(".")
             own_tmp()
             reseed()
-            self._channel.socket.close()
             code = serve(Channel(PLACE, job, token), self._handler)
         finally:
             sys.stdout.flush()

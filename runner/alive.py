@@ -74,6 +74,6 @@ def _path() -> str:
 @contextmanager
 def changing() -> Iterator[int]:
     """One process at a time changes who is watched, and names.  Yields a descriptor of state/alive."""
-    os.makedirs(_path(), mode=0o700, exist_ok=True)
+    paths.make_private(_path())
     with atomic.locked(_path()) as directory:
         yield directory

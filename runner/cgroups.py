@@ -56,6 +56,14 @@ def is_v2() -> bool:
     return os.path.exists(f"{_TOP}/cgroup.controllers")
 
 
+def is_private(options: Options | Container) -> bool:
+    """Whether a container sees its own cgroup as the top: where docker does, or as --cgroupns says.  Raises UsageError."""
+    text = options.value("cgroupns") or ("private" if is_v2() and os.path.exists("/proc/self/ns/cgroup") else "host")
+    if text not in ("private", "host"):
+        raise UsageError(f"--cgroupns {quote(text)}", hint="private, or host")
+    return text == "private"
+
+
 def has_controller(name: str) -> bool:
     """Whether this host has a controller."""
     if is_v2():

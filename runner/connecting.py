@@ -147,7 +147,7 @@ def _set_up(text: str) -> None:
 def _take_ports(container: Container, address: str) -> list[Port]:
     """Under the lock.  Raises BusyError."""
     found: list[Port] = []
-    os.makedirs(_ports_directory(), mode=0o700, exist_ok=True)
+    paths.make_private(_ports_directory())
     for kind, at, outer, inner in container.asked["ports"]:
         for number in [outer] if outer else _RANDOM_PORTS:
             if _take_port(container.id, (kind, at, number, address, inner)):

@@ -54,6 +54,15 @@ class Container:
         """Whether it is on a network of ours."""
         return is_bridge(self.network)
 
+    @property
+    def rootfs(self) -> str:
+        """Where its root is mounted, in the mount namespace of who starts it."""
+        if self.value("userns") == "auto":
+            from runner.idmapping import ROOT
+
+            return ROOT
+        return self.path("rootfs")
+
     def path(self, name: str) -> str:
         """Of a file or directory of its own."""
         return os.path.join(self.directory, name)
@@ -185,7 +194,7 @@ def take_name(name: str | None, identity: str) -> str:
     """Give a container a name, one that is free if none is asked for.  Raises UsageError, BusyError."""
     if name is not None and not is_name(name):
         raise UsageError(f"{quote(name)} is not a container name", hint="letters, digits, _ . and -, at least two")
-    os.makedirs(os.path.dirname(_name_path("x")), mode=0o700, exist_ok=True)
+    paths.make_private(os.path.dirname(_name_path("x")))
     for again in range(100):
         number = int.from_bytes(os.urandom(4), "big")
         chosen = name or f"{_LEFT.split()[number % 20]}_{_RIGHT.split()[number // 20 % 20]}" + (

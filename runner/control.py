@@ -20,16 +20,27 @@ _POLL_S = 0.01
 _POLL_MAX_S = 2_000_000.0
 
 
+def hold(container: Container) -> int | None:
+    """The lock of one that does not run, once nobody has it: it may be ending just now; None if it runs.  Raises BusyError."""
+    deadline = time.monotonic() + _SETTLE_S
+    while not container.is_running():
+        lock = alive.hold(container.id)
+        if lock is not None:
+            return lock
+        if time.monotonic() > deadline:
+            raise BusyError(f"container {quote(container.name)} is neither running nor at rest", hint="try again later")
+        time.sleep(_POLL_S)
+    return None
+
+
 def start(container: Container) -> None:
     """Start one that does not run, in the background.  Raises CafsError."""
-    lock = alive.hold(container.id)
+    if container.status() == "restarting" and not os.path.exists(container.path("stopped")):
+        return  # its monitor is about to
+    lock = hold(container)
     if lock is None:
-        return  # it runs, or is about to
-    container.lock = lock
-    if container.state()["status"] == containers.RUNNING and container.is_running():
-        os.close(lock)
-        ending.tidy()
         return
+    container.lock = lock
     atomic.unlink_quietly(container.path("stopped"))
     if container.asked["foreground"]:
         container.asked["foreground"] = False  # from now on it lives without its crun
@@ -66,6 +77,13 @@ def stop(container: Container, seconds: int | None, text: str | None = None) -> 
     containers.event(container, "stop")
 
 
+def _settled(container: Container) -> None:
+    """Wait until all of one that has ended is given back."""
+    deadline = time.monotonic() + _SETTLE_S
+    while alive.is_watched(container.id) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
 def _has_ended(pidfd: int, seconds: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -95,6 +113,8 @@ def kill(container: Container, text: str) -> None:
     finally:
         os.close(fd)
     containers.event(container, "kill", signal=number)
+    if number == signal.SIGKILL:
+        _settled(container)
 
 
 def wait(container: Container) -> str:
@@ -140,9 +160,9 @@ def remove(container: Container, *, force: bool, with_volumes: bool) -> None:
         stop(container, 0, "KILL")
         if not os.path.exists(container.path("container.json")):
             return  # it was to be removed at its end
-    lock = alive.hold(container.id)
+    lock = hold(container)
     if lock is None:
-        raise BusyError(f"container {quote(container.name)} is being started")
+        raise BusyError(f"container {quote(container.name)} was started again", hint=f"crun stop {container.name}, or rm -f")
     container.lock = lock
     ending.take_down(container, has_ended=False)
     if not with_volumes:

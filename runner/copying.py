@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from cafs import linux
 from cafs.answer import ask_child, failure, tell
 from cafs.errors import CafsError, NotFound, UsageError, os_error, quote
-from runner import cgroups, containers, lower, starting
+from runner import alive, cgroups, containers, control, lower, mounts, starting
 from runner.treecopy import Copier
 from runner.treetar import add_to_tar, extract_tar
 
@@ -68,19 +68,21 @@ def _split(text: str) -> tuple[str, str] | None:
 
 def _with_root(container: Container, work: Callable[[int, int], None]) -> None:
     """work: with a descriptor of the container's root, and what 0 in it is for us."""
-    state = container.state()
-    pidfd = containers.open_process(state)
-    if pidfd is not None:
-        os.close(pidfd)
-        with _frozen(container):
-            root = os.open(f"/proc/{state['pid']}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            first = int(state.get("ids") or 0)
-            try:
-                work(root, first)
-            finally:
-                os.close(root)
+    lock = control.hold(container)
+    if lock is not None:  # nobody starts it meanwhile: two overlays would have one upper directory
+        try:
+            _in_child(container, work)
+        finally:
+            alive.forget(container.id)
+            os.close(lock)
         return
-    _in_child(container, work)
+    state = container.state()
+    with _frozen(container):
+        root = os.open(f"/proc/{state['pid']}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            work(root, int(state.get("ids") or 0))
+        finally:
+            os.close(root)
 
 
 @contextmanager
@@ -110,12 +112,15 @@ def _frozen(container: Container) -> Iterator[None]:
 
 
 def _in_child(container: Container, work: Callable[[int, int], None]) -> None:
-    """Mount the container's root in a mount namespace that ends with a child."""
+    """Mount the container's root, and on it what is mounted there when it runs, in a namespace that ends with a child."""
 
     def child(writer: int) -> int:
         try:
             starting.mount_root(container, low)
             root = os.open(container.path("rootfs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            mounts.attach(container, root)
+            if container.has("read-only"):
+                linux.make_read_only(root)
             work(root, 0)
             sys.stdout.flush()
             os.write(writer, b"ok")

@@ -46,7 +46,7 @@ def create(
     if not options.words or not options.words[0]:
         raise UsageError("IMAGE is missing", hint="crun run [FLAG]... IMAGE [COMMAND [ARGUMENT]...]")
     _check(options)
-    root = paths.located(options.value("store") or paths.store(), options.value("scope"))
+    root = paths.chosen_store(options.value("store"), options.value("scope"))
     found = _image(root, options)
     config = spec.section(found.config, "config") if "config" in found.config else found.config
     asked = _asked(options, config, is_foreground=is_foreground)
@@ -74,9 +74,9 @@ def create(
 
 
 def _write(container: Container, options: Options) -> None:
-    os.makedirs(container.path("rootfs"), mode=0o700)
-    for name in ("upper", "work"):
-        os.mkdir(container.path(name), 0o755)
+    os.mkdir(container.directory, 0o700)
+    for name, mode in (("rootfs", 0o700), ("upper", 0o755), ("work", 0o700)):
+        os.mkdir(container.path(name), mode)
     _write_cidfile(options.value("cidfile"), container.id)
     container.asked["name"] = containers.take_name(options.value("name"), container.id)
     for one in container.asked["mounts"]:
@@ -122,7 +122,7 @@ def discard(container: Container) -> None:
 
 
 def _check_state() -> None:
-    os.makedirs(containers.root(), mode=0o700, exist_ok=True)
+    paths.make_private(containers.root())
     if mountinfo.fstype(containers.root()) == "overlay":
         raise UnsupportedError(
             f"{quote(paths.state())} is on overlayfs, which cannot hold a writable layer",
@@ -164,6 +164,7 @@ def _check(options: Options) -> None:
             _check_other(options, flag)
     cgroups.resources(options)
     cgroups.path_for(options, "x")
+    cgroups.is_private(options)
     platform = options.value("platform")
     if platform is not None:
         parts = platform.split("/")

@@ -41,9 +41,9 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         from runner import idmapping
 
         idmapping.give_back(container)
-    for name in ("rootfs", "layers"):
+    for point in (container.rootfs, container.path("layers")):
         try:
-            linux.umount(container.path(name), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+            linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
         except OSError:
             continue  # never mounted, or in another namespace that is gone
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cafs.errors import UsageError, quote
 from cafs.options import LIST, SWITCH, VALUE
 
 TYPE_CHECKING = False
@@ -49,6 +50,7 @@ RUN: Flags = {
     "ulimit": (LIST, "", "NAME=SOFT[:HARD]", _LIMITS, "A resource limit; the others are the caller's."),
     "oom-score-adj": (VALUE, "", "N", _LIMITS, "How readily it is killed without memory."),
     "cgroup-parent": (VALUE, "", "PATH", _LIMITS, "The cgroup in which its own is made (default: /cafs)."),
+    "cgroupns": (VALUE, "", "private|host", _SAFETY, "Whose cgroups it sees (default: its own; the host's on cgroup v1)."),
     "cap-add": (LIST, "", "CAP", _SAFETY, "One more capability, or ALL."),
     "cap-drop": (LIST, "", "CAP", _SAFETY, "One less, or ALL."),
     "security-opt": (LIST, "", "OPT", _SAFETY, "seccomp=unconfined|FILE, no-new-privileges, apparmor=PROFILE."),
@@ -104,12 +106,22 @@ def _as_what(name: str) -> Flag:
 
 _DETACH_KEYS = _as_what("detach-keys")
 _TIME = (VALUE, "t", "S", _WHAT, "Seconds to wait before KILL (default: the container's, or 10).")
-_FORMAT = (VALUE, "", "json", _WHAT, "Print JSON, a line each.")
+_FORMAT = (VALUE, "", "json|table", _WHAT, "json: a line each.")
 _SIGNAL = (VALUE, "s", "SIGNAL", _WHAT, "Signal to send.")
+
+_NAMES_ONLY = (SWITCH, "q", "", _WHAT, "Names only.")
+_NO_QUESTION = (SWITCH, "f", "", _WHAT, "Nothing is ever asked.")
+
+GROUPS = {"volume": "Named volumes.", "network": "Networks."}
+"""Commands that have commands."""
 
 VERBS: dict[str, tuple[str, str, Flags]] = {
     "run": ("[FLAG]... IMAGE [COMMAND [ARGUMENT]...]", "Run a command in an image, in a container of its own.", RUN),
-    "create": ("[FLAG]... IMAGE [COMMAND [ARGUMENT]...]", "Make a container, to be started later.", RUN),
+    "create": (
+        "[FLAG]... IMAGE [COMMAND [ARGUMENT]...]",
+        "Make a container, to be started later.",
+        {name: flag for name, flag in RUN.items() if name not in ("detach", "detach-keys")},
+    ),
     "start": (
         "[FLAG]... CONTAINER...",
         "Start containers that do not run.",
@@ -137,7 +149,7 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
             "all": (SWITCH, "a", "", _WHAT, "Also those that do not run."),
             "quiet": (SWITCH, "q", "", _WHAT, "Ids only."),
             "no-trunc": (SWITCH, "", "", _WHAT, "Whole ids and commands."),
-            "filter": (LIST, "f", "K=V", _WHAT, "name, id, label, status or ancestor."),
+            "filter": (LIST, "f", "K=V", _WHAT, "name, id, label, status, health, ancestor, volume, network ..."),
             "format": _FORMAT,
             "last": (VALUE, "n", "N", _WHAT, "The N that were made last."),
         },
@@ -188,7 +200,7 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
         {
             "no-stream": (SWITCH, "", "", _WHAT, "Once."),
             "format": _FORMAT,
-            "all": (SWITCH, "a", "", _WHAT, "Accepted; those that do not run use nothing."),
+            "all": (SWITCH, "a", "", _WHAT, "Also those that do not run."),
         },
     ),
     "commit": (
@@ -217,29 +229,76 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
         {
             "since": (VALUE, "", "TIME", _WHAT, "From then on."),
             "until": (VALUE, "", "TIME", _WHAT, "Up to then, and end."),
-            "follow": (SWITCH, "f", "", _WHAT, "Go on."),
-            "filter": (LIST, "", "K=V", _WHAT, "container or event."),
+            "follow": (SWITCH, "", "", _WHAT, "Go on."),
+            "filter": (LIST, "f", "K=V", _WHAT, "container, event, image or type."),
         },
     ),
-    "volume": (
-        "ls|create|inspect|rm|prune [FLAG]... [NAME]...",
-        "Named volumes.",
+    "volume ls": (
+        "[FLAG]...",
+        "List volumes.",
+        {"quiet": _NAMES_ONLY, "filter": (LIST, "f", "K=V", _WHAT, "name, label, dangling or driver.")},
+    ),
+    "volume create": (
+        "[FLAG]... [VOLUME]",
+        "Make a volume; print its name.",
+        {"label": (LIST, "", "K[=V]", _WHAT, "A label."), "driver": (VALUE, "d", "local", _WHAT, "There is no other.")},
+    ),
+    "volume inspect": ("VOLUME...", "All that is known of volumes, as JSON.", {}),
+    "volume rm": (
+        "[FLAG]... VOLUME...",
+        "Remove volumes that no container uses.",
+        {"force": (SWITCH, "f", "", _WHAT, "Ignore those that are not there.")},
+    ),
+    "volume prune": (
+        "[FLAG]...",
+        "Remove anonymous volumes that no container uses.",
         {
-            "quiet": (SWITCH, "q", "", _WHAT, "Names only."),
-            "force": (SWITCH, "f", "", _WHAT, "Do not ask; ignore those that are not there."),
+            "all": (SWITCH, "a", "", _WHAT, "Named ones too."),
+            "filter": (LIST, "", "K=V", _WHAT, "label, or label! for those without."),
+            "force": _NO_QUESTION,
+        },
+    ),
+    "network ls": (
+        "[FLAG]...",
+        "List networks.",
+        {"quiet": _NAMES_ONLY, "filter": (LIST, "f", "K=V", _WHAT, "name, label, driver, type or dangling.")},
+    ),
+    "network create": (
+        "[FLAG]... NETWORK",
+        "Make a network; print its name.",
+        {
+            "subnet": (VALUE, "", "CIDR", _WHAT, "Its addresses."),
             "label": (LIST, "", "K[=V]", _WHAT, "A label."),
-            "all": (SWITCH, "a", "", _WHAT, "Prune: named ones too."),
+            "driver": (VALUE, "d", "bridge", _WHAT, "There is no other."),
         },
     ),
-    "network": (
-        "ls|create|inspect|rm|prune [FLAG]... [NAME]...",
-        "Networks.",
-        {
-            "quiet": (SWITCH, "q", "", _WHAT, "Names only."),
-            "subnet": (VALUE, "", "CIDR", _WHAT, "Addresses of the new network."),
-            "force": (SWITCH, "f", "", _WHAT, "Do not ask; ignore those that are not there."),
-        },
+    "network inspect": ("NETWORK...", "All that is known of networks, as JSON.", {}),
+    "network rm": (
+        "[FLAG]... NETWORK...",
+        "Remove networks that no container is on.",
+        {"force": (SWITCH, "f", "", _WHAT, "Ignore those that are not there.")},
+    ),
+    "network prune": (
+        "[FLAG]...",
+        "Remove networks that no container is on.",
+        {"filter": (LIST, "", "K=V", _WHAT, "label, or label! for those without."), "force": _NO_QUESTION},
     ),
     "gc": ("", "Tidy up after what was killed.", {}),
     "completion": ("bash|zsh|fish", "Print what makes a shell complete crun's words.", {}),
 }
+
+
+def taken(verb: str) -> tuple[int, int | None]:
+    """How many words a command takes, least and most, None: any number; its line in --help says so."""
+    names = [one for one in VERBS[verb][0].partition(" | ")[0].split() if one != "[FLAG]..."]
+    return sum(not one.startswith("[") for one in names), None if any("..." in one for one in names) else len(names)
+
+
+def check_words(verb: str, words: list[str]) -> None:
+    """Raises UsageError for too few words or too many."""
+    least, most = taken(verb)
+    if len(words) < least:
+        names = [one for one in VERBS[verb][0].split() if one != "[FLAG]..."]
+        raise UsageError(f"{names[len(words)].removesuffix('...')} is missing", hint=f"crun {verb} --help")
+    if most is not None and len(words) > most:
+        raise UsageError(f"unexpected argument {quote(words[most])}", hint=f"crun {verb} --help")

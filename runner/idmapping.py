@@ -28,6 +28,12 @@ WIDTH = 1 << 16
 _SYSTEMD = (524288, 1878982656)
 """First, count: of those for containers that are made as they are needed."""
 
+ROOT = "/run/cafs-rootfs"
+"""Where the root of each such container is mounted, in a mount namespace of its own; on the host it is always empty.
+
+Process 1 mounts it once more, as an id that may pass through none of our directories.
+"""
+
 _OWNER = {"containers"}
 _LAYERS = "layers"
 
@@ -45,13 +51,18 @@ class Ids:
 
     @property
     def path(self) -> str:
-        """By which the runtime finds the namespace, as long as we live."""
-        return f"/proc/{os.getpid()}/fd/{self.namespace}"
+        """By which the runtime finds the namespace, in our mount namespace.
+
+        Any path below /proc/PID/ it takes for that of PID's own namespace, whose map it then finds to be another (1.1.12 on).
+        """
+        return os.path.join(self._layers, "user")
 
     def mount_layers(self, settings: list[tuple[str, str]], directory: str) -> list[tuple[str, str]]:
         """Of an overlay: the same, with everything idmapped that has owners.  directory: which upperdir and workdir are in."""
-        os.makedirs(self._layers, mode=0o700, exist_ok=True)
+        paths.make_private(self._layers)
         linux.mount("cafs-layers", self._layers, "tmpfs", 0, "mode=700,size=1m")
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        linux.mount(f"/proc/self/fd/{self.namespace}", self.path, "none", linux.MS_BIND)
         top = self.mounted(directory)
         found = []
         for key, value in settings:
@@ -111,7 +122,7 @@ def begin(container: Container, low: Lower) -> Ids | None:
         raise UnsupportedError("--userns auto needs the kernel engine", hint="cafs-mount(1); else --userns host")
     first = _lease(container)
     container.note(ids=first)
-    _let_in(container, first)
+    _make_root()
     return Ids(container, first)
 
 
@@ -152,7 +163,7 @@ def _holder(first: int) -> str:
 
 
 def _lease(container: Container) -> int:
-    os.makedirs(_directory(), mode=0o700, exist_ok=True)
+    paths.make_private(_directory())
     for again in (False, True):
         if again:
             free_stale()  # of who was killed before it could say that it has one
@@ -174,18 +185,12 @@ def _ranges() -> list[tuple[int, int]]:
     return users or [_SYSTEMD]
 
 
-def _let_in(container: Container, first: int) -> None:
-    """Its root has to get to its root directory: through the directories above, and into its own by its group."""
-    own = (container.directory, os.path.dirname(container.directory), paths.state())
-    os.chown(own[0], -1, first)
-    os.chmod(own[0], 0o710)
-    for directory in own[1:]:
-        os.chmod(directory, os.stat(directory).st_mode & 0o777 | 0o001)
-    above = os.path.realpath(own[-1])
-    while above != "/":
-        above = os.path.dirname(above)
-        if not os.stat(above).st_mode & 0o001:
-            raise UnsupportedError(f"--userns auto: other users cannot enter {quote(above)}", hint="set CAFS_STATE elsewhere")
+def _make_root() -> None:
+    try:
+        os.makedirs(ROOT, exist_ok=True)
+        os.chmod(ROOT, 0o711)  # whatever the umask is
+    except OSError as error:
+        raise UnsupportedError(f"--userns auto: cannot make {ROOT}: {error.strerror}", hint="--userns host") from error
 
 
 def _new_namespace(first: int) -> int:

@@ -9,16 +9,23 @@ import sys
 import time
 
 from cafs.errors import UsageError, quote
-from runner import cgroups, containers, logs, pidspace
+from runner import cgroups, containers, filters, logs, pidspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from cafs.options import Options
     from runner.containers import Container
 
+_DIGEST_MIN = 8
+_STATES = ("created", "running", "paused", "restarting", "exited", "removing", "dead")
+_HEALTH = ("starting", "healthy", "unhealthy", "none")
+_FILTERS: dict[str, tuple[str, ...]] = {
+    "name": (), "id": (), "label": (), "status": _STATES, "health": _HEALTH, "ancestor": (), "exited": (), "before": (),
+    "since": (), "volume": (), "network": (),
+}  # fmt: skip
 _UNITS = ((86400 * 7, "week"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
@@ -60,17 +67,17 @@ def summary(container: Container) -> dict[str, Any]:
 
 def ps(options: Options) -> None:
     """Print the table."""
-    filters, last = [_filter(text) for text in options.all("filter")], options.value("last")
+    wanted, last, is_json = filters.parse(options.all("filter"), _FILTERS), options.value("last"), wants_json(options)
     if last is not None and not last.isdigit():
         raise UsageError(f"--last is a number, not {quote(last)}")
     pairs = [(one, summary(one)) for one in containers.every()]
-    rows = [row for one, row in pairs if all(_matches(*pair, one, row) for pair in filters)]
-    wants_all = options.has("all") or any(key == "status" for key, _ in filters)
+    rows = [row for one, row in pairs if filters.fits(wanted, _tests(one, row))]
+    wants_all = options.has("all") or "status" in wanted
     if last is not None:
         rows = rows[: int(last)]
     elif not wants_all:
         rows = [row for row in rows if row["State"] in ("running", "paused", "restarting")]
-    if options.value("format") == "json":
+    if is_json:
         _write_json_lines(rows)
         return
     is_whole = options.has("no-trunc")
@@ -95,26 +102,37 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         sys.stdout.write(line.rstrip() + "\n")
 
 
-def _filter(text: str) -> tuple[str, str]:
-    """K=V of --filter.  Raises UsageError."""
-    key, equals, value = text.partition("=")
-    if not equals or key not in ("name", "id", "label", "status", "ancestor", "exited"):
-        raise UsageError(f"unknown filter {quote(text)}", hint="name=, id=, label=, status=, ancestor=, exited=")
-    return key, value
+def wants_json(options: Options) -> bool:
+    """Whether --format is json.  Raises UsageError for a template."""
+    text = options.value("format") or "table"
+    if text not in ("json", "table"):
+        raise UsageError(f"--format {quote(text)}: there are no templates", hint="--format json, and jq(1)")
+    return text == "json"
 
 
-def _matches(key: str, value: str, container: Container, row: dict[str, Any]) -> bool:
-    name, has_value, wanted = value.partition("=")
-    found = container.asked["labels"].get(name)
-    is_so: dict[str, bool] = {
-        "name": value in container.name,
-        "id": container.id.startswith(value),
-        "label": found is not None and (not has_value or found == wanted),
-        "status": row["State"] == value,
-        "ancestor": value in (container.asked["image"], container.asked["digest"]),
-        "exited": str(row["ExitCode"]) == value and row["State"] == "exited",
+def _tests(container: Container, row: dict[str, Any]) -> dict[str, Callable[[str], bool]]:
+    asked = container.asked
+    volumes = {text for one in asked["mounts"] for text in (one.get("name"), one.get("source"), one["target"])}
+
+    def made_ns(text: str) -> int:
+        return int(containers.find(text).asked["created_ns"])
+
+    return {
+        "name": lambda text: filters.is_like(text, container.name, f"/{container.name}"),
+        "id": lambda text: filters.is_like(text, container.id),
+        "label": lambda text: filters.has_label(asked["labels"], text),
+        "status": lambda text: row["State"] == text,
+        "health": lambda text: (container.state().get("health") or ("starting" if asked["health"] else "none")) == text,
+        "ancestor": lambda text: (
+            text in (asked["image"], asked["image"].removesuffix(":latest"))
+            or (len(text) >= _DIGEST_MIN and asked["digest"].startswith(text))
+        ),
+        "exited": lambda text: row["State"] == "exited" and str(row["ExitCode"]) == text,
+        "before": lambda text: int(asked["created_ns"]) < made_ns(text),
+        "since": lambda text: int(asked["created_ns"]) > made_ns(text),
+        "volume": lambda text: text in volumes,
+        "network": lambda text: text == container.network,
     }
-    return is_so[key]
 
 
 def _write_json_lines(rows: list[dict[str, Any]]) -> None:
@@ -122,12 +140,11 @@ def _write_json_lines(rows: list[dict[str, Any]]) -> None:
         sys.stdout.write(json.dumps(row, sort_keys=True) + "\n")
 
 
-def inspect(found: list[Container], options: Options) -> None:
+def inspect(options: Options) -> None:
     """Docker's keys, where there is the same thing."""
-    rows = [document(one) for one in found]
-    if options.value("format") not in (None, "json"):
-        raise UsageError("templates are not there", hint="crun inspect X | jq .State.ExitCode")
-    if options.value("format") == "json":
+    is_json = wants_json(options)
+    rows = [document(containers.find(word)) for word in options.words]
+    if is_json:
         _write_json_lines(rows)
     else:
         sys.stdout.write(json.dumps(rows[0] if len(rows) == 1 else rows, indent=4, sort_keys=True) + "\n")
@@ -249,8 +266,11 @@ def top(container: Container) -> None:
 
 def stats(names: list[str], options: Options) -> None:
     """Processor, memory and processes; again every second on a terminal."""
+    is_json = wants_json(options)
     while True:
-        found = [containers.find(name) for name in names] or [one for one in containers.every() if one.is_running()]
+        found = [containers.find(name) for name in names]
+        if not names:
+            found = [one for one in containers.every() if options.has("all") or one.is_running()]
         groups = {one.id: cgroups.path_for(one, one.id) for one in found}
         before, began = {key: cgroups.usage(group).get("cpu_ns", 0) for key, group in groups.items()}, time.monotonic_ns()
         time.sleep(0.5)
@@ -259,7 +279,7 @@ def stats(names: list[str], options: Options) -> None:
             usage = cgroups.usage(groups[one.id])
             share = 100 * max(usage.get("cpu_ns", 0) - before[one.id], 0) / (time.monotonic_ns() - began)
             rows.append({"Id": one.id, "Name": one.name, "CPUPerc": round(share, 2), **usage})
-        if options.value("format") == "json":
+        if is_json:
             _write_json_lines(rows)
         else:
             table = [("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "PIDS")]

@@ -9,15 +9,19 @@ import time
 
 from cafs import atomic
 from cafs.errors import UsageError, quote
-from runner import alive, containers, logs
+from runner import alive, containers, filters, logs
 from runner.create import duration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from cafs.options import Options
     from runner.containers import Container
 
 _FOREVER_NS = 1 << 63
+_FILTERS: dict[str, tuple[str, ...]] = {"container": (), "event": (), "image": (), "type": ("container",)}
 
 
 def moment(text: str) -> int:
@@ -90,10 +94,20 @@ class _Printer:
         atomic.write_all(fd, data)
 
 
+def _tests(row: dict[str, Any]) -> dict[str, Callable[[str], bool]]:
+    return {
+        "container": lambda text: text == row["name"] or (bool(text) and row["id"].startswith(text)),
+        "event": lambda text: text in (row["event"], row["event"].partition(":")[0]),
+        "image": lambda text: text in (row["image"], row["image"].removesuffix(":latest")),
+        "type": lambda text: text == "container",
+    }
+
+
 def events(options: Options) -> None:
     """JSON lines."""
     since, until = _span(options)
-    wanted = dict(text.partition("=")[::2] for text in options.all("filter"))
+    wanted = filters.parse(options.all("filter"), _FILTERS)
+    waits = options.has("follow") or until < _FOREVER_NS
     path, at, inode = containers.events_path(), 0, 0
     while True:
         try:
@@ -104,12 +118,11 @@ def events(options: Options) -> None:
                 for line in file:
                     at += len(line)
                     row = json.loads(line)
-                    names = row["event"], row["id"], row["id"][:12], row["name"]
-                    if since <= row["time_ns"] <= until and all(value in names for value in wanted.values()):
+                    if since <= row["time_ns"] <= until and filters.fits(wanted, _tests(row)):
                         sys.stdout.write(json.dumps(row | {"time": logs.stamp(row["time_ns"])}, sort_keys=True) + "\n")
         except (FileNotFoundError, ValueError):
             pass
         sys.stdout.flush()
-        if not options.has("follow") or time.time_ns() > until:
+        if not waits or time.time_ns() > until:
             return
         time.sleep(0.1)

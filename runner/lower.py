@@ -111,7 +111,7 @@ def find(
         is_right = mount.digest == name and mountinfo.is_mine(mount) and (not by_kernel or mountinfo.is_kernel(mount))
         if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
             return Lower(point, -1)
-    os.makedirs(shared, mode=0o700, exist_ok=True)
+    paths.make_private(shared)
     return _shared(_shared_point(key), lambda point: _mount(name, point, store_root, record, trusts_cache))
 
 

@@ -10,7 +10,7 @@ import os
 
 from cafs import linux
 from cafs.errors import CafsError, UsageError, os_error, quote
-from runner import cgroups, etc, volumes
+from runner import cgroups, etc, stubs, volumes
 from runner.spec import bind, section
 
 TYPE_CHECKING = False
@@ -136,6 +136,37 @@ def build(container: Container, rootfs: int, ids: Ids | None = None) -> list[dic
 
     rootfs: O_PATH of a root that has it, with the image's ids.  ids: if it has its own, which a volume is seen with.
     """
+    found = _given(container, rootfs, ids)
+    taken = {one["destination"] for one in found}
+    found = [one for one in _system(container) if one["destination"] not in taken] + found
+    return _by_depth(found)
+
+
+def attach(container: Container, rootfs: int) -> None:
+    """Bind volumes and what is of the host into the root of a container that does not run, in our mount namespace.
+
+    rootfs: as of `build`.  There is no tmpfs: what was in one is gone.  Raises CafsError, OSError.
+    """
+    check_sources(container)
+    found = _given(container, rootfs)
+    taken = {one["destination"] for one in found}
+    found += [one for one in _etc(container.directory) if one["destination"] not in taken and os.path.exists(one["source"])]
+    for one in _by_depth([one for one in found if one["type"] == "bind"]):
+        stubs.make(container, rootfs, [one])
+        target = linux.open_in_root(rootfs, one["destination"], os.O_PATH)
+        try:
+            linux.bind(one["source"], target, is_read_only="ro" in one["options"])
+        finally:
+            os.close(target)
+
+
+def _by_depth(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is mounted on comes before what is in it."""
+    return sorted(found, key=lambda one: str(one["destination"]).count("/"))
+
+
+def _given(container: Container, rootfs: int, ids: Ids | None = None) -> list[dict[str, Any]]:
+    """What was asked for, as OCI mounts."""
     found = []
     for one in container.asked["mounts"]:
         if one["type"] == "tmpfs":
@@ -148,9 +179,7 @@ def build(container: Container, rootfs: int, ids: Ids | None = None) -> list[dic
             except OSError as error:
                 raise os_error(f"cannot use volume {quote(one['name'])}", error) from error
             found.append(bind(ids.mounted(source) if ids else source, one["target"], *one["options"]))
-    taken = {one["destination"] for one in found}
-    found = [one for one in _system(container) if one["destination"] not in taken] + found
-    return sorted(found, key=lambda one: str(one["destination"]).count("/"))  # what is mounted on comes before what is in it
+    return found
 
 
 def _tmpfs_options(given: list[str]) -> list[str]:
@@ -177,15 +206,18 @@ def _system(container: Container) -> list[dict[str, Any]]:
         found.append(bind("/sys", "/sys", "nosuid", "noexec", "nodev", "ro"))
     else:
         found.append(_entry("/sys", "sysfs", "nosuid", "noexec", "nodev", access))
-    if not linux.in_user_namespace():
+    if not linux.in_user_namespace() or cgroups.is_private(container):
         found.append(_entry("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", access))
     ipc = container.value("ipc") or "private"
     if ipc == "host":
         found.append(bind("/dev/shm", "/dev/shm"))
     elif not ipc.startswith("container:"):
         found.append(_entry("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", f"size={shm}"))
-    files = etc.directory(container)
-    return found + [bind(os.path.join(files, name), f"/etc/{name}") for name in ("hostname", "hosts", "resolv.conf")]
+    return found + _etc(etc.directory(container))
+
+
+def _etc(directory: str) -> list[dict[str, Any]]:
+    return [bind(os.path.join(directory, name), f"/etc/{name}") for name in ("hostname", "hosts", "resolv.conf")]
 
 
 def check_sources(container: Container) -> None:

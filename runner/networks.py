@@ -45,6 +45,10 @@ class Network:
         return ipaddress.IPv4Network(self.about["subnet"])
 
     @property
+    def labels(self) -> dict[str, str]:
+        return dict(self.about.get("labels", {}))
+
+    @property
     def gateway(self) -> str:
         """The address of the host in it: the first."""
         return str(self.subnet.network_address + 1)
@@ -74,11 +78,11 @@ def every() -> list[Network]:
     return [find(BRIDGE), *(find(name) for name in names)]
 
 
-def create(name: str, subnet: str | None) -> Network:
+def create(name: str, subnet: str | None, labels: dict[str, str] | None = None) -> Network:
     """Raises UsageError, BusyError."""
     if not _is_name(name) or name in (BRIDGE, "default", "none", "host", "container"):
         raise UsageError(f"{quote(name)} is not a network name")
-    os.makedirs(_directory(), mode=0o700, exist_ok=True)
+    paths.make_private(_directory())
     with locked():
         others = every()
         taken = [one.subnet for one in others]
@@ -86,6 +90,7 @@ def create(name: str, subnet: str | None) -> Network:
             raise BusyError(f"there is a network {quote(name)}")
         chosen = _given(subnet, taken) if subnet else _first_free(taken)
         about = {"link": f"cafs-{os.urandom(4).hex()}", "subnet": str(chosen), "created_ns": time.time_ns()}
+        about["labels"] = labels or {}
         atomic.replace_file(_path(name), json.dumps(about, sort_keys=True).encode(), 0o600)
     return Network(name, about)
 
@@ -159,7 +164,7 @@ def _remove_link(network: Network) -> None:
 def lease(network: Network, container: str) -> str:
     """An address for a container; under the lock.  Raises CafsError if none is free."""
     directory = _leases(network)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    paths.make_private(directory)
     taken = set(os.listdir(directory))
     for address in network.subnet.hosts():
         text = str(address)
@@ -205,7 +210,7 @@ def free_stale() -> None:
 def locked() -> Iterator[None]:
     """One process at a time changes networks, leases and ports."""
     directory = os.path.join(paths.run(), "networks")
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    paths.make_private(directory)
     with atomic.locked(directory):
         yield
 

@@ -5,49 +5,69 @@ from __future__ import annotations
 import json
 import sys
 
-from cafs import linux
-from cafs.errors import UnsupportedError, UsageError
-from runner import containers, listing, networks
+from runner import containers, filters, listing, networks
 from runner.each import each
+from runner.volumeverbs import TRUTH, check_driver, labels_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cafs.options import Options
     from runner.networks import Network
 
+_FILTERS: dict[str, tuple[str, ...]] = {
+    "name": (), "label": (), "driver": ("bridge", "host", "null"), "type": ("custom", "builtin"), "dangling": TRUTH
+}  # fmt: skip
+_PRUNE_FILTERS: dict[str, tuple[str, ...]] = {"label": (), "label!": ()}
+_OTHERS = (("host", "host"), ("none", "null"))
 
-def call(options: Options) -> int:
-    """Run one of them; returns the exit code.  Raises CafsError."""
-    verb, names = (options.words[:1] or [""])[0], options.words[1:]
-    if verb != "ls" and linux.in_user_namespace():
-        raise UnsupportedError("networks need root", hint="--network none, or host")
-    if verb == "ls":
-        _list(options)
-    elif verb == "create":
-        if len(names) != 1:
-            raise UsageError("NAME of the network is missing")
-        sys.stdout.write(networks.create(names[0], options.value("subnet")).name + "\n")
-    elif verb == "inspect":
-        sys.stdout.write(json.dumps([_document(networks.find(name)) for name in names], indent=4, sort_keys=True) + "\n")
-    elif verb == "rm":
-        return _remove(names, force=options.has("force"))
-    elif verb == "prune":
-        unused = [one.name for one in networks.every() if one.name != containers.BRIDGE and not networks.leases(one)]
-        return _remove(unused, force=True) if unused else 0
-    else:
-        raise UsageError(
-            f"unknown command 'network {verb}'" if verb else "COMMAND is missing", hint="ls, create, inspect, rm or prune"
-        )
+
+def _create(options: Options) -> int:
+    check_driver(options, "bridge")
+    sys.stdout.write(networks.create(options.words[0], options.value("subnet"), labels_of(options)).name + "\n")
     return 0
 
 
-def _list(options: Options) -> None:
-    found = networks.every()
+def _inspect(options: Options) -> int:
+    rows = [_document(networks.find(name)) for name in options.words]
+    sys.stdout.write(json.dumps(rows, indent=4, sort_keys=True) + "\n")
+    return 0
+
+
+def _remove(options: Options) -> int:
+    return each(options.words, networks.remove, missing_ok=options.has("force"))
+
+
+def _prune(options: Options) -> int:
+    wanted = filters.parse(options.all("filter"), _PRUNE_FILTERS)
+    fitting = [one for one in networks.every() if filters.fits(wanted, _tests(one.name, "bridge", one.labels, one))]
+    unused = [one.name for one in fitting if one.name != containers.BRIDGE and not networks.leases(one)]
+    return each(unused, networks.remove, missing_ok=True)
+
+
+def _list(options: Options) -> int:
+    wanted = filters.parse(options.all("filter"), _FILTERS)
+    own = [one for one in networks.every() if filters.fits(wanted, _tests(one.name, "bridge", one.labels, one))]
     if options.has("quiet"):
-        sys.stdout.write("".join(f"{one.name}\n" for one in found))
-        return
-    rows = [(one.name, "bridge", str(one.subnet), one.link) for one in found]
-    listing.print_table([("NAME", "DRIVER", "SUBNET", "LINK"), *rows, ("host", "host", "", ""), ("none", "null", "", "")])
+        sys.stdout.write("".join(f"{one.name}\n" for one in own))
+        return 0
+    rows = [(one.name, "bridge", str(one.subnet), one.link) for one in own]
+    others = [(name, driver, "", "") for name, driver in _OTHERS if filters.fits(wanted, _tests(name, driver, {}, None))]
+    listing.print_table([("NAME", "DRIVER", "SUBNET", "LINK"), *rows, *others])
+    return 0
+
+
+def _tests(name: str, driver: str, labels: dict[str, str], network: Network | None) -> dict[str, Callable[[str], bool]]:
+    is_own = network is not None and name != containers.BRIDGE
+    return {
+        "name": lambda text: filters.is_like(text, name),
+        "driver": lambda text: text == driver,
+        "type": lambda text: (text == "custom") == is_own,
+        "label": lambda text: filters.has_label(labels, text),
+        "label!": lambda text: not filters.has_label(labels, text),
+        "dangling": lambda text: (text in ("true", "1")) == (is_own and network is not None and not networks.leases(network)),
+    }
 
 
 def _document(network: Network) -> dict[str, object]:
@@ -56,10 +76,9 @@ def _document(network: Network) -> dict[str, object]:
         one = containers.load(identity)
         users[identity] = {"IPv4Address": f"{address}/{network.subnet.prefixlen}", "Name": one.name if one else ""}
     config = [{"Subnet": str(network.subnet), "Gateway": network.gateway}]
-    return {"Name": network.name, "Driver": "bridge", "IPAM": {"Config": config}, "Containers": users, "Link": network.link}
+    about: dict[str, object] = {"Name": network.name, "Driver": "bridge", "IPAM": {"Config": config}, "Link": network.link}
+    return about | {"Containers": users, "Labels": network.labels}
 
 
-def _remove(names: list[str], *, force: bool) -> int:
-    if not names:
-        raise UsageError("NAME of the network is missing")
-    return each(names, networks.remove, missing_ok=force)
+VERBS = {"ls": _list, "create": _create, "inspect": _inspect, "rm": _remove, "prune": _prune}
+"""Each returns the exit code, and raises CafsError."""

@@ -138,7 +138,11 @@ def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
 
 def namespaces(options: Container, joined: dict[str, str]) -> list[dict[str, str]]:
     """Those of its own, and those of others.  joined: kind -> path of another's namespace."""
+    from runner import cgroups
+
     found = [{"type": "mount"}]
+    if cgroups.is_private(options):
+        found.append({"type": "cgroup"})
     if "user" in joined:
         found.append({"type": "user", "path": joined["user"]})
     for kind, flag in (("pid", "pid"), ("ipc", "ipc"), ("uts", "uts"), ("network", "network")):
@@ -171,7 +175,7 @@ def build(
     is_open = is_privileged or "systempaths=unconfined" in container.all("security-opt")
     found: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "root": {"path": container.path("rootfs"), "readonly": container.has("read-only")},
+        "root": {"path": container.rootfs, "readonly": container.has("read-only")},
         "process": {
             "terminal": container.has("tty"),
             "args": arguments,

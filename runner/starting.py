@@ -70,7 +70,7 @@ def get_lower(container: Container) -> lower.Lower:
 def prepare(container: Container, low: lower.Lower) -> int:
     """Mount its root, and write its bundle, in another mount namespace from now on; returns the host's uid of its command."""
     linux.become_subreaper()
-    os.makedirs(runtime_root(), mode=0o700, exist_ok=True)
+    paths.make_private(runtime_root())
     ids = None
     if container.value("userns") == "auto":
         from runner import idmapping
@@ -78,7 +78,7 @@ def prepare(container: Container, low: lower.Lower) -> int:
         ids = idmapping.begin(container, low)
     image = os.open(low.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     mount_root(container, low, ids)
-    rootfs = os.open(container.path("rootfs"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    rootfs = os.open(container.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return _write_bundle(container, rootfs, image, ids)
     finally:
@@ -90,7 +90,8 @@ def mount_root(container: Container, low: lower.Lower, ids: Ids | None = None) -
     """In a mount namespace of our own, so that the overlay goes with the last process in it.  ids: if it has its own."""
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
-    target, up, work = (container.path(name) for name in ("rootfs", "upper", "work"))
+    up, work = container.path("upper"), container.path("work")
+    target = container.rootfs if ids else container.path("rootfs")
     if not container.state().get("started_ns"):
         upperdir.copy_attributes(low.path, up)
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 
 from cafs import linux
-from cafs.errors import UsageError
+from cafs.errors import UnsupportedError, UsageError
 from runner import containers, control, ending
 from runner.each import each
 
@@ -18,19 +19,9 @@ if TYPE_CHECKING:
     from cafs.options import Options
     from runner.containers import Container
 
-_FEW = {"logs": 1, "attach": 1, "top": 1, "diff": 1, "rename": 2, "cp": 2}
-_NONE_OK = ("ps", "stats", "events", "gc", "volume", "network")
-
 
 def call(verb: str, options: Options, more: dict[str, Callable[[Options], int]] | None = None) -> int:
     """Run a command; returns its exit code.  more: commands that need what is not the runner's.  Raises CafsError."""
-    words = options.words
-    if verb not in (*_NONE_OK, "create") and not words:
-        raise UsageError("CONTAINER is missing", hint=f"crun {verb} --help")
-    if verb in _FEW and len(words) != _FEW[verb]:
-        raise UsageError(f"crun {verb} takes {_FEW[verb]} argument{'s' * (_FEW[verb] > 1)}", hint=f"crun {verb} --help")
-    if verb in ("ps", "events", "gc") and words:
-        raise UsageError(f"crun {verb} takes no arguments", hint=f"crun {verb} --help")
     linux.close_on_exec()
     ending.tidy()
     return (_VERBS | (more or {}))[verb](options)
@@ -141,7 +132,7 @@ def _ps(options: Options) -> int:
 def _inspect(options: Options) -> int:
     from runner import listing
 
-    listing.inspect([containers.find(word) for word in options.words], options)
+    listing.inspect(options)
     return 0
 
 
@@ -186,10 +177,12 @@ def _port(options: Options) -> int:
     return listing.ports(containers.find(options.words[0]), options.words[1:])
 
 
-def _network(options: Options) -> int:
-    from runner.networkverbs import call as call_network
+def _network(verb: str, options: Options) -> int:
+    if verb != "ls" and linux.in_user_namespace():
+        raise UnsupportedError("networks need root", hint="--network none, or host")
+    from runner.networkverbs import VERBS
 
-    return call_network(options)
+    return VERBS[verb](options)
 
 
 def _rename(options: Options) -> int:
@@ -217,10 +210,10 @@ def _gc(_: Options) -> int:
     return 0
 
 
-def _volume(options: Options) -> int:
-    from runner.volumeverbs import call as call_volume
+def _volume(verb: str, options: Options) -> int:
+    from runner.volumeverbs import VERBS
 
-    return call_volume(options)
+    return VERBS[verb](options)
 
 
 _VERBS: dict[str, Callable[[Options], int]] = {
@@ -245,7 +238,7 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "diff": _diff,
     "cp": _cp,
     "events": _events,
-    "volume": _volume,
-    "network": _network,
+    **{f"volume {verb}": partial(_volume, verb) for verb in ("ls", "create", "inspect", "rm", "prune")},
+    **{f"network {verb}": partial(_network, verb) for verb in ("ls", "create", "inspect", "rm", "prune")},
     "gc": _gc,
 }

@@ -77,6 +77,14 @@ BAD = [
         "cannot read 'cafs-store.json' of store 'http://127.0.0.1:9/x'",
     ),
     (["cafs-mount", "demo:1"], 2, "IMAGE and DIR"),
+    (["cafs-store", "push", "demo:1", "host:/srv/store"], 2, "'host:/srv/store' is not the address of a store"),
+    (["cafs-store", "pull", "demo:1", "s3:bucket"], 2, "'s3:bucket' is not the address of a store"),
+    (["cafs-store", "ls", "--store", ""], 2, "an unset variable?"),
+    (["cafs-mount", "--store", "", "demo:1", "{}"], 2, "an unset variable?"),
+    (["cafs-index", "export", "demo:1", "host:/srv/x"], 2, "unknown kind 'host'"),
+    (["cafs-index", "export", "demo:1", "oci-archve:x"], 2, "did you mean oci-archive:?"),
+    (["cafs-index", "export", "demo:1", "s3://bucket/x"], 2, "unknown kind 's3'"),
+    (["cafs-index", "export", "demo:1", "{}/x.tar.gz"], 2, "a tar is written uncompressed"),
 ]
 
 

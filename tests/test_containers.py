@@ -535,3 +535,80 @@ def test_many_containers_at_once_leave_nothing(image: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(codes) == list(range(16))
+
+
+def test_cp_of_a_container_that_does_not_run_sees_its_volumes_and_binds(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "bound").mkdir()
+    (tmp_path / "x").write_text("kept")
+    words = ("-v", "keep:/data", "-v", "homes:/home", "-v", f"{tmp_path}/bound:/b", "-v", "keep:/ro:ro")
+    ok("create", "--name", "cold", "--network", "none", *words, "b:1", "cat", "/data/x", "/b/x")
+    ok("cp", tmp_path / "x", "cold:/data/")
+    ok("cp", tmp_path / "x", "cold:/b")
+    assert "Read-only" in cr("cp", tmp_path / "x", "cold:/ro/y").stderr
+    assert (tmp_path / "bound" / "x").read_text() == "kept"
+    assert ok("start", "-a", "cold") == "keptkept"
+    ok("cp", "cold:/home", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["joe"], "also what the image has in a volume that was new"
+    assert ok("diff", "cold") == ""
+    ok("rm", "cold")
+    ok("volume", "rm", "keep", "homes")
+
+
+def test_what_was_killed_can_be_started_or_removed_at_once(image: Path) -> None:
+    background("again", "b:1", "sleep", "60")
+    for _ in range(3):
+        ok("kill", "again")
+        ok("start", "again")
+        assert state("again")["Running"] is True
+    ok("kill", "again")
+    ok("rm", "again")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("volume", "ls", "-q", "extra"), "unexpected argument 'extra'"),
+        (("volume", "ls", "-qf", "lable=x"), "did you mean label?"),
+        (("volume", "ls", "-f", "dangling=maybe"), "cannot be 'maybe'"),
+        (("volume", "prune", "keep"), "unexpected argument 'keep'"),
+        (("volume", "create", "--force", "x"), "unknown flag"),
+        (("volume", "inspect"), "VOLUME is missing"),
+        (("network", "ls", "-f", "x"), "is not K=V"),
+        (("network", "prune", "x"), "unexpected argument"),
+        (("port", "a", "80", "81"), "unexpected argument '81'"),
+        (("ps", "--format", "{{.Names}}"), "no templates"),
+        (("stats", "--format", "{{.Name}}"), "no templates"),
+        (("inspect", "-f", "{{.Id}}", "a"), "no templates"),
+        (("ps", "-f", "status=runing"), "did you mean running?"),
+        (("events", "--filter", "container"), "is not K=V"),
+        (("create", "-d", "b:1", "true"), "unknown flag '-d'"),
+        (("pull", "x"), "cafs-index create docker://"),
+    ],
+)
+def test_nothing_is_accepted_and_ignored(image: Path, words: tuple[str, ...], said: str) -> None:
+    done = cr(*words)
+    assert done.returncode in (2, 125) and said in done.stderr and done.stdout == ""
+
+
+def test_filters_choose_what_is_listed(image: Path) -> None:
+    ok("volume", "create", "keep")
+    ok("volume", "create", "--label", "x=1", "temporary")
+    assert ok("volume", "ls", "-qf", "label=x") == "temporary\n"
+    ok("create", "--name", "aa", "--label", "p", "--label", "q", "-v", "temporary:/v", "b:1", "true")
+    ok("create", "--name", "aab", "--label", "p", "b:1", "true")
+    assert ok("volume", "ls", "-q", "-f", "dangling=true") == "keep\n"
+
+    def names(*filters: str) -> list[str]:
+        words = [word for text in filters for word in ("--filter", text)]
+        return sorted(json.loads(line)["Names"] for line in ok("ps", "-a", "--format", "json", *words).splitlines())
+
+    assert names("name=aa") == ["aa", "aab"] and names("name=^/?aa$") == ["aa"]
+    assert names("name=^aa$", "name=aab") == ["aa", "aab"], "values of one key are alternatives"
+    assert names("label=p", "label=q") == ["aa"], "but labels"
+    assert names("name=aa", "status=created", "volume=temporary") == ["aa"]
+    events = ok("events", "-f", "container=aa", "-f", "container=aab", "-f", "event=create").splitlines()
+    assert [json.loads(line)["name"] for line in events] == ["aa", "aab"]
+    ok("rm", "aa", "aab")
+    ok("volume", "prune", "-a", "--filter", "label=x")
+    assert ok("volume", "ls", "-q") == "keep\n"
+    ok("volume", "rm", "keep")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cafs import errors
-from runner.flags import VERBS
+from runner.flags import GROUPS, VERBS
 from tests.conftest import BIN
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ COMMANDS = {
     "cafs-mount": [],
     "cafs-store": ["init", "ls", "info", "tag", "untag", "rm", "fsck", "gc", "push", "pull", "pin", "unpin"],
     "cbuild": [],
-    "crun": list(VERBS),
+    "crun": [*(verb for verb in VERBS if " " not in verb), *GROUPS],
     "cpool": [
         "init",
         "serve",
@@ -62,6 +62,7 @@ BELOW += [
 ]
 BELOW += [("fn", verb) for verb in ("deploy", "call", "map", "spawn", "result", "ls", "logs", "rm", "rollback", "top", "serve")]
 BELOW += [("fn", "token", verb) for verb in ("add", "ls", "rm")]
+BELOW += [(*verb.split(),) for verb in VERBS if " " in verb]
 """Verbs of verbs."""
 
 COMMON = {"--help", "--version"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from runner import containers
 from tests.conftest import BIN, Run
 from tests.crunning import crun, make_rootfs, until
 
@@ -158,6 +160,29 @@ def test_others_cannot_look_into_containers(image: Path) -> None:
         assert b"SECRET=x" not in words or b"crun" not in words, "secrets are in no arguments"
     del environment
     subprocess.run([BIN / "crun", "rm", "-f", "priv"], capture_output=True, check=True)
+
+
+def test_no_other_user_reaches_a_containers_files_also_after_one_with_ids_of_its_own(image: Path) -> None:
+    """CVE-2021-41091: a file with the set-user-id bit is made inside, and run outside."""
+    modes = {above: stat.S_IMODE(above.stat().st_mode) for above in (image, *image.parents)}
+    for above, mode in modes.items():
+        above.chmod(mode | 0o001)
+    try:
+        crun("--userns", "auto", "--network", "none", "b:1", "true")
+        script = "cp /bin/busybox /tmp/id; chmod 4755 /tmp/id; touch /ready; exec sleep 60"
+        subprocess.run(
+            [BIN / "crun", "run", "-d", "--name", "suid", "--network", "none", "b:1", "sh", "-c", script], check=True
+        )
+        made = Path(containers.find("suid").path("upper/tmp/id"))
+        assert until(lambda: made.parent.parent.joinpath("ready").exists()) and made.stat().st_mode & stat.S_ISUID
+        with pytest.raises(PermissionError):
+            subprocess.run([made, "-u"], user=65534, group=65534, extra_groups=[], check=False)
+        for one in [*(image / "state").iterdir(), *(image / "run").iterdir(), made.parent.parent.parent]:
+            assert one.stat().st_mode & 0o077 == 0, one
+    finally:
+        for above, mode in modes.items():
+            above.chmod(mode)
+        subprocess.run([BIN / "crun", "rm", "-f", "suid"], capture_output=True, check=False)
 
 
 def test_the_version_tells_runcs_and_warns_if_it_is_old(image: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -63,6 +64,17 @@ def test_every_reading_command_works_over_http(served: Proxy, tmp_path: Path, cm
     ):
         done = cmd(*arguments)
         assert done.returncode == code and said in done.stderr, done.stderr
+
+
+def test_info_of_a_web_server_says_what_can_be_known(served: Proxy, tmp_path: Path, cmd: Run) -> None:
+    done = cmd("cafs-store", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    known = json.loads(done.stdout)
+    origin = json.loads(cmd("cafs-store", "info", "--json", "--store", tmp_path / "origin").stdout)
+    assert (known["refs"], known["images"]) == (None, None) and (origin["refs"], origin["images"]) == (1, 1)
+    for name in ("packs", "objects", "stored_bytes", "cache", "cache_bytes", "cache_hits"):
+        assert known[name] == origin[name], name
+    assert b"refs\t-\n" in cmd("cafs-store", "info").stdout
 
 
 @pytest.mark.needs("root", "fuse", "fusermount3", "busybox")
