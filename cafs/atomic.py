@@ -197,19 +197,21 @@ def replace_hint(path: str, data: Buffer, mode: int = 0o600) -> None:
 
 
 @contextmanager
-def replacing(path: str, mode: int = 0o644) -> Iterator[BinaryIO]:
+def replacing(path: str, mode: int = 0o644, *, is_durable: bool = True) -> Iterator[BinaryIO]:
     """A file to be written that takes the place of PATH when the block ends without an error."""
     fd, temporary = open_temporary(os.path.dirname(path), mode)
     try:
         with open(fd, "wb") as file:
             yield file
             file.flush()
-            os.fsync(fd)
+            if is_durable:
+                os.fsync(fd)
         os.rename(temporary, path)
     except BaseException:
         unlink_quietly(temporary)
         raise
-    fsync_directory(os.path.dirname(path))
+    if is_durable:
+        fsync_directory(os.path.dirname(path))
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import os
 import stat
 from contextlib import suppress
 
+from cafs import acl, linux
 from cafs import format as fmt
-from cafs import linux
 from cafs.atomic import write_all_at
 from cafs.content import pieces
 from cafs.errors import CafsError, os_error, quote
@@ -151,7 +151,7 @@ class _Checkout:
         """Owner first, for it clears set-user-id bits and capabilities."""
         if self.is_root:
             os.fchown(fd, entry.uid, entry.gid)
-        os.fchmod(fd, entry.mode)
+        os.fchmod(fd, entry.mode if self.is_root else acl.mode_without(entry.mode, entry.xattrs))
         for name, value in entry.xattrs:
             if self.is_root or name.startswith(b"user."):
                 os.setxattr(fd, name, value)
@@ -161,7 +161,7 @@ class _Checkout:
         if self.is_root:
             os.chown(name, entry.uid, entry.gid, dir_fd=where, follow_symlinks=False)
         if entry.type != fmt.SYMLINK:
-            os.chmod(name, entry.mode, dir_fd=where)
+            os.chmod(name, entry.mode if self.is_root else acl.mode_without(entry.mode, entry.xattrs), dir_fd=where)
         for attribute, value in entry.xattrs:
             if self.is_root:
                 os.setxattr(b"/proc/self/fd/%d/%s" % (where, name), attribute, value, follow_symlinks=False)

@@ -33,6 +33,13 @@ class UsageError(CafsError):
     kind = "usage"
 
 
+class IncompleteError(CafsError):
+    """Some of what was asked for is not there any more, or was left out."""
+
+    exit_code = DIFFERS
+    kind = "incomplete"
+
+
 class NotFound(CafsError):
     """A named thing does not exist."""
 
@@ -81,6 +88,16 @@ class UnsupportedError(CafsError):
 
     exit_code = UNSUPPORTED
     kind = "unsupported"
+
+
+_KINDS = (CafsError, UsageError, IncompleteError, NotFound, CorruptError, BusyError, RemoteError, UnsupportedError)
+
+
+def of_code(code: int, message: str, *, hint: str | None = None) -> CafsError:
+    """What another process has said of an error, as the error that it was there."""
+    found = next((kind for kind in _KINDS if kind.exit_code == code), CafsError)(message, hint=hint)
+    found.exit_code = code
+    return found
 
 
 def os_error(what: str, error: OSError, *, hint: str | None = None) -> CafsError:

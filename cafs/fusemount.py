@@ -20,7 +20,7 @@ def mount(point: str, fstype: str, source: str, flags: int, options: str = "") -
     fstype: fuse.NAME.  flags: MS_… of mount(2).  options: more of the file system's own.
     """
     if os.geteuid():
-        return _mount_as_user(point, fstype, source)
+        return _mount_as_user(point, fstype, source, flags)
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -47,13 +47,14 @@ def _read_far_ahead(point: str) -> None:
         pass  # it costs speed
 
 
-def _mount_as_user(point: str, fstype: str, source: str) -> int:
+def _mount_as_user(point: str, fstype: str, source: str, flags: int) -> int:
     """nosuid and nodev are fusermount3's own."""
     import array
     import socket
     import subprocess
 
-    options = f"ro,default_permissions,fsname={source},subtype={fstype.removeprefix('fuse.')}"
+    words = ",".join(word for word, flag in linux.MOUNT_FLAGS.items() if flags & flag)
+    options = f"{words},default_permissions,fsname={source},subtype={fstype.removeprefix('fuse.')}"
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = ["fusermount3", "-o", options, "--", point]

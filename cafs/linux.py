@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1, 2, 4, 1 << 12, 1 << 14, 1 << 18, 1 << 19
+MOUNT_FLAGS = {
+    "ro": MS_RDONLY, "nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": 8, "nosymfollow": 1 << 8,
+    "noatime": 1 << 10, "nodiratime": 1 << 11, "strictatime": 1 << 24,
+}  # fmt: skip
+"""Options of mount(8) that any mount can have, and their MS_… of mount(2)."""
+
+_ATTRIBUTES = {1 << 8: 0x200000, 1 << 10: 0x10, 1 << 11: 0x80, 1 << 24: 0x20}
+"""MOUNT_ATTR_… of fsmount(2) for those MS_… that differ."""
+
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
@@ -28,7 +37,6 @@ _SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 429, 430, 431, 432, 433
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
 _FSPICK_CLOEXEC, _FSPICK_SYMLINK_NOFOLLOW = 1, 2
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
 
 
@@ -50,23 +58,24 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
-def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], attributes: int = 0) -> None:
+def mount_overlay(source: str, target: str, settings: list[tuple[str, str]], flags: int = 0) -> None:
     """Mount overlayfs.
 
     settings: (key, value) in order, '' for a key alone; a value is taken as it stands, so no character in it means anything,
-    and (Linux 6.8) there is no limit of a page.  attributes: of the mount, MOUNT_ATTR_….  Raises OSError, with the kernel's
-    own words where it has some.
+    and (Linux 6.8) there is no limit of a page.  flags: MS_….  Raises OSError, with the kernel's own words where
+    it has some.
     """
     try:
+        attributes = sum(_ATTRIBUTES.get(1 << bit, 1 << bit) for bit in range(32) if flags & 1 << bit)
         _mount_overlay_by_keys(source, target, settings, attributes)
     except OSError as error:
         if (error.errno, error.filename) != (errno.EINVAL, "lowerdir+"):
             raise
-        mount(source, target, "overlay", attributes, _overlay_options(settings))  # before Linux 6.8
+        mount(source, target, "overlay", flags, _overlay_options(settings))  # before Linux 6.8
 
 
 def _mount_overlay_by_keys(source: str, target: str, settings: list[tuple[str, str]], attributes: int) -> None:
-    """By fsopen(2), fsconfig(2), fsmount(2) and move_mount(2)."""
+    """By fsopen(2), fsconfig(2), fsmount(2) and move_mount(2).  attributes: MOUNT_ATTR_…"""
     fs = _check(_libc.syscall(_SYS_FSOPEN, b"overlay", 1), "fsopen")
     mount_fd = -1
     try:
@@ -112,7 +121,7 @@ def bind(source: str, target: int, *, is_read_only: bool) -> None:
     clone, recursive, target_is_fd = 1, 0x8000, 0x40
     tree = _check(_libc.syscall(_SYS_OPEN_TREE, -100, os.fsencode(source), clone | os.O_CLOEXEC | recursive), source)
     try:
-        _set_attributes(tree, MOUNT_ATTR_RDONLY * is_read_only, propagation=MS_PRIVATE, flags=recursive)
+        _set_attributes(tree, MS_RDONLY * is_read_only, propagation=MS_PRIVATE, flags=recursive)
         how = _MOVE_MOUNT_F_EMPTY_PATH | target_is_fd
         _check(_libc.syscall(_SYS_MOVE_MOUNT, tree, b"", target, b"", how), source)
     finally:
@@ -121,7 +130,7 @@ def bind(source: str, target: int, *, is_read_only: bool) -> None:
 
 def make_read_only(fd: int) -> None:
     """The mount of a descriptor, and none below it.  Raises OSError."""
-    _set_attributes(fd, MOUNT_ATTR_RDONLY)
+    _set_attributes(fd, MS_RDONLY)  # the same bit as MOUNT_ATTR_RDONLY
 
 
 def _set_attributes(fd: int, attributes: int, *, propagation: int = 0, namespace: int = 0, flags: int = 0) -> None:

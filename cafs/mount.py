@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from cafs import atomic, image, linux, mountinfo, serving
 from cafs import request as requests
-from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, os_error, quote
+from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, os_error, quote
 from cafs.request import Request
 
 TYPE_CHECKING = False
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _EXIT_WAIT_MS = 5000
+_RESTRICTIONS = {"ro", "nosuid", "nodev", "noexec", "nosymfollow"}
 
 
 def mount(request: Request) -> str | None:
@@ -24,14 +25,13 @@ def mount(request: Request) -> str | None:
 
     Returns a note if the same image was mounted there already.  Raises NotFound, BusyError, UnsupportedError, CafsError.
     """
+    _check_request(request)
     if request.engine in ("auto", "kernel"):
         done, note = _with_kernel(request)
         if done:
             return note
     if request.upper:
         raise UnsupportedError("only the kernel engine can be written to", hint="--engine kernel shows why not")
-    if request.record and request.engine == "pyfuse3":
-        raise UnsupportedError("the pyfuse3 engine cannot record", hint="--engine fuse")
     from cafs import treemount
 
     source = treemount.find(request)
@@ -48,6 +48,20 @@ def mount(request: Request) -> str | None:
     if not request.foreground:
         _check_answer(request.point)
     return note
+
+
+def _check_request(request: Request) -> None:
+    """Refuse what would be ignored.  Raises UsageError, UnsupportedError."""
+    from cafs import profile
+
+    if os.geteuid() and request.extra & {"suid", "dev"}:
+        raise UnsupportedError("only root can have set-user-id bits and devices honoured")
+    if request.engine == "pyfuse3" and (request.record or request.prefetch not in ("", profile.NONE)):
+        raise UnsupportedError("the pyfuse3 engine can neither record nor prefetch", hint="--engine fuse")
+    if request.record and request.prefetch not in ("", profile.NONE):
+        raise UsageError("what is recorded is not prefetched: use one of the two")
+    if request.rate and request.prefetch != profile.ALL:
+        raise UsageError("a limit of bandwidth goes with prefetching all")
 
 
 def _check_answer(point: str) -> None:
@@ -112,8 +126,9 @@ def check_point(request: Request, digest: str) -> str | None:
 
 
 def _is_as_requested(here: mountinfo.Mount, request: Request) -> bool:
-    """Whether a mount of the image writes where the request says, and is not to record, which it cannot begin now."""
-    return here.upper == (os.path.join(request.upper, "upper") if request.upper else "") and not request.record
+    """Whether a mount of the image writes where, and allows what, the request says; it cannot begin to record now."""
+    is_there = here.upper == (os.path.join(request.upper, "upper") if request.upper else "") and not request.record
+    return is_there and here.words & _RESTRICTIONS == request.words() & _RESTRICTIONS
 
 
 def _check_host() -> None:

@@ -18,11 +18,17 @@ _OWNER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 
 
 class Mount:
-    """One line: mount point (raw bytes), type, source, options of the file system as they are spelled, MAJOR:MINOR."""
+    """One line: mount point (raw bytes), type, source, options of the file system as they are spelled, MAJOR:MINOR.
 
-    __slots__ = ("device", "fstype", "options", "point", "source")
+    words: options of the mount itself, as nosuid.
+    """
 
-    def __init__(self, point: bytes, fstype: bytes, source: bytes, options: bytes = b"", device: str = "") -> None:
+    __slots__ = ("device", "fstype", "options", "point", "source", "words")
+
+    def __init__(
+        self, point: bytes, fstype: bytes, source: bytes, options: bytes = b"", device: str = "", words: bytes = b""
+    ) -> None:
+        self.words = set(words.decode().split(","))
         self.device = device
         self.point = point
         self.fstype = fstype
@@ -112,8 +118,8 @@ def mounts(pid: str = "self") -> list[Mount]:
     for line in filter(None, lines):
         left, _, right = line.partition(b" - ")
         fstype, source, options = right.split(b" ", 2)
-        _, _, device, _, point, *_ = left.split(b" ")
-        found.append(Mount(_unescape(point), fstype, _unescape(source), options, device.decode()))
+        _, _, device, _, point, words, *_ = left.split(b" ")
+        found.append(Mount(_unescape(point), fstype, _unescape(source), options, device.decode(), words))
     return found
 
 

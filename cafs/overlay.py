@@ -230,13 +230,11 @@ def _mount_overlay(request: Request, found: Image, layers: list[str], data: list
     settings = [("lowerdir+", layer) for layer in reversed(layers)] + [("datadir+", path) for path in data]
     settings += [("metacopy", "on"), ("xino", "auto")]
     with ExitStack() as stack:
-        attributes = linux.MOUNT_ATTR_RDONLY
         if request.upper:
-            attributes = 0
             upper, work = stack.enter_context(upperdir.taken(request.upper, found, layers[-1]))
             settings += [("redirect_dir", "on"), ("upperdir", upper), ("workdir", work)]
         try:
-            linux.mount_overlay(f"cafs:{found.digest.hex()}", request.point, settings, attributes | request.restrictions())
+            linux.mount_overlay(f"cafs:{found.digest.hex()}", request.point, settings, request.restrictions())
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise CafsError(f"cannot mount on {quote(request.point)}: {error.strerror}") from error

@@ -11,12 +11,14 @@ import time
 from cafs import atomic, linux, paths
 
 FETCH_LIMIT_S = 60.0
+_LIFTED = ("suid", "dev")
 
 
 class Request:
     """What to mount and how.  name: IMAGE as given; point: mount point; foreground: serve in this process.
 
     engine: auto, kernel, fuse or pyfuse3.  upper: a directory for what is written.  why: the engine is another.
+    extra: options of mount(8), of linux.MOUNT_FLAGS, and suid and dev.
     record: a file to record reads to.  prefetch: a profile, '' for the default one if there is one, 'all' for the
     whole image at RATE bytes a second (0: as fast as it comes), or 'none'.  trusts_cache: the caller has just had it checked,
     by another mount.
@@ -43,7 +45,7 @@ class Request:
         self.point = os.path.realpath(point)
         self.store = paths.located(store)  # the server works in /
         self.log = log and os.path.abspath(log)
-        self.extra = extra or {"nosuid", "nodev"}
+        self.extra = extra or set()
         self.limit_s = limit_s
         self.foreground = foreground
         self.engine = engine
@@ -55,9 +57,14 @@ class Request:
         self.why = ""
         self.warnings: list[str] = []
 
+    def words(self) -> set[str]:
+        """The options that the mount is to have: those given, ro without an upper, nosuid and nodev unless these are lifted."""
+        words = self.extra | {f"no{word}" for word in _LIFTED if word not in self.extra}
+        return words if self.upper else words | {"ro"}
+
     def restrictions(self) -> int:
-        """MS_NOSUID and MS_NODEV unless they are not wanted; as MOUNT_ATTR_… they are the same bits."""
-        return sum(flag for word, flag in (("suid", linux.MS_NOSUID), ("dev", linux.MS_NODEV)) if word not in self.extra)
+        """The same as MS_…."""
+        return sum(flag for word, flag in linux.MOUNT_FLAGS.items() if word in self.words())
 
 
 def record_path(point: str) -> str:

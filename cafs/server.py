@@ -82,7 +82,7 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
     holder.start()
     keeper = Keeper(cache, limit)
     try:
-        fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.extra, limit_s=request.limit_s, ready=mounted)
+        fusefs.serve(tree, request.point, f"cafs:{digest}", extra=request.words(), limit_s=request.limit_s, ready=mounted)
     finally:
         holder.let_go()
         tree.close()

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
+from cafs import acl, sparse
 from cafs import format as fmt
-from cafs import sparse
-from cafs.errors import FormatError
+from cafs.errors import FormatError, quote
 from cafs.sparse import SIZE_MAX
 
 TYPE_CHECKING = False
@@ -34,6 +34,12 @@ _KINDS = {
     b"3": fmt.CHAR_DEVICE, b"4": fmt.BLOCK_DEVICE, b"5": fmt.DIRECTORY, b"D": fmt.DIRECTORY, b"6": fmt.FIFO,
 }  # fmt: skip
 _GLOBAL_IGNORED = (b"path", b"linkpath", b"size")
+_OTHERWISE = {
+    b"SCHILY.acl.access": acl.ACCESS, b"SCHILY.acl.default": acl.DEFAULT,
+    b"SCHILY.ace": b"system.nfs4_acl", b"RHT.security.selinux": b"security.selinux",
+}  # fmt: skip
+"""Keys of what are xattrs on a disk."""
+
 _SKIP_STEP = 1 << 20
 _OCTAL = re.compile(rb"[0-7]+")
 _RECORD = re.compile(rb"([1-9][0-9]{0,8}) ")
@@ -204,17 +210,21 @@ class Reader:
         if kind == fmt.FILE and name.endswith(b"/"):
             kind = fmt.DIRECTORY
         has_device = kind in (fmt.CHAR_DEVICE, fmt.BLOCK_DEVICE)
+        try:
+            mode, xattrs = acl.settled(self._number(block[100:108], "mode") & 0o7777, _xattrs(records))
+        except ValueError as error:
+            raise self._error(f"{quote(name)}: {error}") from error
         member = Member(
             name=name,
             kind=kind,
-            mode=self._number(block[100:108], "mode") & 0o7777,
+            mode=mode,
             uid=self._integer(pax, b"uid", self._number(block[108:116], "uid")),
             gid=self._integer(pax, b"gid", self._number(block[116:124], "gid")),
             mtime_ns=self._time(pax, self._number(block[136:148], "mtime")),
             size=stored if kind == fmt.FILE else 0,
             link=(long_link or pax.get(b"linkpath") or _string(block[157:257])) if kind in b"hl" else b"",
             device=(self._number(block[329:337], "device"), self._number(block[337:345], "device")) if has_device else (0, 0),
-            xattrs=_xattrs(records),
+            xattrs=xattrs,
         )
         self._set_left(block[156:157], kind, stored)
         return self._with_map(member, block, records) if kind == fmt.FILE else member
@@ -306,8 +316,12 @@ def is_header(block: bytes) -> bool:
 
 
 def _xattrs(records: Records) -> tuple[tuple[bytes, bytes], ...]:
-    """SCHILY's are as they are, but for what GNU tar encodes ('=' and '%'); LIBARCHIVE's have %-names and base64 values."""
+    """SCHILY's are as they are, but for what GNU tar encodes ('=' and '%'); LIBARCHIVE's have %-names and base64 values.
+
+    Access control lists are text unless they are there as xattrs too.  Raises ValueError.
+    """
     found: dict[bytes, bytes] = {}
+    otherwise: dict[bytes, bytes] = {}
     for key, value in records:
         if key.startswith(b"SCHILY.xattr."):
             found[key[13:].replace(b"%3D", b"=").replace(b"%25", b"%")] = value
@@ -317,4 +331,9 @@ def _xattrs(records: Records) -> tuple[tuple[bytes, bytes], ...]:
                 found.setdefault(name, base64.b64decode(value + b"=" * (-len(value) % 4), validate=True))
             except ValueError as error:
                 raise FormatError(f"tar: xattr {name!r} is not base64") from error
+        elif key in _OTHERWISE:
+            otherwise[_OTHERWISE[key]] = value
+    for name, value in otherwise.items():
+        if name not in found and (text := acl.from_text(value) if name in (acl.ACCESS, acl.DEFAULT) else value):
+            found[name] = text
     return tuple(sorted(found.items()))

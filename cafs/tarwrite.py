@@ -1,12 +1,15 @@
 """Writing tar: an index and its content as a pax archive, the same bytes every time.
 
-POSIX.1-2017 pax, "ustar Interchange Format"; xattrs as SCHILY.xattr. records, and files with runs of zero chunks in GNU's
-sparse format 1.0 (GNU tar manual, "Storing Sparse Files"), which GNU tar, bsdtar and Go's archive/tar read.  Whiteouts of a
-layer as the OCI image spec says (layer.md, "Whiteouts").
+POSIX.1-2017 pax, "ustar Interchange Format"; xattrs as SCHILY.xattr. records, access control lists as SCHILY.acl. ones too, and
+files with runs of zero chunks in GNU's sparse format 1.0 (GNU tar manual, "Storing Sparse Files"), which GNU tar, bsdtar and
+Go's archive/tar read.  Whiteouts of a layer as the OCI image spec says (layer.md, "Whiteouts").
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from cafs import acl
 from cafs import format as fmt
 from cafs.content import pieces
 from cafs.errors import UnsupportedError, quote
@@ -27,6 +30,7 @@ _FLAGS = {
     fmt.FILE: b"0", fmt.CHUNKED: b"0", fmt.HARDLINK: b"1", fmt.SYMLINK: b"2", fmt.CHAR_DEVICE: b"3",
     fmt.BLOCK_DEVICE: b"4", fmt.DIRECTORY: b"5", fmt.OPAQUE: b"5", fmt.FIFO: b"6",
 }  # fmt: skip
+_ACLS = {acl.ACCESS: b"SCHILY.acl.access", acl.DEFAULT: b"SCHILY.acl.default"}
 _OCTAL7, _OCTAL11 = 0o7777777, 0o77777777777
 
 
@@ -101,6 +105,9 @@ def _header(entry: Entry, path: bytes, size: int, records: Records | None = None
         more.append((b"mtime", _time(entry.mtime_ns)))
     for name, value in entry.xattrs:
         more.append((b"SCHILY.xattr." + name.replace(b"%", b"%25").replace(b"=", b"%3D"), value))
+        if name in _ACLS:  # docker takes the xattr, tar and bsdtar the text
+            with suppress(ValueError):
+                more.append((_ACLS[name], acl.to_text(value)))
     head = b""
     if more:
         body = b"".join(_record(key, value) for key, value in more)

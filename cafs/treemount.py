@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from cafs import atomic, columns, fusemount, image, kept, lazyd, linux, locator, mountinfo, paths, profile, quota, serving
 from cafs import request as requests
 from cafs.answer import ask_child, failure, tell
-from cafs.errors import CafsError, FormatError, quote
+from cafs.errors import CafsError, FormatError, UsageError, quote
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -122,6 +122,8 @@ def mount(request: Request, source: Source) -> str | None:
     from cafs.mount import check_point
 
     _check_ids(source.index)
+    if not source.image and request.prefetch not in ("", profile.ALL, profile.NONE):
+        raise UsageError("an index by itself has no profiles")
     quota.note_use(paths.cache(), source.digest, locator.contents(source.index))
     hot = profile.chosen(source.store, source.image, request.prefetch) if source.image and not request.record else []
     with _state(request, source, hot) as state:
@@ -168,9 +170,8 @@ def _check_ids(index: Index) -> None:
 
 
 def _mount(request: Request, source: Source) -> int:
-    flags = linux.MS_RDONLY | request.restrictions()
     name = f"cafs:{source.digest.hex()}"
-    return fusemount.mount(request.point, mountinfo.FSTYPE.decode(), name, flags, "allow_other")
+    return fusemount.mount(request.point, mountinfo.FSTYPE.decode(), name, request.restrictions(), "allow_other")
 
 
 @contextmanager

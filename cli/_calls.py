@@ -17,7 +17,7 @@ from collections import deque
 import click
 
 from cafs import atomic
-from cafs.errors import CafsError, os_error
+from cafs.errors import CafsError, IncompleteError, RemoteError, os_error
 from cli import _pool as asking
 
 TYPE_CHECKING = False
@@ -380,7 +380,12 @@ def logs(name: str, tenant: str | None, *, is_followed: bool, call_id: str | Non
                 ended = 0
                 for stream in ("out", "err"):
                     key = job["id"], stream
-                    found = client.ask("read", id=job["id"], stream=stream, offset=offsets.get(key, 0))
+                    try:
+                        found = client.ask("read", id=job["id"], stream=stream, offset=offsets.get(key, 0))
+                    except (IncompleteError, RemoteError) as error:
+                        sys.stderr.write(f"cpool: {error}\n")
+                        over.add(job["id"])
+                        break
                     data = base64.b64decode(found["data"])
                     offsets[key] = found["next"]
                     size += len(data)

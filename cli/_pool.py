@@ -321,38 +321,41 @@ def run_beside(number: int, words: tuple[str, ...], flags: str) -> int:
 
 def fetch(number: int, place: str) -> int:
     """Write the files that a job was to bring back below a directory; how many there are not.  Raises CafsError."""
-    import base64
-    import time
-
     from cafs import atomic
-    from cafs.errors import os_error
+    from cafs.errors import IncompleteError, os_error
 
-    absent = 0
+    absent, umask = 0, os.umask(0)
+    os.umask(umask)
     with client() as connection:
         connection.wait_for([number])
         connection.event()
         job = connection.ask("job", id=number)["job"]
-        sizes = job["usage"].get("files", [])
+        sizes, modes = (job["usage"].get(name, []) for name in ("files", "modes"))
         for at, name in enumerate(job["spec"].get("out", ())):
             if at >= len(sizes) or sizes[at] < 0:
                 sys.stderr.write(f"cpool: job {number} has left no {name!r}\n")
                 absent += 1
                 continue
-            data = b""
-            while True:
-                found = connection.ask("read", id=number, stream=f"file{at}", offset=len(data))
-                data += base64.b64decode(found["data"])
-                if found["end"]:
-                    break
-                if not found["data"]:
-                    time.sleep(0.02)  # its agent has it, and it is on its way
             try:
-                path = os.path.join(place, name)
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                atomic.replace_file(os.path.abspath(path), data, 0o644)
+                path = os.path.abspath(os.path.join(place, name))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with atomic.replacing(path, modes[at] & ~umask) as file:
+                    file.writelines(connection.output(number, f"file{at}"))
+                    missing = sizes[at] - file.tell()
+                    if missing:
+                        raise IncompleteError(f"job {number}: {missing} bytes of {name!r} are not there any more")
             except OSError as error:
                 raise os_error(f"cannot write {name!r}", error) from error
     return absent
+
+
+def lacks(job: dict[str, Any]) -> bool:
+    """Whether some of what a job has written is not there; then that is said."""
+    from pool.client import incomplete
+
+    for one in incomplete(job):
+        sys.stderr.write(f"cpool: {one}\n")
+    return bool(incomplete(job))
 
 
 def _digest(name: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PROGRAM = "cafs-mount"
 _TIMEOUT_S = 60.0
 _OPTIONS = "Options"
+_GO_WITH_ALONE = {"list", "reload", "unmount", "json", "verbose", "quiet"}
 FLAGS: Flags = {
     "engine": (VALUE, "", "|".join(ENGINES), _OPTIONS, "How to mount (default: auto)."),
     "rw": (VALUE, "", "UPPERDIR", _OPTIONS, "Let it be written to; changes go to UPPERDIR/upper."),
@@ -64,12 +65,16 @@ def main(arguments: list[str]) -> int:
 
         sys.stdout.write(f"{PROGRAM} {__version__}\n")
         return 0
+    if empty := [name for name, values in options.flags.items() if "" in values]:
+        raise UsageError(f"--{empty[0]} is empty", hint="an unset variable?")
     alone = [options.has("list"), options.has("reload"), options.value("unmount") is not None]
     if any(alone):
-        if options.words or sum(alone) > 1:
+        if options.words or sum(alone) > 1 or options.flags.keys() - _GO_WITH_ALONE:
             raise UsageError("--list, --reload and --unmount go alone", hint=f"{PROGRAM} --help")
         _manage(options)
         return 0
+    if options.has("json"):
+        raise UsageError("--json goes with --list")
     if len(options.words) != 2:
         raise UsageError("IMAGE and DIR are needed, and nothing else", hint=f"{PROGRAM} --help")
     _mount(options, _request(options))
@@ -102,7 +107,7 @@ def _request(options: Options) -> Request:
         directory,
         store=paths.chosen_store(options.value("store"), options.value("scope")),
         log=options.value("log"),
-        extra={"suid", "dev"} if options.has("suid") else {"nosuid", "nodev"},
+        extra={"suid", "dev"} if options.has("suid") else set(),
         limit_s=_seconds(options.value("timeout")),
         foreground=options.has("foreground"),
         engine=engine,

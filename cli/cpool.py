@@ -242,20 +242,25 @@ def logs(number: int, follow: bool) -> int:
     from cafs import atomic
 
     offsets = {"out": 0, "err": 0}
+    left_out = 0
     with asking.client() as client:
         while True:
-            ended = size = 0
+            over, has_moved = 0, False
             for stream, fd in (("out", 1), ("err", 2)):
                 found = client.ask("read", id=number, stream=stream, offset=offsets[stream])
-                data = base64.b64decode(found["data"])
+                data, is_running = base64.b64decode(found["data"]), not found["job"]["finished_s"]
                 atomic.write_all(fd, data)
-                offsets[stream] = found["next"]
-                size += len(data)
-                ended += not data and (found["end"] or not follow)
-            if ended == 2:
-                return 0
-            if not size:
+                left_out += found["next"] - offsets[stream] - len(data)
+                is_still = found["next"] == offsets[stream]
+                offsets[stream], has_moved = found["next"], has_moved or not is_still
+                over += is_still and (found["end"] or (is_running and not follow))
+            if over == 2:
+                break
+            if not has_moved:
                 time.sleep(0.1)
+    if is_running and left_out:
+        sys.stderr.write(f"cpool: job {number}: {left_out} bytes were left out: output_max in pool.toml\n")
+    return 3 if asking.lacks(found["job"]) or left_out else 0
 
 
 @main.command("exec", context_settings=PLAIN)

@@ -48,8 +48,8 @@ class Zygotes:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._wires: dict[str, loop.Wire] = {}
-        self._wanted: dict[str, tuple[loop.Wire, str]] = {}
-        """Who waits for the process of a job that is to be forked, and from which zygote."""
+        self._wanted: dict[str, tuple[loop.Wire, str, str]] = {}
+        """Who waits for the process of a job that is to be forked, from which zygote, and what counts in its cgroup."""
 
     def add(self, job: str, wire: loop.Wire) -> None:
         """Raises ValueError."""
@@ -57,23 +57,24 @@ class Zygotes:
             raise ValueError("there is one")
         self._wires[job] = wire
 
-    def fork(self, agent: loop.Wire, zygote: str, job: str) -> None:
+    def fork(self, agent: loop.Wire, zygote: str, job: str, kills: str) -> None:
         """An agent wants one more instance of what a zygote has loaded."""
         there = self._wires.get(zygote)
         if there is None:
             return agent.say(calls.control("refused"))
-        self._wanted[job] = agent, zygote
+        self._wanted[job] = agent, zygote, kills
         there.say(calls.control("fork", job=job, token=_token(self._directory, job)))
 
     def is_wanted(self, job: str) -> bool:
         """Whether a process of this job may come from a zygote."""
         return job in self._wanted
 
-    def came(self, job: str, pid: int) -> None:
-        """A process of a job has said whose it is."""
-        agent, _ = self._wanted.pop(job, (None, ""))
+    def came(self, job: str, pid: int) -> str:
+        """A process of a job has said whose it is; returns what counts in its own cgroup, '' if it has its container's."""
+        agent, _, kills = self._wanted.pop(job, (None, "", ""))
         if agent:
             agent.say(calls.control("forked", pid=pid))
+        return kills
 
     def heed(self, said: dict[str, Any]) -> None:
         """What a zygote says after its hello: that it cannot be forked for a job."""
@@ -83,15 +84,15 @@ class Zygotes:
     def lost(self, zygote: str) -> None:
         """One has ended."""
         del self._wires[zygote]
-        for job in [job for job, (_, whose) in self._wanted.items() if whose == zygote]:
+        for job in [job for job, (_, whose, _) in self._wanted.items() if whose == zygote]:
             self._refuse(job)
 
     def unwanted(self, agent: loop.Wire) -> None:
         """Who asked has gone: a process that still comes is not wanted any more."""
-        for job in [job for job, (waits, _) in self._wanted.items() if waits is agent]:
+        for job in [job for job, (waits, _, _) in self._wanted.items() if waits is agent]:
             del self._wanted[job]
 
     def _refuse(self, job: str) -> None:
-        agent, _ = self._wanted.pop(job, (None, ""))
+        agent, _, _ = self._wanted.pop(job, (None, "", ""))
         if agent:
             agent.say(calls.control("refused"))

@@ -174,7 +174,7 @@ class Agent:
         assert job.ended
         found = dict(job.ended)
         keep = int(job.asked.get("keep", 0)) if with_output else -1
-        if found["out_size"] + found["err_size"] <= keep:
+        if found["out_size"] + found["err_size"] <= keep and not found["left_out"]:
             for stream in ("out", "err"):
                 found[stream] = base64.b64encode(job.read(stream, 0, keep)[0]).decode() if found[f"{stream}_size"] else ""
         self.peers.say("done", **found)
@@ -194,7 +194,7 @@ class Agent:
         if now >= self._next_report:
             self._next_report = now + REPORT_S
             self._report()
-            for job in self.jobs.values():
+            for job in [one for one in self.jobs.values() if not one.ended]:
                 job.shorten()
         if self.is_to_leave and all(job.ended for job in self.jobs.values()):
             self.is_leaving = True

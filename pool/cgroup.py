@@ -6,6 +6,7 @@ Part of the agent's program: standard library only, Python 3.9.  Version 1 and 2
 
 from __future__ import annotations
 
+import json
 import os
 
 _TOP = "/sys/fs/cgroup"
@@ -97,17 +98,40 @@ def kills_of(pid: int) -> str:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
-            found = os.path.join(_TOP, controllers, path[1:], "memory.oom_control" if controllers else "memory.events")
-            if os.path.exists(found):
+            found = counter(os.path.join(_TOP, controllers, path[1:]))
+            if found:
                 return found
     return ""
 
 
-def kills(path: str) -> int:
-    """What such a file says; 0 if it has gone."""
+def counter(directory: str) -> str:
+    """That file of a cgroup; '' if there is none."""
+    found = (os.path.join(directory, name) for name in ("memory.oom_control", "memory.events"))
+    return next(filter(os.path.exists, found), "") if directory else ""
+
+
+def kills(path: str) -> int | None:
+    """What such a file says; None if it has gone.  The kernel counts before it kills."""
     try:
         with open(path, encoding="ascii") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), None)
+    except (OSError, ValueError):
+        return None
+
+
+def note_kills(path: str, outcome: str) -> None:
+    """The same as crun does for a container, before its cgroup goes."""
+    found = kills(path)
+    if found is not None:
+        fd = os.open(outcome, os.O_WRONLY)
+        os.write(fd, b'{"oom_kills": %d}\n' % found)
+        os.close(fd)
+
+
+def noted_kills(fd: int) -> int:
+    """What was noted in a file that is open; 0 if nothing was."""
+    try:
+        return int(json.loads(os.pread(fd, 4096, 0) or b"{}").get("oom_kills", 0))
     except (OSError, ValueError):
         return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from collections import deque
 from contextlib import contextmanager
 
 from cafs import atomic, linux
-from cafs.errors import BusyError, CafsError, RemoteError
+from cafs.errors import BusyError, CafsError, RemoteError, of_code
 from pool import sockets, state
 
 TYPE_CHECKING = False
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 _BEGIN_S = 10.0
 _PIECE = 1 << 18
+_LOOK_S = 0.02
+
+
+def incomplete(job: dict[str, Any]) -> list[str]:
+    """What of an ended job's output is not there, a sentence each."""
+    usage, names = job["usage"], {"out": "standard output", "err": "standard error"}
+    found = [f"job {job['id']}: {one}" for one in usage.get("missing", ())]
+    for stream, (start, end) in usage.get("left_out", {}).items():
+        found.append(f"job {job['id']}: {end - start} bytes of its {names[stream]} were left out: output_max in pool.toml")
+    return found
 
 
 def __getattr__(name: str) -> Any:
@@ -84,6 +95,19 @@ class Client:
                 return found
             self._sort(found)
 
+    def output(self, number: int, stream: str) -> Iterator[bytes]:
+        """All that an ended job has written, a piece at a time.  Raises CafsError."""
+        offset = 0
+        while True:
+            found = self.ask("read", id=number, stream=stream, offset=offset)
+            if found["data"]:
+                yield base64.b64decode(found["data"])
+            elif found["end"]:
+                return
+            elif found["next"] == offset:
+                time.sleep(_LOOK_S)  # its agent has it, and it is on its way
+            offset = found["next"]
+
     def _sort(self, found: dict[str, Any]) -> None:
         if "job" in found and found.get("tag") is None:
             self._events.append(found)
@@ -105,9 +129,7 @@ class Client:
         line, _, self._held = self._held.partition(b"\n")
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
-            error = CafsError(found["error"], hint=found["hint"])
-            error.exit_code = found["code"]
-            raise error
+            raise of_code(found["code"], found["error"], hint=found["hint"])
         return found
 
 

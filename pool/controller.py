@@ -56,7 +56,7 @@ class Controller:
         self.remotes: dict[str, Remote] = {}
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
-        self.store, self.tenants = settings.store, Tenants(settings.tenants)
+        self.store, self.tenants, self._output_max = settings.store, Tenants(settings.tenants), settings.output_max
         place = links.Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self.leases = Leases(settings.store)
@@ -285,6 +285,7 @@ class Controller:
         if time.monotonic() < self._look_at_queue:
             return
         self._look_at_queue = time.monotonic() + _TICK_S
+        self.outputs.mind()
         self.waiting.may_place = True
         images = {str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")}
         self.leases.mind(frozenset(images | self.functions.images()))
@@ -301,7 +302,8 @@ class Controller:
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
         store = self.store if remote.address == links.LOCAL or "://" in self.store else specs.LENT
-        asked = [specs.asked(job, self.pool, remote.name, store) for job in jobs if not specs.has_more(job)]
+        given = self.pool, remote.name, store, self._output_max
+        asked = [specs.asked(job, *given) for job in jobs if not specs.has_more(job)]
         for at in range(0, len(asked), _STARTED_AT_ONCE):
             self.send(remote, frames.message("start", jobs=asked[at : at + _STARTED_AT_ONCE]))
         for job in filter(specs.has_more, jobs):
@@ -312,7 +314,7 @@ class Controller:
                 self.state.change(job, code=125)
                 self.finish(job, state.FINISHED, str(error), has_written=False)
                 continue
-            one = {**specs.asked(job, self.pool, remote.name, store), **more}
+            one = {**specs.asked(job, *given), **more}
             self.send(remote, frames.message("start", jobs=[one]))
 
     def _done(self, remote: Remote, said: dict[str, Any]) -> None:
@@ -327,6 +329,9 @@ class Controller:
         usage = {name: said[name] for name in ("wall_s", "cpu_s", "memory") if workers.is_amount(said[name])}
         if job.spec.get("out"):
             usage["files"] = [_number(one, -1) for one in said["files"]][: len(job.spec["out"])]
+            usage["modes"] = [_number(one) & 0o777 for one in said["modes"]][: len(job.spec["out"])]
+        if said.get("left_out"):
+            usage["left_out"] = outputs.gaps_of(said)
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
         if job.reason == requests.CANCEL_ASKED:
@@ -366,6 +371,8 @@ class Controller:
 
     def finish(self, job: Job, how: str, reason: str, *, has_written: bool = True) -> None:
         """It has ended.  Who waits for it is told.  has_written: what it wrote is still to come."""
+        if job.state == RUNNING and not has_written:
+            self.state.change(job, usage={**job.usage, "missing": [f"what it wrote was lost with worker {job.worker}"]})
         self.state.change(job, state=how, reason=reason, finished_s=time.time())
         if not has_written:
             self.state.keep_output(job.id, b"", b"")

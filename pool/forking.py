@@ -12,7 +12,7 @@ import signal
 import sys
 
 from pool import calls, cgroup, sockets
-from pool.hosted import PLACE
+from pool.hosted import OUTCOME, PLACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def start(directory: str, asked: dict[str, Any], instead: Callable[[], Any]) -> 
 
 def _look_after(directory: str, asked: dict[str, Any], instead: Callable[[], Any]) -> None:
     agent = os.path.dirname(os.path.dirname(directory))
-    pid = _ask(os.path.join(agent, PLACE), asked["zygote_of"], os.path.basename(directory))
+    kills = cgroup.counter(asked["cgroup"])
+    pid = _ask(os.path.join(agent, PLACE), asked["zygote_of"], os.path.basename(directory), kills)
     if not pid:
         _note_no_zygote(directory)
         instead()
@@ -67,6 +68,7 @@ def _look_after(directory: str, asked: dict[str, Any], instead: Callable[[], Any
     fd = os.pidfd_open(pid)
     while not select.select([fd], [], [], None)[0]:
         pass
+    cgroup.note_kills(kills, os.path.join(directory, OUTCOME))
     with open(os.path.join(directory, "status"), "w", encoding="ascii") as file:
         file.write("0\n")
 
@@ -82,12 +84,12 @@ def _note_no_zygote(directory: str) -> None:
         json.dump({**about, "zygote_of": ""}, file)
 
 
-def _ask(place: str, zygote: str, job: str) -> int:
-    """The host's number of the process that was forked, 0 if it cannot be."""
+def _ask(place: str, zygote: str, job: str, kills: str) -> int:
+    """The host's number of the process that was forked, 0 if it cannot be.  kills: what counts in the cgroup that it gets."""
     try:
         with sockets.connect(place) as connection:
             connection.settimeout(_WAIT_S)
-            connection.sendall(calls.control("fork", zygote=zygote, job=job))
+            connection.sendall(calls.control("fork", zygote=zygote, job=job, kills=kills))
             reader = calls.Reader()
             while data := connection.recv(4096):
                 for kind, _, _, _, _, body in reader.feed(data):

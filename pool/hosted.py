@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PLACE = "calls"
 """Directory of the host, in that of the agent; and of an instance, in that of its job."""
 
+OUTCOME = "outcome"
+"""Of a job: what its container has used, and how many of it the kernel has killed for want of memory; written at its end."""
+
 RUNNING, DONE = "running", "done"
 
 
@@ -56,12 +59,28 @@ class Call:
 
 
 class Instance:
-    """A container that serves calls.  number: for the router; about: as the agent wrote it; identity: of the version."""
+    """A container that serves calls.  number: for the router; about: as the agent wrote it; identity: of the version.
 
-    def __init__(self, number: int, wire: loop.Wire, job: str, about: dict[str, Any], directory: str, pid: int) -> None:
+    kills: the file that counts in its cgroup, if that is not its container's.  outcome: where whoever removes its cgroup notes
+    the count before.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        wire: loop.Wire,
+        job: str,
+        about: dict[str, Any],
+        directory: str,
+        pid: int,
+        kills: str,
+        outcome: str,
+    ) -> None:
         self.number, self.wire, self.job, self.directory = number, wire, job, directory
         self.pid, self.process = pid, os.pidfd_open(pid)  # a number may be another's later
-        self._kills, self._kills_before = "", 0
+        self._kills, self._kills_before = kills, 0
+        # Now: it may be removed before we read it.
+        self._outcome = os.open(outcome, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])
@@ -76,12 +95,22 @@ class Instance:
         """It has said so: it is in its cgroup by now."""
         self.is_ready, self.is_serial, self.may_be_ahead = True, is_serial, may_be_ahead
         self.used = time.monotonic()
-        self._kills = cgroup.kills_of(self.pid)
-        self._kills_before = cgroup.kills(self._kills)
+        self._kills = self._kills or cgroup.kills_of(self.pid)
+        self._kills_before = cgroup.kills(self._kills) or 0
 
     def was_too_large(self) -> bool:
-        """Whether the kernel has ended it, or a process beside it, as its memory was used up; no, where nobody knows."""
-        return cgroup.kills(self._kills) > self._kills_before
+        """Whether the kernel has ended it, or a process beside it, as its memory was used up; no, where nobody knows.
+
+        Of one that has ended: what the kernel counted is in its cgroup, or, if that has gone, was noted before.
+        """
+        found = cgroup.kills(self._kills)
+        return (cgroup.noted_kills(self._outcome) if found is None else found) > self._kills_before
+
+    def close(self) -> None:
+        """It has ended, and what became of it was said."""
+        os.close(self.process)
+        os.close(self._outcome)
+        self.process = -1  # the number may be another file's by now
 
     def send(self, number: int) -> None:
         """A signal to its process."""
@@ -89,8 +118,3 @@ class Instance:
             signal.pidfd_send_signal(self.process, number)
         except OSError:
             pass  # it has ended, or is not ours
-
-    def forget_process(self) -> None:
-        """It has ended."""
-        os.close(self.process)
-        self.process = -1

@@ -15,7 +15,7 @@ import time
 
 from pool import admitting, calls, loop, sockets
 from pool.execution import Execution
-from pool.hosted import PLACE, Instance
+from pool.hosted import OUTCOME, PLACE, Instance
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Host:
             self._is_to_leave = said["is"] == "leave"
             wire.say(calls.control("so"))
         elif said["is"] == "fork":
-            self._zygotes.fork(wire, str(said["zygote"]), str(said["job"]))
+            self._zygotes.fork(wire, str(said["zygote"]), str(said["job"]), str(said.get("kills", "")))
         elif said["is"] == "idle":
             found = self._instances.get(int(said["instance"]))
             if found:
@@ -168,9 +168,11 @@ class Host:
         if any(one.job == job for one in self._instances.values()) or (owner != job and not self._zygotes.is_wanted(job)):
             raise ValueError("that job is another process")
         self._numbers += 1
-        one = Instance(self._numbers, wire, job, about, os.path.join(self._directory, "jobs", owner, PLACE), pid)
+        kills = self._zygotes.came(job, pid)
+        jobs = os.path.join(self._directory, "jobs")
+        outcome = os.path.join(jobs, job if kills else owner, OUTCOME)
+        one = Instance(self._numbers, wire, job, about, os.path.join(jobs, owner, PLACE), pid, kills, outcome)
         self._instances[one.number] = one
-        self._zygotes.came(job, pid)
         return one
 
     def _heed_instance(self, one: Instance, kind: int, flags: int, call: bytes, body: bytes) -> None:
@@ -199,7 +201,7 @@ class Host:
             one.wire.say(calls.control("end"))
 
     def _lost(self, one: Instance) -> None:
-        """Its connection has ended: with its process, most likely; else that is ended too, as nobody can tell it anything."""
+        """Its connection has ended: with its process, most likely; else that is ended too, as nothing can reach it any more."""
         if not one.is_leaving:
             one.is_leaving = True
             self._say(calls.control("gone", instance=one.number, reason="its process has ended"))
@@ -208,10 +210,10 @@ class Host:
         self._loop.at(self._loop.now + _LAST_S, lambda: one.send(signal.SIGKILL))
 
     def _ended(self, one: Instance) -> None:
-        """Its process has."""
+        """Its process has ended."""
         del self._instances[one.number]
         self._loop.remove(one.process)
-        one.forget_process()
+        one.close()
 
     # Time.
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 
 from pool import hostprocess
-from pool.hosted import PLACE
+from pool.hosted import OUTCOME, PLACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def prepare(directory: str, asked: dict[str, Any]) -> None:
     with open(os.path.join(place, "shim.py"), "wb") as code:
         code.write(pkgutil.get_data("pool", "shim.py") or b"")
     os.chmod(os.path.join(place, "shim.py"), 0o444)
+    with open(os.path.join(directory, OUTCOME), "wb"):
+        pass  # there from the beginning: the host has it open
     with open(os.path.join(directory, "about.json"), "w", encoding="utf-8") as file:
         json.dump({**asked["fn"], "zygote_of": asked.get("zygote_of", "")}, file)
     hostprocess.ensure(os.path.dirname(os.path.dirname(directory)))
@@ -50,6 +52,7 @@ def words(directory: str, asked: dict[str, Any], run: Sequence[str]) -> list[str
     place = os.path.join(directory, PLACE)
     host = os.path.join(os.path.dirname(os.path.dirname(directory)), PLACE, "in")
     many_gpus = len(asked.get("gpu_ids", ()))
+    run = [*run, "--outcome", os.path.join(directory, OUTCOME)]
     run = [*run, "-e", "CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(many_gpus)))]  # it sees its own, numbered from 0
     if asked["fn"].get("record") and asked["fn"].get("is_first"):
         run = [*run, "--record", os.path.join(directory, RECORD)]

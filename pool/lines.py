@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 
-from pool import calls, loop, sockets
+from pool import calls, cgroup, loop, sockets
+from pool.hosted import OUTCOME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ class Lines:
         self._holder: subprocess.Popen[bytes] | None = None
         self._waiting: list[tuple[bytes, int, bytes]] = []
         self._failures = 0
+        self._outcome = os.open(os.path.join(directory, OUTCOME), os.O_RDONLY | os.O_CLOEXEC)
+        self._kills, self._kills_before = "", 0
         self._is_ending = False
 
     def serve(self, *, is_sure: bool) -> int:
@@ -157,7 +160,9 @@ class Lines:
         while process.poll() is None and time.monotonic() < deadline:
             done = subprocess.run([self._run[0], "inspect", self._name], capture_output=True, check=False)
             try:
-                if not done.returncode and json.loads(done.stdout)["State"]["Running"]:
+                state = json.loads(done.stdout)["State"] if not done.returncode else {}
+                if state.get("Running"):
+                    self._kills = cgroup.kills_of(int(state["Pid"]))
                     return True
             except (ValueError, LookupError, TypeError):
                 pass
@@ -228,13 +233,21 @@ class Lines:
             return
         self._failures += not program.answered
         if program.call:
-            self._wire.say(calls.failed(program.call, "died", f"the program has ended in the call, exit code {code}"))
+            why = f"the program has ended in the call, exit code {code}" + ": it had no memory left" * self._was_too_large()
+            self._wire.say(calls.failed(program.call, "died", why))
         if (code in _NOT_BEGUN and not program.answered) or self._failures >= _FAILURES_MAX:
             self._fail(f"its program ends at once, exit code {code}")
             self.loop.is_over = True
             return
         self._begin()
         self._next()
+
+    def _was_too_large(self) -> bool:
+        """Whether one was ended for that since we looked last; after crun has ended, or while the container is there."""
+        found = cgroup.kills(self._kills) if self._many > 1 else None
+        found = cgroup.noted_kills(self._outcome) if found is None else found
+        before, self._kills_before = self._kills_before, found if self._many > 1 else 0  # a container each, or one for all
+        return found > before
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         """The program, and not crun, which cleans up."""

@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass, field
 
 from cafs import atomic
-from cafs.errors import UsageError
+from cafs.errors import DIFFERS, IncompleteError, UsageError
 from pool import results
 from pool.arguments import expand
+from pool.client import incomplete
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ AHEAD = 500
 """How many jobs are with the controller at once."""
 
 _BATCH = 50
+_STREAMS = ("out", "err")
 
 _HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
 _FAILED_MAX = 100
@@ -64,6 +66,12 @@ def already_done(path: str, *, failed_too: bool) -> set[int]:
     return found
 
 
+def _tagged(data: bytes, tag: bytes, *, is_new: bool) -> bytes:
+    """With the tag before each line that begins in it.  is_new: one begins with it."""
+    body, end = (data[:-1], b"\n") if data.endswith(b"\n") else (data, b"")
+    return (tag if is_new and data else b"") + body.replace(b"\n", b"\n" + tag) + end
+
+
 class Eta:
     """How long it will take, on standard error: in one line on a terminal, else in a line every few seconds."""
 
@@ -95,10 +103,13 @@ class Map:
         self._client = client
         self._options = options
         self._numbers: dict[int, tuple[int, list[str], list[str]]] = {}  # id -> number, arguments, command
-        self._ready: dict[int, tuple[bytes, bytes]] = {}
+        self._ready: dict[int, Callable[[], None]] = {}
+        """What prints what each has written, by number."""
         self._rows: dict[int, bytes] = {}
         self._next = 1
         self._failed = 0
+        self._lacking: dict[str, None] = {}
+        """What is not there of what jobs have written, as it was said."""
         self._log: BinaryIO | None = None
         self._eta: Eta | None = None
         self._is_at_hand: Callable[[], bool] = lambda: True
@@ -130,7 +141,7 @@ class Map:
                 self._client.ask("cancel", ids=list(self._numbers), grace_s=10)
             if self._numbers and (found := self._client.event()):
                 self._finished(found)
-        return min(self._failed, _FAILED_MAX + 1)
+        return min(self._failed, _FAILED_MAX + 1) or (DIFFERS if self._lacking else 0)
 
     def _has_to_halt(self) -> bool:
         return bool(self._options.halt) and self._failed >= self._options.halt
@@ -140,7 +151,7 @@ class Map:
         batch = []
         for number, arguments in groups:
             if number in self._options.done:
-                self._ready[number] = b"", b""
+                self._ready[number] = lambda: None
                 self._print(number)
                 self._eta.one_less() if self._eta else None
                 continue
@@ -160,17 +171,13 @@ class Map:
         number, arguments, command = self._numbers.pop(job["id"])
         code = job["code"] if job["state"] == "finished" else 255
         self._failed += code != 0
-        out, err = (
-            base64.b64decode(found[name]) if name in found else self._output(job["id"], name) for name in ("out", "err")
-        )
+        small = {name: base64.b64decode(found[name]) for name in _STREAMS if name in found}
         if self._options.results:
+            out, err = (self._pieces(job["id"], name, small) for name in _STREAMS)
             results.keep(self._options.results, number, arguments, out, err)
         if self._eta:
             self._eta.one_done()
-        if self._options.tag:
-            tag = " ".join(arguments).encode("utf-8", "surrogateescape") + b"\t"
-            out, err = (b"".join(tag + line for line in one.splitlines(keepends=True)) for one in (out, err))
-        self._ready[number] = out, err
+        self._ready[number] = lambda: self._write(job, arguments, small)
         self._rows[number] = self._row(number, job, code, command)
         self._print(number)
 
@@ -183,27 +190,35 @@ class Map:
 
     def _print_now(self, number: int) -> None:
         """Then it is in the job log: what is there was printed."""
-        self._write(*self._ready.pop(number))
+        self._ready.pop(number)()
         row = self._rows.pop(number, b"")
         if self._log and row:
             self._log.write(row)
 
-    @staticmethod
-    def _write(out: bytes, err: bytes) -> None:
-        atomic.write_all(1, out) if out else None
-        atomic.write_all(2, err) if err else None
+    def _pieces(self, job: int, stream: str, small: dict[str, bytes]) -> Iterator[bytes]:
+        """Of what a job has written."""
+        if stream in small:
+            yield small[stream]
+            return
+        try:
+            yield from self._client.output(job, stream)
+        except IncompleteError as error:
+            self._lack([str(error)])
 
-    def _output(self, number: int, stream: str) -> bytes:
-        parts: list[bytes] = []
-        offset = 0
-        while True:
-            found = self._client.ask("read", id=number, stream=stream, offset=offset)
-            offset = found["next"]
-            parts.append(base64.b64decode(found["data"]))
-            if found["end"]:
-                return b"".join(parts)
-            if not parts[-1]:
-                time.sleep(0.01)  # its agent has it, and it is on its way
+    def _write(self, job: dict[str, Any], arguments: list[str], small: dict[str, bytes]) -> None:
+        """What a job has written; that some is not there, on standard error."""
+        tag = " ".join(arguments).encode("utf-8", "surrogateescape") + b"\t" if self._options.tag else b""
+        for fd, stream in enumerate(_STREAMS, 1):
+            is_new = True
+            for data in self._pieces(job["id"], stream, small):
+                atomic.write_all(fd, _tagged(data, tag, is_new=is_new) if tag else data)
+                is_new = data.endswith(b"\n")
+        self._lack(incomplete(job if small else self._client.ask("job", id=job["id"])["job"]))
+
+    def _lack(self, lacking: list[str]) -> None:
+        for one in [one for one in lacking if one not in self._lacking]:
+            sys.stderr.write(f"cpool: {one}\n")
+        self._lacking |= dict.fromkeys(lacking)
 
     @staticmethod
     def _row(number: int, job: dict[str, Any], code: int, command: list[str]) -> bytes:

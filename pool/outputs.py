@@ -1,16 +1,18 @@
 """What jobs have written: with their end if it is little, else fetched from the agent in pieces into a file.
 
-Only what is here as a whole is forgotten there.
+Only what is here as a whole is forgotten there; what cannot be had any more is noted in the job's usage, as 'missing'.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
+import time
+from dataclasses import dataclass
 
 from cafs import atomic
-from pool import frames
+from cafs.errors import CafsError, IncompleteError, RemoteError
+from pool import frames, workers
 from pool.state import ENDED
 
 TYPE_CHECKING = False
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
     from pool.workers import Remote
 
 _PIECE = 1 << 18
-_MOST = 80 << 20
-"""More no agent keeps of a stream."""
+_SYNC = 16 << 20
+"""So much is made durable at once: of all of a large file that would keep the loop from everything else for too long."""
+
+_AGAIN_S = 5.0
+"""When a fetch is gone on with for which there was no room here."""
 
 _STREAMS = ("out", "err")
 
@@ -34,6 +39,43 @@ def streams_of(job: Job) -> list[str]:
     return [*(f"file{number}" for number in range(len(job.spec.get("out", ())))), *_STREAMS]
 
 
+def gaps_of(said: dict[str, Any]) -> dict[str, list[int]]:
+    """What an agent has left out: [start, end] of each stream that is not whole.  Raises ValueError, TypeError, LookupError."""
+    found = {}
+    for stream in _STREAMS:
+        if stream in said.get("left_out", {}):
+            start, end = said["left_out"][stream]
+            if type(start) is not int or type(end) is not int or not 0 <= start <= end <= _size(said, stream):
+                raise ValueError("a part that is none")
+            found[stream] = [start, end]
+    return found
+
+
+def _size(said: dict[str, Any], stream: str) -> int:
+    """Of a stream, as an agent says it.  Raises ValueError, TypeError, LookupError."""
+    size = said["files"][int(stream[4:])] if stream.startswith("file") else said[f"{stream}_size"]
+    if type(size) is not int or not -1 <= size < 1 << 62:
+        raise ValueError("a size that is none")
+    return max(size, 0)
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """Of one attempt at a job.  left: streams that are not here yet, each with its size and what was left out of it.
+
+    offset, kept: how far the first of them is, there and here.  problem: why it stands still; again: until when.
+    """
+
+    remote: Remote
+    number: int
+    attempt: int
+    left: list[tuple[str, int, tuple[int, int]]]
+    offset: int = 0
+    kept: int = 0
+    problem: str = ""
+    again: float = 0.0
+
+
 class Outputs:
     """Those that are being fetched, and questions that agents have not answered."""
 
@@ -41,7 +83,7 @@ class Outputs:
         self._controller = controller
         self._asked: dict[int, tuple[Remote, Callable[[bytes, int], None], Callable[[], None]]] = {}
         self._number = 0
-        self._fetching: dict[tuple[int, int], Remote] = {}
+        self._fetching: dict[int, _Fetch] = {}
         os.makedirs(os.path.join(controller.directory, "logs"), mode=0o700, exist_ok=True)
 
     def path(self, number: int, stream: str) -> str:
@@ -78,7 +120,7 @@ class Outputs:
             if other is remote:
                 del self._asked[request]
                 lost()
-        self._fetching = {key: other for key, other in self._fetching.items() if other is not remote}
+        self._fetching = {number: one for number, one in self._fetching.items() if one.remote is not remote}
 
     def fetch_or_forget(self, remote: Remote, number: int, attempt: int, said: dict[str, Any]) -> None:
         """After an end was recorded, or was refused: what is still to be had of it."""
@@ -92,54 +134,96 @@ class Outputs:
             out, err = (base64.b64decode(said[stream], validate=True) for stream in _STREAMS)
             controller.state.keep_output(number, out, err)
             controller.forget(remote, number, attempt)
-        elif (number, attempt) not in self._fetching:
-            self._fetching[number, attempt] = remote
-            self._fetch(remote, number, attempt, streams_of(known), 0, 0)
+        elif number not in self._fetching:
+            gaps = gaps_of(said)
+            left = [(name, _size(said, name), (*gaps.get(name, (0, 0)),)) for name in streams_of(known)]
+            self._fetching[number] = _Fetch(remote, number, attempt, left)
+            self._go_on(self._fetching[number])
 
-    def _fetch(self, remote: Remote, number: int, attempt: int, streams: list[str], offset: int, size: int) -> None:
-        """streams: that are not here yet; size: how much of the first of them is.  What its agent has left out is noted, so
-        that offsets mean the same here and there."""
-        stream = streams[0]
-        part = self.path(number, stream) + ".part"
-
-        def then(data: bytes, following: int) -> None:
-            if data and size < _MOST:
-                is_gap = following != offset + len(data)
-                if is_gap:
-                    self._note_gap(number, stream, offset, following)
-                    data = b""
-                with open(part, "r+b" if size else "wb") as file:
-                    file.seek(size)
-                    file.write(data)
-                self._fetch(remote, number, attempt, streams, following, size + len(data))
-                return
-            if not size:
-                open(part, "wb").close()
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.rename(part, self.path(number, stream))
-            atomic.fsync_directory(os.path.dirname(part))
-            if streams[1:]:
-                self._fetch(remote, number, attempt, streams[1:], 0, 0)
-            else:
-                self._fetching.pop((number, attempt), None)
-                self._controller.forget(remote, number, attempt)
-
-        self.ask(remote, number, attempt, stream, offset, then, lambda: None)
-
-    def _note_gap(self, number: int, stream: str, start: int, end: int) -> None:
-        atomic.replace_file(self.path(number, stream) + ".gap", json.dumps([start, end]).encode(), 0o600)
-
-    def read(self, number: int, stream: str, offset: int, size: int) -> tuple[bytes, int]:
-        """(a piece of a file that is here, where the next begins); offsets are the agent's."""
+    def _go_on(self, fetch: _Fetch) -> None:
+        """Ask for the next piece, or be done."""
         try:
-            start, end = json.loads(atomic.read_file(self.path(number, stream) + ".gap", 100))
-        except (OSError, ValueError):
-            start = end = 1 << 62
+            while fetch.left:
+                stream, size, (start, end) = fetch.left[0]
+                fetch.offset = end if start <= fetch.offset < end else fetch.offset
+                if fetch.offset < size:
+                    then = lambda data, following: self._came(fetch, data)  # noqa: E731
+                    return self.ask(fetch.remote, fetch.number, fetch.attempt, stream, fetch.offset, then, lambda: None)
+                self._keep(fetch)
+        except OSError as error:
+            return self._stand_still(fetch, error)
+        del self._fetching[fetch.number]
+        self._controller.forget(fetch.remote, fetch.number, fetch.attempt)
+
+    def _came(self, fetch: _Fetch, data: bytes) -> None:
+        """A piece has; none: there is less than its agent has said."""
+        stream, size, (start, _) = fetch.left[0]
+        data = data[: (start if fetch.offset < start else size) - fetch.offset]
+        try:
+            if data:
+                with open(self._part(fetch), "r+b" if fetch.kept else "wb") as file:
+                    file.seek(fetch.kept)
+                    file.write(data)
+                    file.flush()
+                    if (fetch.kept + len(data)) // _SYNC > fetch.kept // _SYNC:
+                        os.fdatasync(file.fileno())
+        except OSError as error:
+            return self._stand_still(fetch, error)
+        if not data:
+            job = self._controller.state.job(fetch.number)
+            missing = f"{size - fetch.offset} bytes of {name_of(job, stream)} are not there any more"
+            self._controller.state.change(job, usage={**job.usage, "missing": [*job.usage.get("missing", ()), missing]})
+            fetch.offset = size
+        fetch.offset, fetch.kept, fetch.problem = fetch.offset + len(data), fetch.kept + len(data), ""
+        self._go_on(fetch)
+
+    def _part(self, fetch: _Fetch) -> str:
+        return self.path(fetch.number, fetch.left[0][0]) + ".part"
+
+    def _keep(self, fetch: _Fetch) -> None:
+        """The first stream is here.  Raises OSError."""
+        part = self._part(fetch)
+        with open(part, "ab" if fetch.kept else "wb") as file:
+            os.fsync(file.fileno())
+        os.rename(part, self.path(fetch.number, fetch.left[0][0]))
+        atomic.fsync_directory(os.path.dirname(part))
+        del fetch.left[0]
+        fetch.offset = fetch.kept = 0
+
+    def _stand_still(self, fetch: _Fetch, error: OSError) -> None:
+        """There is no room here: that is said to whoever asks, and it is gone on with when there is."""
+        fetch.problem = f"cannot keep what job {fetch.number} has written: {error.strerror or error}"
+        fetch.again = time.monotonic() + _AGAIN_S
+
+    def mind(self) -> None:
+        """Once a second."""
+        for fetch in [one for one in self._fetching.values() if one.problem and one.again <= time.monotonic()]:
+            fetch.again = time.monotonic() + _AGAIN_S
+            self._go_on(fetch)
+
+    def expect(self, job: Job) -> None:
+        """That what an ended job has written, and is not here, still comes.  Raises CafsError if it does not now."""
+        fetch = self._fetching.get(job.id)
+        if fetch and fetch.problem:
+            raise CafsError(fetch.problem, hint="it is fetched when there is room")
+        remote = self._controller.remotes.get(job.worker)
+        if remote is None:
+            raise IncompleteError(f"what job {job.id} has written was lost with worker {job.worker}")
+        if remote.state == workers.LOST:
+            raise RemoteError(f"what job {job.id} has written is on worker {job.worker}, which is lost")
+
+    def read(self, job: Job, stream: str, offset: int, size: int) -> tuple[bytes, int]:
+        """(a piece of a file that is here, where the next begins); offsets are the agent's."""
+        start, end = job.usage.get("left_out", {}).get(stream, (1 << 62, 1 << 62))
         if start <= offset < end:
-            return b"\n[cpool: %d bytes left out]\n" % (end - offset), end
-        place = offset if offset < start else offset - (end - start)
-        with open(self.path(number, stream), "rb") as file:
-            file.seek(place)
+            return b"", end
+        with open(self.path(job.id, stream), "rb") as file:
+            file.seek(offset if offset < start else offset - (end - start))
             data = file.read(min(size, start - offset) if offset < start else size)
         return data, offset + len(data)
+
+
+def name_of(job: Job, stream: str) -> str:
+    """In words."""
+    words = {"out": "its standard output", "err": "its standard error"}
+    return words.get(stream) or repr(job.spec["out"][int(stream[4:])])

@@ -26,14 +26,12 @@ _SHELL = (
 )
 """The code is one write of a few bytes, a newline last: it is there as a whole or not at all, and costs no other process."""
 
-KEPT_HALF = 32 << 20
-"""Of a job's output the first and the last so many bytes are kept."""
-
 _LENT = "lent"
 _SECRETS, _IN_IMAGE = "CPOOL_SECRETS", "/run/secrets"
 _KILL_S = 0.05
 _GUARD, _GUARD_S = "cafs-guard", 5.0
 _BLOCK = 4096
+_STREAMS = ("out", "err")
 _PUNCH_HOLE = 0x03
 _libc = ctypes.CDLL(None, use_errno=True)
 LOST = -1
@@ -53,7 +51,6 @@ class Job:
         self.kill_at = float("inf")
         self.ended: dict[str, Any] | None = None
         self._kill_since = float("inf")
-        self.gaps: dict[str, tuple[int, int]] = {}
         self.outcome: tuple[int | None, float, int] | None = None
         """What is known of the end of a shell of which other processes are being killed."""
         self._secrets: list[bytes] | None = None
@@ -144,6 +141,8 @@ class Job:
         """It has ended.  code: of the shell, if we know."""
         written = _read_code(self.path("status"))
         found = written if written is not None else LOST if code is None or code == 0 else code
+        self.shorten()
+        gaps = {name: self._gap_in(self.path(name)) for name in _STREAMS}
         self.ended = {
             "id": self.id,
             "attempt": self.attempt,
@@ -153,28 +152,31 @@ class Job:
             "memory": max(memory, cgroup.peak(self.asked["cgroup"]) if self.asked.get("cgroup") else 0),
             "out_size": _size(self.path("out")),
             "err_size": _size(self.path("err")),
+            "left_out": {name: gap for name, gap in gaps.items() if gap[1]},
         }
         if self.asked.get("has_work"):
-            self.ended["files"] = staging.sizes(self.path(staging.WORK), self.asked.get("out", []))
+            left = staging.look(self.path(staging.WORK), self.asked.get("out", []))
+            self.ended["files"], self.ended["modes"] = [size for size, _ in left], [mode for _, mode in left]
 
     def read(self, stream: str, offset: int, size: int) -> tuple[bytes, int]:
-        """(what it has written so far, where the rest of it begins).  stream: out, err, or fileN, the Nth to come back."""
+        """(what it has written so far, where the rest of it begins: further on than that is long if some was left out).
+
+        stream: out, err, or fileN, the Nth to come back.
+        """
         if stream.startswith("file"):
             names = dict(enumerate(self.asked.get("out", [])))
             data = staging.read(self.path(staging.WORK), names[int(stream[4:])], offset, size)
             return data, offset + len(data)
         name = stream if stream in ("err", instance.RECORD) else "out"
-        start, end = self.gaps.get(name, (0, 0))
-        if start <= offset < end:
-            return b"\n[cpool: %d bytes left out]\n" % (end - offset), end
-        if offset < start:
-            size = min(size, start - offset)
         try:
             fd = os.open(self.path(name), os.O_RDONLY)
         except OSError:
             return b"", offset
         try:
-            data = self._read(fd, size, offset)
+            start, end = self._gap(fd) if name in _STREAMS else (0, 0)
+            if start <= offset < end:
+                return b"", end
+            data = self._read(fd, min(size, start - offset) if offset < start else size, offset)
             return data, offset + len(data)
         finally:
             os.close(fd)
@@ -192,17 +194,43 @@ class Job:
             data = data[: len(data) - hiding.unsure(data, self._secrets)]
         return hiding.hidden(data, self._secrets)[offset - begin :][:size]
 
+    @property
+    def _kept_half(self) -> int:
+        """Of its output the first and the last so many bytes are kept; 0: all of it is."""
+        most = int(self.asked.get("output_max", 0))
+        return max(most // 2 // _BLOCK, 1) * _BLOCK if most else 0
+
+    def _gap(self, fd: int) -> tuple[int, int]:
+        """What was left out of a stream, (0, 0) for nothing: it is a hole in the file, which no end of an agent forgets."""
+        half = self._kept_half
+        if not half or os.fstat(fd).st_size <= 2 * half:
+            return 0, 0
+        end = os.lseek(fd, half, os.SEEK_DATA)
+        return (half, end) if end > half else (0, 0)
+
+    def _gap_in(self, path: str) -> tuple[int, int]:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError:
+            return 0, 0
+        try:
+            return self._gap(fd)
+        finally:
+            os.close(fd)
+
     def shorten(self) -> None:
-        """Give back what is between the first and the last part of too much output (fallocate(2), FALLOC_FL_PUNCH_HOLE)."""
-        for name in ("out", "err"):
-            size = _size(self.path(name))
-            end = (size - KEPT_HALF) // _BLOCK * _BLOCK
-            if end <= self.gaps.get(name, (0, KEPT_HALF))[1]:
+        """Give back what is between the first and the last part of too much output (fallocate(2), FALLOC_FL_PUNCH_HOLE).
+
+        Where the file system cannot do that all of it is kept.
+        """
+        half = self._kept_half
+        for name in _STREAMS if half else ():
+            end = (_size(self.path(name)) - half) // _BLOCK * _BLOCK
+            if end <= half:
                 continue
             fd = os.open(self.path(name), os.O_WRONLY)
             try:
-                if not _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_long(KEPT_HALF), ctypes.c_long(end - KEPT_HALF)):
-                    self.gaps[name] = (KEPT_HALF, end)
+                _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_long(half), ctypes.c_long(end - half))
             finally:
                 os.close(fd)
 

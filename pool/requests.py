@@ -151,11 +151,13 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         data = kept[stream == "err"][offset : offset + _PIECE]
         return reply(data, offset + len(data), is_end=not data)
     if os.path.exists(path):
-        data, following = controller.outputs.read(number, stream, offset, _PIECE)
-        return reply(data, following, is_end=not data)
+        data, following = controller.outputs.read(job, stream, offset, _PIECE)
+        return reply(data, following, is_end=following == offset)
+    if is_over:
+        controller.outputs.expect(job)
     remote = controller.remotes.get(job.worker)
     if remote is None or remote.link is None or job.state not in (state.STARTING, state.RUNNING):
-        return reply(b"", offset, is_end=is_over and remote is None)  # if it is over, all of it is on its way
+        return reply(b"", offset, is_end=False)
     ask, lost = controller.outputs.ask, lambda: reply(b"", offset, is_end=False)
     ask(remote, number, job.attempt, stream, offset, lambda data, following: reply(data, following, is_end=False), lost)
 

@@ -26,6 +26,8 @@ COMMENTED = """\
 # overcommit = 1.5                  # processors that jobs get for each that there is (1)
 # lost_s = 30                       # calls are given up when their worker was silent for so long
 # one_per_boot = true               # workers that were booted as one are one machine, and share what it has
+# output_max = 67108864             # bytes of a job's stdout, and of its stderr, that are kept: the first half of them and the
+#                                   # last (0: all that it writes)
 
 # [cloud]                             # launch machines when there is work for them; without it, cpool simulate alone
 # provider = "ec2"                  # uses this for [[machines]] and [scaling]
@@ -69,6 +71,7 @@ class Settings:
     """store: as of --store, '' for this machine's.  overcommit: processors given away for each that there is.
 
     one_per_boot: workers with one boot id are one machine, and share what it has.  lost_s: until calls are given up.
+    output_max: bytes that are kept of each stream of a job, 0 for all.
     """
 
     store: str = ""
@@ -79,6 +82,7 @@ class Settings:
     overcommit: float = 1.0
     one_per_boot: bool = False
     lost_s: float = 30.0
+    output_max: int = 0
 
     def policy(self) -> Policy:
         """For pool.scaling.  Without kinds of machines: of 16 processors, free of charge."""
@@ -102,7 +106,7 @@ def _kind(table: dict[str, Any]) -> Kind:
 _NUMBERS = ("launch_s", "idle_s", "least_cpus", "share", "quantile", "machines", "price", "price_day")
 _TEXTS = ("provider", "region", "image", "user", "address", "project", "network", "endpoint")
 _KNOWN: dict[str, dict[str, type]] = {
-    "pool": {"store": str, "overcommit": float, "one_per_boot": bool, "lost_s": float},
+    "pool": {"store": str, "overcommit": float, "one_per_boot": bool, "lost_s": float, "output_max": int},
     "cloud": dict.fromkeys(_TEXTS, str)
     | {"zones": list, "security_groups": list, "port": int, "disk_gb": int, "boot_s": float, "poll_s": float, "max_run_s": int},
     "machines": {"name": str, "type": str, "cpus": float, "memory": int, "gpus": int, "price": float}
@@ -147,7 +151,10 @@ def read_file(path: str) -> Settings:
         _check_tenant(f"{path}:{_line_of(text, f'tenants.{name}')}", name, table)
     pool = found.get("pool", {})
     more = float(pool.get("overcommit", 1.0)) or 1.0, bool(pool.get("one_per_boot", False)), float(pool.get("lost_s", 30.0))
-    return Settings(pool.get("store", ""), kinds, found.get("scaling", {}), cloud, found.get("tenants", {}), *more)
+    output_max = int(pool.get("output_max", 0))
+    return Settings(
+        pool.get("store", ""), kinds, found.get("scaling", {}), cloud, found.get("tenants", {}), *more, output_max=output_max
+    )
 
 
 def _check_tenant(where: str, name: str, table: dict[str, Any]) -> None:

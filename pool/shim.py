@@ -8,6 +8,7 @@ usage: shim.py MODULE:FUNCTION CONCURRENCY [zygote]
 from __future__ import annotations
 
 import contextvars
+import functools
 import gc
 import importlib
 import inspect
@@ -273,7 +274,7 @@ class Serial:
         self._channel, self._handler = channel, handler
         self._waiting: list[Frame] = []
         self._current = b""
-        self._is_leaving = self._is_asked = self._is_at_work = False
+        self._is_leaving = self._is_asked = self._is_at_work = self._is_idle = False
         """is_at_work: with the socket, where an exception would leave half a frame; is_asked: to look for a cancel then."""
 
         signal.signal(signal.SIGTERM, self._leave)
@@ -281,7 +282,7 @@ class Serial:
 
     def _leave(self, *_: object) -> None:
         self._is_leaving = True
-        if not self._current and not self._is_at_work:
+        if self._is_idle:
             raise Leave
 
     def _cancel(self, *_: object) -> None:
@@ -290,20 +291,24 @@ class Serial:
             self._look()
 
     def _look(self) -> None:
-        """A signal says that a cancel has come; only the frame says of which call."""
-        self._is_asked = False
-        while self._channel.has_more(0):
-            one = self._channel.next()
-            if one is None:
-                raise Leave
-            if one[0] == CANCEL and one[2] == self._current:
+        """A signal says that a cancel may have come; only the frame says of which call.  The rest waits for its time."""
+        while self._is_asked:
+            self._is_asked, self._is_at_work = False, True
+            try:
+                while self._channel.has_more(0):
+                    one = self._channel.next()
+                    if one is None:
+                        raise Leave
+                    self._waiting.append(one)
+            finally:
+                self._is_at_work = False  # a signal that comes from here on is looked after by its handler
+            if any(one[0] == CANCEL and one[2] == self._current for one in self._waiting):
                 raise Cancelled
-            self._waiting.append(one)
 
     def run(self) -> None:
         """Until it is told to end."""
         while not self._is_leaving:
-            one = self._waiting.pop(0) if self._waiting else self._channel.next()
+            one = self._waiting.pop(0) if self._waiting else self._next()
             if one is None:
                 raise Leave
             kind, flags, call, _, ms, body = one
@@ -312,12 +317,20 @@ class Serial:
             if kind == CALL:
                 self._serve(call, flags, ms, body)
 
+    def _next(self) -> Frame | None:
+        """Only here does SIGTERM end it at once: else it would take an answer with it."""
+        self._is_idle = True
+        try:
+            return None if self._is_leaving else self._channel.next()
+        finally:
+            self._is_idle = False
+
     def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
         token = running.set(call.hex())
-        self._is_asked = False
         try:
-            self._current = call
+            self._current, self._is_asked = call, True  # the cancel of a call that was sent ahead is there before it is begun
             try:
+                self._look()
                 found = self._handler.call(call, flags, ms, body)
                 if inspect.isgenerator(found):
                     self._items(call, found)
@@ -355,6 +368,10 @@ class Serial:
 
     def _credit(self, call: bytes) -> int:
         """How many items more are wanted; other frames wait for their time."""
+        for at, (kind, _, whose, many, _, _) in enumerate(self._waiting):
+            if kind == MORE and whose == call:
+                del self._waiting[at]
+                return many
         if not self._channel.has_more(0.05):
             return 0
         one = self._channel.next()
@@ -375,9 +392,10 @@ class Threads:
         self._channel, self._handler = channel, handler
         self._given: queue.SimpleQueue[tuple[bytes, int, int, bytes]] = queue.SimpleQueue()
         self._running: dict[bytes, int] = {}
-        self._credits: dict[bytes, int] = {}
+        self._credits: dict[bytes, queue.SimpleQueue[None]] = {}
         self._cancelled: set[bytes] = set()
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()  # not a Condition: an exception that comes from outside leaves one of those locked
+
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(many)]
         signal.signal(signal.SIGTERM, self._leave)
 
@@ -395,61 +413,90 @@ class Threads:
                 raise Leave
             kind, flags, call, many, ms, body = one
             if kind == CALL:
+                self._credits[call] = queue.SimpleQueue()
+                self._credit(call, ITEMS_AHEAD)
                 self._given.put((call, flags, ms, body))
             elif kind == CANCEL:
                 self._cancel(call)
             elif kind == MORE:
-                with self._lock:
-                    if call in self._credits:
-                        self._credits[call] += many
-                    self._lock.notify_all()
+                self._credit(call, many)
             elif json.loads(body)["is"] == "end":
                 return
 
-    def _cancel(self, call: bytes) -> None:
-        import ctypes
+    def _credit(self, call: bytes, many: int) -> None:
+        """So many items more of a call are wanted, if it has not ended."""
+        wanted = self._credits.get(call)
+        if wanted:
+            for _ in range(many):
+                wanted.put(None)
 
+    def _cancel(self, call: bytes) -> None:
+        """Once.  One that is not begun yet is not begun."""
         with self._lock:
-            thread = self._running.get(call)
-            if thread:
-                self._cancelled.add(call)
-                self._lock.notify_all()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Cancelled))
+            if call in self._cancelled or call not in self._credits:
+                return
+            self._cancelled.add(call)
+            self._credit(call, 1)  # who waits for it runs Python then
+            if call in self._running:
+                _throw(self._running[call], Cancelled)
 
     def _work(self) -> None:
         while True:
-            call, flags, ms, body = self._given.get()
-            running.set(call.hex())
-            try:
-                with self._lock:
-                    self._running[call] = threading.get_ident()
-                    self._credits[call] = ITEMS_AHEAD
-                try:
-                    found = self._handler.call(call, flags, ms, body)
-                    if inspect.isgenerator(found):
-                        self._items(call, found)
-                        data = packed(ANSWER, call, None, STREAM)
-                    else:
-                        data = packed(ANSWER, call, found)
-                finally:
-                    with self._lock:
-                        self._running.pop(call, None)
-                        self._credits.pop(call, None)
-                        self._cancelled.discard(call)
-            except BaseException as problem:
-                self._channel.end_child(problem)
-                data = failed(call, problem)
-            end_lines()
-            self._channel.send(data)
+            self._serve(*self._given.get())
+
+    def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
+        """The exception of a cancel comes once, and between any two steps until _close is over: in the handler, or after it."""
+        running.set(call.hex())
+        try:
+            data = self._answer(call, flags, ms, body)
+            self._close(call)
+        except Cancelled as problem:
+            self._close(call)
+            data = failed(call, problem)
+        end_lines()
+        self._channel.send(data)
+
+    def _answer(self, call: bytes, flags: int, ms: int, body: bytes) -> bytes:
+        try:
+            self._open(call)
+            found = self._handler.call(call, flags, ms, body)
+            if inspect.isgenerator(found):
+                self._items(call, found)
+                return packed(ANSWER, call, None, STREAM)
+            self._channel.end_child()
+            return packed(ANSWER, call, found)
+        except BaseException as problem:
+            self._channel.end_child(problem)
+            return failed(call, problem)
+
+    def _open(self, call: bytes) -> None:
+        with self._lock:
+            if call in self._cancelled:
+                raise Cancelled
+            self._running[call] = threading.get_ident()
+
+    def _close(self, call: bytes) -> None:
+        """It has ended: from here on no exception comes for it.  It may be done again."""
+        with self._lock:
+            self._running.pop(call, None)
+            self._credits.pop(call, None)
+            if call in self._cancelled:
+                _throw(threading.get_ident(), None)  # one that was on its way
+                self._cancelled.discard(call)
 
     def _items(self, call: bytes, found: Iterable[object]) -> None:
+        wanted = self._credits[call]
         for item in found:
-            with self._lock:
-                self._lock.wait_for(lambda: self._credits[call] > 0 or call in self._cancelled)
-                if call in self._cancelled:
-                    raise Cancelled
-                self._credits[call] -= 1
+            wanted.get()
             self._channel.send(packed(ITEM, call, item))
+
+
+def _throw(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise an exception in a thread as soon as it runs Python; None: one that has not been raised yet is none any more."""
+    import ctypes
+
+    what = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
 
 
 class Tasks:
@@ -482,6 +529,7 @@ class Tasks:
                 if kind == CALL:
                     self._credits[call] = asyncio.Semaphore(ITEMS_AHEAD)
                     self._tasks[call] = loop.create_task(self._serve(call, flags, ms, body))
+                    self._tasks[call].add_done_callback(functools.partial(self._over, call))
                 elif kind == CANCEL and call in self._tasks:
                     self._tasks[call].cancel()
                 elif kind == MORE and call in self._credits:
@@ -514,7 +562,12 @@ class Tasks:
         end_lines()
         self._writer.write(data)
         self._tasks.pop(call, None)
+
+    def _over(self, call: bytes, _: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step takes none."""
         self._credits.pop(call, None)
+        if self._tasks.pop(call, None):
+            self._writer.write(failed(call, Cancelled()))
 
 
 def server_of(channel: Channel, handler: Handler, many: int) -> Serial | Threads | Tasks:

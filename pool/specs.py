@@ -27,8 +27,8 @@ LENT = "lent"
 """For the address of a store: that which the controller lends."""
 
 
-def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
-    """What an agent is told of a job.  store: address, '' for its own."""
+def asked(job: Job, pool: str, worker: str, store: str, output_max: int = 0) -> dict[str, Any]:
+    """What an agent is told of a job.  store: address, '' for its own.  output_max: bytes of a stream that are kept, 0: all."""
     spec = job.spec
     own = {
         "CPOOL_POOL": pool,
@@ -50,6 +50,7 @@ def asked(job: Job, pool: str, worker: str, store: str) -> dict[str, Any]:
         "timeout_s": spec["timeout_s"],
         "alone_s": STRICT_S if spec.get("strict") else 0,
         "keep": _KEEP,
+        "output_max": output_max,
         **({"fn": spec["fn"]} if "fn" in spec else {}),
     }
 

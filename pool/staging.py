@@ -61,16 +61,17 @@ def open_output(place: str, name: str) -> int:
     return found
 
 
-def sizes(place: str, names: Sequence[str]) -> list[int]:
-    """Of what the job has left, -1 where there is no such file."""
+def look(place: str, names: Sequence[str]) -> list[tuple[int, int]]:
+    """(size, permissions) of what the job has left; a size of -1 where there is no such file."""
     found = []
     for name in names:
         try:
             fd = open_output(place, name)
         except OSError:
-            found.append(-1)
+            found.append((-1, 0))
             continue
-        found.append(os.fstat(fd).st_size)
+        status = os.fstat(fd)
+        found.append((status.st_size, status.st_mode & 0o777))
         os.close(fd)
     return found
 

@@ -178,15 +178,18 @@ def freeze(container: Container, *, is_on: bool) -> None:
     raise UnsupportedError("this host has no freezer of cgroups")
 
 
-def was_oom_killed(cgroup: str) -> bool:
-    """Whether the kernel has killed a process of it for want of memory."""
+def oom_kills(cgroup: str) -> int | None:
+    """How many of its processes the kernel has killed for want of memory; None if nobody counts, or it has gone.
+
+    The kernel counts before it kills: once a process was reaped, the count has it.
+    """
     for path in directories(cgroup):
         for name in ("memory.oom_control", "memory.events"):
             for line in _read(path, name).splitlines():
                 word, _, count = line.partition(" ")
-                if word == "oom_kill" and count != "0":
-                    return True
-    return False
+                if word == "oom_kill":
+                    return int(count)
+    return None
 
 
 def usage(cgroup: str) -> dict[str, int]:

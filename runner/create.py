@@ -78,6 +78,7 @@ def _write(container: Container, options: Options) -> None:
     for name, mode in (("rootfs", 0o700), ("upper", 0o755), ("work", 0o700)):
         os.mkdir(container.path(name), mode)
     _write_cidfile(options.value("cidfile"), container.id)
+    _make_outcome(container.asked["outcome"])
     container.asked["name"] = containers.take_name(options.value("name"), container.id)
     for one in container.asked["mounts"]:
         if one["type"] == "volume":
@@ -104,6 +105,14 @@ def _write_cidfile(path: str | None, identity: str) -> None:
         atomic.write_all(fd, identity.encode())
     finally:
         os.close(fd)
+
+
+def _make_outcome(path: str) -> None:
+    """Empty, until it has ended."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)) if path else None
+    except OSError as error:
+        raise os_error(f"cannot write {quote(path)}", error) from error
 
 
 def discard(container: Container) -> None:
@@ -194,6 +203,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "labels": spec.labels(options, config),
         "mounts": mounts.asked(options, config),
         "foreground": is_foreground,
+        "outcome": os.path.abspath(options.value("outcome") or "") if options.value("outcome") else "",
         "ports": _ports(options, config),
         "restart": _restart(options, is_foreground=is_foreground),
         "stop_signal": containers.signal_number(options.value("stop-signal") or spec.text(config, "StopSignal") or "TERM"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -24,7 +25,11 @@ KILLED = 137
 def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
     """Kill what is left of it, and remove its cgroups, runtime state and mount; returns what state.json is to say of it."""
     cgroup = cgroups.path_for(container, container.id)
-    found = {} if container.has("rm") else {"oom_killed": cgroups.was_oom_killed(cgroup), "usage": cgroups.usage(cgroup)}
+    found: dict[str, Any] = {}
+    kills = cgroups.oom_kills(cgroup)
+    if kills is not None:  # else this was done before, and noted
+        found = {"oom_killed": kills > 0, "usage": cgroups.usage(cgroup)}
+        _note_outcome(container, {"oom_kills": kills, **found["usage"]})
     state = os.path.join(starting.runtime_root(), container.id)
     for _ in range(_DELETE_TRIES):
         if not os.path.exists(state):
@@ -47,6 +52,15 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         except OSError:
             continue  # never mounted, or in another namespace that is gone
     return found
+
+
+def _note_outcome(container: Container, found: dict[str, int]) -> None:
+    """--outcome; before the cgroups go: whoever finds them gone finds it.  In its place: some have it open."""
+    if container.asked.get("outcome"):
+        try:
+            atomic.overwrite(container.asked["outcome"], json.dumps(found).encode() + b"\n")
+        except OSError:
+            pass  # whoever wanted it has removed it
 
 
 def settle(container: Container, code: int | None, *, error: str = "", **more: Any) -> None:

@@ -77,6 +77,7 @@ RUN: Flags = {
     "stop-timeout": (VALUE, "", "S", _LIFE, "How long `stop` waits before KILL (default: 10)."),
     "timeout": (VALUE, "", "S", _LIFE, "Kill it after so many seconds."),
     "cidfile": (VALUE, "", "FILE", _LIFE, "Write the id to FILE, which must not be there."),
+    "outcome": (VALUE, "", "FILE", _LIFE, "Write what it used, and oom_kills, to FILE when it ends (JSON)."),
     "label": (LIST, "l", "K[=V]", _LIFE, "A label."),
     "label-file": (LIST, "", "FILE", _LIFE, "Labels, one a line."),
     "annotation": (LIST, "", "K=V", _LIFE, "An annotation of the runtime's configuration."),

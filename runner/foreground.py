@@ -56,6 +56,15 @@ class Foreground:
         self._guard = guard
         self._host = -1
         self._is_left = False
+        asked = container.asked["log"]
+        keeps = not container.has("rm") and asked["driver"] != "none"
+        self._log = logs.Log(container.path("log"), asked["max_size"], asked["max_files"]) if keeps else None
+
+    def _note_loss(self) -> None:
+        """What its log lacks: it has been printed, but a full disk has not kept it."""
+        if self._log and self._log.lost:
+            self.container.note(log_lost=self._log.lost)
+            logs.say_lost(self.container, self._log.lost, self._log.why)
 
     def run(self) -> int:
         """Start it, wait, give everything back."""
@@ -68,6 +77,7 @@ class Foreground:
             code = self._run(uid)
             has_ended = True
         except _Left as left:
+            self._note_loss()
             self._hand_over(left.master, low.lock if low else -1)
             return 0
         except CafsError as failure:
@@ -75,6 +85,7 @@ class Foreground:
             raise
         finally:
             if not self._is_left:
+                self._note_loss()
                 more = ending.take_down(container, has_ended=has_ended)
                 ending.settle(container, code, error=error, **more)
                 if low:
@@ -107,9 +118,7 @@ class Foreground:
         container = self.container
         forward = Forwarder()
         has_terminal, interactive = container.has("tty"), container.has("interactive")
-        log = None
-        if not container.has("rm") and container.asked["log"]["driver"] != "none":
-            log = logs.Log(container.path("log"), container.asked["log"]["max_size"], container.asked["log"]["max_files"])
+        log = self._log
         console = stdio.Console(container.directory) if has_terminal else None
         streams = None if console else stdio.Streams(interactive, log, uid)
         pid = starting.start(container, streams, console.directory if console else -1)
@@ -187,6 +196,7 @@ class Forwarder:
     def _on_signal(self, number: int, _frame: object) -> None:
         if not self._pid:
             self._waiting.append(number)
+            signal.signal(number, signal.SIG_DFL)  # the second ends us, and the guard tidies up: the start itself may hang
             return
         try:
             os.kill(self._pid, number)
@@ -197,6 +207,7 @@ class Forwarder:
         """From now on to this process."""
         self._pid = pid
         for number in self._waiting:
+            signal.signal(number, self._on_signal)
             self._on_signal(number, None)
 
     def stop(self) -> None:

@@ -153,6 +153,8 @@ def follow(container: Container, since_ns: int) -> int:
     for when, stream, data in logs.follow(container.path("log"), lambda: not alive.is_watched(container.id)):
         if when >= since_ns:
             atomic.write_all(2 if stream == "stderr" else 1, data)
+    if lost := int(container.state().get("log_lost", 0)):
+        logs.say_lost(container, lost)
     return _code(container) or 0
 
 

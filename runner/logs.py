@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 import time
 
 from cafs import atomic
+from cafs.errors import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import IO
+
+    from runner.containers import Container
 
     Record = tuple[int, str, bytes]  # nanoseconds since 1970, stream, bytes
 
@@ -24,20 +28,37 @@ _FILES_MAX = 100
 
 
 class Log:
-    """What is written.  max_size: bytes of a file; max_files: how many are kept, the one that grows among them."""
+    """What is written.  max_size: bytes of a file; max_files: how many are kept, the one that grows among them.
+
+    A full disk stops nobody: lost is how many bytes could not be written, why the last reason.
+    """
 
     def __init__(self, path: str, max_size: int, max_files: int) -> None:
         self.path = path
+        self.lost, self.why = 0, ""
         self._max_size = max_size
         self._max_files = max_files
-        self._fd = self._open()
+        self._fd = -1
+        self._try(self._begin)
 
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
+    def _begin(self) -> None:
+        if self._fd < 0:
+            self._fd = self._open()
+
+    def _try(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+            return True
+        except OSError as error:
+            self.why = error.strerror or str(error)
+            return False
+
     def size(self) -> int:
         """Bytes of the file that grows."""
-        return os.fstat(self._fd).st_size
+        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
 
     def last(self, stream: str) -> bytes | None:
         """What the last record of a stream holds, None if there is none in the file that grows."""
@@ -46,15 +67,26 @@ class Log:
         return records[-1][2] if records else None
 
     def write(self, stream: str, data: bytes) -> None:
-        """One record, by one write(2).  Raises OSError."""
+        """One record, by one write(2)."""
         row: dict[str, object] = {"time": stamp(time.time_ns()), "stream": stream}
         try:
             row["log"] = data.decode()
         except UnicodeDecodeError:
             row["log_b64"] = base64.b64encode(data).decode()
-        atomic.write_all(self._fd, json.dumps(row, separators=(",", ":")).encode() + b"\n")
-        if os.fstat(self._fd).st_size > self._max_size:
+        line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        if not self._try(lambda: self._add(line)):
+            self.lost += len(data)
+        elif self.size() > self._max_size:
             self._rotate()
+
+    def _add(self, line: bytes) -> None:
+        self._begin()
+        before = self.size()
+        try:
+            atomic.write_all(self._fd, line)
+        except OSError:
+            os.ftruncate(self._fd, before)  # half a line would spoil the next, too
+            raise
 
     def _rotate(self) -> None:
         """Where that cannot be done it goes on in the same file."""
@@ -72,6 +104,11 @@ class Log:
             return
         os.close(self._fd)
         self._fd = new
+
+
+def say_lost(container: Container, lost: int, why: str = "no room on the disk") -> None:
+    """A log is not whole."""
+    sys.stderr.write(f"crun: warning: the log of container {quote(container.name)} lacks {lost} bytes: {why}\n")
 
 
 def stamp(ns: int) -> str:

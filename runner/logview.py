@@ -8,7 +8,7 @@ import sys
 import time
 
 from cafs import atomic
-from cafs.errors import UsageError, quote
+from cafs.errors import DIFFERS, UsageError, quote
 from runner import alive, containers, filters, logs
 from runner.create import duration
 
@@ -36,8 +36,8 @@ def moment(text: str) -> int:
         raise UsageError(f"{quote(text)} is not a time", hint="10m, 2026-01-31T12:00:00Z, or seconds since 1970") from None
 
 
-def show_logs(container: Container, options: Options) -> None:
-    """Its output and errors, to ours."""
+def show_logs(container: Container, options: Options) -> int:
+    """Its output and errors, to ours; the exit code, 3 if some of it was never kept."""
     if container.asked["log"]["driver"] == "none":
         raise UsageError(f"container {quote(container.name)} keeps no log", hint="it was made with --log-driver none")
     tail = options.value("tail")
@@ -51,6 +51,10 @@ def show_logs(container: Container, options: Options) -> None:
         kept = skip.cut(data)
         if kept and since <= when <= until:
             printer.write(when, stream, kept)
+    lost = int(container.state().get("log_lost", 0))
+    if lost:
+        logs.say_lost(container, lost)
+    return DIFFERS if lost else 0
 
 
 def _span(options: Options) -> tuple[int, int]:

@@ -179,7 +179,7 @@ def _mount_child(name: str, point: str, store_root: str, record: str | None, tru
         from cafs.request import Request
 
         engine = "fuse" if linux.in_user_namespace() else "auto"
-        extra = {"suid", "nodev"}
+        extra = {"suid"}
         request = Request(name, point, store=store_root, extra=extra, engine=engine, record=record, trusts_cache=trusts_cache)
         mount(request)
         for warning in request.warnings:

@@ -40,6 +40,7 @@ class Monitor:
         self.fds = fds
         state = container.state()
         self.pid = int(state.get("pid", 0))
+        self._has_lost, self._lost_before = False, int(state.get("log_lost", 0))
         self.status: int | None = None
         self.health: Health | None = None
         log = container.asked["log"]
@@ -85,6 +86,7 @@ class Monitor:
             if self.health:
                 self.health.serve(ready)
             self._check_time()
+            self._note_loss(is_over=False)
             self._reap()
             if process in ready:
                 break
@@ -95,6 +97,7 @@ class Monitor:
         for fd in list(self.sources):
             while fd in self.sources and self._pass_on(fd):
                 pass
+        self._note_loss(is_over=True)
         self._reap()
 
     def _wait_ms(self) -> int:
@@ -127,11 +130,14 @@ class Monitor:
         if not data:
             del self.sources[fd]  # nobody has it open any more
         elif self.log:
-            try:
-                self.log.write("stdout", data)
-            except OSError:
-                pass  # a full disk must not stop it
+            self.log.write("stdout", data)
         return data
+
+    def _note_loss(self, *, is_over: bool) -> None:
+        """What its log lacks: at first, so that a kill does not hide it, and in the end."""
+        if self.log and self.log.lost and (is_over or not self._has_lost):
+            self._has_lost = True
+            self.container.note(log_lost=self._lost_before + self.log.lost)
 
     def _reap(self) -> None:
         try:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from runner.idmapping import Ids
     from runner.stdio import Given
 
+_KNOWN = ("PATH", "HOME", "XDG_RUNTIME_DIR")
+"""What runc may know of our caller.  With NOTIFY_SOCKET it would wait for a command that never says that it is ready."""
+
 _INIT = "/dev/.init"
 _INITS = ("tini-static", "catatonit", "docker-init", "tini")  # the last may need a C library that the image lacks
 
@@ -253,7 +256,7 @@ def spawn(arguments: list[str], streams: list[int], inherit: list[int]) -> int:
                 os.dup2(null, to, inheritable=True)
         for fd in inherit:
             os.set_inheritable(fd, True)
-        os.execv(arguments[0], arguments)
+        os.execve(arguments[0], arguments, {name: os.environ[name] for name in _KNOWN if name in os.environ})
     finally:
         os._exit(125)
 

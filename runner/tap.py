@@ -62,10 +62,7 @@ class Taps:
             return None
         at = _NAMES.index(name) * _SLOT.size
         self._slots[at : at + _SLOT.size] = _SLOT.pack(len(data), self._log.size())
-        try:
-            self._log.write(name, data)
-        except OSError:
-            pass  # a full disk must not stop it
+        self._log.write(name, data)
         _read(fd, len(data))
         self._slots[at : at + _SLOT.size] = bytes(_SLOT.size)
         return data

@@ -6,7 +6,7 @@ import os
 import stat
 import tarfile
 
-from cafs import atomic, linux
+from cafs import acl, atomic, linux
 from cafs.errors import CafsError, FormatError, quote
 from runner.treecopy import FLAGS, PIECE, clear, shifted
 
@@ -20,6 +20,8 @@ def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, fi
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     member = tarfile.TarInfo(arcname)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
+    if not stat.S_ISLNK(status.st_mode):
+        member.mode = acl.mode_without(member.mode, _access_list(f"/proc/self/fd/{directory}/{name}"))
     member.uid, member.gid = shifted(status.st_uid, -first), shifted(status.st_gid, -first)
     if stat.S_ISDIR(status.st_mode):
         member.type = tarfile.DIRTYPE
@@ -37,6 +39,14 @@ def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, fi
     elif stat.S_ISLNK(status.st_mode):
         member.type, member.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=directory)
         tar.addfile(member)
+
+
+def _access_list(path: str) -> list[tuple[bytes, bytes]]:
+    """The access control list of a file, which the archive does not keep."""
+    try:
+        return [(acl.ACCESS, os.getxattr(path, acl.ACCESS, follow_symlinks=False))]
+    except OSError:
+        return []
 
 
 def extract_tar(stream: IO[bytes], top: int, first: int = 0) -> None:

@@ -153,8 +153,7 @@ def _diff(options: Options) -> int:
 def _logs(options: Options) -> int:
     from runner import logview
 
-    logview.show_logs(containers.find(options.words[0]), options)
-    return 0
+    return logview.show_logs(containers.find(options.words[0]), options)
 
 
 def _stats(options: Options) -> int:

@@ -65,6 +65,12 @@ def times(function: str, word: str) -> int:
     return ok("fn", "logs", function).splitlines().count(word)
 
 
+def pool_id() -> str:
+    """Of processes of ours: others of this machine may be of another pool's job of that number."""
+    (agent,) = Path(os.environ["CAFS_POOL"], "agents").glob("*.local")
+    return agent.name.partition(".")[0]
+
+
 def handlers_of(function: str) -> list[int]:
     """Processes in the containers of its instances."""
     (one,) = instances(function)
@@ -73,7 +79,8 @@ def handlers_of(function: str) -> list[int]:
         try:
             if Path(f"/proc/{name}/cmdline").read_bytes().startswith(b"python3\0/run/cpool/shim.py"):
                 environ = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
-                found += [int(name)] if b"CPOOL_JOB=%d" % one["id"] in environ else []
+                mine = {b"CPOOL_JOB=%d" % one["id"], b"CPOOL_POOL=" + pool_id().encode()}
+                found += [int(name)] if mine <= set(environ) else []
         except OSError:
             continue
     return found
@@ -93,6 +100,34 @@ def test_a_handler_or_a_container_that_is_killed_fails_its_call(base: Path) -> N
     assert (code, out) == (1, "") and "process has ended in the call" in err
     assert answer("mark", {"name": "c", "s": 0}) == "c"
     assert [times("mark", f"begun {name}") for name in "abc"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_that_memory_was_missing_is_known_however_late_the_end_is_seen(base: Path, many: int) -> None:
+    """The host stands still from before the end until the container, and the cgroup that counted, have gone."""
+    deploy("leak", "python:h:leak_when_told", "--memory", "64M", "--max", 1, "--concurrency", many)
+    running = Running("leak", "a", 0)
+    (pid,), (host,) = handlers_of("leak"), hosts(base)
+    counted = next(line.split(":")[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if "/cafs/" in line)
+    (one,) = instances("leak")
+    os.kill(host, signal.SIGSTOP)
+    try:
+        (place,) = base.glob(f"pool/agents/*/jobs/{one['id']}.1/calls/out")
+        (place / "go").touch()
+        wait(lambda: not list(Path("/sys/fs/cgroup").glob(f"*{counted}")) and not instances("leak"))
+    finally:
+        os.kill(host, signal.SIGCONT)
+    code, out, err = running.end()
+    assert (code, out) == (1, "") and "has ended in the call: it had no memory left" in err, err
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_that_a_program_had_no_memory_left_is_said(many: int) -> None:
+    deploy("fat", "jsonl:/bin/fat", "--memory", "32M", "--max", 1, "--concurrency", many)
+    done = cp("fn", "call", "fat", input="1")
+    assert done.returncode == 1 and "the program has ended in the call, exit code 137: it had no memory left" in done.stderr
+    done = cp("fn", "call", "fat", input="2")
+    assert done.returncode == 1 and done.stderr.strip().endswith("exit code 4"), "which is no end for want of memory"
 
 
 def test_a_function_host_that_is_killed_leaves_calls_of_which_the_outcome_is_unknown(base: Path) -> None:

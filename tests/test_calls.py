@@ -214,7 +214,8 @@ def test_what_was_sent_ahead_takes_no_time_before_it_is_begun(tmp_path: Path) ->
     at, said = loop.Loop(), []
     doing = Execution(str(tmp_path), at, said.append)
     about = {"concurrency": 1, "timeout_s": 3, "idle_s": 1, "id": "x"}
-    one = Instance(1, Unheard(), "1.1", about, str(tmp_path), os.getpid())  # type: ignore[arg-type]
+    outcome = str(tmp_path / "outcome")
+    one = Instance(1, Unheard(), "1.1", about, str(tmp_path), os.getpid(), "", outcome)  # type: ignore[arg-type]
     one.may_be_ahead = True
     ids = [os.urandom(16) for _ in range(3)]
     for call, ms in zip(ids, (0, 0, 2000), strict=True):
@@ -225,7 +226,7 @@ def test_what_was_sent_ahead_takes_no_time_before_it_is_begun(tmp_path: Path) ->
     )
     doing.give_up_late(one, at.now + 3.5)
     assert [call.id for call in one.calls.values() if not call.done] == [ids[1]]
-    os.close(one.process)
+    one.close()
 
 
 def test_a_call_that_fails_in_several_pieces_has_ended_once() -> None:

@@ -436,6 +436,20 @@ def test_memory_that_runs_out_is_told(image: Path) -> None:
     ok("rm", "oom")
 
 
+def test_an_outcome_is_there_when_the_cgroups_have_gone(image: Path, tmp_path: Path) -> None:
+    """Also of a container that is removed at its end, and of one whose crun is killed."""
+    words = ("--rm", "--network", "none", "--outcome", tmp_path / "o", "--memory", "16m", "b:1", "sh", "-c")
+    assert cr("run", *words, "x=$(cat /dev/zero | tr '\\0' a)").returncode == 137
+    assert json.loads((tmp_path / "o").read_text())["oom_kills"] == 1
+    assert cr("run", *words, "exit 3").returncode == 3
+    assert json.loads((tmp_path / "o").read_text())["oom_kills"] == 0
+    with subprocess.Popen([BIN / "crun", "run", *map(str, words), "sleep 60"]) as child:
+        assert until(lambda: ok("ps", "-q")) and (tmp_path / "o").read_text() == "", "nothing yet"
+        child.kill()
+    assert until(lambda: (tmp_path / "o").read_text()) and json.loads((tmp_path / "o").read_text())["memory_limit"] == 16 << 20
+    assert until(lambda: not leftovers(image))
+
+
 def test_cp_goes_both_ways_as_files_and_as_tar(image: Path, tmp_path: Path) -> None:
     for name, words in (("up", ("run", "-d")), ("down", ("create",))):
         ok(*words, "--name", name, "--network", "none", "b:1", "sleep", "60")

@@ -7,6 +7,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -472,3 +473,15 @@ def test_a_shell_completes_commands_flags_containers_and_images(image: Path, tmp
         assert "memory-swap" in said and "commit" in said
     assert subprocess.run([BIN / "crun", "completion", "tcsh"], capture_output=True, check=False).returncode == 2
     assert subprocess.run([BIN / "crun", "rm", "completed"], capture_output=True, check=False).returncode == 0
+
+
+def test_the_runtime_knows_nothing_of_the_callers_environment(image: Path, tmp_path: Path) -> None:
+    """runc would wait for a command to tell systemd that it is ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "n"))
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "n"), "LISTEN_FDS": "3"}
+        for words in ([], ["-d"]):
+            command = [BIN / "crun", "run", *words, "--name", "told", "--network", "none", "b:1", "echo", "x"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+            assert done.returncode == 0, done.stderr
+            assert subprocess.run([BIN / "crun", "rm", "-f", "told"], capture_output=True, check=False).returncode == 0

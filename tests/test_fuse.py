@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cafs import mountinfo
 from tests.conftest import BIN, Run, make_files, pid_of, wait_until
 from tests.test_lazy import READER, digests
 from tests.test_mount import server_pid
@@ -134,10 +135,54 @@ def test_fstab_can_name_an_image(home: Path, tree: Path, point: Path, cmd: Run) 
     assert done.returncode == 1 and b"unknown option 'engin'" in done.stderr
 
 
+def test_fstab_can_restrict_what_a_mount_is_used_for(home: Path, tree: Path, point: Path, cmd: Run) -> None:
+    shutil.copy("/bin/true", tree / "true")
+    cmd("cafs-index", "create", tree, "-t", "p:1")
+    assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    for engine, options, words, runs in (
+        ("kernel", "ro,noexec,noatime", {"ro", "noexec", "nosuid", "nodev", "noatime"}, False),
+        ("fuse", "noexec,nosymfollow", {"ro", "noexec", "nosuid", "nodev", "nosymfollow"}, False),
+        ("kernel", "users,exec,suid,rw,ro", {"ro", "nodev"}, True),
+        ("kernel", f"ro,upper={home}/up", {"ro", "nosuid", "nodev"}, True),
+        ("kernel", f"defaults,upper={home}/up", {"rw", "nosuid", "nodev"}, True),
+    ):
+        done = subprocess.run([BIN / "mount.cafs", "p:1", point, "-o", f"{options},engine={engine}"], capture_output=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        here = mountinfo.at(str(point))
+        assert here and here.words - {"relatime"} == words, options
+        try:
+            subprocess.run([point / "true"], check=True)
+            assert runs, options
+        except PermissionError:
+            assert not runs, options
+        assert cmd("cafs-mount", "p:1", point).returncode == 6, "it is mounted with other options"
+        assert cmd("cafs-mount", "--unmount", point).returncode == 0
+    for option in ("sync,upper=/nowhere", "upper=", "store=", "remount"):
+        done = subprocess.run([BIN / "mount.cafs", "p:1", point, "-o", option], capture_output=True, check=False)
+        assert done.returncode == 1, option
+    assert subprocess.run([BIN / "mount.cafs", "p:1", point, "-N", "1"], capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--list", "--rw", "x"],
+        ["--unmount", "DIR", "--foreground"],
+        ["--json", "x:1", "DIR"],
+        ["--rw", "", "x:1", "DIR"],
+        ["--bwlimit", "1M", "x:1", "DIR"],
+        ["--record", "r", "--prefetch", "all", "x:1", "DIR"],
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(home: Path, tmp_path: Path, cmd: Run, words: list[str]) -> None:
+    done = cmd("cafs-mount", *[str(tmp_path) if word == "DIR" else word for word in words])
+    assert done.returncode == 2, done.stderr
+
+
 def test_what_an_engine_cannot_do_is_said(home: Path, tmp_path: Path, tree: Path, point: Path, cmd: Run) -> None:
     assert cmd("cafs-mount", "--unmount", point).returncode == 0
     done = cmd("cafs-mount", "--engine", "pyfuse3", "x:1", point, "--record", tmp_path / "record")
-    assert done.returncode == 8 and b"the pyfuse3 engine cannot record" in done.stderr
+    assert done.returncode == 8 and b"pyfuse3 engine can neither record nor prefetch" in done.stderr
     done = cmd("cafs-mount", "--engine", "fuse", "x:1", point, "--rw", tmp_path / "upper")
     assert done.returncode == 8 and b"only the kernel engine can be written to" in done.stderr
     assert not (tmp_path / "record").exists() and not os.path.ismount(point)

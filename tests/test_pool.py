@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, processes, scaling, simulation, specs, state
+from pool import frames, links, mapping, scaling, simulation, specs, state
 from pool.placement import Need, Placement, Worker, why_not
 from pool.settings import Settings
 from tests.conftest import BIN, wait_until
@@ -66,20 +66,52 @@ def test_much_output_comes_whole(controller: object, tmp_path: Path) -> None:
     assert cp("logs", number).stdout == text, "also when the agent has forgotten it"
 
 
-def test_of_too_much_output_the_first_and_the_last_is_kept(controller: object, tmp_path: Path) -> None:
-    half = processes.KEPT_HALF
+def test_of_too_much_output_the_first_and_the_last_is_kept_and_that_is_said(pool: Path, tmp_path: Path) -> None:
+    half = 1 << 20
+    (pool / "pool.toml").write_text(f"[pool]\noutput_max = {2 * half}\n")
     script = f"yes begin | head -c {3 * half}; until test -f {tmp_path}/go; do sleep 0.05; done; echo the end"
-    number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
-    wait_until(lambda: job(number)["state"] == "running")
-    path = next((tmp_path / "pool" / "agents").glob("*/jobs")) / f"{number}.1" / "out"
-    wait_until(lambda: path.stat().st_size == 3 * half and path.stat().st_blocks * 512 <= 2 * half + (1 << 20))
-    (tmp_path / "go").touch()
-    assert cp("wait", number).returncode == 0
-    for _ in range(2):
-        text = cp("logs", "-f", number).stdout
-        head, _, tail = text.partition("[cpool: ")
-        assert len(head) == half + 1 and tail.endswith("begin\nthe end\n") and half <= len(tail) < half + 8192
-        wait_until(lambda: not path.exists())
+    with serving():
+        number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
+        wait_until(lambda: job(number)["state"] == "running")
+        path = next((tmp_path / "pool" / "agents").glob("*/jobs")) / f"{number}.1" / "out"
+        wait_until(lambda: path.stat().st_size == 3 * half and path.stat().st_blocks * 512 <= 2 * half + (1 << 20))
+        for pid in agents(tmp_path):  # what another agent knows of it is the file
+            os.kill(pid, signal.SIGKILL)
+        (tmp_path / "go").touch()
+        assert cp("wait", number).returncode == 0
+        for _ in range(2):
+            done = cp("logs", number)
+            assert done.returncode == 3 and done.stdout == "begin\n" * (half // 6) + done.stdout[half // 6 * 6 :]
+            assert done.stdout.endswith("begin\nthe end\n") and 2 * half <= len(done.stdout) < 2 * half + 8192
+            left = 3 * half + len("the end\n") - len(done.stdout)
+            assert f"job {number}: {left} bytes of its standard output were left out: output_max" in done.stderr
+            wait_until(lambda: not path.exists())
+        fast = cp("map", *PLAIN, "--", "sh", "-c", f"yes x | head -c {8 * half}; echo {{}}", input="the end\n")
+        assert fast.returncode == 3 and fast.stdout.endswith("x\nthe end\n") and "were left out" in fast.stderr
+        ok("down")
+
+
+def test_what_map_prints_and_what_a_job_leaves_is_every_byte_of_it(controller: object, tmp_path: Path) -> None:
+    """Also more than was ever kept: 80 MiB of a file, 64 of a stream."""
+    script = "head -c 90000000 /dev/urandom >{0}; sha256sum <{0}; chmod 750 {0}"
+    number = ok("submit", *PLAIN, "--out", "b", "--", "sh", "-c", script.format("b")).strip()
+    ok("fetch", number, "got")
+    assert hashlib.sha256((tmp_path / "got" / "b").read_bytes()).hexdigest() == ok("logs", number).split()[0]
+    assert (tmp_path / "got" / "b").stat().st_mode & 0o777 == 0o750
+    done = subprocess.run([BIN / "cpool", "map", *PLAIN, "cat", ":::", tmp_path / "got" / "b"], capture_output=True, check=True)
+    assert done.stdout == (tmp_path / "got" / "b").read_bytes()
+
+
+def test_what_cannot_be_had_any_more_is_said_and_nothing_is_called_whole(controller: object, tmp_path: Path) -> None:
+    shell = ok("submit", *PLAIN, "--no-requeue", "--", "sh", "-c", "echo begun; exec sleep 60").strip()
+    wait_until(lambda: cp("logs", shell).stdout == "begun\n")
+    place = next((tmp_path / "pool" / "agents").glob("*/jobs"))
+    for pid in agents(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    os.rename(place / f"{shell}.1", tmp_path / "gone")
+    assert cp("wait", shell).returncode == 1
+    done = cp("logs", shell)
+    assert done.returncode == 3 and f"job {shell}: what it wrote was lost with worker local" in done.stderr
 
 
 def test_a_job_that_is_cancelled_or_late_ends_with_all_its_processes(controller: object, tmp_path: Path) -> None:

@@ -459,3 +459,29 @@ def test_an_archive_that_nobody_reads_to_its_end_ends_as_a_pipe_does(image: Path
     done = subprocess.run(["bash", "-c", line], capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (141, b"")
     ok("rm", "cc")
+
+
+def test_a_full_disk_takes_the_log_and_says_so_but_not_the_output(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=True)
+    try:
+        monkeypatch.setenv("CAFS_STATE", str(place / "state"))
+        script = "seq 1000000"
+        done = cr("run", "--name", "fore", "--network", "none", "b:1", "sh", "-c", script + "; exit 5")
+        assert done.returncode == 5 and len(done.stdout) == 6888896 and "lacks" in done.stderr
+        done = cr("logs", "fore")
+        assert done.returncode == 3 and "lacks" in done.stderr and done.stdout.startswith("1\n2\n")
+        ok("rm", "fore")
+        background("back", "b:1", "sh", "-c", f"trap 'echo healed; exit 0' USR1; {script}; while :; do sleep 0.05; done")
+        assert until(lambda: cr("logs", "back").returncode == 3)
+        subprocess.run(["mount", "-o", "remount,size=8m", place], check=True)
+        ok("kill", "-s", "USR1", "back")
+        assert ok("wait", "back") == "0\n"
+        done = cr("logs", "back")
+        assert done.returncode == 3 and done.stdout.endswith("healed\n") and "lacks" in done.stderr
+        ok("rm", "back")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)

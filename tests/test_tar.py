@@ -18,6 +18,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cafs import acl
 from cafs.errors import CorruptError, FormatError
 from cafs.format import FILE, Header
 from cafs.index import Index, load
@@ -134,6 +135,45 @@ def test_a_tar_of_a_tree_has_the_index_of_the_tree(home: Path, tmp_path: Path, c
     want, have = expected.stdout.splitlines(), piped.stdout.splitlines()
     assert [line for line in want if line not in set(have)] == []
     assert want == have
+
+
+@pytest.mark.needs("root", "setfacl", "bsdtar")
+@pytest.mark.parametrize(
+    "tar", [["tar", "--acls", "--format=pax"], ["bsdtar", "--acls", "--format=pax"]], ids=lambda tar: tar[0]
+)
+def test_access_control_lists_go_through_archives_both_ways(home: Path, tmp_path: Path, cmd: Run, tar: list[str]) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    for name in ("s", "masked", "named", "base"):
+        (tree / name).touch()
+        (tree / name).chmod(0o600)
+    for words in (["u:1234:rw", "s"], ["u:5:rwx,g::r,m::r", "masked"], ["u:daemon:r,g:daemon:-", "named"], ["-d", "g:5:rwx", "sub"]):  # fmt: skip
+        subprocess.run(["setfacl", *words[:-2], "-m", words[-2], tree / words[-1]], check=True)
+    for path in (*tree.iterdir(), tree):
+        os.utime(path, (5, 5))
+    subprocess.run([*tar, "-C", tree, "-cf", tmp_path / "a.tar", "."], check=True)
+    made = cmd("cafs-index", "create", tmp_path / "a.tar", "-o", tmp_path / "a.idx")
+    assert made.returncode == 0, made.stderr
+    of_tree = cmd("cafs-index", "create", tree, "-o", "-").stdout
+    assert (tmp_path / "a.idx").read_bytes() == of_tree and of_tree.count(b"posix_acl") == 4
+    cmd("cafs-index", "create", tree, "-t", "a:1")
+    cmd("cafs-index", "export", "a:1", tmp_path / "out.tar")
+    (tmp_path / "out").mkdir()
+    subprocess.run([tar[0], "--acls", "-C", tmp_path / "out", "-xpf", tmp_path / "out.tar"], check=True)
+    os.utime(tmp_path / "out", (5, 5))  # bsdtar leaves the top alone
+    assert cmd("cafs-index", "create", tmp_path / "out", "-o", "-").stdout == of_tree
+
+
+def test_who_cannot_keep_an_access_control_list_does_not_keep_its_mask(tmp_path: Path) -> None:
+    value = acl.from_text(b"user::rw-,user:1234:rw-,group::---,mask::rw-,other::---")
+    assert acl.mode_without(0o660, [(acl.ACCESS, value)]) == 0o600
+    assert acl.from_text(acl.to_text(value)) == value
+    assert acl.settled(0o660, ((acl.ACCESS, acl.from_text(b"u::rwx\ng::r\no:r")),)) == (0o744, ())
+    for text in (b"user::rw-", b"user:1:r,user::r,group::r,other::r", b"user::r,group::r,other::r,user::r", b"who::r", b"u::y"):
+        with pytest.raises(ValueError, match="access control list"):
+            acl.from_text(text)
+    with pytest.raises(ValueError, match="no user 'no-such-user'"):
+        acl.from_text(b"user:no-such-user:r--")
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in OWN.glob("*.tar.gz")))
