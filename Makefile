@@ -1,16 +1,20 @@
 # make demo: install what is missing and show the main job.  make test: everything.  make check: types and style only.
+# make flaky N=5 [BUSY=2] [WORKERS=1]: the tests N times, and what differed.
 # make referee: build the tests' Dockerfiles with docker's classic builder too, where dockerd is installed, and compare.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench referee clean
+.PHONY: demo test check flaky bench referee clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh $(IMAGE)
 
 test: check
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+flaky: $(STAMP)
+	$(VENV)/bin/python -m tests.flaky $(or $(N),3) --workers $(or $(WORKERS),2) --busy $(or $(BUSY),0) $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
