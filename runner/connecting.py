@@ -11,7 +11,7 @@ import socket
 
 from cafs import atomic, linux, paths
 from cafs.errors import BusyError, CafsError, UnsupportedError, UsageError, quote
-from runner import containers, firewall, networks
+from runner import conntrack, containers, firewall, networks
 from runner.netlink import Netlink
 
 TYPE_CHECKING = False
@@ -82,6 +82,7 @@ def connect(container: Container, owner: int = -1) -> str:
                     link.let_return(veth)
                 ports = _take_ports(container, address)
                 firewall.publish(ports)
+                conntrack.forget(address, ports)
             except BaseException:
                 _give_back_ports(container.id)
                 networks.give_back(network, container.id)
@@ -181,16 +182,23 @@ def _take_port(container: str, port: Port) -> bool:
 
 def _give_back_ports(container: str) -> None:
     """Those that are its own, and no others, whatever it had once; under the lock."""
+    for holder, port in published():
+        if holder == container:
+            firewall.unpublish([port])
+            atomic.unlink_quietly(os.path.join(_ports_directory(), f"{port[0]}-{port[2]}-{port[1]}"))
+
+
+def published() -> list[tuple[str, Port]]:
+    """All ports of the host that are given away, and to which container."""
+    found = []
     for name in paths.listed(_ports_directory()):
-        path = os.path.join(_ports_directory(), name)
         try:
-            holder, address, inner = atomic.read_file(path, 256).decode().split()
+            holder, address, inner = atomic.read_file(os.path.join(_ports_directory(), name), 256).decode().split()
             kind, number, at = name.split("-", 2)
-            if holder == container:
-                firewall.unpublish([(kind, at, int(number), address, int(inner))])
-                atomic.unlink_quietly(path)
+            found.append((holder, (kind, at, int(number), address, int(inner))))
         except (OSError, ValueError):
             continue
+    return found
 
 
 def _ports_directory() -> str:
@@ -206,12 +214,14 @@ def disconnect(container: Container) -> None:
     except CafsError:
         return  # it was removed
     with networks.locked():
-        had_address = container.id in networks.leases(network).values()
+        addresses = [address for address, holder in networks.leases(network).items() if holder == container.id]
         _give_back_ports(container.id)
+        for address in addresses:
+            conntrack.forget(address, [])
         networks.give_back(network, container.id)
     if container.state().get("network"):
         container.note(network=None)
-    if had_address:
+    if addresses:
         tell_neighbours(network.name, but=container.id)
 
 

@@ -54,7 +54,7 @@ def create(
     asked |= {"trusts_cache": trusts_cache, "is_volatile": is_volatile}
     if is_volatile:
         asked["builder"] = os.getppid(), containers.start_time(os.getppid())
-    asked |= {"digest": found.digest.hex(), "store": root, "is_386": found.config.get("architecture") == "386"}
+    asked |= {"digest": found.digest.hex(), "store": root}
     identity = os.urandom(32).hex()
     try:
         _check_state()

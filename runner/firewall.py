@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cafs.errors import CafsError, UnsupportedError
 from runner import programs
+from runner.netlink import has_chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     Port = tuple[str, str, int, str, int]  # tcp or udp, address of the host ('' for all), port, container's address, its port
 
 _TABLE = """
+add table ip cafs
+flush table ip cafs
 table ip cafs {
   map ports { type inet_proto . inet_service : ipv4_addr . inet_service; }
   map ports_at { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
@@ -34,20 +37,27 @@ table ip cafs {
     ip saddr @subnets oifname @bridges ct status dnat masquerade
     ip saddr @subnets oifname != @bridges masquerade
   }
-  chain guard {
+  chain closed {
     type filter hook prerouting priority raw;
-    iifname @bridges ip daddr 127.0.0.0/8 drop
+    iifname != "lo" ip daddr 127.0.0.0/8 drop
+    iifname != "lo" ip saddr 127.0.0.0/8 drop
   }
   chain forward {
     type filter hook forward priority filter;
     ct status dnat accept
     ct state established,related accept
     iifname . oifname @same accept
-    iifname @bridges oifname @bridges drop
+    oifname @bridges drop
   }
 }
 """
-_CHAINS = ("CAFS-PORTS", "CAFS-POST")
+"""Closed to the neighbours of the host: what is published on its loopback, which translation would lead past the kernel's own
+check (docker 28 does so port by port), and, unless published, a container's ports, of which they may know by a route.
+
+It may be said again at any time: rules are written anew, what is in maps and sets stays.
+"""
+_CHAINS = {"CAFS-PORTS": "nat", "CAFS-POST": "nat", "CAFS-FORWARD": "filter"}
+_CLOSED = [("!", "-i", "lo", side, "127.0.0.0/8", "-j", "DROP") for side in ("-d", "-s")]
 
 
 def _program(name: str) -> str | None:
@@ -60,37 +70,53 @@ def _nft(text: str, *, may_fail: bool = False) -> None:
         raise UnsupportedError(f"cannot set up address translation: {said.strip().partition(chr(10))[0]}")
 
 
-def _has_table() -> bool:
-    return not programs.call([str(_program("nft")), "list", "table", "ip", "cafs"])[0]
+def is_there() -> bool:
+    """Whether the rules are still there that were made with the bridges: somebody may have flushed all, or they are of an
+    older version."""
+    return not _program("nft") or has_chain("cafs", "closed")
 
 
 def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
     """Translate what leaves a bridge.  Raises UnsupportedError if there is neither nft nor iptables."""
     if _program("nft"):
-        if not _has_table():
-            _nft(_TABLE)
-        _nft(_elements("add", link, subnet))
+        _nft(_TABLE * (not is_there()) + _elements("add", link, subnet))
     elif _program("iptables"):
         _make_chains()
-        _iptables("-t", "nat", "-A", "CAFS-POST", "-s", str(subnet), "!", "-o", link, "-j", "MASQUERADE")
-        _iptables("-t", "raw", "-I", "PREROUTING", "-i", link, "-d", "127.0.0.0/8", "-j", "DROP")
-        _iptables("-t", "nat", "-A", "CAFS-POST", "-s", "127.0.0.0/8", "-o", link, "-j", "MASQUERADE")
-        _iptables("-t", "nat", "-A", "CAFS-POST", "-s", str(subnet), "-d", str(subnet), "-o", link, "-j", "MASQUERADE")
+        for closed in _CLOSED:
+            _add_rule("raw", "PREROUTING", *closed)
+        for chain, rule in _rules_of(link, str(subnet)):
+            _add_rule(_CHAINS[chain], chain, *rule)
     else:
         raise UnsupportedError("neither nft nor iptables is here")
     _let_through(link)
+    if not _program("nft"):  # before all that lets through, ours and others'
+        _iptables("-D", "FORWARD", "-j", "CAFS-FORWARD", may_fail=True)
+        _iptables("-I", "FORWARD", "-j", "CAFS-FORWARD")
 
 
-def _make_anew() -> None:
-    """The table, where somebody has flushed all rules, with the bridges that there are; a port that nobody has goes."""
-    from runner import networks
+def _rules_of(link: str, subnet: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Of a bridge, for iptables: chain and rule."""
+    return [
+        ("CAFS-POST", ("-s", subnet, "!", "-o", link, "-j", "MASQUERADE")),
+        ("CAFS-POST", ("-s", "127.0.0.0/8", "-o", link, "-j", "MASQUERADE")),
+        ("CAFS-POST", ("-s", subnet, "-d", subnet, "-o", link, "-j", "MASQUERADE")),
+        ("CAFS-FORWARD", ("-o", link, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "ACCEPT")),
+        ("CAFS-FORWARD", ("-o", link, "!", "-i", link, "-j", "DROP")),
+    ]
+
+
+def _add_rule(table: str, chain: str, *rule: str) -> None:
+    if not _iptables("-t", table, "-C", chain, *rule, may_fail=True):
+        _iptables("-t", table, "-A", chain, *rule)
+
+
+def make_anew() -> None:
+    """The table, where somebody has flushed all rules, with the bridges and the published ports that there are."""
+    from runner import connecting, networks
     from runner.netlink import has_link
 
-    if not _has_table():
-        _nft(_TABLE)
-        for one in networks.every():
-            if has_link(one.link):
-                _nft(_elements("add", one.link, one.subnet))
+    bridges = "".join(_elements("add", one.link, one.subnet) for one in networks.every() if has_link(one.link))
+    _nft(_TABLE + bridges + "".join(f"add element ip cafs {_element(port)}\n" for _, port in connecting.published()))
 
 
 def _elements(verb: str, link: str, subnet: ipaddress.IPv4Network) -> str:
@@ -114,14 +140,17 @@ def forget_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
     """Its part of the rules."""
     if _program("nft"):
         _nft(_elements("delete", link, subnet), may_fail=True)
+    elif _program("iptables"):
+        for chain, rule in _rules_of(link, str(subnet)):
+            _iptables("-t", _CHAINS[chain], "-D", chain, *rule, may_fail=True)
 
 
 def _make_chains() -> None:
-    for chain in _CHAINS:
-        if not _iptables("-t", "nat", "-n", "-L", chain, may_fail=True):
-            _iptables("-t", "nat", "-N", chain)
-            hooks = ("PREROUTING", "OUTPUT") if chain == "CAFS-PORTS" else ("POSTROUTING",)
-            for hook in hooks:
+    hooks = {"CAFS-PORTS": ("PREROUTING", "OUTPUT"), "CAFS-POST": ("POSTROUTING",)}
+    for chain, table in _CHAINS.items():
+        if not _iptables("-t", table, "-n", "-L", chain, may_fail=True):
+            _iptables("-t", table, "-N", chain)
+            for hook in hooks.get(chain, ()):
                 local = ("-m", "addrtype", "--dst-type", "LOCAL") if chain == "CAFS-PORTS" else ()
                 _iptables("-t", "nat", "-A", hook, *local, "-j", chain)
 
@@ -142,7 +171,7 @@ def publish(ports: list[Port]) -> None:
         try:
             _nft(text)
         except UnsupportedError:
-            _make_anew()
+            make_anew()
             try:
                 _nft(text)
             except UnsupportedError as error:

@@ -131,6 +131,8 @@ def remove(name: str) -> None:
 def ensure(network: Network) -> None:
     """Make the bridge and what belongs to it, if it is not there; under the lock.  Raises UnsupportedError."""
     if is_up(network.link):
+        if not firewall.is_there():
+            firewall.make_anew()
         return
     hint = "--network host or --network none"
     try:
@@ -165,16 +167,32 @@ def lease(network: Network, container: str) -> str:
     """An address for a container; under the lock.  Raises CafsError if none is free."""
     directory = _leases(network)
     paths.make_private(directory)
-    taken = set(os.listdir(directory))
-    for address in network.subnet.hosts():
-        text = str(address)
-        if text == network.gateway or text in taken:
+    taken = {network.gateway, *os.listdir(directory)}
+    for text in _from_last(network):
+        if text in taken:
             continue
         fd = os.open(os.path.join(directory, text), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.write(fd, container.encode())
         os.close(fd)
+        atomic.replace_hint(_last(network), text.encode(), 0o600)
         return text
     raise CafsError(f"network {quote(network.name)} has no free address")
+
+
+def _from_last(network: Network) -> Iterator[str]:
+    """All addresses, from behind the one that was leased last: who still has that of one that is gone finds nobody there."""
+    low, count = int(network.subnet.network_address) + 1, network.subnet.num_addresses - 2
+    try:
+        last = int(ipaddress.IPv4Address(atomic.read_file(_last(network), 64).decode("ascii")))
+    except (OSError, ValueError):
+        last = low
+    for step in range(1, count + 1):
+        yield str(ipaddress.IPv4Address(low + (last - low + step) % count))
+
+
+def _last(network: Network) -> str:
+    """Of a network's addresses; no network is called so."""
+    return os.path.join(paths.run(), "networks", f".{network.name}")
 
 
 def leases(network: Network) -> dict[str, str]:

@@ -209,7 +209,7 @@ def build(
         found["linux"]["sysctl"] = parameters
     if devices:
         found["linux"]["devices"] = [{k: v for k, v in one.items() if k != "access"} for one in devices]
-    if filters := seccomp.chosen(container, held, is_386=container.asked["is_386"]):
+    if filters := seccomp.chosen(container, held):
         found["linux"]["seccomp"] = filters
     if profile := next((text[9:] for text in container.all("security-opt") if text.startswith(("apparmor=", "apparmor:"))), ""):
         found["process"]["apparmorProfile"] = profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox", "nft", "ip", "
 Crun = Callable[..., "subprocess.CompletedProcess[str]"]
 HOST = "cafstest"
 ADDRESS = "192.0.2.77"
+HOST_PROGRAMS = [
+    word for name in ("usr", "lib", "lib64") if os.path.isdir(f"/{name}") for word in ("-v", f"/{name}:/{name}:ro")
+]
 
 
 @pytest.fixture
@@ -92,6 +96,69 @@ def test_a_published_port_answers_everywhere_and_goes_with_its_container(cr: Cru
     assert "18080" not in inside("nft", "list", "table", "ip", "cafs").stdout
     serve(cr, "again", "-p", "18080:80")
     assert "joe" in fetch(inside, "http://127.0.0.1:18080/group")
+
+
+@pytest.fixture
+def neighbour(inside: Crun) -> Iterator[Crun]:
+    """Run a command on another host of the same link, which sends what is for 127.0.0.1 and for containers to the first."""
+    subprocess.run(["ip", "netns", "add", f"{HOST}2"], check=True)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False, timeout=60)
+
+    def there(*words: object) -> subprocess.CompletedProcess[str]:
+        return run(["nsenter", f"--net=/run/netns/{HOST}2", *map(str, words)])
+
+    try:
+        assert inside(*f"ip link add port master outer up type veth peer name wire netns {HOST}2".split()).returncode == 0
+        for words in (
+            "ip addr add 192.0.2.9/24 dev wire",
+            "ip link set wire up",
+            "sysctl -qw net.ipv4.conf.all.route_localnet=1",
+            f"ip route add 10.87.0.0/16 via {ADDRESS}",
+            f"ip route add 127.0.0.1/32 via {ADDRESS} src 192.0.2.9",
+        ):
+            assert there(*words.split()).returncode == 0, words
+        yield there
+    finally:
+        subprocess.run(["ip", "netns", "del", f"{HOST}2"], check=True)
+
+
+def test_neighbours_of_the_host_reach_what_is_published_to_them_alone(cr: Crun, inside: Crun, neighbour: Crun) -> None:
+    """moby 41872, 45610, 48724: by a packet for 127.0.0.1 on the wire, and by a route to the bridge's network."""
+    serve(cr, "web", "-p", "18080:80", "-p", "127.0.0.1:18081:80")
+    address = json.loads(cr("inspect", "web").stdout)["NetworkSettings"]["IPAddress"]
+    assert "joe" in fetch(neighbour, f"http://{ADDRESS}:18080/group")
+    for open_only_here in ("127.0.0.1:18081", f"{address}:80"):
+        assert "joe" in fetch(inside, f"http://{open_only_here}/group")
+        assert fetch(neighbour, f"http://{open_only_here}/group") == "", open_only_here
+    inside("nft", "flush", "ruleset")
+    serve(cr, "next")
+    assert "joe" in fetch(neighbour, f"http://{ADDRESS}:18080/group"), "the rules are made anew, with all ports"
+    assert fetch(neighbour, "http://127.0.0.1:18081/group") == fetch(neighbour, f"http://{address}:80/group") == ""
+
+
+def test_a_flow_of_udp_goes_to_who_has_the_port_now(cr: Crun, inside: Crun) -> None:
+    """moby 8795: the client goes on sending while the container is replaced, and another gets a container before it."""
+    receive = [
+        *HOST_PROGRAMS,
+        "b:1",
+        "/usr/bin/python3",
+        "-uc",
+        "import socket\ns = socket.socket(2, 2)\ns.bind(('', 90))\nwhile 1: print(s.recv(9))",
+    ]
+    code = "import socket, time\ns = socket.socket(2, 2)\ns.bind(('', 5555))\nwhile 1:\n s.sendto(b'x', ('%s', 19000)); time.sleep(0.02)"
+    with subprocess.Popen(["nsenter", f"--net=/run/netns/{HOST}", sys.executable, "-c", code % ADDRESS]) as client:
+        try:
+            assert cr("run", "-d", "--name", "old", "-p", "19000:90/udp", *receive).returncode == 0
+            assert until(lambda: "x" in cr("logs", "old").stdout)
+            before = json.loads(cr("inspect", "old").stdout)["NetworkSettings"]["IPAddress"]
+            assert cr("rm", "-f", "old").returncode == 0
+            assert cr("run", "-d", "--name", "other", *receive).returncode == 0
+            assert cr("run", "-d", "--name", "new", "-p", "19000:90/udp", *receive).returncode == 0
+            assert until(lambda: "x" in cr("logs", "new").stdout)
+        finally:
+            client.kill()
+    assert cr("logs", "other").stdout == ""
+    assert json.loads(cr("inspect", "other").stdout)["NetworkSettings"]["IPAddress"] != before, "not at once another's"
 
 
 def test_a_port_that_a_process_of_the_host_has_is_refused(cr: Crun, inside: Crun) -> None:
@@ -176,7 +243,11 @@ def test_hosts_resolvers_and_dns_flags(cr: Crun, tmp_path: Path) -> None:
         "/etc/hosts",
     )
     lines = done.stdout.splitlines()
-    assert "10.1.2.3\tdb" in lines and "10.87.0.1\tup" in lines and any(line.startswith("10.87.0.2\tbox ") for line in lines)
+    assert (
+        "10.1.2.3\tdb" in lines
+        and "10.87.0.1\tup" in lines
+        and any(line.startswith("10.87.0.") and "\tbox " in line for line in lines)
+    )
     done = cr(
         "run",
         "--rm",
