@@ -238,7 +238,10 @@ def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Sourc
         if checksum is not None and checksum != f"sha256:{digest}":
             raise CafsError(f"{quote(url)} has the checksum sha256:{digest}, not {checksum}")
         os.chmod(path, 0o600)
-        time_s = parsedate_to_datetime(changed).timestamp() if changed else 0
+        try:
+            time_s = parsedate_to_datetime(changed).timestamp() if changed else 0
+        except ValueError:
+            time_s = 0  # as docker has it
         os.utime(path, (time_s, time_s))
         top = _tree_of(build, directory)
         source = Source(top, copying.find(top, re.sub(r"([*?\[\\])", r"\\\1", name)))

@@ -19,6 +19,7 @@ _MOST = 1 << 34
 def download(url: str, path: str) -> tuple[str, str]:
     """Into a new file; (its SHA-256 in hex, what the server says of its time).  Raises RemoteError."""
     import urllib.request
+    from http.client import HTTPException
 
     digest, size = hashlib.sha256(), 0
     try:
@@ -29,8 +30,11 @@ def download(url: str, path: str) -> tuple[str, str]:
                 if size > _MOST:
                     raise RemoteError(f"{quote(url)} is larger than {_MOST >> 30} GiB")
                 file.write(data)
+            # Unlike read(), read(n) says nothing when the connection ends before Content-Length.
+            if answer.length:
+                raise RemoteError(f"cannot fetch {quote(url)}: it ended after {size} of {size + answer.length} bytes")
             return digest.hexdigest(), str(answer.headers.get("Last-Modified") or "")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise RemoteError(f"cannot fetch {quote(url)}: {getattr(error, 'reason', None) or error}") from error
 
 

@@ -91,6 +91,10 @@ class Backend:
         """Make what has to be there before the first file."""
         self._cannot("written")
 
+    def open_for(self, group: str) -> None:
+        """Let the members of a group read it, where the file system says who may."""
+        raise UsageError(f"store {quote(self.url)} is no directory: who may read it is said there", hint="leave out --group")
+
     def is_free(self) -> bool:
         """Whether nothing of anybody else's is here, so that a store can be made."""
         return False

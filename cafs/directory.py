@@ -7,10 +7,14 @@ import time
 
 from cafs import atomic, mountinfo
 from cafs.backend import Backend, Listed
+from cafs.errors import CafsError, NotFound, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+MODE = 0o750
+"""Of a new store: what image files hold that their modes keep from others lies open in packs.  As docker's data-root."""
 
 DIRECTORIES = ("packs", "meta", "refs", "leases", "tmp")
 _NFS_WAIT_S = 60
@@ -108,8 +112,26 @@ class DirectoryBackend(Backend):
         atomic.fsync_directory(self.path("packs"))
 
     def prepare(self) -> None:
+        atomic.make_directory(self.root, MODE)
         for directory in DIRECTORIES:
             atomic.make_directory(self.path(directory))
+
+    def open_for(self, group: str) -> None:
+        """Let the members of a group read the store.  Raises NotFound, CafsError, OSError."""
+        import grp
+
+        try:
+            number = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise NotFound(f"no group {quote(group)}") from None
+        os.chown(self.root, -1, number)
+        os.chmod(self.root, os.stat(self.root).st_mode & 0o7777 | 0o050)
+        above = os.path.dirname(self.identity)
+        while above != "/":
+            status = os.stat(above)
+            if not status.st_mode & (0o010 if status.st_gid == number else 0o001):
+                raise CafsError(f"group {quote(group)} cannot pass through {quote(above)}", hint=f"chmod o+x {above}")
+            above = os.path.dirname(above)
 
     def is_free(self) -> bool:
         try:

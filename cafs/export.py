@@ -106,13 +106,24 @@ def oci_config(found: Image, diff_ids: list[str]) -> bytes:
     platform = oci.host_platform()
     config: dict[str, Any] = {"architecture": platform.architecture, "os": platform.os, "created": _created()} | kept
     config["rootfs"] = {"type": "layers", "diff_ids": [f"sha256:{one}" for one in diff_ids]}
-    history = [dict(step) for step in config.get("history") or []]
-    while len(history) < len(diff_ids):
-        history.append({"created": config["created"], "created_by": "cafs-index export"})
-    for step in history[len(history) - len(diff_ids) :]:
-        step.pop("empty_layer", None)
-    config["history"] = history
+    config["history"] = _history(config.get("history") or [], len(diff_ids), config["created"])
     return _json(config)
+
+
+def _history(steps: list[dict[str, Any]], layers: int, created: str) -> list[dict[str, Any]]:
+    """The steps, as many of them with a layer as there are layers: docker refuses an image with more.
+
+    What was folded into one layer is the last one's.  An import's layers have lost their steps: those before the others.
+    """
+    found = [dict(step) for step in steps]
+    with_layer = [step for step in found if not step.get("empty_layer")]
+    for step in with_layer[: max(len(with_layer) - layers, 0)]:
+        step["empty_layer"] = True
+    first = next((at for at, step in enumerate(found) if not step.get("empty_layer")), len(found))
+    missing = max(layers - len(with_layer), 0)
+    for step in found[max(first - missing, 0) : first]:
+        del step["empty_layer"]
+    return [{"created": created, "created_by": "cafs-index export"}] * (missing - first) + found
 
 
 def _created() -> str:

@@ -186,8 +186,11 @@ class Store(Packs):
                 yield ref if ref and is_ref(ref) else "", f"refs/{one.name}"
 
 
-def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> Store:
-    """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker."""
+def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE, group: str | None = None) -> Store:
+    """Make a store, or open it if it is there with the same hash.  Safe against a crash and a second maker.
+
+    group: whose members may read it, beside its owner.
+    """
     hash_function(hash_name)
     place, within = open_place(root)
     found: dict[str, object] = {"chunk_size": chunk_size, "format": 1, "hash": hash_name}
@@ -196,6 +199,8 @@ def init(root: str, hash_name: str = "sha256", chunk_size: int = CHUNK_SIZE) -> 
     try:
         place.prepare()
         place.create(FORMAT_FILE, (json.dumps(found, sort_keys=True) + "\n").encode())
+        if group is not None:
+            place.open_for(group)
     except OSError as error:
         raise os_error(f"cannot make store {quote(place.url)}", error) from error
     store = Store(root)

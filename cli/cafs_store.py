@@ -33,13 +33,14 @@ def main() -> None:
 
 @main.command()
 @click.option("--hash", "hash_name", type=click.Choice(["sha256", "xxh128"]), default="sha256", help="Hash of the store.")
+@click.option("--group", metavar="GROUP", help="Let members of GROUP read it (default: its owner alone).")
 @store_option()
 @quiet_option(used=False)
-def init(hash_name: str, store: str | None) -> None:
+def init(hash_name: str, group: str | None, store: str | None) -> None:
     """Make a store, or leave one with the same hash as it is."""
     from cafs.store import init as make
 
-    make(store_root(store), hash_name)
+    make(store_root(store), hash_name, group=group)
 
 
 @main.command("ls")

@@ -18,7 +18,7 @@ import time
 from cafs.removing import remove_tree
 from pool import cgroup, frames, hostprocess, machine, single
 from pool.launched import Launched
-from pool.peers import Peer, Peers
+from pool.peers import Peer, Peers, log
 from pool.processes import Job, found_in
 
 TYPE_CHECKING = False
@@ -32,6 +32,10 @@ _BACKLOG = 100
 """Of so many jobs that ended while nobody listened the output is said with their end; of the others it is asked for."""
 
 _SET_CHILD_SUBREAPER = 36
+_TROUBLES = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EMFILE", "ENFILE", "EAGAIN", "ENOMEM", "EBUSY")
+}
 
 
 class Agent:
@@ -50,8 +54,6 @@ class Agent:
         self.is_leaving = self.is_to_leave = self.is_to_be_removed = False
         self._next_report = 0.0
         self._alone_since = time.monotonic()
-        self._heard = time.monotonic()
-        """When a controller was connected last."""
         self._launched = Launched()
         self._gpus = machine.gpus()
 
@@ -122,14 +124,20 @@ class Agent:
             if len(asked["gpu_ids"]) < many:
                 raise OSError(errno.EBUSY, "not so many GPUs are free")
             job.start()
-            self.by_pid[job.pid] = job
         except (OSError, ValueError) as error:
-            os.makedirs(job.directory, mode=0o700, exist_ok=True)
-            with open(job.path("err"), "w", encoding="utf-8") as file:
-                file.write(f"cpool-agent: cannot start: {error}\n")
-            self._ended(job, 126)
-            return
+            return self._cannot_start(job, error)
+        self.by_pid[job.pid] = job
         self.peers.say("running", id=job.id, attempt=job.attempt)
+
+    def _cannot_start(self, job: Job, error: OSError | ValueError) -> None:
+        """Nothing of it runs.  What is this machine's trouble does not end a job, which may have no such trouble elsewhere."""
+        job.remove()
+        if isinstance(error, OSError) and error.errno in _TROUBLES:
+            del self.jobs[job.key]
+            self.peers.say("refused", id=job.id, attempt=job.attempt, problem=error.strerror or str(error))
+        else:
+            job.fail(f"cpool-agent: cannot start: {error}\n")
+            self._say_done(job)
 
     def _zygote_for(self, asked: dict[str, Any]) -> str:
         """The job of which this instance of a function may be a fork, '' for none: the same version of the same tenant's."""
@@ -187,10 +195,8 @@ class Agent:
                 job.end(float(job.asked.get("grace_s", 10)))
             if job.kill_at <= now:
                 job.kill_rest()
-            if job.asked.get("alone_s") and not job.ended and now >= self._heard + float(job.asked["alone_s"]):
+            if job.asked.get("alone_s") and not job.ended and now >= self.peers.heard + float(job.asked["alone_s"]):
                 job.end(0)  # whoever wanted it may have it done elsewhere by now
-        if any(peer.is_trusted for peer in self.peers.all):
-            self._heard = now
         if now >= self._next_report:
             self._next_report = now + REPORT_S
             self._report()
@@ -296,11 +302,17 @@ def _number(path: str) -> int:
 
 
 def _note(path: str, number: int) -> None:
-    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.write(fd, b"%d" % number)
-    os.fsync(fd)
-    os.close(fd)
-    os.rename(path + ".new", path)
+    """In its place, where a full disk cannot refuse it.  If it was not there, and cannot be, it is known until this agent ends:
+    a controller that is not heard cannot end what fills the disk."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(fd, b"%-20d" % number, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log(f"the epoch cannot be noted: {error}")
 
 
 def daemon(directory: str, build: str) -> None:

@@ -9,7 +9,7 @@ import selectors
 import socket
 import struct
 
-from cafs.errors import CafsError, UnsupportedError, UsageError, quote
+from cafs.errors import CafsError, UnsupportedError, UsageError, describe, quote
 from pool import metrics, sockets, state
 from pool.requests import FOR_ALL, HANDLERS
 from pool.tenants import OWNER
@@ -115,6 +115,8 @@ class Client:
             raise  # half of it may have been done
         except CafsError as error:
             self.answer({"error": str(error), "code": error.exit_code, "hint": error.hint})
+        except OSError as error:  # of our disk: of its own connection no request hears
+            self.answer({"error": describe(error), "code": 1, "hint": None})
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             self.answer({"error": f"bad request: {error!r}", "code": 2, "hint": None})
 

@@ -241,7 +241,12 @@ class Controller:
         elif kind == "running":
             job = self._current(remote, said)
             if job and job.state == STARTING:
+                remote.has_started()
                 self.state.change(job, state=RUNNING, started_s=time.time())
+        elif kind == "refused":
+            job = self._current(remote, said)
+            if job:
+                self._refused(remote, job, str(said["problem"])[:200])
         elif kind == "done":
             self._done(remote, said)
 
@@ -249,6 +254,16 @@ class Controller:
         """The job that an agent speaks of, if what it has is the attempt that counts."""
         job = remote.jobs.get(_number(said["id"]))
         return job if job and job.attempt == said["attempt"] and job.state in (STARTING, RUNNING) else None
+
+    def _refused(self, remote: Remote, job: Job, problem: str) -> None:
+        """A worker could not start it, by no fault of the job's: it waits for another, or for this one to be better."""
+        del remote.jobs[job.id]
+        remote.refused(problem)
+        if job.reason == requests.CANCEL_ASKED:
+            self.finish(job, state.CANCELLED, "cancelled", has_written=False)
+        else:
+            self.state.change(job, reason=f"worker {remote.name} could not start it: {problem}")
+            self._again(job)
 
     def _reconcile(self, remote: Remote, known: dict[tuple[int, int], bool]) -> None:
         """What it has and we do not want any more ends; what we want and it does not have is started, or was lost."""

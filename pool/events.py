@@ -34,7 +34,9 @@ class Events:
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
-                os.write(fd, b"".join(lines))
+                size, data = os.fstat(fd).st_size, b"".join(lines)
+                if os.write(fd, data) < len(data):
+                    os.ftruncate(fd, size)  # there is no room: no half of a line
                 if os.fstat(fd).st_size > SIZE_MAX:
                     os.rename(self._path, self._path + ".1")
             finally:

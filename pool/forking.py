@@ -69,8 +69,8 @@ def _look_after(directory: str, asked: dict[str, Any], instead: Callable[[], Any
     while not select.select([fd], [], [], None)[0]:
         pass
     cgroup.note_kills(kills, os.path.join(directory, OUTCOME))
-    with open(os.path.join(directory, "status"), "w", encoding="ascii") as file:
-        file.write("0\n")
+    with open(os.path.join(directory, "status"), "r+", encoding="ascii") as file:
+        file.write("0  \n")
 
 
 def _note_no_zygote(directory: str) -> None:

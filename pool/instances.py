@@ -211,7 +211,7 @@ class Instances:
         fn.instance_s += time.monotonic() - one.made if one.is_placed else 0
         one.is_over = True
         self.forget_if_over(one)
-        if not was_starting or fn.is_gone:
+        if not (was_starting or one.problem) or fn.is_gone:
             return
         problem = one.problem
         if problem:

@@ -30,7 +30,11 @@ _PIECE = 1 << 16
 _WAIT_S = 0.05
 _KILL_S = 5.0
 _BEGIN_S = 60.0
+_QUIET_S = 0.3
+"""How long the first programs of a version are looked at, whether they write before they are asked."""
+
 _FAILURES_MAX = 3
+_SHOWN_MAX = 200
 _NOT_BEGUN = (125, 126, 127)
 """What crun itself ends with if there is no such program."""
 
@@ -44,14 +48,14 @@ class Program:
         self._server = server
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin and self.process.stdout
-        self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
+        self._in, self.out = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._in, False)
-        os.set_blocking(self._out, False)
+        os.set_blocking(self.out, False)
         self._unsent, self._held = b"", b""
         self.call = b""
         self.answered = 0
         self._is_writing = False
-        server.loop.add(self._out, self._read)
+        server.loop.add(self.out, self._read)
 
     def give(self, call: bytes, line: bytes) -> None:
         """A call."""
@@ -76,14 +80,14 @@ class Program:
 
     def _read(self, _: int) -> None:
         try:
-            data = os.read(self._out, _PIECE)
+            data = os.read(self.out, _PIECE)
         except BlockingIOError:
             return
         if not data:
             return self._server.ended(self)
         self._held += data
         if not self.call:
-            return self._server.fails(self, "it wrote what nobody has asked for")
+            return self._server.fails(self, f"its program wrote {_shown(self._held)} before it was asked")
         line, newline, rest = self._held.partition(b"\n")
         if len(line) > calls.VALUE_MAX:
             return self._server.fails(self, "its line is longer than 1 MiB")
@@ -93,13 +97,13 @@ class Program:
             self._held = b""
             self._server.answer(self, line)
 
-    def is_quiet(self) -> bool:
-        """Whether it has written nothing since its answer."""
-        return not select.select([self._out], [], [], 0)[0]
+    def is_quiet(self, wait_s: float = 0) -> bool:
+        """Whether it has written nothing since its answer, and writes nothing for so long, nor ends."""
+        return not select.select([self.out], [], [], wait_s)[0]
 
     def close(self) -> None:
         """It sees the end of its input; what it writes from now on nobody reads."""
-        self._server.loop.remove(self._out)
+        self._server.loop.remove(self.out)
         if self._is_writing:
             self._server.loop.remove(self._in)
             self._is_writing = False
@@ -143,6 +147,10 @@ class Lines:
             self._begin()
         if is_sure and self._many == 1 and not self._runs(self._programs[0].process):
             return self._fail("its program does not run")
+        if is_sure and not self._programs[0].is_quiet(_QUIET_S):
+            written = os.read(self._programs[0].out, _PIECE)
+            is_early = f"its program wrote {_shown(written)} before it was asked"
+            return self._fail(is_early if written else "its program ends at once")
         self._wire.say(calls.control("ready", ahead=True))
         self.loop.flush()
         self.loop.run()
@@ -205,7 +213,7 @@ class Lines:
         try:
             flags, body = _packed(line)
         except ValueError:
-            return self.fails(program, "its line is not JSON")
+            return self.fails(program, f"its line is not JSON: {_shown(line)}")
         call, program.call = program.call, b""
         program.answered += 1
         self._failures = 0
@@ -220,8 +228,7 @@ class Lines:
         if program.call:
             self._wire.say(calls.failed(program.call, kind, why))
         if not self._is_ending:
-            self._begin()
-            self._next()
+            self._replace(program, why, is_bad=not program.call)
 
     def ended(self, program: Program) -> None:
         """It has ended by itself."""
@@ -231,12 +238,18 @@ class Lines:
         if self._is_ending:
             self.loop.is_over = not self._programs
             return
-        self._failures += not program.answered
         if program.call:
             why = f"the program has ended in the call, exit code {code}" + ": it had no memory left" * self._was_too_large()
             self._wire.say(calls.failed(program.call, "died", why))
-        if (code in _NOT_BEGUN and not program.answered) or self._failures >= _FAILURES_MAX:
-            self._fail(f"its program ends at once, exit code {code}")
+        if code in _NOT_BEGUN and not program.answered:
+            self._failures = _FAILURES_MAX
+        self._replace(program, f"its program ends at once, exit code {code}", is_bad=True)
+
+    def _replace(self, program: Program, why: str, *, is_bad: bool) -> None:
+        """Begin another.  is_bad: it does so by itself; so many of those that have answered nothing are the instance's end."""
+        self._failures += is_bad and not program.answered
+        if self._failures >= _FAILURES_MAX:
+            self._fail(why)
             self.loop.is_over = True
             return
         self._begin()
@@ -298,6 +311,12 @@ def _packed(line: bytes) -> tuple[int, bytes]:
         return calls.REFERENCE, json.dumps(found).encode()
     text = json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
     return 0, text if len(text) <= calls.VALUE_MAX else line  # which has no more than that
+
+
+def _shown(written: bytes) -> str:
+    """The first line, for a message."""
+    line = written.split(b"\n")[0]
+    return repr(line[:_SHOWN_MAX].decode("utf-8", "replace")) + "..." * (len(line) > _SHOWN_MAX)
 
 
 def _inside(above: int) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
-import sys
+import time
 
 from pool import frames, sockets
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 18
 _UNSENT_MAX = 32 << 20
+
+
+def log(text: str) -> None:
+    """In the agent's, if there is room."""
+    try:
+        os.write(2, f"{text}\n".encode(errors="replace"))
+    except OSError:
+        pass
 
 
 class Peer:
@@ -36,6 +45,7 @@ class Peers:
         self._selector = selector
         self._obey = obey
         self.all: list[Peer] = []
+        self._left = time.monotonic()
         listener = sockets.listen(directory)
         selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
 
@@ -63,13 +73,19 @@ class Peers:
         except BlockingIOError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if not isinstance(error, OSError):
-                print(f"a controller said what cannot be understood: {error!r}", file=sys.stderr, flush=True)
+            if not isinstance(error, ConnectionError):
+                log(f"what a controller said cannot be done: {error!r}")
             self.drop(peer)
+
+    @property
+    def heard(self) -> float:
+        """Until when somebody was connected who commands."""
+        return time.monotonic() if any(peer.is_trusted for peer in self.all) else self._left
 
     def drop(self, peer: Peer) -> None:
         """Let it go.  May be done twice."""
         if peer in self.all:
+            self._left = self.heard
             self.all.remove(peer)
             self._selector.unregister(peer.socket)
             peer.socket.close()

@@ -6,6 +6,7 @@ Part of the agent's program: standard library only, Python 3.9.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -21,10 +22,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SHELL = (
-    'test -z "$1" || echo $$ >"$1/cgroup.procs"; shift; cd "$1" || { echo 125 > "$2"; exit 125; }; '
-    'status=$2; shift 2; "$@"; printf "%s\\n" $? > "$status"'
+    'test -z "$1" || echo $$ >"$1/cgroup.procs"; shift; cd "$1" && { status=$2; shift 2; (exec "$@"); code=$?; } || '
+    '{ code=125; status=$2; }; printf "%-3s\\n" $code 1<>"$status"; exit $code'
 )
-"""The code is one write of a few bytes, a newline last: it is there as a whole or not at all, and costs no other process."""
+"""The code is one write of a few bytes, a newline last, in the place of as many spaces: it is there as a whole or not at all,
+needs no room on the disk, and costs no other process.  exec: the shell's own commands of the same name are not asked for."""
+
+_NO_CODE = "    "
+_ROOM = 200
+"""Bytes of job.json for what is known only when it runs."""
+
 
 _LENT = "lent"
 _SECRETS, _IN_IMAGE = "CPOOL_SECRETS", "/run/secrets"
@@ -54,6 +61,8 @@ class Job:
         self.outcome: tuple[int | None, float, int] | None = None
         """What is known of the end of a shell of which other processes are being killed."""
         self._secrets: list[bytes] | None = None
+        self._said: bytes | None = None
+        """Why it was not started."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -63,7 +72,7 @@ class Job:
         return os.path.join(self.directory, name)
 
     def start(self) -> None:
-        """Raises OSError."""
+        """Raises OSError, and then nothing of it runs: whatever needs room on the disk is there before."""
         asked = self.asked
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
@@ -93,6 +102,10 @@ class Job:
         if asked.get("memory") and not asked["image"]:  # to be put into one takes 10 ms: others go without
             agent = os.path.basename(os.path.dirname(os.path.dirname(self.directory)))
             asked["cgroup"] = cgroup.make(f"{agent}/{self.id}.{self.attempt}", int(asked["memory"]))
+        with open(self.path("status"), "x", encoding="ascii") as file:
+            file.write(_NO_CODE)
+        asked.update(pid=0, pid_start=0, started_s=0.0)
+        self._note()
         words = ["/bin/sh", "-c", _SHELL, "cpool-job", asked.get("cgroup", ""), place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
         if asked.get("zygote_of"):
@@ -101,11 +114,32 @@ class Job:
         else:
             self.pid = os.posix_spawn("/bin/sh", words, environment, file_actions=actions, setsid=True, setsigdef=defaults)
         asked.update(pid=self.pid, pid_start=machine.start_time(self.pid), started_s=time.time())
-        with open(self.path("job.json.new"), "w", encoding="utf-8") as file:
-            json.dump(asked, file)
-        os.rename(self.path("job.json.new"), self.path("job.json"))
         if asked.get("timeout_s"):
             self.deadline = time.monotonic() + asked["timeout_s"]
+        try:
+            self._note()
+        except OSError:
+            pass  # of a file system that writes nothing in its place: an agent that comes after us ends it
+
+    def _note(self) -> None:
+        """What an agent that comes after us has to know; when it runs, in the place of what was written before, where a full
+        disk cannot refuse it.  Raises OSError."""
+        data = json.dumps(self.asked).encode()
+        fd = os.open(self.path("job.json"), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            data = data.ljust(os.fstat(fd).st_size or len(data) + _ROOM)
+            if os.pwrite(fd, data, 0) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path("job.json"))
+        finally:
+            os.close(fd)
+
+    def fail(self, text: str) -> None:
+        """It cannot be started, by what it asks for.  That is kept in memory: who is asked again finds the same."""
+        self._said = text.encode()
+        self.ended = {"id": self.id, "attempt": self.attempt, "code": 126, "wall_s": 0, "cpu_s": 0, "memory": 0, "left_out": {}}
+        self.ended |= {"out_size": 0, "err_size": len(self._said)}
+        many = len(self.asked.get("out", ()))
+        self.ended |= {"files": [-1] * many, "modes": [0] * many}
 
     def _command(self) -> list[str]:
         """What the shell runs: the command, or crun with it."""
@@ -163,6 +197,9 @@ class Job:
 
         stream: out, err, or fileN, the Nth to come back.
         """
+        if self._said is not None:
+            data = self._said[offset : offset + size] if stream == "err" else b""
+            return data, offset + len(data)
         if stream.startswith("file"):
             names = dict(enumerate(self.asked.get("out", [])))
             data = staging.read(self.path(staging.WORK), names[int(stream[4:])], offset, size)
@@ -293,15 +330,19 @@ def found_in(directory: str) -> list[Job]:
     jobs = []
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
+        number, _, attempt = name.partition(".")
+        asked = {"id": number, "attempt": attempt}
         try:
             with open(os.path.join(path, "job.json"), encoding="utf-8") as file:
-                jobs.append(Job(path, json.load(file)))
-        except (OSError, ValueError, KeyError):
-            if re.fullmatch(r"[0-9]+\.[0-9]+", name):
-                number, _, attempt = name.partition(".")
-                half = Job(path, {"id": number, "attempt": attempt})
-                half.kill_rest()
-                half.remove()
+                asked |= json.load(file)
+        except (OSError, ValueError):
+            pass
+        if asked.get("pid"):
+            jobs.append(Job(path, asked))
+        elif re.fullmatch(r"[0-9]+\.[0-9]+", name):
+            half = Job(path, asked)
+            half.kill_rest()
+            half.remove()
     return jobs
 
 

@@ -206,6 +206,8 @@ class Routed:
         self.count += 1
         self.errors += bool(flags & calls.ERROR)
         self.colds += call.is_cold
+        if not flags & calls.ERROR:
+            self.failures = 0  # not before: some say that they are ready, and are not
 
     def settle(self, now: float) -> None:
         """After an answer: whether it is quiet now."""
@@ -215,7 +217,7 @@ class Routed:
     def started(self, instance: Instance, now: float) -> None:
         """An instance is ready; how long it took."""
         self.measured.started(now - instance.made)
-        self.failures, self.blocked_until, self.problem = 0, 0.0, ""
+        self.blocked_until, self.problem = 0.0, ""
 
     def later(self, why: str, now: float) -> None:
         """Nothing can be started now."""

@@ -20,6 +20,7 @@ _AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
 _IMAGES_MAX = 200
 _SLACK = 512 << 20
 _GRACE_S = 15.0
+_ASIDE_S, _ASIDE_MAX_S = 1.0, 30.0
 STRICT_S = 60.0
 """A job that is never to run twice at once ends itself when no controller was heard for so long."""
 
@@ -53,6 +54,8 @@ class Remote:
         self.setup_after, self.setup_failures = 0.0, 0
         """When what runs images is to be brought there, if it is not there then."""
         self.setup_problem = ""
+        self.aside, self._aside_until, self._refusals = "", 0.0, 0
+        """Why nothing could be started there the last time, and until when nothing is tried."""
         self.boot_id = ""
         self.placed: dict[int, float] = {}
         """When jobs were put there, by our clock."""
@@ -85,7 +88,18 @@ class Remote:
             return "is drained"
         if self.report.get("notice"):
             return "is about to be taken away by its cloud"
+        if time.monotonic() < self._aside_until:
+            return f"cannot start jobs: {self.aside}"
         return "" if self.state == READY else f"is {self.state}" + (f" ({self.problem})" if self.problem else "")
+
+    def refused(self, problem: str) -> None:
+        """It cannot start a job, whatever that is: others get them, and it is tried again, later each time."""
+        self.aside, self._refusals = problem, self._refusals + 1
+        self._aside_until = time.monotonic() + min(_ASIDE_S * 2 ** (self._refusals - 1), _ASIDE_MAX_S)
+
+    def has_started(self) -> None:
+        """A job, well."""
+        self.aside, self._aside_until, self._refusals = "", 0.0, 0
 
     def connected(self, link: socket.socket) -> None:
         """There is a way to it."""
@@ -166,7 +180,7 @@ class Remote:
             "jobs": len(self.jobs),
             "labels": sorted(self.labels),
             "free_cpus": round(free.cpus, 3),
-            "reason": self.problem or self.setup_problem,
+            "reason": self.problem or (f"cannot start jobs: {self.aside}" if self.aside else self.setup_problem),
             **{name: value for name, value in self.report.items() if name != "running"},
         }
 

@@ -70,7 +70,7 @@ def connect(container: Container, owner: int = -1) -> str:
     """
     network = networks.find(container.network)
     child, namespace, go = _new_namespace(owner)
-    veth = f"veth{container.id[:10]}"
+    veth = _veth(container)
     ports: list[Port] = []
     try:
         with networks.locked():
@@ -98,6 +98,10 @@ def connect(container: Container, owner: int = -1) -> str:
         raise CafsError("cannot set up the network inside the container")
     container.note(network={"name": network.name, "address": address, "ports": ports})
     return f"/proc/{os.getpid()}/fd/{namespace}"
+
+
+def _veth(container: Container) -> str:
+    return f"veth{container.id[:10]}"
 
 
 def _new_namespace(owner: int) -> tuple[int, int, int]:
@@ -206,7 +210,7 @@ def _ports_directory() -> str:
 
 
 def disconnect(container: Container) -> None:
-    """Give back address and ports; the links went with the namespace.  May be done twice."""
+    """Give back link, address and ports.  May be done twice."""
     if not container.is_on_bridge:
         return
     try:
@@ -216,6 +220,7 @@ def disconnect(container: Container) -> None:
     with networks.locked():
         addresses = [address for address, holder in networks.leases(network).items() if holder == container.id]
         _give_back_ports(container.id)
+        networks.remove_link(_veth(container))  # the namespace may live on, by others in it
         for address in addresses:
             conntrack.forget(address, [])
         networks.give_back(network, container.id)

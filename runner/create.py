@@ -171,6 +171,8 @@ def _check(options: Options) -> None:
     for flag in ("pid", "uts"):
         if options.value(flag) not in (None, "", "host"):
             _check_other(options, flag)
+    if network.startswith("container:"):
+        _check_other(options, "network")
     cgroups.resources(options)
     cgroups.path_for(options, "x")
     cgroups.is_private(options)
@@ -188,6 +190,7 @@ def _check_other(options: Options, flag: str) -> None:
     kind, _, name = str(options.value(flag)).partition(":")
     if kind != "container" or not name:
         raise UsageError(f"--{flag} is host or container:NAME, not {quote(str(options.value(flag)))}")
+    options.flags[flag] = [f"container:{containers.find(name).id}"]  # whatever it is called when this one starts
 
 
 def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> dict[str, Any]:

@@ -23,7 +23,11 @@ KILLED = 137
 
 
 def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
-    """Kill what is left of it, and remove its cgroups, runtime state and mount; returns what state.json is to say of it."""
+    """Kill what is left of it, and remove its cgroups, runtime state and mount; returns what state.json is to say of it.
+
+    What it has written was read, or is not wanted.
+    """
+    holding.let_go(container)
     cgroup = cgroups.path_for(container, container.id)
     found: dict[str, Any] = {}
     kills = cgroups.oom_kills(cgroup)
@@ -65,7 +69,6 @@ def _note_outcome(container: Container, found: dict[str, int]) -> None:
 
 def settle(container: Container, code: int | None, *, error: str = "", **more: Any) -> None:
     """Note that it has ended, and with what; None: nobody knows.  With --rm, or if nobody wants its files, remove it."""
-    holding.let_go(container)
     if container.has("rm") or (error and container.asked.get("is_volatile")):
         containers.event(container, "die", exit_code=code)
         create.discard(container)

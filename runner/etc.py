@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def hostname_of(container: Container) -> str:
-    """As it was asked for, else the beginning of the id; the host's where it shares that."""
+    """As it was asked for, else the beginning of the id; that of the host or the other whose network it shares.
+
+    Raises NotFound.
+    """
+    kind, _, other = container.network.partition(":")
+    if kind == "container":
+        return hostname_of(containers.find(other))
     is_hosts = "host" in (container.value("network"), container.value("uts"))
     return container.value("hostname") or (os.uname().nodename if is_hosts else container.id[:12])
 
@@ -78,14 +84,26 @@ def _is_address(text: str) -> bool:
 
 
 def _resolv(container: Container) -> bytes:
+    """The host's, and of servers, domains and options what was given instead of its own."""
     servers, domains, options = (container.all(name) for name in ("dns", "dns-search", "dns-option"))
     for server in servers:
         if not _is_address(server):
             raise UsageError(f"--dns {quote(server)} is not an address")
-    if servers or domains or options:
-        lines = [f"nameserver {server}" for server in servers]
-        lines += [f"search {' '.join(domains)}"] * bool(domains) + [f"options {' '.join(options)}"] * bool(options)
-        return "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    hosts = _hosts_resolv(container)
+    if not servers and not domains and not options:
+        return hosts
+    lines = hosts.decode("utf-8", "surrogateescape").splitlines()
+    kept = {word: [line for line in lines if line.split()[:1] == [word]] for word in ("nameserver", "search", "options")}
+    if servers:
+        kept["nameserver"] = [f"nameserver {server}" for server in servers]
+    if domains:
+        kept["search"] = [f"search {' '.join(domains)}"] if domains != ["."] else []
+    if options:
+        kept["options"] = [f"options {' '.join(options)}"]
+    return "".join(line + "\n" for some in kept.values() for line in some).encode("utf-8", "surrogateescape")
+
+
+def _hosts_resolv(container: Container) -> bytes:
     if container.is_on_bridge:
         from runner import connecting
 

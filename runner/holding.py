@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 
-from cafs import linux
-from runner import containers, programs
+from cafs import linux, paths
+from runner import alive, containers, programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +29,33 @@ def hold(container: Container, fds: dict[str, int]) -> None:
         return
     places = {name: _FIRST + number for number, name in enumerate(sorted(wanted))}
     actions = [(os.POSIX_SPAWN_DUP2, wanted[name], place) for name, place in places.items()]
-    pid = os.posix_spawn(program, ["cafs-holder", "infinity"], {}, file_actions=actions)
+    pid = os.posix_spawn(program, [_name(container.id), "infinity"], _environment(), file_actions=actions)
     container.note(holder={**containers.identify(pid), **places})
+
+
+def _name(container: str) -> str:
+    return f"cafs-holder {container}"
+
+
+def _environment() -> dict[str, str]:
+    """By which those of this state directory are known."""
+    return {"CAFS_STATE": paths.state()}
+
+
+def free_stale() -> None:
+    """End those that no container has: who started them was killed before it could note that, or their container is gone."""
+    ours = b"CAFS_STATE=" + os.fsencode(paths.state()) + b"\0"
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            name = containers.read_proc(pid, "cmdline").partition(b"\0")[0].decode()
+            identity = name.removeprefix(_name(""))
+            if identity == name or containers.read_proc(pid, "environ") != ours or alive.is_watched(identity):
+                continue
+            one = containers.load(identity)
+            if one is None or (one.state().get("holder") or {}).get("pid") != pid:
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, UnicodeDecodeError):
+            continue
 
 
 def _pidfd(container: Container) -> int | None:

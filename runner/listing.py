@@ -8,8 +8,8 @@ import shlex
 import sys
 import time
 
-from cafs.errors import UsageError, quote
-from runner import cgroups, containers, filters, logs, pidspace
+from cafs.errors import NotFound, UsageError, quote
+from runner import cgroups, containers, etc, filters, logs, pidspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def document(container: Container) -> dict[str, Any]:
         },
         "Config": {
             "Image": asked["image"],
-            "Hostname": container.value("hostname") or container.id[:12],
+            "Hostname": _hostname(container),
             "User": asked["user"],
             "Env": [f"{name}={value}" for name, value in asked["env"].items()],
             "Cmd": asked["arguments"],
@@ -211,6 +211,13 @@ def document(container: Container) -> dict[str, Any]:
             "Log": state.get("health_log", []),
         }
     return found
+
+
+def _hostname(container: Container) -> str:
+    try:
+        return etc.hostname_of(container)
+    except NotFound:  # whose network it shared
+        return container.id[:12]
 
 
 def _network_settings(container: Container, state: dict[str, Any], status: str) -> dict[str, Any]:

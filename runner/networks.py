@@ -124,7 +124,7 @@ def remove(name: str) -> None:
         if users := leases(network):
             raise BusyError(f"network {quote(name)} is in use by container {next(iter(users.values()))[:12]}")
         atomic.unlink_quietly(_path(name))
-        _remove_link(network)
+        remove_link(network.link)
         firewall.forget_bridge(network.link, network.subnet)
 
 
@@ -151,16 +151,17 @@ def ensure(network: Network) -> None:
     except OSError as error:
         raise UnsupportedError(f"cannot make the bridge {network.link}: {error.strerror}", hint=hint) from error
     except UnsupportedError as error:
-        _remove_link(network)
+        remove_link(network.link)
         raise UnsupportedError(str(error), hint=hint) from None
 
 
-def _remove_link(network: Network) -> None:
+def remove_link(name: str) -> None:
+    """If it is there."""
     try:
         with Netlink() as link:
-            link.remove(network.link)
+            link.remove(name)
     except OSError:
-        pass  # nobody has used it since the machine was started
+        pass  # it went with a namespace, or nobody has used it since the machine was started
 
 
 def lease(network: Network, container: str) -> str:

@@ -197,8 +197,9 @@ def _cp(options: Options) -> int:
 
 
 def _gc(_: Options) -> int:
-    from runner import idmapping, networks
+    from runner import holding, idmapping, networks
 
+    holding.free_stale()
     if linux.in_user_namespace():
         from runner import rootless
 

@@ -94,6 +94,18 @@ def serving() -> Iterator[subprocess.Popen[bytes]]:
             controller.terminate()
 
 
+@contextmanager
+def serving_with(code: str) -> Iterator[None]:
+    """A controller of which something is changed; it is killed at the end."""
+    whole = f"{code}; import os; from pool import client; client.serve(os.environ['CAFS_POOL'])"
+    with subprocess.Popen([sys.executable, "-c", whole]) as one:
+        try:
+            _until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+            yield
+        finally:
+            one.kill()
+
+
 @pytest.fixture
 def controller(pool: Path) -> Iterator[subprocess.Popen[bytes]]:
     with serving() as found:

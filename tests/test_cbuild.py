@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -86,6 +87,33 @@ def served(directory: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nabcde",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n32\r\nabcde",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n",
+        b"nonsense\r\n\r\n",
+    ],
+)
+def test_a_download_that_ends_too_early_is_an_error(context: Path, answer: bytes) -> None:
+    def serve() -> None:
+        for _ in range(2):
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/f"
+        for words, given in ((["-"], f"FROM scratch\nADD {url} /f\n".encode()), ([url], b"")):
+            done = cbuild(*words, input=given)
+            assert done.returncode == 7 and b"cannot fetch" in done.stderr, done.stderr
+        thread.join(10)
+
+
 @pytest.mark.needs("git")
 def test_git_repositories_are_contexts_and_sources(context: Path, tmp_path: Path) -> None:
     def git(*words: object) -> None:
@@ -117,6 +145,16 @@ def test_git_repositories_are_contexts_and_sources(context: Path, tmp_path: Path
             text = f"FROM b:1\nADD {url}/with{code}.git /got\nRUN cat /got/m/a && test ! -e /got/m/.git\n"
             done = cbuild("-", input=text.encode())
             assert done.returncode == code, done.stderr
+
+
+def test_an_image_whose_last_steps_make_no_layer_can_be_loaded_by_docker(context: Path, tmp_path: Path) -> None:
+    text = b'FROM scratch\nCOPY a /a\nENV A=1\nLABEL x=y\nCMD ["/a"]\n'
+    assert cbuild("-f", "-", "-o", f"docker-archive:{tmp_path}/out.tar", context, input=text).returncode == 0
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        manifest = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
+        config = json.load(archive.extractfile(manifest[0]["Config"]))  # type: ignore[arg-type]
+    assert [bool(step.get("empty_layer")) for step in config["history"]] == [False, True, True, True]
+    assert len(config["rootfs"]["diff_ids"]) == 1
 
 
 def test_what_is_said_and_written(context: Path, tmp_path: Path) -> None:

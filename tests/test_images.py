@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from cafs.export import oci_config
+from cafs.image import Image
 from tests.conftest import BIN, Run
 from tests.test_mount import make_everything
 from tests.test_tar import DIR, LNK, REG, SYM, archive
@@ -125,6 +127,23 @@ def test_what_is_exported_is_read_back_as_the_same_image_and_by_others(
         create(cmd, "-", "-o", "-", input=piped.stdout)
         == cmd("cafs-index", "create", layout / "rootfs", "-o", "-").stdout.decode().strip()
     )
+
+
+def test_as_many_steps_of_the_history_have_a_layer_as_there_are_layers() -> None:
+    """Docker: too many non-empty layers in History section."""
+    for steps, layers, shown in (
+        ("", 2, "++"),
+        ("L", 1, "L"),
+        ("LEE", 1, "LEE"),
+        ("ELLEE", 1, "EELEE"),
+        ("EEE", 1, "EEL"),
+        ("EELE", 2, "ELLE"),
+        ("LE", 3, "++LE"),
+    ):
+        history = [{"created_by": "x"} | ({"empty_layer": True} if one == "E" else {}) for one in steps]
+        config = json.loads(oci_config(Image((b"",) * layers, {"config": {}, "history": history}), ["00"] * layers))
+        found = ["E" if one.get("empty_layer") else "L" if one["created_by"] == "x" else "+" for one in config["history"]]
+        assert "".join(found) == shown, steps
 
 
 def test_exports_are_the_same_bytes_whatever_the_clock_and_the_number_of_threads(

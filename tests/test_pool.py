@@ -29,7 +29,7 @@ from pool.settings import Settings
 from tests.conftest import BIN, wait_until
 from tests.crunning import make_rootfs
 from tests.faultproxy import free_port
-from tests.pooling import DYING, PLAIN, agents, cp, job, ok, serving
+from tests.pooling import DYING, PLAIN, agents, cp, job, ok, serving, serving_with
 
 
 def test_a_job_runs_here_and_its_code_and_words_come_back(controller: object) -> None:
@@ -392,6 +392,43 @@ def test_a_state_of_another_version_or_a_damaged_one_is_refused(pool: Path) -> N
     (pool / "pool.toml").write_text("[pool]\nstore = 's'\nodd = 1\n")
     done = cp("serve")
     assert done.returncode == 5 and "pool.toml:3: [pool] has no 'odd'" in done.stderr
+
+
+@pytest.mark.needs("root")
+def test_what_a_full_disk_keeps_from_starting_is_not_begun_and_begins_when_there_is_room(pool: Path, tmp_path: Path) -> None:
+    """Whichever file of a job it is for which there is no room."""
+    place = pool / "agents"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    try:
+        with serving_with("from pool import workers; workers._ASIDE_MAX_S = 0.2"):
+            assert cp("wait", ok("submit", *PLAIN, "--", "true").strip()).returncode == 0
+            wait_until(lambda: not os.listdir(next(place.glob("*/jobs"))))
+            status = os.statvfs(place)
+            used, refused = status.f_files - status.f_ffree, 0
+            for more in range(7):
+                subprocess.run(["mount", "-o", f"remount,nr_inodes={used + more}", place], check=True)
+                number = ok("submit", *PLAIN, "--", "sh", "-c", f"echo $CPOOL_JOB >>{tmp_path}/ran; exit 3").strip()
+                wait_until(lambda number=number: job(number)["state"] == "finished" or int(str(job(number)["attempt"])) > 1)
+                if job(number)["state"] == "finished":
+                    assert job(number)["code"] == 3
+                    continue
+                refused += 1
+                assert job(number)["reason"] == "worker local could not start it: No space left on device"
+                assert "cannot start jobs: No space left" in ok("nodes")
+                ok("cancel", number)
+                assert cp("wait", number).returncode == 143 and not (tmp_path / "ran").exists()
+                wait_until(lambda: not os.listdir(next(place.glob("*/jobs"))))
+            assert refused >= 4
+            subprocess.run(["mount", "-o", f"remount,nr_inodes={used}", place], check=True)
+            number = ok("submit", *PLAIN, "--", "sh", "-c", "exit 4").strip()
+            wait_until(lambda: int(str(job(number)["attempt"])) > 1)
+            subprocess.run(["mount", "-o", "remount,nr_inodes=10000", place], check=True)
+            assert cp("wait", number).returncode == 4
+            ok("down")
+    finally:
+        wait_until(lambda: not agents(tmp_path), 20)
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 # Other machines.

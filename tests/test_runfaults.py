@@ -485,3 +485,32 @@ def test_a_full_disk_takes_the_log_and_says_so_but_not_the_output(
         ok("rm", "back")
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+def holders(image: Path) -> list[int]:
+    """Processes that keep pipes of containers of this state directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if path.read_bytes() == f"CAFS_STATE={image}/state\0".encode():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_who_keeps_the_pipes_of_a_container_ends_with_it(image: Path) -> None:
+    for _ in range(5):
+        background("again", "--restart", "always", "b:1", "sh", "-c", "exit 1")
+        assert until(lambda: json.loads(ok("inspect", "again"))["RestartCount"] == 2)
+        ok("rm", "-f", "again")
+        assert until(lambda: not holders(image), 2)
+    from runner import holding
+
+    orphan = os.posix_spawn("/bin/sleep", [holding._name("d" * 64), "infinity"], {"CAFS_STATE": f"{image}/state"})
+    background("kept", "b:1", "sleep", "60")
+    assert len(holders(image)) == 2
+    ok("gc")
+    assert os.waitstatus_to_exitcode(os.waitpid(orphan, 0)[1]) == -signal.SIGKILL and len(holders(image)) == 1
+    ok("rm", "-f", "kept")
+    assert until(lambda: not holders(image), 2)

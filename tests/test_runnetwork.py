@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -263,6 +264,16 @@ def test_hosts_resolvers_and_dns_flags(cr: Crun, tmp_path: Path) -> None:
     )
     assert done.stdout == "nameserver 9.9.9.9\nsearch example.org\noptions ndots:2\n"
     assert cr("run", "--rm", "--dns", "nine", "b:1", "true").returncode == 125
+    (tmp_path / "own").write_text("nameserver 192.0.2.53\nnameserver 192.0.2.54\nsearch here\noptions rotate\n")
+    for words, wanted in (
+        ("--dns-search there", "nameserver 192.0.2.53\nnameserver 192.0.2.54\nsearch there\noptions rotate\n"),
+        ("--dns-opt ndots:2", "nameserver 192.0.2.53\nnameserver 192.0.2.54\nsearch here\noptions ndots:2\n"),
+        ("--dns 9.9.9.9 --dns-search .", "nameserver 9.9.9.9\noptions rotate\n"),
+    ):
+        script = f"mount --bind {tmp_path}/own /etc/resolv.conf && exec {BIN}/crun run --rm {words} b:1 cat /etc/resolv.conf"
+        command = ["nsenter", f"--net=/run/netns/{HOST}", "unshare", "-m", "sh", "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.stdout == wanted, done.stderr
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.53\nnameserver 192.0.2.53\nsearch here\n")
     script = f"mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec {BIN}/crun run --rm b:1 cat /etc/resolv.conf"
     done = subprocess.run(
@@ -303,3 +314,20 @@ def test_without_nft_iptables_does_it_and_without_both_it_says_so(cr: Crun, insi
 def test_an_ordinary_shell_may_ping_and_use_low_ports(cr: Crun) -> None:
     done = cr("run", "--rm", "-u", "joe", "b:1", "sh", "-c", "cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ip route")
     assert done.stdout.splitlines()[0] == "0" and "default via 10.87.0.1" in done.stdout
+
+
+def test_a_container_can_be_started_again_while_another_is_in_its_network(cr: Crun) -> None:
+    assert cr("run", "-d", "--name", "first", "--restart", "always", "b:1", "sleep", "90").returncode == 0
+    assert cr("run", "-d", "--name", "side", "--network", "container:first", "b:1", "sleep", "90").returncode == 0
+    name = cr("exec", "first", "hostname").stdout
+    script = "hostname; cat /etc/hostname; echo $HOSTNAME; ping -c 1 -W 2 $(hostname) >&2"
+    done = cr("exec", "side", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (0, 3 * name), done.stderr
+    assert cr("restart", "-t", "0", "first").returncode == 0
+    assert "eth0" not in cr("exec", "side", "ip", "addr").stdout, "the address may be another's by now"
+    os.kill(json.loads(cr("inspect", "first").stdout)["State"]["Pid"], signal.SIGKILL)
+    assert until(lambda: json.loads(cr("inspect", "first").stdout)["RestartCount"] == 1)
+    assert until(lambda: json.loads(cr("inspect", "first").stdout)["State"]["Running"])
+    cr("rename", "first", "other")
+    assert cr("restart", "-t", "0", "side").returncode == 0, "whatever the other is called by now"
+    assert cr("rm", "-f", "side", "other").returncode == 0

@@ -282,6 +282,33 @@ def test_files_of_a_store_have_the_modes_that_the_man_page_says_whatever_the_uma
     assert modes["packs"] == modes["meta"] == 0o444
 
 
+@pytest.mark.needs("root", "setpriv")
+def test_a_store_is_for_its_owner_alone_unless_it_is_opened_for_a_group(home: Path, tree: Path, cmd: Run) -> None:
+    base = Path("/var/tmp") / f"cafs-private-{os.getpid()}"
+    base.mkdir()
+    base.chmod(0o755)
+    before = os.umask(0)
+    try:
+        store = base / "a" / "store"
+        assert cmd("cafs-index", "create", tree, "-t", "x:1", "--store", store).returncode == 0
+        assert store.stat().st_mode & 0o777 == 0o750
+
+        def reads(group: int) -> bool:
+            who = ["setpriv", "--reuid=65534", f"--regid={group}", "--clear-groups"]
+            return subprocess.run([*who, "cat", store / "refs" / "x" / "1"], capture_output=True, check=False).returncode == 0
+
+        assert not reads(65534)
+        closed = cmd("cafs-store", "init", "--group", "1234", "--store", store)
+        assert closed.returncode == 1 and b"cannot pass through" in closed.stderr
+        (base / "a").chmod(0o711)
+        assert cmd("cafs-store", "init", "--group", "1234", "--store", store).returncode == 0
+        assert reads(1234) and not reads(65534)
+        assert cmd("cafs-store", "init", "--group", "no-such-group", "--store", store).returncode == 4
+    finally:
+        os.umask(before)
+        shutil.rmtree(base)
+
+
 def test_a_manifest_that_is_a_bomb_is_refused(home: Path, tree: Path, tmp_path: Path) -> None:
     import zstandard
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +22,7 @@ from pool.settings import Settings
 from pool.tenants import Tenants, Usage
 from pool.workers import Remote
 from tests.conftest import wait_until
-from tests.pooling import PLAIN, agents, cp, job, ok, serving
+from tests.pooling import PLAIN, agents, cp, job, ok, serving, serving_with
 
 SPEC = {"memory": 0, "gpus": 0}
 TOML = '[tenants.a]\nusers = ["1234"]\ncpus = 1\njobs = 3\n[tenants.b]\nusers = ["nobody"]\nshare = 2\n'
@@ -256,18 +254,6 @@ def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
     assert places[1].exists()
     with serving():
         ok("down", "--grace", "1")
-
-
-@contextmanager
-def serving_with(code: str) -> Iterator[None]:
-    """A controller of which something is changed; it is killed at the end."""
-    whole = f"{code}; import os; from pool import client; client.serve(os.environ['CAFS_POOL'])"
-    with subprocess.Popen([sys.executable, "-c", whole]) as one:
-        try:
-            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
-            yield
-        finally:
-            one.kill()
 
 
 def test_a_job_that_does_not_start_in_time_is_tried_elsewhere(tmp_path: Path) -> None:
