@@ -27,6 +27,9 @@ PYTHON = "/opt/tests/bin/python"
 _LIBRARIES = "click xxhash zstandard rich urllib3 boto3 paramiko cryptography pyyaml pytest pytest-xdist hypothesis moto[ec2,iam,s3,server]"
 _PROGRAMS = "systemd-sysv dbus dbus-user-session libpam-systemd udev linux-image-cloud-amd64 ca-certificates xfsprogs e2fsprogs zstd sudo"
 _NOT_NEEDED = {"debootstrap", "iptables"}
+_VERSION = b"1"
+"""Of what is done here to make a machine: another one, another machine."""
+
 _DISK = "16G"
 _MEMORY = "3G"
 _BOOT_LIMIT_S = 400
@@ -43,7 +46,7 @@ def missing() -> list[str]:
 
 def directory(suite: str) -> Path:
     """Where the machine of a suite is kept; another one when what it is made of changes."""
-    made_of = (ROOT / "packages.sh").read_bytes() + Path(__file__).read_bytes()
+    made_of = (ROOT / "packages.sh").read_bytes() + _VERSION
     top = Path(os.environ.get("CAFS_VM") or Path.home() / ".cache/cafs-vm")
     return top / f"{suite}-{hashlib.sha256(made_of).hexdigest()[:12]}"
 
