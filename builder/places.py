@@ -33,6 +33,7 @@ class Places:
         self._opened: dict[bytes, MappedIndex] = {}
         self._contexts: dict[str, Context] = {}
         self._read: set[str] = set()
+        self._pulled_now: set[str] = set()
 
     def tree(self, layers: tuple[bytes, ...]) -> Node:
         """The root of the tree that layers make."""
@@ -59,6 +60,9 @@ class Places:
             return self._pulled(where)
         elif is_given and os.path.isdir(where):
             raise UsageError(f"context {quote(name)} is a directory, and FROM needs an image")
+        if self._build.request.pulls:
+            hint = f"FROM docker://{where}, or leave out --pull"
+            raise UsageError(f"image {quote(where)} is of the store: there is nothing to pull it from", hint=hint)
         try:
             return image.resolve(store, where)
         except NotFound as error:
@@ -68,7 +72,9 @@ class Places:
     def _pulled(self, where: str) -> Image:
         from runner import pull
 
-        return pull.get(self._build.store.root, where, "missing")
+        is_new = self._build.request.pulls and where not in self._pulled_now
+        self._pulled_now.add(where)
+        return pull.get(self._build.store.root, where, "always" if is_new else "missing")
 
     def _imported(self, source: str) -> Image:
         from cafs.indexing import Options, create_image

@@ -17,6 +17,7 @@ class Request:
     """What is to be built.  args: --build-arg.  contexts: --build-context.  secrets: id -> (kind, where).
 
     no_cache: None, or names of stages ('' for all).  epoch: SOURCE_DATE_EPOCH, -1 if not given.
+    pulls: images of registries are asked for anew.
     """
 
     target: str = ""
@@ -33,6 +34,7 @@ class Request:
     is_reproducible: bool = False
     cache_from: list[Store] = field(default_factory=list)
     allows_in_layer: set[str] = field(default_factory=set)
+    pulls: bool = False
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ def run(command: click.Command, program: str, arguments: list[str] | None = None
     """Run a click command and exit.  Nothing that a user can cause shows a traceback."""
     import click
 
+    no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # click 8.2; before, it has printed its help
+
     def main() -> int:
         # Not command.main(): it turns a closed pipe into exit 1 and Ctrl-C into "Aborted!", exit 1.
         try:
@@ -35,9 +37,12 @@ def run(command: click.Command, program: str, arguments: list[str] | None = None
                 return result if isinstance(result, int) else 0
         except click.exceptions.Exit as end:
             return end.exit_code
+        except no_arguments as error:
+            sys.stderr.write(f"{error.format_message()}\n")
+            return 2
         except click.UsageError as error:
             say(program, _one_line(error.format_message()))
-            sys.stderr.write(f"{error.ctx.get_usage() if error.ctx else command.name}\n")
+            sys.stderr.write(f"{(error.ctx or click.Context(command, info_name=program)).get_usage()}\n")
             return 2
         except click.ClickException as error:
             say(program, _one_line(error.format_message()))

@@ -35,6 +35,30 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
+class Switchable(click.Command):
+    """A command whose switches can be given as docker's: --NAME=true, --NAME=false; the last one counts.
+
+    What hidden ones say is so anyway.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        switches = {name: one for one in self.params if isinstance(one, click.Option) and one.is_flag for name in one.opts}
+        end = args.index("--") if "--" in args else len(args)
+        words: list[str] = []
+        for word in args[:end]:
+            name, equals, value = word.partition("=")
+            if not equals or name not in switches:
+                words.append(word)
+            elif value.lower() in ("true", "1", "t"):
+                words.append(name)
+            elif value.lower() in ("false", "0", "f") and not switches[name].hidden:
+                words = [one for one in words if one != name]
+            else:
+                values = "true" if switches[name].hidden else "true or false"
+                raise click.UsageError(f"{name} can be {values}, not {value!r}", ctx)
+        return super().parse_args(ctx, words + args[end:])
+
+
 def store_option() -> Decorator:
     """--store: where images are; the default is worked out when it is needed.  --scope: which part of it."""
 

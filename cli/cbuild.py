@@ -10,7 +10,7 @@ import click
 
 from cli import _built as built
 from cli._app import run
-from cli._options import quiet_option, store_option, store_root, version_option
+from cli._options import Switchable, quiet_option, store_option, store_root, version_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ PROGRAM = "cbuild"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Switchable, context_settings=CONTEXT)
 @click.argument("context", metavar="CONTEXT")
 @click.option("-f", "--file", "file", metavar="FILE", help="The Dockerfile (default: CONTEXT/Dockerfile; '-': stdin).")
 @click.option("-t", "--tag", "tags", multiple=True, metavar="REF", help="Name the image NAME[:TAG]; repeatable.")
@@ -60,8 +60,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 @click.option("--reproducible", is_flag=True, help="Let nothing in a layer be later than SOURCE_DATE_EPOCH (or 1970).")
 @click.option("--squash", is_flag=True, help="Make it one layer.")
 @click.option("--platform", metavar="OS/ARCH", help="Only the host's own is there.")
-@click.option("--pull", "is_pulled", is_flag=True, hidden=True)
-@click.option("--rm", "is_removed", is_flag=True, hidden=True)
+@click.option("--pull", "pulls", is_flag=True, help="Ask registries anew for images like docker://alpine:3.")
+@click.option("--rm", is_flag=True, hidden=True, expose_value=False)  # as it is anyway
 @store_option()
 @quiet_option()
 @version_option(PROGRAM)
@@ -119,7 +119,6 @@ def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
 def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
     from builder import cache, cachemounts, scratch
     from builder.build import Build
-    from cafs import paths
     from cafs.store import open_or_init
     from cafs.writer import Writer
     from cli._context import opened
@@ -137,7 +136,7 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
         made = build.run()
         build.places.save()
         if given["cache_to"]:
-            cache.send(build.records, opened_store, open_or_init(paths.located(str(given["cache_to"]))))
+            cache.send(build.records, opened_store, open_or_init(_cache("--cache-to", "dest", str(given["cache_to"]))))
         made = built.squashed(opened_store, made) if given["squash"] else made
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
@@ -169,7 +168,6 @@ def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str,
 def _request(given: dict[str, object]) -> Request:
     from builder.request import Request
     from builder.stages import platform
-    from cafs import paths
     from cafs.store import Store
 
     wanted = given["platform"]
@@ -188,12 +186,13 @@ def _request(given: dict[str, object]) -> Request:
         labels=_pairs(given["labels"], "--label"),
         no_cache={*built.texts(given["filters"]), *([""] if given["no_cache"] else [])},
         allowed=set(built.texts(given["allowed"])),
-        cache_from=[Store(paths.located(url)) for url in built.texts(given["others"])],
+        cache_from=[Store(_cache("--cache-from", "src", text)) for text in built.texts(given["others"])],
         allows_in_layer=set(built.texts(given["leaky"])),
         network=str(given["network"] or ""),
         flags=flags,
         epoch=_epoch(epoch) if epoch else 0 if given["reproducible"] else -1,
         is_reproducible=bool(given["reproducible"]),
+        pulls=bool(given["pulls"]),
     )
     if given["push"] and not given["tags"]:
         raise click.UsageError("--push needs a REF: -t")
@@ -209,6 +208,18 @@ def _epoch(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 10):
         raise click.UsageError(f"SOURCE_DATE_EPOCH is a number of seconds, not {text!r}")
     return int(text)
+
+
+def _cache(option: str, where: str, text: str) -> str:
+    """The address of a store with steps; of docker's caches only type=local is one.  where: its field for a directory."""
+    from cafs import paths
+
+    if text.startswith("type="):
+        fields = dict(field.partition("=")[::2] for field in text.split(","))
+        kind, text = fields.pop("type"), fields.pop(where, "")
+        if kind != "local" or not text or fields not in ({}, {"mode": "max"}):
+            raise click.UsageError(f"{option} takes a store: DIRECTORY, type=local,{where}=DIRECTORY or s3://BUCKET/PREFIX")
+    return paths.located(text)
 
 
 def _secret(text: str) -> tuple[str, tuple[str, str]]:

@@ -144,6 +144,8 @@ def _image(root: str, options: Options) -> Image:
     if when not in ("missing", "never", "always"):
         raise UsageError(f"--pull {quote(when)}", hint="missing, never or always")
     if not name.startswith("docker://"):
+        if when == "always":
+            raise UsageError(f"--pull always: image {quote(name)} is of the store", hint=f"crun run docker://{name}")
         return image.resolve(Store(root), name)
     from runner import pull
 

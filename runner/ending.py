@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import time
 
 from cafs import atomic, linux
@@ -116,8 +117,10 @@ def tidy() -> None:
         if not container.asked["foreground"] and (pidfd is not None or _is_unread(container, state)):
             from runner import launching
 
-            launching.succeed(container)
+            ready = launching.succeed(container)
             deadline = time.monotonic() + (_READ_S if pidfd is None else 0)
+            select.select([ready], [], [], _READ_S)  # so that `logs` finds what was unread
+            os.close(ready)
             while alive.is_watched(identity) and time.monotonic() < deadline:
                 time.sleep(0.01)  # it has only to read what is left
             continue

@@ -100,17 +100,23 @@ def become_monitor(container: Container, descriptors: dict[str, int]) -> None:
     os.execv(sys.executable, [sys.executable, "-P", "-m", "runner.monitor", container.id, *words])
 
 
-def succeed(container: Container) -> None:
-    """Start another monitor for a container that runs, or has ended with something unread: the one it had was killed."""
+def succeed(container: Container) -> int:
+    """Start another monitor for a container that runs, or has ended with something unread: the one it had was killed.
+
+    Returns a descriptor to read from, which is at its end once what nobody had read is in the log.
+    """
     from runner import stdio
 
+    reader, ready = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
+        os.close(ready)
         os.close(container.lock)
         container.lock = -1
         os.waitpid(child, 0)
-        return
+        return reader
     try:
+        os.close(reader)
         if os.fork():
             os._exit(0)
         linux.leave_session()
@@ -119,7 +125,7 @@ def succeed(container: Container) -> None:
         descriptors = stdio.reopen(container.directory) | holding.recover(container) | {"process": process}
         host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         linux.become_subreaper()
-        become_monitor(container, descriptors | {"host": host})
+        become_monitor(container, descriptors | {"host": host, "ready": ready})
     finally:
         os._exit(1)
 

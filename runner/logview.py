@@ -47,7 +47,13 @@ def show_logs(container: Container, options: Options) -> int:
     printer = _Printer(with_time=options.has("timestamps"))
     path, goes_on = container.path("log"), options.has("follow")
     skip = _LastLines(path, tail)
-    for when, stream, data in logs.follow(path, lambda: not (goes_on and alive.is_watched(container.id))):
+
+    def is_over() -> bool:
+        return not goes_on or time.time_ns() > until or not alive.is_watched(container.id)
+
+    for when, stream, data in logs.follow(path, is_over):
+        if goes_on and when > until:
+            break
         kept = skip.cut(data)
         if kept and since <= when <= until:
             printer.write(when, stream, kept)

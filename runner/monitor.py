@@ -4,7 +4,7 @@ It may be killed at any time.  The next crun command starts another, which finds
 process 1 by state.json; what the container writes meanwhile waits in the pipes.
 
 usage: python -m runner.monitor ID NAME=FD...    lock, lower, host (mount namespace), process (pidfd), stdin, stdout, stderr or
-       terminal
+       terminal, ready (closed when what was there is read)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _FIRST_WAIT_S, _WAIT_MAX_S = 0.1, 60.0
 _STEADY_S = 10.0
 _GONE_POLL_S = 0.2
 _IDLE_S = 3600.0
+_PIPE_MAX = 1 << 20
 
 
 class Monitor:
@@ -67,6 +68,12 @@ class Monitor:
     def run(self) -> None:
         """Returns once process 1 has ended and all that it wrote is in the log."""
         process = self.fds.get("process", -1)
+        for fd in list(self.sources):  # what waits there since another monitor was killed: no more than a pipe holds
+            for _ in range(_PIPE_MAX // PIECE + 1):
+                if fd not in self.sources or not self._pass_on(fd):
+                    break
+        if "ready" in self.fds:
+            os.close(self.fds.pop("ready"))
         while process >= 0:
             poll = select.poll()
             poll.register(process, select.POLLIN)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 
-from cafs import image
-from cafs.errors import NotFound, quote
+from cafs import image, linux
+from cafs.errors import CafsError, NotFound, quote
 from cafs.store import Store
 
 TYPE_CHECKING = False
@@ -28,7 +28,9 @@ def get(root: str, name: str, when: str) -> Image:
         _pull(name, root, ref)
     _, status = os.waitpid(child, 0)
     if status:
-        raise NotFound(f"cannot pull {quote(name)}")
+        error = CafsError(f"cannot pull {quote(name)}")
+        error.exit_code = linux.exit_code(status)
+        raise error
     return image.resolve(Store(root), ref)
 
 

@@ -147,6 +147,23 @@ def test_git_repositories_are_contexts_and_sources(context: Path, tmp_path: Path
             assert done.returncode == code, done.stderr
 
 
+def test_what_docker_would_do_and_this_does_not_is_refused(context: Path, tmp_path: Path) -> None:
+    for words, said in (
+        (["--pull"], b"is of the store: there is nothing to pull it from"),
+        (["--pull=always"], b"--pull can be true or false"),
+        (["--rm=false"], b"--rm can be true"),
+        (["--cache-to", "type=gha,mode=max"], b"--cache-to takes a store"),
+        (["--cache-to", "type=local"], b"--cache-to takes a store"),
+        (["--cache-from", "type=registry,ref=x/y"], b"--cache-from takes a store"),
+    ):
+        done = cbuild("-q", *words, context, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, (words, done.stderr)
+        assert b"\nmain\n" not in done.stderr
+    assert not list(tmp_path.glob("type=*"))
+    wanted = digest("--cache-to", f"type=local,dest={tmp_path}/steps,mode=max", context)
+    assert digest("--cache-from", f"type=local,src={tmp_path}/steps", "--no-cache=false", context) == wanted
+
+
 def test_an_image_whose_last_steps_make_no_layer_can_be_loaded_by_docker(context: Path, tmp_path: Path) -> None:
     text = b'FROM scratch\nCOPY a /a\nENV A=1\nLABEL x=y\nCMD ["/a"]\n'
     assert cbuild("-f", "-", "-o", f"docker-archive:{tmp_path}/out.tar", context, input=text).returncode == 0
@@ -502,6 +519,14 @@ def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path:
         assert done.returncode == 0, done.stderr
         found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
         assert found == b"A\n"
+        (context / "Dockerfile").write_text("FROM b:1\nRUN echo new > /b\n")
+        assert cbuild("-q", "-o", f"docker://{place}/app:1", context).returncode == 0
+        (context / "Dockerfile").write_text(f"FROM docker://{place}/app:1\nRUN cat /b > /c\n")
+        for words, seen in (([], b"A\n"), (["--pull"], b"new\n"), (["--pull=false"], b"new\n")):
+            assert cbuild("-q", "-t", "upon:1", *words, context).returncode == 0
+            found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
+            assert found == seen, words
+    assert cbuild("-q", "--pull", context).returncode == 7, "the registry is away"
     assert cbuild("-q", "-o", f"docker://{place}/app:1", context).returncode != 0
 
 

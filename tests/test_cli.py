@@ -108,6 +108,15 @@ def test_bad_input_is_one_clear_line_and_its_exit_code(
     assert done.stdout == b""
 
 
+@pytest.mark.parametrize("program", ["cafs-index", "cafs-store", "cpool"])
+def test_a_command_alone_prints_its_help(home: Path, cmd: Run, program: str) -> None:
+    done = cmd(program)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and done.stdout == b""
+    assert lines[0].startswith(f"Usage: {program}") and max(map(len, lines)) <= 80
+    assert done.stderr == cmd(program, "--help").stdout
+
+
 def test_an_unreadable_file_is_an_error_or_left_out_with_exit_3(home: Path, tree: Path, cmd: Run) -> None:
     # Root reads everything, so what cannot be read here is a name that its directory does not let through.
     if os.geteuid() == 0:

@@ -626,3 +626,17 @@ def test_filters_choose_what_is_listed(image: Path) -> None:
     ok("volume", "prune", "-a", "--filter", "label=x")
     assert ok("volume", "ls", "-q") == "keep\n"
     ok("volume", "rm", "keep")
+
+
+def test_following_a_log_ends_in_time_and_the_first_look_shows_what_nobody_had_read(image: Path) -> None:
+    identity = background("talk", "b:1", "sh", "-c", "while :; do echo x; sleep 0.05; done")
+    assert until(lambda: ok("logs", "talk"))
+    assert ok("logs", "-f", "--until", "1ms", "talk", timeout=20).startswith("x\n")
+    assert ok("logs", "-f", "--until", str(int(time.time()) + 1), "talk", timeout=20).startswith("x\n")
+    ok("rm", "-f", "talk")
+    identity = background("unread", "b:1", "sh", "-c", "sleep 0.5; seq 9999; sleep 90.25")
+    kill_monitor(identity)
+    assert until(lambda: subprocess.run(["pgrep", "-f", "sleep 90.25"], capture_output=True, check=False).stdout)
+    time.sleep(1)  # nobody can tell from outside what is in a pipe
+    assert ok("logs", "unread").split()[-1:] == ["9999"]
+    ok("rm", "-f", "unread")
