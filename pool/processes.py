@@ -75,8 +75,11 @@ class Job:
         """Raises OSError, and then nothing of it runs: whatever needs room on the disk is there before."""
         asked = self.asked
         os.makedirs(self.directory, mode=0o700)
-        environment = {**os.environ, **asked["env"], "CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt)}
-        environment["CPOOL_POOL"] = self.pool
+        environment = {**os.environ, **({} if asked["image"] else asked["env"])}
+        environment |= {"CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt), "CPOOL_POOL": self.pool}
+        if asked["image"]:  # for its container: in the environment of crun, LD_PRELOAD would be a program of ours on the host
+            with open(os.open(self.path("env"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(b"".join(os.fsencode(f"{name}={value}\0") for name, value in asked["env"].items()))
         if asked.get("has_gpus") and not asked["image"]:  # a container has those that it is given, and no others
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, asked.get("gpu_ids", ())))
         secrets = asked.pop("secrets", None)  # before it is written down
@@ -161,8 +164,7 @@ class Job:
         words += ["--store", store] if store else []
         if asked.get("has_secrets"):
             words += ["-v", f"{hiding.place_of(self.directory)}:{_IN_IMAGE}:ro", "-e", _SECRETS]
-        for name in [*asked["env"], "CPOOL_JOB", "CPOOL_ATTEMPT"]:  # their values are in our environment, not in arguments
-            words += ["-e", name]
+        words += ["--env-file", self.path("env"), "-e", "CPOOL_JOB", "-e", "CPOOL_ATTEMPT"]
         if asked.get("fn"):
             return instance.words(self.directory, asked, words)
         return [*words, asked["image"], *asked["command"]]

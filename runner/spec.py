@@ -118,7 +118,10 @@ def _assign(found: dict[str, str], word: str) -> None:
 
 
 def _env_file(path: str) -> list[str]:
-    """Docker's rules: no quotes are processed, '#' begins a comment line, a name alone takes the caller's value."""
+    """Docker's rules: no quotes are processed, '#' begins a comment line, a name alone takes the caller's value.
+
+    A file with NUL bytes is read as `env -0` writes it, so that a value may have lines.
+    """
     from cafs import atomic
     from cafs.errors import os_error
 
@@ -126,6 +129,8 @@ def _env_file(path: str) -> list[str]:
         text = atomic.read_file(path, _ENV_FILE_MAX).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise os_error(f"cannot read env file {quote(path)}", error) from error
+    if "\0" in text:
+        return [word for word in text.split("\0") if word]
     lines = [line.lstrip().removesuffix("\r") for line in text.split("\n")]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -543,6 +543,19 @@ def test_a_job_runs_in_an_image(image: Path, controller: object) -> None:
     assert cp("submit", "--image", "absent:1", "--", "true").returncode == 4
 
 
+@pytest.mark.needs("root", "fuse", "runc", "busybox")
+def test_variables_of_a_job_in_an_image_are_its_containers_and_not_of_the_programs_that_start_it(
+    image: Path, controller: object, tmp_path: Path
+) -> None:
+    """Else a tenant who may run images alone runs a program of theirs as the owner of the pool."""
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'entered')!r}, 'w')")
+    words = ("--image", "b:1", "-e", f"PYTHONPATH={tmp_path}", "-e", "LINES=a\nb")
+    number = ok("submit", *words, "--", "sh", "-c", 'echo "$PYTHONPATH $LINES"').strip()
+    assert cp("wait", number).returncode == 0
+    assert cp("logs", number).stdout == f"{tmp_path} a\nb\n"
+    assert not (tmp_path / "entered").exists()
+
+
 @pytest.mark.needs("root", "fuse", "runc", "busybox", "sshd", "ssh-keygen")
 def test_a_worker_that_has_nothing_but_ssh_and_python_runs_images_of_a_store_that_is_read_over_ssh(
     image: Path, servers: list[int], pool: Path, tmp_path: Path
