@@ -66,6 +66,8 @@ class Controller:
         self.is_ending = self.is_leaving = self._when_idle = self._when_alone = False
         self.turns = Turns(self.state, self.jobs)
         self._look_at_queue = 0.0
+        self._has_unwanted = False
+        """A job has ended whose files on this machine no other may want."""
         self.waiting = Waiting(self, settings)
         self._to_say: list[Callable[[], None]] = []
         self.fleet = self._fleet(settings)
@@ -169,6 +171,9 @@ class Controller:
         changes = self.state.take_changes()
         self.events.write(changes)
         self.functions.changed(changes)
+        if self._has_unwanted:
+            self._has_unwanted = False
+            inputs.remove_unwanted(self.directory, (one.spec for one in self.jobs.values()))
         said, self._to_say = self._to_say, []
         for one in said:
             one()
@@ -304,7 +309,8 @@ class Controller:
         self.waiting.may_place = True
         images = {str(job.spec["image"]) for job in self.jobs.values() if job.spec.get("image")}
         self.leases.mind(frozenset(images | self.functions.images()))
-        late = [job for job in self.waiting.jobs if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
+        queued = (job for job in self.waiting.jobs if job.state == QUEUED)
+        late = [job for job in queued if 0 < job.spec.get("queue_s", 0) < time.time() - job.submitted_s]
         for job in late:
             self.finish(job, state.CANCELLED, "waited too long for a worker", has_written=False)
         for job in [one for one in self.jobs.values() if one.state == STARTING and one.spec.get("start_s")]:
@@ -368,7 +374,7 @@ class Controller:
         self.state.change(job, state=QUEUED, worker="")
         if wait_s:
             self.turns.try_later(job, wait_s)
-        self.waiting.put_in_order()
+        self.waiting.has_changed()
 
     def lose(self, job: Job, why: str) -> None:
         """Its worker is not heard of: it is done again elsewhere, but not for ever."""
@@ -393,8 +399,7 @@ class Controller:
             self.state.keep_output(job.id, b"", b"")
         self.waiting.may_place = True
         self.jobs.pop(job.id, None)
-        if job.spec.get("in"):
-            self.say(lambda: inputs.remove_unwanted(self.directory, (one.spec for one in self.jobs.values())))
+        self._has_unwanted = self._has_unwanted or bool(job.spec.get("in"))
         self.turns.forget(job)
         for client in list(self.clients.values()):
             client.ended(job)
@@ -414,7 +419,7 @@ class Controller:
                 self.send(remote, frames.message("cancel", id=job.id, attempt=job.attempt, grace_s=grace_s))
         else:
             self.finish(job, state.CANCELLED, "cancelled", has_written=False)
-            self.waiting.put_in_order()
+            self.waiting.has_changed()
 
 
 def _lent(settings: Settings) -> str:

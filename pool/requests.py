@@ -113,7 +113,7 @@ def _release(client: Client, controller: Controller, said: dict[str, Any]) -> No
         job = _job_of(client, controller, number)
         if job.state == before:
             controller.state.change(job, state=after)
-    controller.waiting.put_in_order()
+    controller.waiting.has_changed()
     client.answer({"done": True})
 
 

@@ -46,6 +46,10 @@ class Waiting:
         placed = (job for remote in controller.remotes.values() for job in remote.jobs.values())
         return controller.tenants.usage(placed) if controller.tenants.all else {}
 
+    def has_changed(self) -> None:
+        """Jobs have come back, or gone: they are put in order when they are looked at next, once for all of a turn."""
+        self.may_place, self._is_unordered = True, True
+
     def put_in_order(self) -> None:
         """All that are queued."""
         self.may_place, self._place_from, self._is_unordered = True, 0, False

@@ -751,6 +751,37 @@ def test_a_host_that_is_removed_or_moved_takes_no_controller_with_it(pool: Path)
     assert cp("submit", *PLAIN, "--after", "99", "--", "true").returncode == 4, "also without a controller"
 
 
+def test_the_queue_is_put_in_order_once_a_turn_however_many_leave_it_or_come_back(
+    pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pool.controller import Controller
+    from pool.tenants import Tenants
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool), Settings())
+        for number in range(300):
+            one = held.state.job(held.state.submit(specs.check({"command": ["true"], "cpus": 1})))
+            held.add(one)
+            if number < 100:
+                held.state.change(one, state=state.RUNNING, worker="local", attempt=1)
+                held.remotes["local"].took(one)
+        held.turn(0)
+        sorted_so_often, in_order = [0], Tenants.in_order
+
+        def counted(*given: object) -> list[state.Job]:
+            sorted_so_often[0] += 1
+            return in_order(*given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Tenants, "in_order", counted)
+        for one in list(held.jobs.values())[100:200]:
+            held.cancel(one, 0)
+        for one in list(held.jobs.values())[:100]:
+            held.lose(one, "lost")
+        held.turn(0)
+        assert sorted_so_often[0] <= 2 and [one.id for one in held.waiting.jobs] == [*range(1, 101), *range(201, 301)]
+        held.state.close()
+
+
 def test_two_maps_at_once_share_a_controller(pool: Path, tmp_path: Path) -> None:
     command = [BIN / "cpool", "map", "-k", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "sleep 0.0{}; echo {}"]
     text = "".join(f"{n}\n" for n in range(10, 60)).encode()
