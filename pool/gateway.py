@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
     def _value(self) -> tuple[Any] | None:
         """The body; None, after an answer, if it cannot be taken."""
         size = self.headers.get("Content-Length", "")
-        if not size.isdigit():
+        if not re.fullmatch("[0-9]{1,18}", size):
             self.close_connection = True
             self._error(411, "protocol", "Content-Length is needed")
             return None
@@ -191,7 +191,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._error(413, "protocol", f"a body has at most {BODY_MAX} bytes")
             return None
-        data = self.rfile.read(int(size))
+        try:
+            data = self.rfile.read(int(size))
+        except TimeoutError:
+            return self._cut_off(408)
+        if len(data) < int(size):
+            return self._cut_off(400)
         if self.headers.get("Content-Type", "") == _BYTES:
             return (data,)
         try:
@@ -199,6 +204,11 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             self._error(400, "protocol", "the body is no JSON")
             return None
+
+    def _cut_off(self, status: int) -> None:
+        """The body is incomplete: the call is not made (RFC 9112, 6.3 and 8)."""
+        self.close_connection = True
+        self._error(status, "protocol", "the body ended before its Content-Length")
 
     def _answer(self, found: Any) -> None:
         if isinstance(found, bytes):
@@ -254,7 +264,7 @@ def serve(directory: str, address: str, *, is_public: bool, cert: str | None, ke
     """Until SIGTERM or Ctrl-C.  Raises CafsError."""
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
-    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535 or not host:
         raise UsageError(f"{quote(address)} is not HOST:PORT")
     if (cert is None) != (key is None):
         raise UsageError("--cert and --key belong together")

@@ -31,6 +31,8 @@ PROGRAMS = {
         "*nojson*) echo 'not json';; *die*) exit 4;; *flood*) yes err | head -c 3000000 >&2; echo '\"ok\"';; "
         "*long*) head -c 2000000 /dev/zero | tr '\\0' 1; echo;; *) echo \"$line\";; esac; done"
     ),
+    "greet": 'echo hello; while read -r line; do echo "$line"; done',
+    "late-greet": 'sleep 5; echo hello; while read -r line; do echo "$line"; done',
     "fat": "while read -r line; do test $line = 1 || exit 4; exec sort /dev/zero; done",
     "size": "while read -r line; do f=$(echo \"$line\" | cut -d'\"' -f4); wc -c < $f | tr -d ' '; done",
     "large": (

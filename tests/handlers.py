@@ -1,6 +1,7 @@
 """Handlers for the tests of functions; they run in a container."""
 
 import asyncio
+import multiprocessing
 import os
 import random
 import subprocess
@@ -194,3 +195,35 @@ def leak(value):
     """Keep that many MiB more from now on."""
     held.append(b"x" * (value << 20))
     return len(held)
+
+
+def split(value):
+    """In the child it comes back, raises or leaves; in the parent it says with what code the child has ended."""
+    child = os.fork()
+    if not child:
+        if value == "raise":
+            raise ValueError(value)
+        sys.exit(3) if value == "exit" else None
+        return "child"
+    return os.waitpid(child, 0)[1] >> 8
+
+
+async def asplit(value):
+    return split(value)
+
+
+def ended(value):
+    """The exit code of a child that was terminated once it ran."""
+    reads, writes = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: (os.write(writes, b"x"), time.sleep(600)))
+    child.start()
+    os.read(reads, 1)
+    child.terminate()
+    child.join(5)
+    return child.exitcode
+
+
+def hide(value):
+    """Let go of the host, and live on."""
+    os.closerange(3, 4096)
+    time.sleep(600)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cafs.errors import CafsError
 from pool import calls, sockets
 from pool.calling import Function
 from pool.session import CallError, Pending, Session
-from tests.conftest import BIN
+from tests.conftest import BIN, SLOW
 from tests.functioning import NEEDS, answer, call, deploy, functions_at, instances, remove_all, shown, wait
-from tests.pooling import cp, ok
+from tests.pooling import cp, ok, processes
 
 pytestmark = pytest.mark.needs(*NEEDS)
 
@@ -532,3 +535,59 @@ def test_a_zygote_with_threads_is_not_forked_and_none_has_gpus() -> None:
     done = cp("fn", "deploy", "g", "--image", "p:1", "--handler", "python:h:echo", "--zygote", "--gpus", 1)
     assert done.returncode == 2 and "cannot be forked" in done.stderr
     assert cp("fn", "deploy", "g", "--image", "b:1", "--handler", "jsonl:/bin/upper", "--zygote").returncode == 2
+
+
+@pytest.mark.parametrize("more", [("split",), ("split", "--concurrency", 4), ("asplit",)])
+def test_a_process_that_a_handler_forks_answers_nothing_and_ends(more: tuple[object, ...]) -> None:
+    deploy("split", f"python:h:{more[0]}", "--max", 1, *more[1:])
+    for _ in range(3):
+        assert [answer("split", value) for value in ("back", "raise", "exit")] == [0, 1, 3]
+    assert len(instances("split")) == 1, "the same one still serves"
+    deploy("ended", "python:h:ended", "--max", 1)
+    assert answer("ended", 0) == -15, "a child of a handler ends by SIGTERM"
+
+
+def test_a_process_that_was_forked_calls_over_a_connection_of_its_own() -> None:
+    deploy("echo", "python:h:echo", "--max", 1)
+    with Function("echo") as echo:
+        assert echo.call(0) == 0
+        items = echo.map(range(5), parallel=2)
+        assert next(items) == 0
+        reads, writes = os.pipe()
+        children = []
+        for number in range(4):
+            children.append(os.fork())
+            if not children[-1]:
+                try:
+                    signal.alarm(int(20 * SLOW))  # without a connection of its own it would wait for ever
+                    found = [echo.call(number), asyncio.run(echo.acall(number))]
+                    with pytest.raises(CafsError):
+                        list(items)  # what has not come yet is its parent's
+                    items.close()
+                    os.write(writes, json.dumps(found).encode() + b"\n")
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        os.close(writes)
+        with open(reads) as file:
+            assert sorted(json.loads(line) for line in file) == [[number, number] for number in range(4)]
+        assert list(items) == [1, 2, 3, 4], "no child has taken or cancelled its parent's calls"
+
+
+def test_an_instance_whose_connection_ends_is_ended() -> None:
+    deploy("hide", "python:h:hide", "--max", 1)
+    for _ in range(3):
+        assert "has ended in the call" in call("hide", 1).stderr
+    wait(lambda: not instances("hide"))
+    assert not processes(lambda words: b"h:hide" in words and words[0] == b"python3"), "no container is left"
+
+
+def test_a_program_that_writes_before_it_is_asked_is_not_started_for_ever() -> None:
+    done = cp("fn", "deploy", "greet", "--image", "b:1", "--handler", "jsonl:/bin/greet")
+    assert done.returncode == 1 and "its program wrote 'hello' before it was asked" in done.stderr
+    deploy("late", "jsonl:/bin/late-greet", "--max", 1)
+    wait(lambda: not instances("late"), 60)
+    assert "wrote 'hello' before" in str(shown("late")["problem"])

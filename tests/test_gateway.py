@@ -92,6 +92,14 @@ def test_functions_are_called_over_http_by_those_who_have_a_token(base: Path) ->
         assert status == 202 and ask(port, "GET", f"/calls/{call}", **mine)[0] in (200, 202)
         wait(lambda: ask(port, "GET", f"/calls/{call}", **mine) == (200, b'"slept"'))
         assert ask(port, "GET", f"/calls/{'0' * 32}", **mine)[0] == 404
+        before = shown("echo")["calls"]
+        for length in ("1000", "\xb2", "9" * 5000):
+            with socket.create_connection(("127.0.0.1", port)) as cut:
+                head = f"POST /echo HTTP/1.1\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n"
+                cut.sendall(head.encode("latin-1") + b'"whole in itself"')
+                cut.shutdown(socket.SHUT_WR)
+                assert cut.recv(1 << 16).startswith(b"HTTP/1.1 4")
+        assert shown("echo")["calls"] == before, "what is cut off is not called"
         slow = socket.create_connection(("127.0.0.1", port))
         slow.sendall(b"POST /echo HTTP/1.1\r\nContent-Le")  # and no more: others do not wait for it
         assert ask(port, "POST", "/echo", b"2", **mine) == (200, b"2")
