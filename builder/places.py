@@ -155,7 +155,7 @@ class Places:
         node = copying.follow(top, node) if node else None
         if node is None:
             raise NotFound(f"no {quote(source)} to mount")
-        key = lower.key_of(made.digest, "", None)
+        key = lower.key_of(made.digest, build.store.root, "", None)
         low = lower.find(made.digest, build.store.root, key)
         try:
             yield os.path.join(low.path, os.fsdecode(node.path[1:])).rstrip("/")

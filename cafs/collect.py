@@ -10,7 +10,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from cafs import candidates, image, lease, locator, steps
+from cafs import candidates, image, lease, leftovers, locator, steps
 from cafs.bulk import read_frames
 from cafs.candidates import Candidate
 from cafs.errors import BusyError, CafsError, CorruptError, quote
@@ -56,8 +56,9 @@ class _Live:
 
 
 def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False, steps_s: float = steps.KEPT_S) -> Report:
-    """One pass.  steps_s: how long layers of builds are kept that no image has, after they were used.
+    """One pass; what dead writers have left goes, too.
 
+    steps_s: how long layers of builds are kept that no image has, after they were used.
     Raises BusyError if another runs, and CorruptError, with nothing deleted, if what is needed is damaged.
     """
     store.is_checked = True
@@ -69,7 +70,10 @@ def collect(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False, st
         mine = name.removeprefix("leases/")
         if min(candidates.holders(store.backend, "gc") | {mine}) != mine:
             raise BusyError(f"store {quote(store.root)} is being collected already")
-        return _Pass(store, grace_s, dry_run, steps_s).run()
+        report = _Pass(store, grace_s, dry_run, steps_s).run()
+        for _, leftover in list(leftovers.find(store.backend, mine)):
+            _remove(store, leftover)
+        return report
     finally:
         store.backend.remove(name)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from dataclasses import dataclass
 
-from cafs import atomic, chunks, erofs, image, lease, locator, pack, paths, profile, quota
+from cafs import atomic, chunks, erofs, image, leftovers, locator, pack, paths, profile, quota
 from cafs.backend import CannotList
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
@@ -102,23 +101,8 @@ def _path(store: Store, name: str) -> str:
 
 
 def _leftovers(store: Store, repair: bool) -> Iterator[Finding]:
-    """Leases of writers that died; in a directory temporary files when no writer is alive anywhere."""
-    alive = False
-    for one in store.backend.list("leases"):
-        try:
-            is_dead = lease.is_dead(store.backend.read(f"leases/{one.name}", 65536), time.time() - one.mtime_s)
-        except OSError:
-            continue
-        if is_dead:
-            if repair:
-                atomic.unlink_quietly(_path(store, f"leases/{one.name}"))
-            yield Finding("dead-lease", one.name, repair)
-        else:
-            alive = True
-    if not alive and store.backend.is_local:
-        for one in store.backend.list(""):
-            if os.path.basename(one.name).startswith("tmp.") and not one.name.startswith("scopes/"):
-                yield Finding("leftover", one.name, _remove(_path(store, one.name), repair))
+    for kind, name in leftovers.find(store.backend):
+        yield Finding(kind, name.removeprefix("leases/"), _remove(_path(store, name), repair) if repair else False)
 
 
 def _remove(path: str, repair: bool) -> bool:

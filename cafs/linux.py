@@ -113,12 +113,14 @@ def mount_idmapped(source: str, target: str, namespace: int) -> None:
         os.close(tree)
 
 
-def bind(source: str, target: int, *, is_read_only: bool) -> None:
-    """Bind a file or directory, with all that is mounted below it, over what TARGET is open on; nothing is propagated.
+def bind(source: str, target: int, *, is_read_only: bool, is_deep: bool = True) -> None:
+    """Bind a file or directory, with all that is mounted below it (unless not IS_DEEP), over what TARGET is open on.
+
+    Nothing is propagated.
 
     open_tree(2), mount_setattr(2), move_mount(2); Linux 5.12.  Raises OSError.
     """
-    clone, recursive, target_is_fd = 1, 0x8000, 0x40
+    clone, recursive, target_is_fd = 1, 0x8000 * is_deep, 0x40
     tree = _check(_libc.syscall(_SYS_OPEN_TREE, -100, os.fsencode(source), clone | os.O_CLOEXEC | recursive), source)
     try:
         _set_attributes(tree, MS_RDONLY * is_read_only, propagation=MS_PRIVATE, flags=recursive)

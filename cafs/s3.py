@@ -122,16 +122,24 @@ class S3Backend(Backend):
         if not size:
             return b""
         try:
-            return self._get(name, size, Range=f"bytes={offset}-{offset + size - 1}")[0]
+            data, found = self._get(name, size, Range=f"bytes={offset}-{offset + size - 1}")
         except RemoteError as error:
             if "InvalidRange" in str(error):
                 return b""
             raise
+        start, total = _range(data, found)
+        if start != offset or len(data) != min(size, total - offset):
+            raise RemoteError(
+                f"cannot read {quote(name)} in {quote(self.url)}: the server sent another range than it was asked for"
+            )
+        return data
 
     def read_tail(self, name: str, size: int) -> tuple[bytes, int]:
         data, found = self._get(name, size, Range=f"bytes=-{size}")
-        total = str(found.get("ContentRange", "")).rpartition("/")[2]
-        return data, int(total) if total.isdigit() else len(data)
+        start, total = _range(data, found)
+        if start + len(data) != total or len(data) != min(size, total):  # it does not know ranges from the end
+            data = self.read_range(name, max(total - size, 0), size)
+        return data, total
 
     def exists(self, name: str) -> bool:
         try:
@@ -241,6 +249,12 @@ def _whole(body: Any, size: int) -> bytes:
     except Exception as error:  # whatever the layers below botocore raise
         raise error if isinstance(error, OSError) else OSError(5, "the answer broke off") from error
     return b"".join(parts)
+
+
+def _range(data: bytes, answer: dict[str, Any]) -> tuple[int, int]:
+    """Where what was sent begins in the file, and the size of that (RFC 9110, Content-Range)."""
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", str(answer.get("ContentRange", "")))
+    return (int(found[1]), int(found[2])) if found else (0, len(data))
 
 
 def _code(error: ClientError) -> str:

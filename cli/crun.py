@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from cafs.options import Options
 
 PROGRAM = "crun"
-OLDEST_RUNC = ((1, 2, 8), (1, 3, 3))
-"""Without CVE-2025-31133, -52565 and -52881; of a later series every version is."""
+OLDEST_RUNC = ((1, 3, 6), (1, 4, 3))
+"""Without CVE-2025-31133, -52565, -52881 and CVE-2026-41579; of a later series every version is."""
 
 _INSTEAD = {
     "build": "cbuild",
@@ -110,7 +110,7 @@ def _version() -> str:
         same = [one for one in OLDEST_RUNC if one[:2] == version[:2]]
         if version < (same[0] if same else OLDEST_RUNC[0] if version < OLDEST_RUNC[0] else version):
             sys.stderr.write(
-                "crun: warning: this runc is older than 1.2.8 and 1.3.3: a hostile image may get out of its container"
+                "crun: warning: this runc is older than 1.3.6 and 1.4.3: a hostile image may get out of its container"
                 " (CVE-2025-31133, -52565, -52881), unless your distribution has mended it\n"
             )
     return f"crun (cafs tools) {__version__}\n{said}\n"

@@ -84,7 +84,7 @@ def connect(container: Container, owner: int = -1) -> str:
                 firewall.publish(ports)
                 conntrack.forget(address, ports)
             except BaseException:
-                _give_back_ports(container.id)
+                _give_back_ports(container)
                 networks.give_back(network, container.id)
                 raise
         os.write(go, f"{address} {network.subnet.prefixlen} {network.gateway}".encode())
@@ -155,7 +155,7 @@ def _take_ports(container: Container, address: str) -> list[Port]:
     paths.make_private(_ports_directory())
     for kind, at, outer, inner in container.asked["ports"]:
         for number in [outer] if outer else _RANDOM_PORTS:
-            if _take_port(container.id, (kind, at, number, address, inner)):
+            if _take_port(container, (kind, at, number, address, inner)):
                 found.append((kind, at, number, address, inner))
                 break
             if outer:
@@ -165,29 +165,35 @@ def _take_ports(container: Container, address: str) -> list[Port]:
     return found
 
 
-def _take_port(container: str, port: Port) -> bool:
-    """Whether nobody of ours, and no process of the host, has it; noted then, with all that is needed to give it back."""
+def _take_port(container: Container, port: Port) -> bool:
+    """Whether nobody of ours, and no process of the host, has it; then it is kept, and noted with all that gives it back."""
     kind, at, number, address, inner = port
     taken = paths.listed(_ports_directory())
     mine = f"{kind}-{number}-{at}"
     if any(name.startswith(f"{kind}-{number}-") and (name == mine or not at or name.endswith("-")) for name in taken):
         return False
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as probe:
-        if kind == "tcp":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as holder:
         try:
-            probe.bind((at, number))
+            if kind == "tcp":
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or it would wait for what is in TIME_WAIT
+            holder.bind((at, number))
+            if kind == "tcp":
+                # Else another with that option could bind it too.  No packet gets as far: they are translated before.
+                holder.listen(1)
         except OSError:
             return False
-    note = f"{container} {address} {inner}"
-    atomic.replace_hint(os.path.join(_ports_directory(), mine), note.encode(), 0o600)
+        note = f"{container.id} {address} {inner}"
+        atomic.replace_hint(os.path.join(_ports_directory(), mine), note.encode(), 0o600)
+        container.ports.append(holder.detach())
     return True
 
 
-def _give_back_ports(container: str) -> None:
+def _give_back_ports(container: Container) -> None:
     """Those that are its own, and no others, whatever it had once; under the lock."""
+    while container.ports:
+        os.close(container.ports.pop())
     for holder, port in published():
-        if holder == container:
+        if holder == container.id:
             firewall.unpublish([port])
             atomic.unlink_quietly(os.path.join(_ports_directory(), f"{port[0]}-{port[2]}-{port[1]}"))
 
@@ -219,7 +225,7 @@ def disconnect(container: Container) -> None:
         return  # it was removed
     with networks.locked():
         addresses = [address for address, holder in networks.leases(network).items() if holder == container.id]
-        _give_back_ports(container.id)
+        _give_back_ports(container)
         networks.remove_link(_veth(container))  # the namespace may live on, by others in it
         for address in addresses:
             conntrack.forget(address, [])

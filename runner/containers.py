@@ -30,15 +30,19 @@ _JSON_MAX = 1 << 24
 
 
 class Container:
-    """One container.  asked: container.json.  lock: descriptor by which we watch it, -1 if we do not."""
+    """One container.  asked: container.json.  lock: descriptor by which we watch it, -1 if we do not.
 
-    __slots__ = ("asked", "directory", "id", "lock")
+    ports: sockets of ours on the ports of the host that are published: no program of the host takes one and gets nothing.
+    """
+
+    __slots__ = ("asked", "directory", "id", "lock", "ports")
 
     def __init__(self, identity: str, asked: dict[str, Any], lock: int = -1) -> None:
         self.id = identity
         self.directory = os.path.join(root(), identity)
         self.asked = asked
         self.lock = lock
+        self.ports: list[int] = []
 
     @property
     def name(self) -> str:

@@ -1,5 +1,7 @@
 """A process that only waits, and has a background container's pipes or terminal open: a killed monitor then loses nothing.
 
+It keeps sockets on the published ports, too.
+
 Pipes keep what was written to them, also by a container that has ended, as long as somebody has them open; the terminal goes to
 the next monitor by pidfd_getfd(2).
 """
@@ -7,6 +9,7 @@ the next monitor by pidfd_getfd(2).
 from __future__ import annotations
 
 import os
+import select
 import signal
 
 from cafs import linux, paths
@@ -16,8 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runner.containers import Container
 
-_FIRST = 10
-"""Where its descriptors begin."""
+_DYING_S = 2
+_FIRST = 9
+"""Its descriptors come after that."""
 
 
 def hold(container: Container, fds: dict[str, int]) -> None:
@@ -25,9 +29,11 @@ def hold(container: Container, fds: dict[str, int]) -> None:
     let_go(container)
     program = programs.find("sleep", "/bin", "/usr/bin")
     wanted = {name: fd for name, fd in fds.items() if name in ("stdout", "stderr", "terminal")}
+    wanted |= {f"port{number}": fd for number, fd in enumerate(container.ports)}
     if program is None or not wanted:
         return
-    places = {name: _FIRST + number for number, name in enumerate(sorted(wanted))}
+    first = max(_FIRST, *wanted.values()) + 1  # none of them is overwritten before it was copied
+    places = {name: first + number for number, name in enumerate(sorted(wanted))}
     actions = [(os.POSIX_SPAWN_DUP2, wanted[name], place) for name, place in places.items()]
     pid = os.posix_spawn(program, [_name(container.id), "infinity"], _environment(), file_actions=actions)
     container.note(holder={**containers.identify(pid), **places})
@@ -90,4 +96,5 @@ def let_go(container: Container) -> None:
     pidfd = _pidfd(container)
     if pidfd is not None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], _DYING_S)  # its ports are free then
         os.close(pidfd)

@@ -46,9 +46,12 @@ class Lower:
             self.lock = -1
 
 
-def key_of(digest: bytes, container: str, record: str | None) -> str:
-    """What names the mount of a container: all of an image share one, but each that records reads has its own."""
-    return f"{digest.hex()}.{container[:16]}" if record else digest.hex()
+def key_of(digest: bytes, store_root: str, container: str, record: str | None) -> str:
+    """What names the mount of a container: all of an image of a store share one, but each that records reads has its own."""
+    import hashlib
+
+    store = hashlib.sha256(os.fsencode(store_root)).hexdigest()[:8]
+    return f"{digest.hex()}.{store}" + (f".{container[:16]}" if record else "")
 
 
 def release(key: str, wait_s: float = 0) -> None:
@@ -109,10 +112,23 @@ def find(
     for mount in mountinfo.ours() if not record else []:
         point = os.fsdecode(mount.point)
         is_right = mount.digest == name and mountinfo.is_mine(mount) and (not by_kernel or mountinfo.is_kernel(mount))
-        if is_right and os.path.dirname(point) != shared and mountinfo.answers(point):
+        if is_right and os.path.dirname(point) != shared and _is_of(point, name, store_root) and mountinfo.answers(point):
             return Lower(point, -1)
     paths.make_private(shared)
     return _shared(_shared_point(key), lambda point: _mount(name, point, store_root, record, trusts_cache))
+
+
+def _is_of(point: str, digest: str, store_root: str) -> bool:
+    """Whether a mount takes what it lacks from this store and has it in this cache: there may be others of the image."""
+    from cafs import serving
+    from cafs.request import read_record
+
+    record = read_record(point, digest)
+    try:
+        config = serving.read_config(str(record.get("lazy") or record.get("state")))
+    except (OSError, ValueError):
+        return False
+    return bool((config.get("store"), config.get("cache")) == (paths.located(store_root), paths.cache()))
 
 
 def _shared(point: str, mount: Callable[[str], None]) -> Lower:

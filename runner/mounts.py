@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _PROPAGATION = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
 _TMPFS = ("ro", "rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "noatime", "relatime")
+_RECURSIVE: dict[str, list[str]] = {"enabled": [], "readonly": [], "disabled": ["bind"], "writable": ["norro"]}
 _KEYS = {
-    "bind": ("readonly", "bind-propagation", "bind-nonrecursive"),
+    "bind": ("readonly", "bind-propagation", "bind-nonrecursive", "bind-recursive"),
     "volume": ("readonly", "volume-nocopy", "volume-label", "volume-driver"),
     "tmpfs": ("readonly", "tmpfs-size", "tmpfs-mode"),
 }
@@ -97,6 +98,10 @@ def _mount(text: str) -> dict[str, Any]:
         volumes.check_name(source) if source else None
         copy = given.get("volume-nocopy") not in ("true", "1")
         return {"type": "volume", "name": source, "target": target, "options": options, "copy": copy}
+    how = given.get("bind-recursive", "disabled" if given.get("bind-nonrecursive") in ("true", "1") else "enabled")
+    if how not in _RECURSIVE or (how in ("writable", "readonly") and not options):
+        raise UsageError(f"bind-recursive={how}", hint="enabled, disabled; with readonly also writable or readonly")
+    options += _RECURSIVE[how]
     if "bind-propagation" in given:
         if given["bind-propagation"] not in _PROPAGATION:
             raise UsageError(f"unknown propagation {quote(given['bind-propagation'])}")
@@ -155,7 +160,7 @@ def attach(container: Container, rootfs: int) -> None:
         stubs.make(container, rootfs, [one])
         target = linux.open_in_root(rootfs, one["destination"], os.O_PATH)
         try:
-            linux.bind(one["source"], target, is_read_only="ro" in one["options"])
+            linux.bind(one["source"], target, is_read_only="ro" in one["options"], is_deep="bind" not in one["options"])
         finally:
             os.close(target)
 

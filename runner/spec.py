@@ -136,9 +136,15 @@ def _env_file(path: str) -> list[str]:
 
 
 def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
-    """A recursive bind mount, private if nothing else is said."""
+    """A recursive bind mount, private if nothing else is said, and, if it is read-only, so with all that is mounted below.
+
+    Options of ours: bind, without what is mounted below; norro, which leaves that as it is.
+    """
     propagation = [] if any(one.endswith(("private", "shared", "slave")) for one in options) else ["rprivate"]
-    return {"destination": destination, "type": "bind", "source": source, "options": ["rbind", *propagation, *options]}
+    kind = [] if "bind" in options else ["rbind"]
+    deep = ["rro"] if "ro" in options and not {"bind", "norro"} & set(options) else []
+    kept = [one for one in options if one != "norro"]
+    return {"destination": destination, "type": "bind", "source": source, "options": [*kind, *propagation, *kept, *deep]}
 
 
 def namespaces(options: Container, joined: dict[str, str]) -> list[dict[str, str]]:

@@ -59,7 +59,8 @@ def runtime_root() -> str:
 
 def lower_key(container: Container) -> str:
     """What names the mount of its image."""
-    return lower.key_of(bytes.fromhex(container.asked["digest"]), container.id, container.value("record"))
+    asked = container.asked
+    return lower.key_of(bytes.fromhex(asked["digest"]), asked["store"], container.id, container.value("record"))
 
 
 def get_lower(container: Container) -> lower.Lower:

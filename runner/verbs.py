@@ -37,8 +37,8 @@ def _create(options: Options) -> int:
     return 0
 
 
-def _each(options: Options, what: Callable[[Container], object], *, prints: bool = True) -> int:
-    return each(options.words, lambda word: what(containers.find(word)), prints=prints)
+def _each(options: Options, what: Callable[[Container], object], *, prints: bool = True, at_once: bool = False) -> int:
+    return each(options.words, lambda word: what(containers.find(word)), prints=prints, at_once=at_once)
 
 
 def _start(options: Options) -> int:
@@ -84,7 +84,7 @@ def _time(options: Options) -> int | None:
 
 
 def _stop(options: Options) -> int:
-    return _each(options, lambda one: control.stop(one, _time(options), options.value("signal")))
+    return _each(options, lambda one: control.stop(one, _time(options), options.value("signal")), at_once=True)
 
 
 def _restart(options: Options) -> int:
@@ -96,7 +96,7 @@ def _restart(options: Options) -> int:
 
 
 def _kill(options: Options) -> int:
-    return _each(options, lambda one: control.kill(one, options.value("signal") or "KILL"))
+    return _each(options, lambda one: control.kill(one, options.value("signal") or "KILL"), at_once=True)
 
 
 def _rm(options: Options) -> int:
@@ -105,7 +105,7 @@ def _rm(options: Options) -> int:
     def remove(container: Container) -> None:
         control.remove(container, force=force, with_volumes=options.has("volumes"))
 
-    return each(options.words, lambda word: remove(containers.find(word)), missing_ok=force)
+    return each(options.words, lambda word: remove(containers.find(word)), missing_ok=force, at_once=True)
 
 
 def _wait(options: Options) -> int:

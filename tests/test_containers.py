@@ -640,3 +640,13 @@ def test_following_a_log_ends_in_time_and_the_first_look_shows_what_nobody_had_r
     time.sleep(1)  # nobody can tell from outside what is in a pipe
     assert ok("logs", "unread").split()[-1:] == ["9999"]
     ok("rm", "-f", "unread")
+
+
+def test_containers_are_stopped_at_once(image: Path) -> None:
+    names = [f"slow{number}" for number in range(4)]
+    for name in names:
+        background(name, "b:1", "sleep", "90")  # as process 1 it does not heed TERM
+    before = time.monotonic()
+    done = cr("stop", "-t", "4", *names[:2], "nobody", *names[2:])
+    assert time.monotonic() - before < 12 and done.returncode == 4 and done.stdout.split() == names
+    assert ok("rm", "-f", "nobody", *names).split() == names

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cafs import mountinfo
 from tests.conftest import BIN, Run, lazy_pids, mounts_below, wait_until
 from tests.crunning import crun, leftovers, make_rootfs, until
 
@@ -485,3 +486,15 @@ def test_the_runtime_knows_nothing_of_the_callers_environment(image: Path, tmp_p
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
             assert done.returncode == 0, done.stderr
             assert subprocess.run([BIN / "crun", "rm", "-f", "told"], capture_output=True, check=False).returncode == 0
+
+
+def test_a_container_stands_on_a_mount_of_its_own_store_and_cache(image: Path, tmp_path: Path) -> None:
+    """The image is mounted by another store, and by another cache, too."""
+    subprocess.run([BIN / "cafs-store", "push", "b:1", tmp_path / "store"], check=True)
+    here = mountinfo.at(str(image / "mnt"))
+    assert here
+    cache, lazy = (path for key, path in here.layers if key == "datadir+")
+    for variable, has_cache, has_lazy in (("NONE", True, True), ("CAFS_CACHE", False, False), ("CAFS_STORE", True, False)):
+        done = crun("b:1", "cat", "/proc/self/mounts", env=os.environ | {variable: str(tmp_path / variable[5:].lower())})
+        root = done.stdout.splitlines()[0]
+        assert (f"datadir+={cache}," in root, f"datadir+={lazy}," in root) == (has_cache, has_lazy), root

@@ -331,3 +331,35 @@ def test_a_container_can_be_started_again_while_another_is_in_its_network(cr: Cr
     cr("rename", "first", "other")
     assert cr("restart", "-t", "0", "side").returncode == 0, "whatever the other is called by now"
     assert cr("rm", "-f", "side", "other").returncode == 0
+
+
+BIND = """
+import socket, sys
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    for reuse in (0, 1):
+        with socket.socket(socket.AF_INET, kind) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            try:
+                one.bind(("", 18088))
+                print("bound")
+            except OSError as error:
+                print(error.errno)
+"""
+
+
+def test_no_program_of_the_host_gets_a_port_that_is_published(cr: Crun, inside: Crun, image: Path) -> None:
+    taken, free = ["98"] * 4, ["bound"] * 4
+    for words in (["-d"], []):
+        command = ["run", *words, "--name", "web", "-p", "18088:80", "-p", "18088:80/udp", "b:1", "sleep", "90"]
+        child = subprocess.Popen(["nsenter", f"--net=/run/netns/{HOST}", BIN / "crun", *command], stdout=subprocess.PIPE)
+        assert until(lambda: cr("ps", "-q").stdout)
+        for _ in range(2):
+            assert inside(sys.executable, "-c", BIND).stdout.split() == taken
+            if words:
+                subprocess.run(
+                    ["pkill", "-KILL", "-f", f"runner.monitor {cr('ps', '-q', '--no-trunc').stdout.strip()}"], check=True
+                )
+        assert cr("restart", "-t", "0", "web").returncode == 0 if words else True
+        assert cr("rm", "-f", "web").returncode == 0
+        child.communicate(timeout=30)
+        assert inside(sys.executable, "-c", BIND).stdout.split() == free

@@ -185,14 +185,31 @@ def test_no_other_user_reaches_a_containers_files_also_after_one_with_ids_of_its
         subprocess.run([BIN / "crun", "rm", "-f", "suid"], capture_output=True, check=False)
 
 
+def test_what_is_mounted_below_a_read_only_directory_is_read_only(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "below"], check=True)
+    try:
+        write = ["b:1", "touch", "/d/below/made"]
+        mount = f"type=bind,source={tmp_path},target=/d,readonly"
+        for flags in (("-v", f"{tmp_path}:/d:ro"), ("--mount", mount), ("--mount", f"{mount},bind-recursive=readonly")):
+            assert "Read-only" in crun("--network", "none", *flags, *write).stderr, flags
+        assert crun("--network", "none", "--mount", f"{mount},bind-recursive=writable", *write).returncode == 0
+        (tmp_path / "below" / "made").unlink()
+        assert crun("--network", "none", "--mount", f"{mount},bind-nonrecursive", "b:1", "ls", "/d/below").stdout == ""
+    finally:
+        subprocess.run(["umount", tmp_path / "below"], check=True)
+
+
 def test_the_version_tells_runcs_and_warns_if_it_is_old(image: Path, tmp_path: Path) -> None:
     for version, warns in (
         ("1.1.5", True),
         ("1.2.7", True),
-        ("1.2.8", False),
-        ("1.3.2", True),
-        ("1.3.3", False),
-        ("1.4.0", False),
+        ("1.2.9", True),
+        ("1.3.5", True),
+        ("1.3.6", False),
+        ("1.4.2", True),
+        ("1.4.3", False),
+        ("1.5.0", False),
     ):
         (tmp_path / "runc").write_text(f"#!/bin/sh\necho runc version {version}\n")
         (tmp_path / "runc").chmod(0o755)

@@ -128,7 +128,7 @@ def test_every_flag_lands_where_it_belongs(image: Path, tmp_path: Path) -> None:
     assert process["args"] == ["/dev/.init", "--", "true"]  # type: ignore[index]
     assert found["root"]["readonly"] is True and found["hostname"] == "box" and found["annotations"] == {"a": "b"}  # type: ignore[index]
     by_place = {one["destination"]: one for one in found["mounts"]}  # type: ignore[union-attr,attr-defined,index]
-    assert "ro" in by_place["/v"]["options"] and by_place["/m"]["options"] == ["rbind", "ro", "rslave"]
+    assert "ro" in by_place["/v"]["options"] and by_place["/m"]["options"] == ["rbind", "ro", "rslave", "rro"]
     assert {"size=1048576", "exec", "nosuid"} <= set(by_place["/t"]["options"]) and "noexec" not in by_place["/t"]["options"]
     assert f"size={1 << 20}" in by_place["/dev/shm"]["options"]
     assert linux["sysctl"] == {"kernel.shmmax": "4096"}  # type: ignore[index]

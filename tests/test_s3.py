@@ -12,7 +12,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from cafs import fsck, s3
+from cafs import fsck, lease, s3
 from cafs.errors import CafsError
 from cafs.indexing import Options, create_image
 from cafs.store import Store, open_or_init
@@ -71,6 +71,12 @@ def test_every_command_works_on_a_bucket(bucket: Bucket, tree: Path, tmp_path: P
     assert cmd("cafs-store", "ls", "-q", "--store", bucket.url).stdout == b"direct:1\nother:1\n"
     assert cmd("cafs-store", "untag", "other:1", "--store", bucket.url).returncode == 0
     assert cmd("cafs-store", "untag", "other:1", "--store", bucket.url).returncode == 4
+    store = Store(bucket.url)
+    record = json.loads(store.backend.read(lease.take(store.backend, "writer"), 4096)) | {"boot_id": "before"}
+    store.backend.replace("leases/dead", json.dumps(record).encode())
+    assert cmd("cafs-store", "fsck", "--store", bucket.url).stdout == b"dead-lease\tdead\n"
+    assert cmd("cafs-store", "gc", "--store", bucket.url).returncode == 0
+    assert cmd("cafs-store", "fsck", "--store", bucket.url).returncode == 0
     info = json.loads(cmd("cafs-store", "info", "--json", "--store", bucket.url).stdout)
     assert (info["images"], info["packs"], info["refs"]) == (1, 1, 1)
     assert cmd("cafs-store", "fsck", "--store", bucket.url).stdout == b""
@@ -187,3 +193,22 @@ def test_what_is_wrong_with_a_bucket_is_said(bucket: Bucket, tree: Path, cmd: Ru
     for bad in ("s3://b", "s3://bucket/x?endpoint=ftp://x", "s3://bucket/x?nonsense=1"):
         with pytest.raises(CafsError, match="is not"):
             Store(bad)
+
+
+def test_a_range_that_was_not_asked_for_is_not_taken_for_the_one_that_was(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = s3.S3Backend(bucket.url)
+    backend.replace("x", b"0123456789")
+    get = backend._client.get_object
+
+    def from_the_front(Range: str = "", **options: object) -> object:
+        size = int(Range[7:]) if Range.startswith("bytes=-") else 0
+        return get(Range=f"bytes=0-{size - 1}" if size else Range, **options)
+
+    monkeypatch.setattr(backend._client, "get_object", from_the_front)
+    assert backend.read_tail("x", 4) == (b"6789", 10) and backend.read_tail("x", 40) == (b"0123456789", 10)
+    assert backend.read_range("x", 3, 4) == b"3456" and backend.read_range("x", 8, 4) == b"89"
+    monkeypatch.setattr(backend._client, "get_object", lambda Range="", **options: get(Range="bytes=0-3", **options))
+    with pytest.raises(CafsError, match="another range"):
+        backend.read_tail("x", 4)

@@ -241,7 +241,10 @@ def test_a_damaged_format_file_is_a_format_error(home: Path, tmp_path: Path, tex
         Store(str(tmp_path / "s"))
 
 
-def test_leftovers_of_a_crash_go_when_their_lease_is_dead(home: Path, tree: Path, tmp_path: Path, cmd: Run) -> None:
+@pytest.mark.parametrize("command", [["fsck", "--repair"], ["gc"]], ids=lambda command: command[0])
+def test_leftovers_of_a_crash_go_when_their_lease_is_dead(
+    home: Path, tree: Path, tmp_path: Path, cmd: Run, command: list[str]
+) -> None:
     """By a reboot of this machine, or by age where its pid means nothing here; a fresh lease of another machine stays."""
     import json
     import time
@@ -265,7 +268,8 @@ def test_leftovers_of_a_crash_go_when_their_lease_is_dead(home: Path, tree: Path
         os.utime(path, (time.time() - age_s,) * 2)
         assert lease.is_dead(path.read_bytes(), age_s) is is_dead, (change, age_s)
     path.write_text(json.dumps(mine | {"boot_id": "before"}))
-    assert cmd("cafs-store", "fsck", "--repair").returncode == 0
+    assert cmd("cafs-store", "gc", "--dry-run").returncode == 0 and path.exists()
+    assert cmd("cafs-store", *command).returncode == 0
     assert list((store / "tmp").iterdir()) == list((store / "leases").iterdir()) == []
 
 
