@@ -140,10 +140,16 @@ class Callers:
         found = Call(call, fn, flags, body, now, now + ms / 1000 if ms else 0.0)
         self._router.calls[call] = found
         self.usage[fn.tenant] += 1
-        if flags & calls.SPAWN:
+        if flags & calls.SPAWN and not flags & calls.REFERENCE:
+            return self._router.spawned.note(found, ms, caller.wire)
+        if flags & calls.SPAWN:  # its value is still to come from its caller, who waits for the answer
             caller.wire.say(calls.frame(calls.BEGUN, call))
-        if not flags & calls.SPAWN or flags & calls.REFERENCE:
-            found.callers.append(caller.wire)
+        found.callers.append(caller.wire)
+        self.begin(found)
+
+    def begin(self, found: Call) -> None:
+        """It is accepted: give it to an instance, or let it wait for one."""
+        fn, now = found.function, self._router.loop.now
         fn.came(now)
         one = fn.pick() if not fn.queue else None
         if one:
@@ -176,24 +182,27 @@ class Callers:
             known = link.known.get(call)
             if known is None:
                 continue
-            one = link.instances.get(known[1])
             whose = self._router.instances.function_of(link, known)
             if whose is not fn and (whose or not caller.is_owner):
                 return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
             if flags & calls.SPAWN:
                 caller.wire.say(calls.frame(calls.BEGUN, call))
             found = self._router.calls[call] = Call(call, fn, flags, body, now, 0.0)
-            found.begun = now
             if not flags & calls.SPAWN or flags & calls.REFERENCE:
                 found.callers.append(caller.wire)
             self.usage[fn.tenant] += 1
-            found.link = link
-            if one and known[0] == "running":
-                found.instance = one
-                one.calls[call] = found
-                one.busy = max(one.busy - 1, 0)
-            link.say(calls.frame(calls.ASK, call))
-            return
+            return self.take_up(found, link)
+
+    def take_up(self, call: Call, link: HostLink) -> None:
+        """The host of LINK knows it."""
+        state, number, _ = link.known[call.id]
+        one = link.instances.get(number)
+        call.begun, call.link = self._router.loop.now, link
+        if one and state == "running":
+            call.instance = one
+            one.calls[call.id] = call
+            one.busy = max(one.busy - 1, 0)
+        link.say(calls.frame(calls.ASK, call.id))
 
     def _ask(self, caller: Caller, call: bytes, tenant_asked: str, *, is_to_wait: bool) -> None:
         """What has become of a call.  tenant_asked: whose it is to be, '' for whosever it is."""
@@ -217,12 +226,21 @@ class Callers:
                     return caller.wire.say(calls.control("state", call=call.hex(), state=state))
                 self.askers.setdefault(call, Askers(link)).wires.append(caller.wire)
                 return link.say(calls.frame(calls.ASK, call))
-            return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
+            return self._tell_noted(caller, call, tenant_asked)
         if is_to_wait:
             known.callers.append(caller.wire)
         else:
             state = "running" if known.instance else "queued"
             caller.wire.say(calls.control("state", call=call.hex(), state=state))
+
+    def _tell_noted(self, caller: Caller, call: bytes, tenant_asked: str) -> None:
+        """The answer of one that was spawned, if it is on disk."""
+        whose, frame = self._router.spawned.answer(call) or ("", b"")
+        if not frame or (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
+            return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
+        if calls.HEAD.unpack_from(frame)[2] & calls.REFERENCE:
+            frame = calls.failed(call, "unknown", "its answer is not kept any more")
+        caller.wire.say(frame)
 
     def asked(self) -> set[HostLink]:
         """Of what somebody waits for that only these know."""

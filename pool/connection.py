@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PIECE = 1 << 18
-_AGAIN_S = 10.0
+_AGAIN_S, _DEAF_S = 10.0, 0.1
 BEGIN_S = 5.0
 """How long a router that is being started is waited for."""
 
@@ -49,7 +49,7 @@ class Connection:
         self.owners: dict[tuple[str, str], str] = {}
         """Whose the functions are that were opened."""
 
-        self._is_renewing = self._has_heard = False
+        self._is_renewing = self._has_heard = self._is_deaf = False
         self._renewed = 0
 
     @property
@@ -64,7 +64,10 @@ class Connection:
     def _renew(self) -> None:
         """The router has ended; another one takes up what the one before had begun.  Raises RemoteError."""
         if not self._has_heard:
-            raise RemoteError("the router has ended the connection", hint="may this user use the pool?")
+            if self._is_deaf:
+                raise RemoteError("the router has ended the connection", hint="may this user use the pool?")
+            self._is_deaf = True  # once it may have been one that was about to end
+            time.sleep(_DEAF_S)
         before, deadline = self._opened, time.monotonic() + _AGAIN_S
         self._is_renewing, self._has_heard = True, False
         self._renewed += 1
@@ -118,7 +121,7 @@ class Connection:
             data = self._socket.recv(_PIECE)
             if not data:
                 raise ConnectionResetError
-            self._has_heard = True
+            self._has_heard, self._is_deaf = True, False
         except OSError:
             if self._is_renewing:
                 raise

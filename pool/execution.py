@@ -114,6 +114,8 @@ class Execution:
             following = call.pull.take(piece, data)
         except (OSError, ValueError) as error:
             return self._refuse_value(call, error)
+        if call.limit_s:
+            call.deadline = self._loop.now + call.limit_s  # it is not begun yet
         if following is not None:
             self._say(calls.frame(calls.WANT, call.id, a=following))
         elif call.pull.is_whole:

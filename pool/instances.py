@@ -47,7 +47,8 @@ class Instances:
         return one.function if one else next((fn for fn in self.functions.values() if known[2] in fn.identities()), None)
 
     def _watch(self) -> None:
-        self.controller.ask("watch", self._watched, hosts=list(self._router.links))
+        hosts = {*self._router.links, *self._router.spawned.workers()}
+        self.controller.ask("watch", self._watched, hosts=sorted(hosts))
 
     def _watched(self, said: dict[str, Any]) -> None:
         """All that there is: at the beginning, and when there is a controller again."""
@@ -68,6 +69,7 @@ class Instances:
         if not self.is_asked:
             for worker, address in said["hosts"].items():
                 self._router.link(worker, address)
+            self._router.take_up()
         self.is_asked = True
         for fn in self.functions.values():
             self._try_again(fn)
@@ -349,7 +351,9 @@ class Instances:
         return max(_cpus(one), 0.01)
 
     def mind(self, fn: Routed, now: float) -> None:
-        limit = now - fn.timeout_s
+        if fn.ready:
+            fn.served = now
+        limit = now - fn.timeout_s if fn.served < now - fn.timeout_s else 0.0  # while it is served, a call may wait its turn
         for call in [one for one in fn.queue if 0 < one.deadline <= now or (not one.deadline and one.came < limit)]:
             fn.queue.remove(call)
             self._router.fail(call, "timeout", "the call waited too long for an instance")

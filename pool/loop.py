@@ -37,6 +37,7 @@ class Loop:
         self._times: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self.to_send: dict[Wire, None] = {}
+        self.before_sending: Callable[[], None] = lambda: None
         self.is_over = False
         self.now = time.monotonic()
 
@@ -75,6 +76,7 @@ class Loop:
                 handler(events)
         while self._times and self._times[0][0] <= self.now:
             heapq.heappop(self._times)[2]()
+        self.before_sending()
         self.flush()
 
     def flush(self) -> None:

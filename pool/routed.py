@@ -138,7 +138,8 @@ class Routed:
         self.count = self.errors = self.colds = 0
         self.instance_s = 0.0
         self.submitting = 0
-        self.scale_after = 0.0
+        self.scale_after = self.served = 0.0
+        """served: when there was an instance last."""
 
     def identity_of(self, version: int) -> str:
         """Of what was deployed under that number, '' if nothing is: numbers begin anew after a function was removed."""

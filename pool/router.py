@@ -20,6 +20,7 @@ from pool.hostlinks import HostLink
 from pool.instances import Instances
 from pool.loop import Loop, waker
 from pool.routed import Call, Instance, Routed
+from pool.spawned import Spawned
 from pool.tenants import OWNER
 
 _TICK_S = 0.2
@@ -51,6 +52,11 @@ class Router:
         self._items: dict[bytes, Items] = {}
         self.began = self._used = time.monotonic()
         self.answers = Answers(self.loop)
+        self.spawned = Spawned(os.path.join(directory, PLACE))
+        self._unsure: list[Call] = []
+        """Accepted by a router before us and given to a host, of which is not known what that says."""
+
+        self.loop.before_sending = self._commit
         self.callers = Callers(self)
         self.instances = Instances(self)
 
@@ -75,6 +81,51 @@ class Router:
                 link.give_up()
             link = self.links[worker] = HostLink(self, worker, address)
         return link
+
+    def _commit(self) -> None:
+        """What was accepted in this turn is on disk before its caller hears so, and before it is begun."""
+        for _ in range(2):  # what is accepted may be given to a host at once, which is to be noted too
+            accepted, problem = self.spawned.commit()
+            for call, wire in accepted:
+                if problem:
+                    call.flags &= ~calls.SPAWN
+                    call.callers = [wire]
+                    self.fail(call, "full", f"the call cannot be noted: {problem}")
+                else:
+                    wire.say(calls.frame(calls.BEGUN, call.id))
+                    self.callers.begin(call)
+            if not accepted:
+                return
+
+    def take_up(self) -> None:
+        """What routers before us have accepted, and nobody has answered."""
+        now = time.monotonic()
+        for one in self.spawned.without_answer():
+            fn = self.instances.functions.get((one.tenant, one.name))
+            if fn is None:
+                frame = calls.failed(one.id, "function", f"function {one.name} was removed")
+                self.spawned.answered(one.id, one.tenant, one.name, one.flags, frame)
+                continue
+            call = self.calls[one.id] = Call(one.id, fn, one.flags, one.body, now, now + one.ms / 1000 if one.ms else 0.0)
+            self.callers.usage[one.tenant] += 1
+            if one.worker:
+                self._unsure.append(call)
+            else:
+                fn.queue.put(call)
+                self.instances.active[fn] = None
+
+    def _mind_unsure(self, now: float) -> None:
+        """Of calls that were given to hosts: what these say, or that nobody says anything."""
+        is_over = all(link.has_ever_greeted for link in self.links.values()) or now > self.began + self.callers.lost_s
+        unsure, self._unsure = self._unsure, []
+        for call in unsure:
+            link = next((link for link in self.links.values() if call.id in link.known), None)
+            if link:
+                self.callers.take_up(call, link)
+            elif is_over:
+                self.lost(call)
+            else:
+                self._unsure.append(call)
 
     def greeted(self, link: HostLink) -> None:
         """A host has said what it knows; what was under way when the connection was lost is asked for again."""
@@ -169,6 +220,8 @@ class Router:
         if call.instance:
             call.instance.calls.pop(call.id, None)
         call.instance = call.link = None
+        if call.flags & calls.SPAWN:
+            self.spawned.given(call.id, "")
         self._items.pop(call.id, None)
         call.tries += is_counted
         fn = call.function
@@ -196,6 +249,8 @@ class Router:
     def _deliver(self, call: Call, flags: int, body: bytes, link: HostLink | None, items: int) -> None:
         frame = calls.frame(calls.ANSWER, call.id, body, flags=flags, a=items)
         self.callers.usage[call.function.tenant] -= 1
+        if call.flags & calls.SPAWN:
+            self.spawned.answered(call.id, call.function.tenant, call.function.name, call.flags, frame)
         self.answers.keep(call.id, frame, link, call.function.tenant, len(call.callers))
         for wire in call.callers:
             wire.say(frame)
@@ -215,6 +270,8 @@ class Router:
         one.calls[call.id] = call
         ms = max(int((call.deadline - now) * 1000), 1) if call.deadline else 0
         assert one.link
+        if call.flags & calls.SPAWN:
+            self.spawned.given(call.id, one.link.worker)
         one.link.say(calls.frame(calls.CALL, call.id, call.body, flags=call.flags & ~calls.SPAWN, a=one.number, b=ms))
 
     def _tick(self) -> None:
@@ -224,6 +281,7 @@ class Router:
             link.take_opened()
             link.mind()
         self.callers.mind_listening(now)
+        self._mind_unsure(now)
         for fn in list(self.instances.active):
             self.instances.mind(fn, now)
         self.callers.mind_held(now)

@@ -7,6 +7,7 @@ usage: shim.py MODULE:FUNCTION CONCURRENCY [zygote]
 
 from __future__ import annotations
 
+import codecs
 import contextvars
 import functools
 import gc
@@ -28,7 +29,7 @@ import traceback
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     Frame = tuple[int, int, bytes, int, int, bytes]
@@ -41,7 +42,17 @@ VALUE_MAX = 1 << 20
 ITEMS_AHEAD = 16
 TEXT_MAX = 64 << 10
 NOBODY = bytes(16)
-encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def plain(value: object) -> object:
+    """A number or an array of numpy, pandas, torch, as Python has it: tolist() is what they share.  Raises TypeError."""
+    convert = getattr(value, "tolist", None)
+    if not callable(convert):
+        raise TypeError("Object of type %s is not JSON serializable" % type(value).__name__)
+    return convert()
+
+
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=plain).encode
 running = contextvars.ContextVar("call", default="")
 
 
@@ -71,8 +82,19 @@ class Log(io.TextIOBase):
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._lines: dict[str, str] = {}
+        self._bytes: LogOfBytes | None = None
+        self.name = "<stdout>" if fd == 1 else "<stderr>"
 
-    encoding = "utf-8"
+    encoding, errors, mode = "utf-8", "replace", "w"
+
+    @property
+    def buffer(self) -> LogOfBytes:
+        """What takes bytes, as programs expect it of standard output."""
+        self._bytes = self._bytes or LogOfBytes(self)
+        return self._bytes
+
+    def reconfigure(self, **_: object) -> None:
+        """As of io.TextIOWrapper: lines go to the log as they are, whatever is said."""
 
     def writable(self) -> bool:
         """As of io."""
@@ -102,6 +124,28 @@ class Log(io.TextIOBase):
         """Of a call: what has no newline yet."""
         if running.get() in self._lines:
             self.write("\n")
+
+
+class LogOfBytes(io.RawIOBase):
+    """The same, for bytes."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def writable(self) -> bool:
+        """As of io."""
+        return True
+
+    def fileno(self) -> int:
+        """As of io."""
+        return self._log.fileno()
+
+    def write(self, data: Any) -> int:
+        """As of io."""
+        data = bytes(data)
+        self._log.write(self._decoder.decode(data))
+        return len(data)
 
 
 def end_lines() -> None:
@@ -251,20 +295,41 @@ class Handler:
         real = inspect.unwrap(self.function)
         real = real if inspect.isroutine(real) else real.__call__
         self.is_async = inspect.iscoroutinefunction(real) or inspect.isasyncgenfunction(real)
-        self.has_context = "context" in inspect.signature(self.function).parameters
+        self.has_context = False
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:
+            return  # of some that are written in C nobody knows
+        self.has_context = "context" in signature.parameters
+        try:
+            signature.bind(None, **({"context": None} if self.has_context else {}))
+        except TypeError as problem:
+            raise TypeError("%s%s cannot be called with one value: %s" % (function, signature, problem)) from None
 
-    def begin(self) -> None:
-        """Once."""
-        getattr(self.module, "setup", int)()
+    def begin(self) -> Any:
+        """Once.  What setup() gives: to be awaited, if it is asynchronous."""
+        return getattr(self.module, "setup", int)()
 
-    def end(self) -> None:
-        """Once."""
-        getattr(self.module, "teardown", int)()
+    def end(self) -> Any:
+        """Once, and the same of teardown()."""
+        return getattr(self.module, "teardown", int)()
 
     def call(self, call: bytes, flags: int, ms: int, body: bytes) -> Any:
         """What the function returns."""
         value = value_of(flags, body)
         return self.function(value, context=Context(call, ms)) if self.has_context else self.function(value)
+
+
+def finished(function: Callable[[], Any]) -> None:
+    """setup() or teardown() of a handler that is no asynchronous one: these may be."""
+    found = function()
+    if inspect.isawaitable(found):
+        import asyncio
+
+        async def wait() -> None:
+            await found
+
+        asyncio.run(wait())
 
 
 class Serial:
@@ -503,15 +568,27 @@ class Tasks:
     """Several at a time, as tasks of one event loop."""
 
     def __init__(self, channel: Channel, handler: Handler) -> None:
+        import asyncio
+
         self._channel, self._handler = channel, handler
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._credits: dict[bytes, asyncio.Semaphore] = {}
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+
+    def finished(self, function: Callable[[], Any]) -> None:
+        """setup() or teardown(), in the loop of the calls: what they make is of that loop."""
+
+        async def wait() -> None:
+            found = function()
+            if inspect.isawaitable(found):
+                await found
+
+        self._loop.run_until_complete(wait())
 
     def run(self) -> None:
         """Until it is told to end."""
-        import asyncio
-
-        asyncio.run(self._run())
+        self._loop.run_until_complete(self._run())
 
     async def _run(self) -> None:
         import asyncio
@@ -539,6 +616,11 @@ class Tasks:
                     return
         except (asyncio.CancelledError, asyncio.IncompleteReadError):
             return
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            loop.remove_signal_handler(signal.SIGTERM)
 
     async def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
         running.set(call.hex())
@@ -570,10 +652,8 @@ class Tasks:
             self._writer.write(failed(call, Cancelled()))
 
 
-def server_of(channel: Channel, handler: Handler, many: int) -> Serial | Threads | Tasks:
+def server_of(channel: Channel, handler: Handler, many: int) -> Serial | Threads:
     """For MANY calls at once."""
-    if handler.is_async:
-        return Tasks(channel, handler)
     return Threads(channel, handler, many) if many > 1 else Serial(channel, handler)
 
 
@@ -678,13 +758,15 @@ def reseed() -> None:
 
 def serve(channel: Channel, handler: Handler) -> int:
     """The calls of one instance; its exit code."""
+    server: Serial | Threads | Tasks | None = Tasks(channel, handler) if handler.is_async else None
+    settle = server.finished if isinstance(server, Tasks) else finished
     try:
-        handler.begin()
+        settle(handler.begin)
     except BaseException as problem:
         traceback.print_exc()
         channel.send(control("failed", error=told("start", problem)))
         return 1
-    server = server_of(channel, handler, int(sys.argv[2]))
+    server = server or server_of(channel, handler, int(sys.argv[2]))
     is_serial = isinstance(server, Serial)
     channel.send(control("ready", serial=is_serial, ahead=is_serial))
     try:
@@ -692,7 +774,7 @@ def serve(channel: Channel, handler: Handler) -> int:
     except (Leave, OSError):
         pass
     finally:
-        handler.end()
+        settle(handler.end)
         sys.stdout.flush()
     return 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pool.calling import Function
 from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, instances, remove_all, routers, wait
 from tests.pooling import BIN, agents, cp, job, ok, serving
 
@@ -302,3 +303,15 @@ def test_no_clock_that_may_jump_decides_anything_about_calls() -> None:
         for node in ast.walk(ast.parse((room / f"{name}.py").read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
                 assert node.attr in ("monotonic", "sleep"), (name, node.attr)
+
+
+def test_spawned_calls_outlive_their_router(base: Path) -> None:
+    deploy("nap", "python:h:nap", "--max", 1)
+    with Function("nap") as nap:
+        ids = [nap.spawn(0.4) for _ in range(12)]
+    for _ in range(2):
+        os.kill(routers(base)[0], signal.SIGKILL)
+        assert all(cp("fn", "result", one).returncode in (0, 6) for one in ids[-3:]), "never: no such call"
+    assert [ok("fn", "result", "--wait", one) for one in ids] == ['"slept"\n'] * 12
+    os.kill(routers(base)[0], signal.SIGKILL)
+    assert [ok("fn", "result", "--wait", one) for one in ids[:2]] == ['"slept"\n'] * 2, "nor when it has its answer"

@@ -17,8 +17,10 @@ from cafs.removing import remove_tree
 from pool import calls, functions, hosting, instance, loop, report, values
 from pool.execution import Execution
 from pool.hosted import Instance
+from pool.routed import Call, Routed
 from pool.session import CallError, Session, id_of
 from pool.settings import Settings
+from pool.spawned import Spawned
 from pool.state import State, create
 from pool.tokens import Token, tenant_of
 
@@ -302,3 +304,15 @@ def test_a_token_is_known_by_its_digest_alone() -> None:
 
     known = [Token("a", "", hashlib.sha256(b"one").hexdigest()), Token("b", "t", hashlib.sha256(b"two").hexdigest())]
     assert [tenant_of(known, given_one) for given_one in ("one", "two", "", "three")] == ["", "t", None, None]
+
+
+def test_what_cannot_be_noted_is_not_accepted(tmp_path: Path) -> None:
+    noted, fn = Spawned(str(tmp_path)), Routed("a", "f", 1)
+    small, large = (Call(bytes([size]) * 16, fn, calls.SPAWN, b"x" * (size << 16), 0, 0) for size in (0, 20))
+    noted.note(small, 0, None)  # type: ignore[arg-type]
+    assert noted.commit() == ([(small, None)], "")
+    noted._db.execute("PRAGMA max_page_count=20")
+    noted.note(large, 0, None)  # type: ignore[arg-type]
+    assert "full" in noted.commit()[1] and [one.id for one in Spawned(str(tmp_path)).without_answer()] == [small.id]
+    noted.answered(small.id, "a", "f", calls.SPAWN, b"frame")
+    assert noted.commit() == ([], "") and noted.answer(small.id) == ("a", b"frame") and not noted.without_answer()

@@ -591,3 +591,8 @@ def test_a_program_that_writes_before_it_is_asked_is_not_started_for_ever() -> N
     deploy("late", "jsonl:/bin/late-greet", "--max", 1)
     wait(lambda: not instances("late"), 60)
     assert "wrote 'hello' before" in str(shown("late")["problem"])
+
+
+def test_the_time_limit_of_a_function_begins_with_the_call() -> None:
+    deploy("nap", "python:h:nap", "--max", 1, "--timeout", 2 * SLOW)
+    assert cp("fn", "map", "nap", input=f"{0.7 * SLOW}\n" * 6).stdout == '"slept"\n' * 6
