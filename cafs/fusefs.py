@@ -12,12 +12,14 @@ import os
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import pyfuse3
-import trio
-
 from cafs import format as fmt
 from cafs.errors import CafsError, UnsupportedError
+from cafs.extras import extra
 from cafs.tree import BLOCK_SIZE, Tree
+
+with extra("fuse"):
+    import pyfuse3
+    import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

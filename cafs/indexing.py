@@ -39,14 +39,43 @@ FOLD_AT = 100
 """An image over one of so many layers has a single one again: each costs a mount and a look-up."""
 
 
+class Exclusion:
+    """Shell patterns for what is left out, as tar's --exclude: '*' matches '/' too, and one without a slash in front, any name.
+
+    unused: those that have not matched yet.
+    """
+
+    def __init__(self, globs: tuple[str, ...] = ()) -> None:
+        self._patterns = {glob: re.compile(translate(_from_the_root(glob))) for glob in globs}
+        self.unused = set(globs)
+
+    def __bool__(self) -> bool:
+        return bool(self._patterns)
+
+    def __call__(self, path: bytes) -> bool:
+        """Whether to leave out a path and all below it."""
+        text = path.decode("utf-8", "surrogateescape")
+        found = [glob for glob, pattern in self._patterns.items() if len(path) > 1 and pattern.match(text)]
+        self.unused.difference_update(found)
+        return bool(found)
+
+
+def _from_the_root(glob: str) -> str:
+    """A pattern for whole paths."""
+    text = os.fsencode(glob).decode("utf-8", "surrogateescape").rstrip("/")
+    if text.startswith("./"):
+        return text[1:]
+    return text if text.startswith("/") else f"*/{text}"
+
+
 @dataclass(slots=True)
 class Options:
-    """How to index.  exclude: shell patterns matched against whole paths ('*' also matches '/')."""
+    """How to index."""
 
     source: str
     jobs: int = 1
     platform: str | None = None
-    exclude: tuple[str, ...] = ()
+    exclude: Exclusion = field(default_factory=Exclusion)
     one_file_system: bool = False
     rehash: bool = False
     skip_unreadable: bool = False
@@ -55,7 +84,7 @@ class Options:
 
 @dataclass(slots=True)
 class Report:
-    """What was done.  digest: of the image, hex; empty if only an index file was written."""
+    """What was done.  digest: of the image, hex; empty if only an index file was written.  unmatched: patterns to exclude."""
 
     digest: str = ""
     entries: int = 0
@@ -66,6 +95,7 @@ class Report:
     packs: int = 0
     xattrs_left_out: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
         """Everything, for --json; what was left out as [path, reason]."""
@@ -107,7 +137,7 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
             raise os_error(f"cannot write to store {quote(store.root)}", error) from error
     if isinstance(indexer, Indexer):
         cache.save()
-    report = _report(indexer, data)
+    report = _report(indexer, data, options)
     report.digest = made.digest.hex()
     report.objects, report.stored_bytes, report.packs = writer.objects, writer.stored_bytes, writer.packs
     return report
@@ -160,7 +190,7 @@ def create_file(options: Options, output: str, hash_name: str) -> Report:
         data = _run(indexer, options.source)
     with atomic.output(output) as out:
         out.write(data)
-    return _report(indexer, data)
+    return _report(indexer, data, options)
 
 
 def index_directory(path: str, header: Header, threads: int) -> Index:
@@ -208,8 +238,7 @@ def _source(options: Options) -> Iterator[ImageSource | BinaryIO | None]:
 def _indexer(
     options: Options, source: ImageSource | BinaryIO | None, header: Header, writer: Writer | None, cache: StatCache | None
 ) -> Indexer | TreeIndexer:
-    patterns = [re.compile(os.fsencode(translate(pattern))) for pattern in options.exclude]
-    exclude = (lambda path: any(pattern.match(path) for pattern in patterns)) if patterns else None
+    exclude = options.exclude or None
     linux.raise_descriptor_limit()  # a walk holds one a level, and one a directory of the files that wait to be read
     if source:
         reader = MemberReader(header, writer, options.jobs, options.progress)
@@ -224,11 +253,12 @@ def _indexer(
     return Indexer(walk, header, writer, options.jobs, cache, options.progress)
 
 
-def _report(indexer: Indexer | TreeIndexer, data: bytes) -> Report:
+def _report(indexer: Indexer | TreeIndexer, data: bytes, options: Options) -> Report:
     return Report(
         entries=data.count(b"\n") - 2,
         bytes_seen=indexer.bytes_seen,
         files_read=indexer.files_read,
         xattrs_left_out=indexer.left_out,
         skipped=[(quote(path), reason) for path, reason in indexer.skipped],
+        unmatched=sorted(options.exclude.unused),
     )

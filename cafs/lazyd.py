@@ -84,6 +84,7 @@ def begin(state: str, fd: int, columns: int = -1) -> int:
             os._exit(0)  # nobody has to wait for the supervisor
         linux.leave_session()
         linux.set_command_line(f"cafs-mount: serving {state}")
+        linux.set_name("cafs-lazy" if columns < 0 else "cafs-tree")
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         alive, table = hold(state), slots.create(state)
         os.set_inheritable(alive, True)

@@ -113,11 +113,12 @@ def _start(state: str) -> LazyMount:
 
 
 def end(state: str) -> None:
-    """Unmount a LAZY that no mount here needs; it goes on as long as a container in another mount namespace stands on it."""
-    point = os.path.join(state, serving.MOUNT_POINT)
-    linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-    if not is_used_elsewhere(state):
-        serving.end(state)  # a copied namespace would keep the servers for ever
+    """Unmount a LAZY that no mount here needs; it goes on as long as a container in another mount namespace stands on it.
+
+    Else its connection is aborted (MNT_FORCE): a namespace that was copied would keep the servers for ever.
+    """
+    force = 0 if is_used_elsewhere(state) else linux.MNT_FORCE
+    linux.umount(os.path.join(state, serving.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW | force)
 
 
 def is_used_elsewhere(state: str) -> bool:

@@ -58,7 +58,8 @@ class ChunkedFile:
         self._ahead = threading.Lock()
         self._flying: dict[int, Future[None]] = {}
         self._ends = list(accumulate(count for count, _ in self.listed.runs))
-        self._wanted = sum(count for count, digest in self.listed.runs if digest)
+        self._is_linked = False
+        self._needed = bytearray()
         self._fd, self._present = self._open()
 
     def _open(self) -> tuple[int, bytearray]:
@@ -66,10 +67,12 @@ class ChunkedFile:
         if self.listed.chunks() > _TRACKED_MAX:
             return -1, bytearray()
         bits = bytearray(-(-self.listed.chunks() // 8))
+        self._needed = self._all(len(bits))
         try:
             fd = os.open(self.whole_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             if os.fstat(fd).st_size == self.listed.size:
-                return fd, bytearray(b"\xff" * len(bits))
+                self._is_linked = True
+                return fd, bytearray(self._needed)
             os.close(fd)
             os.unlink(self.whole_path)
         except OSError:
@@ -79,6 +82,7 @@ class ChunkedFile:
             fd = -1
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             if os.fstat(fd).st_size != self.listed.size:
+                atomic.unlink_quietly(self.path + ".map")  # of one that has gone
                 os.ftruncate(fd, self.listed.size)
                 return fd, bits
         except OSError as error:
@@ -88,6 +92,18 @@ class ChunkedFile:
             return -1, bits
         self._merge_map(bits)
         return fd, bits
+
+    def _all(self, size: int) -> bytearray:
+        """The map of SIZE bytes in which every chunk is that is not a hole."""
+        bits, number = bytearray(size), 0
+        for count, digest in self.listed.runs:
+            end = number + count if digest else number
+            first, last = -(-number // 8), end // 8
+            bits[first:last] = b"\xff" * (last - first)
+            for one in (*range(number, min(8 * first, end)), *range(max(8 * last, number), end)):
+                bits[one >> 3] |= 1 << (one & 7)
+            number += count
+        return bits
 
     def read(self, offset: int, size: int) -> bytes:
         """Verified bytes; fewer only at the end of the file.  May wait for the store.  Raises CafsError."""
@@ -234,11 +250,14 @@ class ChunkedFile:
                 self._save()
 
     def _is_whole(self) -> bool:
-        return int.from_bytes(self._present, "big").bit_count() == self._wanted
+        return self._present == self._needed
 
     def _save(self) -> None:
         """Write the map, with what other processes know; give the file its name if nothing is missing."""
         self._unsaved = 0
+        if self._is_linked:
+            self.cache.ledger.note((self.listed_digest, CHUNK_LIST), os.fstat(self._fd))
+            return
         try:
             self._merge_map(self._present)
             if self._is_whole():
@@ -255,6 +274,7 @@ class ChunkedFile:
                     pass
                 atomic.unlink_quietly(self.path)
                 atomic.unlink_quietly(self.path + ".map")
+                self._is_linked = True
                 self.cache.ledger.note((self.listed_digest, CHUNK_LIST), os.fstat(self._fd))
         except OSError as error:
             _log.warning("cannot write to cache %s: %s", self.path, error.strerror)
@@ -281,7 +301,7 @@ class ChunkedFile:
         if data != MAP_MAGIC + checksum(body) + body or not body.startswith(head) or len(body) != len(head) + len(bits):
             return
         for at, byte in enumerate(body[len(head) :]):
-            bits[at] |= byte
+            bits[at] |= byte & self._needed[at]
 
     def save(self) -> None:
         """Save the map; the file stays open."""

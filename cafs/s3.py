@@ -15,14 +15,16 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-import boto3
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
 from cafs import atomic, paths
 from cafs.backend import Backend, Listed
 from cafs.errors import BusyError, RemoteError, UsageError, quote
+from cafs.extras import extra
+
+with extra("s3"):
+    import boto3
+    from boto3.s3.transfer import TransferConfig
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -40,6 +40,7 @@ def _daemon(request: Request, source: Source, writer: int) -> int:
     os.closerange(first + 1, last)
     os.closerange(last + 1, _CLOSE_UP_TO)
     os.chdir("/")
+    linux.set_command_line("cafs-mount: serving")  # the address of a store may have a password in it
 
     def ready() -> None:
         null = os.open(os.devnull, os.O_RDWR)

@@ -42,7 +42,9 @@ def main() -> None:
 @click.option("-o", "--output", metavar="FILE", help="Write the index to FILE ('-': stdout); needs no store.")
 @click.option("-j", "--jobs", type=click.IntRange(1, 64), help="Hashing threads (default: processors).")
 @click.option("--base", metavar="IMAGE", help="Keep the layers of IMAGE; add one with what differs.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out paths like /var/cache/*; repeatable.")
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave out names like .git, paths like /var/cache/*; repeatable."
+)
 @click.option("-x", "--one-file-system", is_flag=True, help="Do not enter other mounts.")
 @click.option("--numeric", is_flag=True, hidden=True)
 @click.option("--platform", metavar="OS/ARCH", help="Of an image for several (default: this machine's).")
@@ -78,7 +80,7 @@ def create(
     (FILE may be '-'), oci:DIR[:TAG], oci-archive:FILE[:TAG],
     docker-daemon:REF, docker://REF.
     """
-    from cafs.indexing import Options, create_file, create_image
+    from cafs.indexing import Exclusion, Options, create_file, create_image
 
     if as_json and output == "-":
         raise click.UsageError("--json and '-o -' both want stdout")
@@ -90,7 +92,7 @@ def create(
         source=source,
         jobs=jobs or os.cpu_count() or 1,
         platform=platform,
-        exclude=exclude,
+        exclude=Exclusion(exclude),
         one_file_system=one_file_system,
         rehash=rehash,
         skip_unreadable=skip_unreadable,
@@ -106,6 +108,8 @@ def create(
         click.echo(report.digest)
     for path, reason in report.skipped:
         say(PROGRAM, f"warning: left out {path}: {reason}")
+    for pattern in report.unmatched:
+        say(PROGRAM, f"warning: --exclude '{pattern}' matched nothing")
     if verbose:
         say(PROGRAM, report.summary())
     return 3 if report.skipped else 0

@@ -11,12 +11,14 @@ import hashlib
 import json
 import time
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
 from cafs.errors import CafsError, RemoteError
+from cafs.extras import extra
 from pool.cloud import ENDED, ENDING, PENDING, RUNNING, STOPPED, Instance, NoCapacityError, Order, RefusedError
+
+with extra("ec2"):
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

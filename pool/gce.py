@@ -9,15 +9,17 @@ from __future__ import annotations
 import uuid
 from datetime import datetime
 
-from google.api_core import exceptions
-from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import GoogleAuthError
-from google.cloud import compute_v1 as compute
-from google.cloud.compute_v1.services.instances.transports.rest import InstancesRestTransport
-from google.cloud.compute_v1.services.zone_operations.transports.rest import ZoneOperationsRestTransport
-
 from cafs.errors import CafsError, RemoteError
+from cafs.extras import extra
 from pool.cloud import PENDING, RUNNING, STOPPED, Instance, NoCapacityError, Order, RefusedError
+
+with extra("gce"):
+    from google.api_core import exceptions
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import compute_v1 as compute
+    from google.cloud.compute_v1.services.instances.transports.rest import InstancesRestTransport
+    from google.cloud.compute_v1.services.zone_operations.transports.rest import ZoneOperationsRestTransport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,11 +15,13 @@ import threading
 import time
 from contextlib import contextmanager
 
-import paramiko
-
 from cafs import atomic
 from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
+from cafs.extras import extra
 from pool import calls, links, program
+
+with extra("ssh"):
+    import paramiko
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

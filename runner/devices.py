@@ -16,7 +16,8 @@ import struct
 from itertools import pairwise
 
 from cafs import atomic
-from cafs.errors import CafsError, FormatError, NotFound, UsageError, quote
+from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, UsageError, quote
+from cafs.extras import extra
 from runner import gpus
 
 TYPE_CHECKING = False
@@ -147,7 +148,8 @@ def _load(path: str) -> dict[str, Any]:
         if path.endswith(".json"):
             found = json.loads(data)
         else:
-            import yaml
+            with extra("cdi"):
+                import yaml
 
             found = yaml.safe_load(data)
         if not _VERSIONS.fullmatch(str(found["cdiVersion"])):
@@ -155,7 +157,7 @@ def _load(path: str) -> dict[str, Any]:
         kinds = [found["kind"], *(device["name"] for device in found["devices"])]
         if not all(isinstance(one, str) for one in kinds):
             raise ValueError
-    except FormatError:
+    except (FormatError, UnsupportedError):
         raise
     except Exception as error:  # of the parser's own kinds
         raise FormatError(f"{quote(path)} is not a CDI specification: {error}") from None

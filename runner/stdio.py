@@ -1,7 +1,7 @@
 """Standard streams of a container that runs detached from its runtime.
 
-Pipes and sockets are passed straight through.  All else goes through a pipe and a thread: a terminal (TIOCSTI would let the
-command type into it), files and devices (the command could open them anew through /proc, and the runtime would chown them).
+Nothing that our caller has is passed to it: what a command has it can open anew through /proc, and so read what others write
+into the caller's pipe, or write what others read from it; and the runtime would chown it.  All goes through pipes and threads.
 
 With -t the command gets a terminal of its own, whose other end runc hands us over a socket.
 """
@@ -23,9 +23,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import Thread
+    from typing import TypeVar
 
     from runner.joining import Detacher
     from runner.logs import Log
+
+    _Result = TypeVar("_Result")
 
 _PIECE = 1 << 16
 _UNSENT_MAX = 1 << 20
@@ -33,12 +36,12 @@ _PIPE = 1 << 20
 
 
 def _widen(fd: int) -> None:
-    """Let a pipe hold 1 MiB, not 64 KiB: what is passed through takes fewer turns.  pipe(7), Pipe capacity."""
+    """Let a pipe hold 1 MiB, not 64 KiB: what is carried takes fewer turns.  pipe(7), Pipe capacity."""
     try:
         if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < _PIPE:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
     except OSError:
-        pass  # a socket; or the user has too many
+        pass  # it is no pipe; or the user has too many
 
 
 class Given:
@@ -60,7 +63,7 @@ class Given:
 
 
 class Streams(Given):
-    """Ours, and the threads that carry what cannot be passed."""
+    """Pipes, and the threads that carry between them and ours."""
 
     def __init__(self, interactive: bool, log: Log | None = None, owner: int = -1) -> None:
         """log: where what it prints is kept; then it is always carried.  owner: who may open the pipes anew, as /dev/stdout.
@@ -75,10 +78,8 @@ class Streams(Given):
         for fd in (0, 1, 2):
             if fd == 0 and not interactive:
                 self.child.append(self._own(_nothing()))
-            elif _can_pass(fd) and (fd == 0 or log is None):
-                _widen(fd)
-                _give(fd, owner)
-                self.child.append(fd)
+            elif fd == 2 and log is None and _is_same(1, 2):
+                self.child.append(self.child[1])  # in the order in which it is written
             else:
                 self.child.append(self._relay(fd))
 
@@ -86,6 +87,8 @@ class Streams(Given):
         from threading import Thread
 
         reader, writer = os.pipe2(os.O_CLOEXEC)
+        for pipe in (reader, fd):
+            _widen(pipe)
         _give(reader, self._owner)
         if fd == 0:
             Thread(target=_copy, args=(0, writer, True, [], None), daemon=True).start()
@@ -104,10 +107,9 @@ class Streams(Given):
             raise error
 
 
-def _can_pass(fd: int) -> bool:
-    """Whether the command may have the file itself: it can open what it has anew, for writing, and change its mode."""
+def _is_same(one: int, other: int) -> bool:
     try:
-        return os.readlink(f"/proc/self/fd/{fd}").startswith(("pipe:[", "socket:["))
+        return os.path.sameopenfile(one, other)
     except OSError:
         return False
 
@@ -128,14 +130,27 @@ def _nothing() -> int:
 
 def _copy(source: int, target: int, close_target: bool, failures: list[OSError], log: Callable[[bytes], None] | None) -> None:
     try:
-        while data := os.read(source, _PIECE):
+        while data := _when_ready(source, select.POLLIN, lambda: os.read(source, _PIECE)):
             if log:
                 log(data)
-            atomic.write_all(target, data)
+            view = memoryview(data)
+            while view:
+                view = view[_when_ready(target, select.POLLOUT, partial(os.write, target, view)) :]
     except OSError as error:
         failures.append(error)
     finally:
         os.close(target if close_target else source)
+
+
+def _when_ready(fd: int, event: int, call: Callable[[], _Result]) -> _Result:
+    """What a call says that may be said to come later: whoever shares a pipe with us may have made it non-blocking."""
+    while True:
+        try:
+            return call()
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(fd, event)
+            poll.poll()
 
 
 class Fifos(Given):

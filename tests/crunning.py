@@ -51,6 +51,7 @@ TOOLS = (
     "echo",
     "cut",
     "ln",
+    "timeout",
 )
 
 

@@ -142,6 +142,28 @@ def test_exclude_leaves_out_a_path_and_what_is_below(home: Path, tree: Path, cmd
     assert b"/etc" not in done.stdout.replace(b"etc/os-release /link", b"") and b"/large" in done.stdout
 
 
+FILES = ".git/config a/.git/x a/node_modules/m/n node_modulesx/y .env a/.env a/b/c.o d/é d/ee"
+
+
+def test_exclude_matches_what_tar_excludes(home: Path, tmp_path: Path, cmd: Run) -> None:
+    root = tmp_path / "t"
+    for name in FILES.split():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    tar = ["tar", "-C", root, "-cf", "-"]
+    whole = subprocess.run([*tar, "."], capture_output=True, check=True).stdout
+    utf8 = os.environ | {"LC_ALL": "C.UTF-8"}
+    for pattern in (".git", "node_modules", "*.o", "b/c.o", "a/*", "./a", "./.env", "d/?", "é", "[ab]", "odules"):
+        packed = subprocess.run([*tar, "--exclude", pattern, "."], capture_output=True, check=True, env=utf8).stdout
+        list_ = ["tar", "--quoting-style=literal", "-tf", "-"]
+        listed = subprocess.run(list_, input=packed, capture_output=True, check=True, env=utf8).stdout.decode()
+        wanted = sorted(line[1:].rstrip("/") or "/" for line in listed.splitlines())
+        for source in (root, "-"):
+            done = cmd("cafs-index", "create", source, "-o", tmp_path / "i", "--exclude", pattern, input=whole)
+            assert sorted(cmd("cafs-index", "ls", tmp_path / "i").stdout.decode().splitlines()) == wanted, pattern
+            assert (b"matched nothing" in done.stderr) == (pattern == "odules"), pattern
+
+
 def test_a_closed_pipe_is_141_and_silent(home: Path, tree: Path, cmd: Run) -> None:
     for number in range(3000):
         (tree / f"some-long-name-{number}").touch()

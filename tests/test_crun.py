@@ -440,7 +440,7 @@ def test_a_container_runs_on_either_engine_and_leaves_nothing(home: Path, tmp_pa
     wait_until(lambda: lazy_pids(home) == [])
 
 
-def test_a_pipe_that_is_passed_through_holds_more(image: Path) -> None:
+def test_a_pipe_that_is_carried_holds_more(image: Path) -> None:
     reader, writer = os.pipe()
     try:
         command = [BIN / "crun", "run", "-i", "--rm", "--network", "none", "b:1", "true"]

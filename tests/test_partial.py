@@ -6,6 +6,7 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +97,35 @@ def test_a_chunk_that_rotted_in_the_cache_is_fetched_again_and_mended(large: Lar
     assert path.read_bytes()[:CHUNK] == large.content[:CHUNK]
     assert not whole or stat.S_IMODE(path.stat().st_mode) == 0o444
     file.close()
+
+
+def test_a_whole_file_that_was_mended_is_whole_again_after_it_was_evicted(large: Large) -> None:
+    file = large.open()
+    assert file.read(0, len(large.content)) == large.content
+    file.close()
+    os.chmod(file.whole_path, 0o600)
+    with open(file.whole_path, "r+b") as rotten:
+        rotten.write(b"rot")
+    os.chmod(file.whole_path, 0o444)
+    file = large.open()
+    assert file.read(0, len(large.content)) == large.content
+    file.close()
+    assert os.listdir(os.path.dirname(file.path)) == [], "no map of it"
+    os.unlink(file.whole_path)
+    file = large.open()
+    assert file.read(0, len(large.content)) == large.content
+    file.close()
+    assert Path(file.whole_path).read_bytes() == large.content
+    assert os.listdir(os.path.dirname(file.path)) == []
+
+
+def test_the_map_of_all_chunks_has_no_bit_of_a_hole(home: Path, tmp_path: Path) -> None:
+    runs = [(1, b"d"), (1, b""), (20, b"e"), (3, b""), (8, b"f"), (7, b""), (1, b"g")]
+    shown = "".join("1" * count if digest else "0" * count for count, digest in runs)
+    file = ChunkedFile.__new__(ChunkedFile)
+    file.listed = SimpleNamespace(runs=runs)  # type: ignore[assignment]
+    bits = file._all(6)
+    assert "".join(str(bits[one >> 3] >> (one & 7) & 1) for one in range(48)) == shown.ljust(48, "0")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "other-size", "missing"])

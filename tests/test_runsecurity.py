@@ -200,6 +200,26 @@ def test_what_is_mounted_below_a_read_only_directory_is_read_only(image: Path, t
         subprocess.run(["umount", tmp_path / "below"], check=True)
 
 
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_pipes_of_the_caller_are_not_the_commands(image: Path, user: str) -> None:
+    """It reads nothing that others write into the same pipe, and writes nothing into its input."""
+    script = "cat; echo injected > /proc/self/fd/0; echo mine; sleep 1; exec head -n 1 < /proc/self/fd/1 >&2"
+    command = [BIN / "crun", "run", "--rm", "-i", "--network", "none", "-u", user, "b:1", "timeout", "4", "sh", "-c", script]
+    given, there = os.pipe()
+    reader, writer = os.pipe()
+    os.write(there, b"line\n")
+    with subprocess.Popen(command, stdin=given, stdout=writer, stderr=subprocess.PIPE) as child:
+        os.close(there)
+        seen = b""
+        while not seen.endswith(b"mine\n"):
+            seen += os.read(reader, 100)
+        os.write(writer, b"the caller's own\n")
+        assert child.stderr and b"caller" not in child.stderr.read() and seen == b"line\nmine\n"
+    assert os.read(given, 100) == b"" and os.fstat(writer).st_uid == os.fstat(given).st_uid == 0
+    for fd in (given, reader, writer):
+        os.close(fd)
+
+
 def test_the_version_tells_runcs_and_warns_if_it_is_old(image: Path, tmp_path: Path) -> None:
     for version, warns in (
         ("1.1.5", True),

@@ -15,7 +15,7 @@ import pytest
 
 from cafs import web
 from cafs.errors import CafsError
-from cafs.indexing import Options, create_image
+from cafs.indexing import Exclusion, Options, create_image
 from cafs.store import Store
 from tests.conftest import Run
 from tests.faultproxy import FAULTS, Proxy, free_port
@@ -104,9 +104,9 @@ def test_a_ref_is_asked_for_by_its_etag_and_meta_is_kept(served: Proxy, tmp_path
     second = served.log[before:]
     assert [path.split("/")[2] for _, path, _, _ in second] == ["cafs-store.json", "refs"]
     assert second[1][3] == 0, "304 has no body"
-    create_image(Options(str(tmp_path / "tree"), exclude=("/b",)), str(tmp_path / "origin"), "w:1")
+    create_image(Options(str(tmp_path / "tree"), exclude=Exclusion(("/b",))), str(tmp_path / "origin"), "w:1")
     assert b"/b" not in cmd("cafs-index", "ls", "w:1").stdout, "a changed ref is seen at once"
-    create_image(Options(str(tmp_path / "tree"), exclude=("/a",)), str(tmp_path / "origin"), "w:1")
+    create_image(Options(str(tmp_path / "tree"), exclude=Exclusion(("/a",))), str(tmp_path / "origin"), "w:1")
     assert b"/a" not in cmd("cafs-index", "ls", "w:1").stdout, "also when it changed twice in the second of its ETag"
 
 
