@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from cafs import linux
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUITES = ("bookworm", "trixie", "sid")
 PYTHON = "/opt/tests/bin/python"
@@ -185,7 +187,7 @@ class Machine:
             "none",
         ]
         command += ["-serial", f"file:{self._place}/console.{os.getpid()}", "-qmp", f"unix:{monitor},server=on,wait=off", *more]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=linux.die_with_parent)
 
     def boot(self) -> None:
         """Start it, and wait until it answers.  Raise VmError."""
