@@ -10,6 +10,7 @@ import signal
 from multiprocessing import connection
 
 from builder.progress import Progress
+from cafs import stopping
 from cafs.errors import CafsError
 
 TYPE_CHECKING = False
@@ -63,7 +64,7 @@ def run(stages: list[Stage], work: Work, progress: Progress) -> dict[int, Outcom
                 stage = waiting.pop(0)
                 pipe, pid = _start(stage, work, list(living))
                 living[pipe] = pid, stage
-            heard = connection.wait(list(living))
+            heard = stopping.wait(*living)
             for pipe in [one for one in living if one in heard]:
                 _hear(pipe, living, found, progress)
     finally:
@@ -82,7 +83,7 @@ def _start(stage: Stage, work: Work, others: list[Pipe]) -> tuple[Pipe, int]:
         theirs.close()
         return ours, pid
     try:
-        signal.signal(signal.SIGTERM, _end)
+        stopping.heed([signal.SIGTERM])  # what was made for a while is removed on the way out
         for one in (ours, *others):
             one.close()
         theirs.send(("outcome", work(stage, _Told(theirs))))
@@ -92,11 +93,6 @@ def _start(stage: Stage, work: Work, others: list[Pipe]) -> tuple[Pipe, int]:
         theirs.send(("error", f"{type(error).__name__}: {error}", 1, None))
     finally:
         os._exit(0)
-
-
-def _end(*_: object) -> None:
-    """What was made for a while is removed on the way out."""
-    raise SystemExit
 
 
 def _hear(

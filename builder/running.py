@@ -10,7 +10,7 @@ import signal
 from dataclasses import dataclass, field
 
 from builder import leaks
-from cafs import commit, image, linux
+from cafs import commit, image, linux, stopping
 from cafs.answer import failure, tell
 from cafs.errors import CafsError
 from cafs.upper import UpperWalk, prefix
@@ -114,7 +114,7 @@ def _in_child(
     os.close(their_output)
     os.close(their_answers)
     try:
-        while data := os.read(output, _PIECE):
+        while stopping.wait(output) and (data := os.read(output, _PIECE)):
             said(data)
     except BaseException as error:
         stopped = error

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 
+from cafs import stopping
 from cafs.errors import os_error, quote
 
 TYPE_CHECKING = False
@@ -95,7 +96,8 @@ def temporary_name(directory: str) -> str:
 
 
 def open_temporary(directory: str, mode: int = 0o644) -> tuple[int, str]:
-    """A new file open for writing, and its path.  The caller links or unlinks it, and closes it."""
+    """A new file open for writing, and its path.  The caller links or unlinks it, and closes it.  Raises Ended."""
+    stopping.check()
     path = temporary_name(directory)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:

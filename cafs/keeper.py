@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import time
 
@@ -102,30 +101,6 @@ def look_anew(cache: str) -> None:
             linux.reconfigure(os.fsdecode(mount.point), is_read_only=not mount.upper)
         except OSError:
             continue  # it went meanwhile; it costs space or speed until its last user has gone
-
-
-def on_signals(numbers: tuple[int, ...], call: Callable[[], object]) -> None:
-    """Call CALL, from a thread, at each of these signals.
-
-    A handler runs between any two instructions of the main thread: it may only write a byte, for anything more could wait for a
-    lock that the main thread holds.
-    """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(writer, False)
-
-    def note(*_: object) -> None:
-        try:
-            os.write(writer, b"x")
-        except BlockingIOError:
-            pass  # the thread has plenty to read
-
-    def run() -> None:
-        while os.read(reader, 64):
-            call()
-
-    threading.Thread(target=run, daemon=True).start()
-    for number in numbers:
-        signal.signal(number, note)
 
 
 def log_to(path: str | None, otherwise: str) -> None:

@@ -6,6 +6,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from cafs import stopping
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -31,6 +33,7 @@ def ordered_map(
     with ThreadPoolExecutor(threads) as pool:
         try:
             for task in tasks:
+                stopping.check()
                 if is_light(task):
                     future: Future[Result] = Future()
                     future.set_result(function(task))
@@ -41,6 +44,7 @@ def ordered_map(
                     yield waiting[0][1].result()
                     waiting.popleft()
             while waiting:
+                stopping.check()
                 yield waiting[0][1].result()
                 waiting.popleft()
         finally:

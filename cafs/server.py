@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 
-from cafs import atomic, linux, locator, paths, quota
+from cafs import atomic, linux, locator, paths, quota, stopping
 from cafs.answer import ask_child, failure, tell
 from cafs.cache import Cache
 from cafs.holder import Holder
-from cafs.keeper import Keeper, log_to, on_signals
+from cafs.keeper import Keeper, log_to
 from cafs.request import record_path, unmount_quietly, write_record
 from cafs.store import Store
 
@@ -77,7 +76,7 @@ def serve(request: Request, source: Source, ready: Callable[[], None]) -> None:
         ready()
 
     # The server ends when the last user of the mount has.
-    on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda: unmount_quietly(request.point))
+    stopping.on_signals(stopping.NUMBERS, lambda _: unmount_quietly(request.point))
     quota.note_use(cache.root, source.digest, locator.contents(source.index))
     holder = Holder(store, lambda: {(digest, os.getpid())} if source.image else set())
     holder.start()

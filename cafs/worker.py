@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 
-from cafs import fusedev, linux, quota
+from cafs import fusedev, linux, quota, stopping
 from cafs.cache import Cache
 from cafs.holder import Holder
-from cafs.keeper import Keeper, log_to, look_anew, on_signals
+from cafs.keeper import Keeper, log_to, look_anew
 from cafs.record import Recorder
 from cafs.serving import LEASES, WORKER_FILE, images, is_over, note_pid, pid, read_config, unmount
 from cafs.store import Store
@@ -41,8 +41,8 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     holder = Holder(store, lambda: _held(state), os.path.join(state, LEASES))
     files = _files(state, config, cache, recorder, columns, holder.poke)
     server = fusedev.Server(fd, files, config["limit_s"])
-    ending = (lambda: unmount(state)) if config["foreground"] else server.stop
-    on_signals((signal.SIGINT, signal.SIGTERM), ending)
+    is_foreground = bool(config["foreground"])
+    stopping.on_signals((signal.SIGINT, signal.SIGTERM), lambda _: unmount(state) if is_foreground else server.stop())
     note_pid(state, WORKER_FILE)
     files.brought = cache.evicted = lambda: look_anew(cache.root)
     is_lazy = columns < 0

@@ -62,23 +62,24 @@ def _one_line(text: str) -> str:
 def guarded(program: str, main: Callable[[], int]) -> int:
     """Call MAIN and turn its exceptions into messages and exit codes.  Also used by `crun run`, which loads no click."""
     _open_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # leave as Ctrl-C does: what was made for a while is removed
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+    from cafs import stopping
     from cafs.errors import CafsError, describe
 
+    stopping.heed()  # what was made for a while is removed
     try:
         code = main()
         sys.stdout.flush()
         return code
     except CafsError as error:
+        if stopping.number():
+            return 128 + stopping.number()  # a child was told, too, and that is what went wrong
         say(program, str(error))
         if error.hint:
             say(program, f"hint: {error.hint}")
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Ended as end:
+    except stopping.Ended as end:
         return 128 + end.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -106,18 +107,6 @@ def leave(program: str, main: Callable[[], int]) -> None:
     except OSError:
         code = code or 1
     os._exit(code)
-
-
-class Ended(BaseException):
-    """A signal told us to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _end(number: int, _frame: object) -> None:
-    raise Ended(number)
 
 
 def _open_streams() -> None:

@@ -16,7 +16,7 @@ from collections import deque
 
 import click
 
-from cafs import atomic
+from cafs import atomic, stopping
 from cafs.errors import CafsError, IncompleteError, RemoteError, os_error
 from cli import _pool as asking
 
@@ -70,7 +70,7 @@ def deploy(
             if fn["record"] and row["state"] == "current":
                 _make_profile(name, version, spec["image"])
             return version
-        time.sleep(_LOOK_S)
+        stopping.wait(seconds=_LOOK_S)
 
 
 def _store() -> Store:
@@ -291,6 +291,7 @@ class _Lines:
                 self._read()
 
     def _read(self) -> None:
+        stopping.wait(self.fd)
         data = os.read(self.fd, 1 << 16)
         self._is_over = not data
         first, newline, others = data.partition(b"\n")
@@ -401,7 +402,7 @@ def logs(name: str, tenant: str | None, *, is_followed: bool, call_id: str | Non
             if not size and not is_followed:
                 return
             if not size:
-                time.sleep(0.1)
+                stopping.wait(seconds=0.1)
 
 
 def _print_line(line: bytes, job: dict[str, Any], stream: str, call_id: str | None, *, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import time
 
 import click
 
@@ -165,7 +164,7 @@ def machines(*, all_of_them: bool, as_json: bool, is_quiet: bool) -> None:
 
 def show_events(*, is_followed: bool) -> None:
     """Print the file of events, and what is added to it."""
-    from cafs import atomic
+    from cafs import atomic, stopping
 
     path = os.path.join(directory(), "events")
     for old in (path + ".1", path):
@@ -186,7 +185,7 @@ def show_events(*, is_followed: bool) -> None:
                 at = file.tell()
         except FileNotFoundError:
             pass  # nothing has happened yet
-        time.sleep(0.2)
+        stopping.wait(seconds=0.2)
 
 
 def set_host_state(name: str, state: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import signal
 from collections import Counter
 
 from rich.console import Console, Group
@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cafs import stopping
 from cafs.errors import CafsError
 
 TYPE_CHECKING = False
@@ -37,10 +38,11 @@ def _live(picture: Callable[[], Any], *, once: bool) -> None:
     with Live(picture(), console=console, screen=True, refresh_per_second=2) as live:
         try:
             while True:
-                time.sleep(1)
+                stopping.wait(seconds=1)
                 live.update(picture())
-        except KeyboardInterrupt:
-            return
+        except stopping.Ended as end:
+            if end.number != signal.SIGINT:
+                raise
 
 
 _FUNCTION = (

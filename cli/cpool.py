@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 import click
 
@@ -239,7 +238,7 @@ def logs(number: int, follow: bool) -> int:
     """Print what a job has written."""
     import base64
 
-    from cafs import atomic
+    from cafs import atomic, stopping
 
     offsets = {"out": 0, "err": 0}
     left_out = 0
@@ -257,7 +256,7 @@ def logs(number: int, follow: bool) -> int:
             if over == 2:
                 break
             if not has_moved:
-                time.sleep(0.1)
+                stopping.wait(seconds=0.1)
     if is_running and left_out:
         sys.stderr.write(f"cpool: job {number}: {left_out} bytes were left out: output_max in pool.toml\n")
     return 3 if asking.lacks(found["job"]) or left_out else 0

@@ -7,6 +7,7 @@ import os
 import re
 import select
 
+from cafs import stopping
 from cafs.errors import UsageError, os_error, quote
 
 TYPE_CHECKING = False
@@ -56,6 +57,10 @@ def arguments_of(source: BinaryIO, separator: bytes, size: int) -> Iterator[list
     """Groups of SIZE arguments."""
     held, group = b"", []
     while True:
+        try:
+            stopping.wait(source)
+        except (OSError, ValueError):
+            pass  # it is no file
         data = source.read1(1 << 16) if hasattr(source, "read1") else source.read(1 << 16)
         held += data
         *whole, held = held.split(separator) if data else [held, b""]

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 
-from cafs import atomic, linux
+from cafs import atomic, linux, stopping
 from cafs.errors import BusyError, CafsError, RemoteError, of_code
 from pool import sockets, state
 
@@ -105,7 +105,7 @@ class Client:
             elif found["end"]:
                 return
             elif found["next"] == offset:
-                time.sleep(_LOOK_S)  # its agent has it, and it is on its way
+                stopping.wait(seconds=_LOOK_S)  # its agent has it, and it is on its way
             offset = found["next"]
 
     def _sort(self, found: dict[str, Any]) -> None:
@@ -119,6 +119,8 @@ class Client:
 
     def _next(self, *, wait: bool) -> dict[str, Any] | None:
         while b"\n" not in self._held:
+            if wait:
+                stopping.wait(self._socket)
             try:
                 data = self._socket.recv(_PIECE, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -200,8 +202,8 @@ def _begin(directory: str) -> tuple[Client, int]:
                     if os.waitstatus_to_exitcode(status[1]):
                         raise  # it has said why
                     break
-                time.sleep(0.005)
-        time.sleep(0.02)
+                stopping.wait(seconds=0.005)
+        stopping.wait(seconds=0.02)
 
 
 def _be_controller(directory: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 
+from cafs import stopping
 from cafs.errors import NotFound, RemoteError
 from pool import sockets
 from pool.session import Session
@@ -116,7 +116,7 @@ class Connection:
             if self.session.out:
                 out, self.session.out = self.session.out, bytearray()
                 self._socket.sendall(out)
-            if beside >= 0 and self._socket.fileno() not in select.select([self._socket.fileno(), beside], [], [])[0]:
+            if self._socket not in stopping.wait(self._socket, *([beside] if beside >= 0 else [])):
                 return []
             data = self._socket.recv(_PIECE)
             if not data:

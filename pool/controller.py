@@ -96,7 +96,8 @@ class Controller:
     def run(self) -> None:
         """Until SIGTERM or SIGINT, or a command ends it.  Jobs go on."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.end())
+            if signal.getsignal(number) is not signal.SIG_IGN:  # Ctrl-C is not for the one of a map
+                signal.signal(number, lambda *_: self.end())
         is_shared = bool(self.tenants.all)
         listener = sockets.listen(self.directory, mode=0o666 if is_shared else 0o600)
         os.chmod(self.directory, 0o711 if is_shared else 0o700)  # what is in it is its owner's alone all the same

@@ -61,13 +61,16 @@ def _look_after(directory: str, asked: dict[str, Any], instead: Callable[[], Any
     if not pid:
         _note_no_zygote(directory)
         instead()
-    signal.signal(signal.SIGTERM, lambda *_: _send(pid, signal.SIGTERM))
+    told, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     for place in (asked["cgroup"], asked["cgroup_cpu"]):
         if place:
             cgroup.put(place, pid)
     fd = os.pidfd_open(pid)
-    while not select.select([fd], [], [], None)[0]:
-        pass
+    while fd not in select.select([fd, told], [], [])[0]:
+        os.read(told, 64)
+        _send(pid, signal.SIGTERM)
     cgroup.note_kills(kills, os.path.join(directory, OUTCOME))
     with open(os.path.join(directory, "status"), "r+", encoding="ascii") as file:
         file.write("0  \n")

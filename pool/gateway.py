@@ -15,6 +15,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from cafs import stopping
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from pool import tokens
 from pool.calling import Function, result
@@ -280,9 +281,11 @@ def serve(directory: str, address: str, *, is_public: bool, cert: str | None, ke
     if not is_quiet:
         place = server.server_address
         sys.stderr.write(f"cpool: serving at http{'s' if cert else ''}://{host}:{place[1]}\n")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        server.serve_forever()
+        stopping.wait()
     finally:
+        server.shutdown()
         server.server_close()
 
 

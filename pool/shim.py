@@ -233,8 +233,19 @@ class Channel:
         self._lock = threading.Lock()
         self._held, self._at = b"", 0
         self._pid = os.getpid()
+        self.is_told = False
+        self._told = self._tell = -1
         os.register_at_fork(after_in_child=self._forked)
         self.send(control("hello", protocol=1, job=self.job, token=self.token, zygote=is_zygote))
+
+    def heed(self) -> None:
+        """From now on SIGTERM is noted, and ends `next` where nothing is being done."""
+        self._told, self._tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.is_told = True
+        os.write(self._tell, b"x")
 
     def _forked(self) -> None:
         """In a child: the connection and asyncio's signal pipe are the parent's; SIGTERM ends it, as any process."""
@@ -262,8 +273,8 @@ class Channel:
         with self._lock:
             self.socket.sendall(data)
 
-    def next(self) -> Frame | None:
-        """The next frame; None when the host has gone.  Waits."""
+    def next(self, *, is_idle: bool = False) -> Frame | None:
+        """The next frame; None when the host has gone, or, if idle, when SIGTERM has come.  Waits."""
         while True:
             if len(self._held) - self._at >= 32:
                 size, kind, flags, _, call, a, b = HEAD.unpack_from(self._held, self._at)
@@ -272,6 +283,8 @@ class Channel:
                     body = self._held[self._at + 32 : end]
                     self._at = end
                     return kind, flags, call, a, b, body
+            if is_idle and self._told in select.select([self.socket.fileno(), self._told], [], [])[0]:
+                return None
             data = self.socket.recv(1 << 18)
             if not data:
                 return None
@@ -339,16 +352,12 @@ class Serial:
         self._channel, self._handler = channel, handler
         self._waiting: list[Frame] = []
         self._current = b""
-        self._is_leaving = self._is_asked = self._is_at_work = self._is_idle = False
+        self._is_asked = self._is_at_work = False
         """is_at_work: with the socket, where an exception would leave half a frame; is_asked: to look for a cancel then."""
 
-        signal.signal(signal.SIGTERM, self._leave)
+        channel.heed()
+        # The one handler that does more than note its signal: to cancel a call is to raise in the handler, which may sleep.
         signal.signal(signal.SIGUSR1, self._cancel)
-
-    def _leave(self, *_: object) -> None:
-        self._is_leaving = True
-        if self._is_idle:
-            raise Leave
 
     def _cancel(self, *_: object) -> None:
         self._is_asked = True
@@ -372,8 +381,8 @@ class Serial:
 
     def run(self) -> None:
         """Until it is told to end."""
-        while not self._is_leaving:
-            one = self._waiting.pop(0) if self._waiting else self._next()
+        while not self._channel.is_told:
+            one = self._waiting.pop(0) if self._waiting else self._channel.next(is_idle=True)
             if one is None:
                 raise Leave
             kind, flags, call, _, ms, body = one
@@ -381,14 +390,6 @@ class Serial:
                 return
             if kind == CALL:
                 self._serve(call, flags, ms, body)
-
-    def _next(self) -> Frame | None:
-        """Only here does SIGTERM end it at once: else it would take an answer with it."""
-        self._is_idle = True
-        try:
-            return None if self._is_leaving else self._channel.next()
-        finally:
-            self._is_idle = False
 
     def _serve(self, call: bytes, flags: int, ms: int, body: bytes) -> None:
         token = running.set(call.hex())
@@ -462,18 +463,14 @@ class Threads:
         self._lock = threading.Lock()  # not a Condition: an exception that comes from outside leaves one of those locked
 
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(many)]
-        signal.signal(signal.SIGTERM, self._leave)
-
-    @staticmethod
-    def _leave(*_: object) -> None:
-        raise Leave
+        channel.heed()
 
     def run(self) -> None:
         """Until it is told to end."""
         for thread in self._threads:
             thread.start()
         while True:
-            one = self._channel.next()
+            one = self._channel.next(is_idle=True)
             if one is None:
                 raise Leave
             kind, flags, call, many, ms, body = one
@@ -667,10 +664,12 @@ class Zygote:
 
     def run(self) -> None:
         """Until no instance is left, or the host has gone.  In a child it returns nothing but ends."""
-        signal.signal(signal.SIGTERM, self._leave)
+        self._channel.heed()
         gc.freeze()
         self._fork(self._channel.job, self._channel.token)
         while self._children:
+            if self._channel.is_told:
+                return self._leave()
             if self._channel.has_more(0.2):
                 one = self._channel.next()
                 if one is None:
@@ -690,9 +689,12 @@ class Zygote:
         except ChildProcessError:
             self._children.clear()
 
-    def _leave(self, *_: object) -> None:
+    def _leave(self) -> None:
+        """End the children, and then ourselves."""
         for pid in self._children:
             os.kill(pid, signal.SIGTERM)
+        while self._children:
+            self._children.discard(os.wait()[0])
 
     def _fork(self, job: str, token: str) -> None:
         if has_threads():

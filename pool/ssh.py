@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from cafs import atomic
+from cafs import atomic, stopping
 from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
 from cafs.extras import extra
 from pool import calls, links, program
@@ -248,7 +248,7 @@ class There:
             if has_terminal:
                 size = os.get_terminal_size(0)
                 channel.get_pty(os.environ.get("TERM", "vt100"), size.columns, size.lines)
-                signal.signal(signal.SIGWINCH, lambda *_: channel.resize_pty(*os.get_terminal_size(0)))
+                stopping.on_signals([signal.SIGWINCH], lambda _: channel.resize_pty(*os.get_terminal_size(0)))
             channel.exec_command(f"/bin/sh -c {shlex.quote(command)}")
             threading.Thread(target=_pass_input, args=(channel,), daemon=True).start()
             errors = threading.Thread(target=_pass_output, args=(channel.recv_stderr, 2), daemon=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 
-from cafs import linux
+from cafs import linux, stopping
 from cafs.errors import CafsError, os_error
 from runner import cgroups, containers, create, ending, holding, logs, starting, stdio
 from runner.guard import DONE, FORWARDED, HANDED_OVER, Guard
@@ -190,27 +191,36 @@ class Forwarder:
     def __init__(self) -> None:
         self._pid = 0
         self._waiting: list[int] = []
-        for number in FORWARDED:
-            signal.signal(number, self._on_signal)
+        self._lock = threading.Lock()
+        stopping.on_signals(FORWARDED, self._pass_on)
 
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if not self._pid:
-            self._waiting.append(number)
-            signal.signal(number, signal.SIG_DFL)  # the second ends us, and the guard tidies up: the start itself may hang
-            return
-        try:
-            os.kill(self._pid, number)
-        except ProcessLookupError:
-            pass
+    def _pass_on(self, number: int) -> None:
+        """In a thread."""
+        with self._lock:
+            if self._pid:
+                self._kill(number)
+            elif self._waiting:
+                os._exit(128 + number)  # the start itself may hang; the guard tidies up
+            else:
+                self._waiting.append(number)
+
+    def _kill(self, number: int) -> None:
+        if self._pid > 0:
+            try:
+                os.kill(self._pid, number)
+            except ProcessLookupError:
+                pass
 
     def to(self, pid: int) -> None:
         """From now on to this process."""
-        self._pid = pid
-        for number in self._waiting:
-            signal.signal(number, self._on_signal)
-            self._on_signal(number, None)
+        with self._lock:
+            self._pid = pid
+            for number in self._waiting:
+                self._kill(number)
 
     def stop(self) -> None:
-        """The command has ended, and its pid may soon be another's."""
+        """The command is about to be waited for, and its pid may soon be another's."""
+        with self._lock:
+            self._pid = -1
         for number in FORWARDED:
             signal.signal(number, signal.SIG_IGN)

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 
-from cafs import atomic
+from cafs import atomic, stopping
 from cafs.errors import CafsError, UsageError, quote
 from runner.attachment import frame, frames
 from runner.stdio import raw_terminal, window_size
@@ -80,10 +80,11 @@ def join(container: Container, connection: socket.socket, *, with_input: bool, d
     is_typed = with_input and os.isatty(0)
     restore = raw_terminal(0) if has_terminal and is_typed else None
     detacher = Detacher(detach if has_terminal and is_typed else b"")
+    poll = select.poll()
+    resized = stopping.note([signal.SIGWINCH] if has_terminal else [])
+    poll.register(resized, select.POLLIN)
     if has_terminal:
         _send_size(connection)
-        signal.signal(signal.SIGWINCH, lambda *_: _send_size(connection))
-    poll = select.poll()
     poll.register(connection, select.POLLIN)
     if with_input:
         poll.register(0, select.POLLIN | select.POLLHUP)
@@ -102,6 +103,9 @@ def join(container: Container, connection: socket.socket, *, with_input: bool, d
                     code = _take(received)
                     if code is not None:
                         return int(code) if code else None
+                elif fd == resized:
+                    os.read(resized, 64)
+                    _send_size(connection)
                 elif not _pass_input(connection, detacher, poll):
                     return None
     finally:

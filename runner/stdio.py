@@ -17,7 +17,7 @@ import struct
 import termios
 from functools import partial
 
-from cafs import atomic
+from cafs import atomic, stopping
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -227,25 +227,29 @@ def run_terminal(master: int, interactive: bool, log: Log | None = None, detache
     """Copy between our terminal (or pipe) and the container's until it ends; False if the keys that end this were typed."""
     restore = raw_terminal(0) if interactive and os.isatty(0) else None
     _resize(master)
-    signal.signal(signal.SIGWINCH, lambda *_: _resize(master))
+    resized = stopping.note([signal.SIGWINCH])
     os.set_blocking(master, False)
     try:
-        return _carry(master, interactive, log, detacher)
+        return _carry(master, resized, interactive, log, detacher)
     finally:
         signal.signal(signal.SIGWINCH, signal.SIG_IGN)
         if restore:
             restore()
 
 
-def _carry(master: int, interactive: bool, log: Log | None, detacher: Detacher | None) -> bool:
+def _carry(master: int, resized: int, interactive: bool, log: Log | None, detacher: Detacher | None) -> bool:
     """The two directions do not wait for each other: a command that does not read may write, and the other way round."""
     unsent, reads = bytearray(), interactive
     while True:
         poll = select.poll()
+        poll.register(resized, select.POLLIN)
         poll.register(master, select.POLLIN | (select.POLLOUT if unsent else 0))
         if reads and len(unsent) < _UNSENT_MAX:
             poll.register(0, select.POLLIN)
         ready = dict(poll.poll())
+        if resized in ready:
+            os.read(resized, 64)
+            _resize(master)
         if ready.get(master, 0) & select.POLLOUT:
             try:
                 del unsent[: os.write(master, unsent[:_PIECE])]

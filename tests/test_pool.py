@@ -782,6 +782,21 @@ def test_the_queue_is_put_in_order_once_a_turn_however_many_leave_it_or_come_bac
         held.state.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_map_that_is_told_to_end_at_any_moment_ends_and_shows_no_traceback(pool: Path, number: int) -> None:
+    command = [BIN / "cpool", "map", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "echo {}; sleep 1"]
+    for moment in range(5):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as one:
+            assert one.stdin and one.stdout and one.stderr
+            one.stdin.write(b"".join(b"%d\n" % at for at in range(90)))
+            one.stdin.close()
+            wait_until(lambda: (pool / "lock").exists())
+            os.read(one.stdout.fileno(), 1) if moment else None
+            time.sleep(0.07 * moment)
+            one.send_signal(number)
+            assert one.wait(20) == 128 + number and b"Traceback" not in one.stderr.read()
+
+
 def test_two_maps_at_once_share_a_controller(pool: Path, tmp_path: Path) -> None:
     command = [BIN / "cpool", "map", "-k", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "sleep 0.0{}; echo {}"]
     text = "".join(f"{n}\n" for n in range(10, 60)).encode()

@@ -210,8 +210,9 @@ class Machine:
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
             "LogLevel=ERROR",
-            "ConnectTimeout=20",
-            "ServerAliveInterval=5",
+            "ConnectTimeout=60",
+            "ServerAliveInterval=30",
+            "ServerAliveCountMax=10",
         ]
         ssh = ["ssh", "-i", f"{self._place}/key", "-p", str(self._port), *(word for one in options for word in ("-o", one))]
         return [*ssh, "root@127.0.0.1", *words]
