@@ -130,6 +130,17 @@ def bind(source: str, target: int, *, is_read_only: bool, is_deep: bool = True) 
         os.close(tree)
 
 
+def clone_tree(source: str) -> int:
+    """A descriptor of a copy of a directory's mounts, in no namespace yet (open_tree(2)).  Raises OSError."""
+    clone, recursive = 1, 0x8000
+    return _check(_libc.syscall(_SYS_OPEN_TREE, -100, os.fsencode(source), clone | os.O_CLOEXEC | recursive), source)
+
+
+def move_tree(tree: int, target: str) -> None:
+    """Mount such a copy (move_mount(2)).  Raises OSError."""
+    _check(_libc.syscall(_SYS_MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+
+
 def make_read_only(fd: int) -> None:
     """The mount of a descriptor, and none below it.  Raises OSError."""
     _set_attributes(fd, MS_RDONLY)  # the same bit as MOUNT_ATTR_RDONLY

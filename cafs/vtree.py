@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LINKS_MAX = 40  # path_resolution(7)
 WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
 _AUFS = b".wh..wh."
-"""Names that only aufs knows."""
+"""Names that only aufs knows, and the opaque mark."""
 
 
 class Inode:
@@ -96,24 +96,37 @@ class VirtualTree:
     def put_layer(self, members: Sequence[tuple[bytes, Inode]]) -> None:
         """Lay the members of an image's layer over what is there.  OCI image spec, layer.md, "Whiteouts".
 
-        Whiteouts are about the layers below only, wherever in the archive they stand.  Raises FormatError.
+        Whiteouts are about the layers below only, wherever in the archive they stand.  A whiteout may be a directory, as
+        docker's are taken; what is in it does not count.  Raises FormatError.
         """
-        for name, _ in members:
-            directory, _, last = name.rpartition(b"/")
-            if not last.startswith(WHITEOUT):
-                continue
-            try:
-                found = self._directory(components(directory), make=False)
-            except FormatError:
-                continue  # nothing below to hide
-            if last == OPAQUE:
-                found.children = {}
-            elif not last.startswith(_AUFS):
-                found.children.pop(last.removeprefix(WHITEOUT), None)
+        of_aufs: set[tuple[bytes, ...]] = set()
+        wanted = []
         for name, inode in members:
-            if not name.rpartition(b"/")[2].startswith(WHITEOUT):
-                self.put(name, inode)
+            parts = components(name)
+            at = next((at for at, part in enumerate(parts) if part.startswith(WHITEOUT)), None)
+            if at is None:
+                wanted.append((name, inode))
+            elif parts[at].startswith(_AUFS) and parts[at] != OPAQUE:
+                of_aufs.add(tuple(parts[: at + 1]))
+                wanted.append((name, inode))  # until all is there: hard links may lead to it
+            else:
+                self._remove(parts[:at], None if parts[at] == OPAQUE else parts[at].removeprefix(WHITEOUT))
+        for name, inode in wanted:
+            self.put(name, inode)
         self.finish()
+        for *above, last in of_aufs:
+            self._remove(above, last)
+
+    def _remove(self, directory: list[bytes], name: bytes | None) -> None:
+        """Remove a name from a directory, if both are there; None: all names."""
+        try:
+            found = self._directory(directory, make=False)
+        except FormatError:
+            return
+        if name is None:
+            found.children = {}
+        else:
+            found.children.pop(name, None)
 
     def find(self, name: bytes) -> Inode | None:
         """What a name stands for, links in its directories followed, the last component not; None if there is nothing."""

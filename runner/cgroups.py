@@ -101,19 +101,19 @@ def resources(options: Options | Container) -> dict[str, Any]:
 def _memory(options: Options | Container) -> dict[str, Any]:
     found: dict[str, Any] = {}
     limit, swap, low = (options.value(name) for name in ("memory", "memory-swap", "memory-reservation"))
-    if limit and size(limit):
+    if limit is not None and size(limit):
         found["limit"] = size(limit)
         if found["limit"] < 6 << 20:
             raise UsageError("--memory must be at least 6m")
         if is_v2() or os.path.exists(f"{_TOP}/memory/memory.memsw.limit_in_bytes"):
             found["swap"] = 2 * found["limit"]
-    if swap:
+    if swap is not None and (swap == "-1" or size(swap)):
         if swap != "-1" and "limit" not in found:
             raise UsageError("--memory-swap needs --memory", hint="it is the sum of both")
         found["swap"] = -1 if swap == "-1" else size(swap)
         if 0 <= found["swap"] < found.get("limit", 0):
             raise UsageError("--memory-swap is less than --memory", hint="it is the sum of both")
-    if low:
+    if low is not None and size(low):
         found["reservation"] = size(low)
     return found
 
@@ -122,7 +122,7 @@ def _cpu(options: Options | Container) -> dict[str, Any]:
     found: dict[str, Any] = {}
     cpus = options.value("cpus")
     if cpus is not None:
-        if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", cpus) or (0 < float(cpus) < 0.01):
+        if not re.fullmatch(r"(?=.*[0-9])[0-9]{0,5}(\.[0-9]*)?", cpus) or (0 < float(cpus) < 0.01):
             raise UsageError(f"{quote(cpus)} is not a number of processors")
         if float(cpus) > (os.cpu_count() or 1):
             raise UsageError(f"--cpus {cpus} is more than this host has ({os.cpu_count()})")

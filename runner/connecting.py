@@ -24,10 +24,10 @@ _RANDOM_PORTS = range(49153, 65536)
 _RANGE = re.compile("[0-9]{1,5}(-[0-9]{1,5})?")
 
 
-def parse_ports(texts: list[str], exposed: list[str] | None = None) -> list[tuple[str, str, int, int]]:
+def parse_ports(texts: list[str]) -> list[tuple[str, str, int, int]]:
     """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host or 0, port).  Raises UsageError."""
     found = []
-    for text in [*texts, *(exposed or [])]:
+    for text in texts:
         places, slash, kind = text.partition("/")
         words = places.split(":")
         at, outer, inner = ["", "", *words][-3:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 
 from cafs import atomic, image, linux, mountinfo, paths
@@ -25,6 +26,8 @@ _STOP_TIMEOUT_S = 10
 _LOG_SIZE, _LOG_FILES = 128 << 20, 2
 _DRIVERS = ("json-file", "none", "k8s-file", "local")
 _POLICIES = ("no", "on-failure", "always", "unless-stopped")
+_OF_A_NETWORK = ("hostname", "dns", "dns-search", "dns-option", "add-host", "publish", "publish-all", "expose")
+_OF_A_CHECK = ("health-cmd", "health-interval", "health-timeout", "health-retries", "health-start-period")
 _MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
 
 
@@ -89,7 +92,7 @@ def _write(container: Container, options: Options) -> None:
     # Only now: who cleans up after us knows by container.json which are to go.
     for one in container.asked["mounts"]:
         if one["type"] == "volume":
-            volumes.create(one["name"], is_anonymous=one["anonymous"])
+            volumes.create(one["name"], one.get("labels"), is_anonymous=one["anonymous"])
 
 
 def _write_cidfile(path: str | None, identity: str) -> None:
@@ -155,15 +158,17 @@ def _image(root: str, options: Options) -> Image:
 def _check(options: Options) -> None:
     """What can be seen to be wrong before anything is made.  Raises UsageError, CafsError."""
     network = containers.network_of(options)
+    _check_together(options, network)
     if containers.is_bridge(network):
         if linux.in_user_namespace():
             raise UnsupportedError(f"network {quote(network)} needs root", hint="--network none, or host")
         from runner import networks
 
         networks.find(network)
-    elif options.all("publish"):
-        hint = "without root there is none" if linux.in_user_namespace() else None
-        raise UsageError(f"-p needs a network of its own, not --network {network}", hint=hint)
+    elif options.all("publish") or options.has("publish-all"):
+        if not options.value("network"):
+            raise UsageError(f"-p needs a network of its own, not {network}", hint="without root there is none")
+        sys.stderr.write(f"crun: warning: -p is without effect with --network {network}\n")
     if (options.value("ipc") or "private") not in ("private", "host", "shareable", "none"):
         _check_other(options, "ipc")
     if options.value("userns") not in (None, "", "host"):
@@ -177,15 +182,32 @@ def _check(options: Options) -> None:
         _check_other(options, "network")
     cgroups.resources(options)
     cgroups.path_for(options, "x")
+    if options.value("cgroup-parent") and linux.in_user_namespace():
+        raise UnsupportedError("cannot set --cgroup-parent without root")
     cgroups.is_private(options)
     platform = options.value("platform")
     if platform is not None:
         parts = platform.split("/")
-        if parts[0] != "linux" or (len(parts) > 1 and parts[1] not in _MACHINES.get(os.uname().machine, ())):
+        is_ours = parts[0] == "linux" and (len(parts) == 1 or parts[1] in _MACHINES.get(os.uname().machine, ()))
+        if not is_ours or parts[2:] not in ([], ["v8"] if parts[1] in ("arm64", "aarch64") else []):
             raise UsageError(f"platform {quote(platform)} is not this host's", hint="nothing is emulated")
     driver = options.value("log-driver")
     if driver is not None and driver not in _DRIVERS:
         raise UsageError(f"unknown log driver {quote(driver)}", hint="json-file or none")
+
+
+def _check_together(options: Options, network: str) -> None:
+    """What docker refuses, too: flags that would mean nothing beside another.  Raises UsageError."""
+    if len(options.all("network")) > 1:
+        raise UsageError("--network is given twice", hint="a container is on one network")
+    without = {
+        f"--network {network}": _OF_A_NETWORK if network.startswith("container:") else (),
+        f"--uts {options.value('uts')}": ("hostname",) if options.value("uts") else (),
+        "--no-healthcheck": _OF_A_CHECK if options.has("no-healthcheck") else (),
+    }
+    for other, flags in without.items():
+        if given := [flag for flag in flags if options.has(flag)]:
+            raise UsageError(f"--{given[0]} means nothing with {other}")
 
 
 def _check_other(options: Options, flag: str) -> None:
@@ -220,12 +242,22 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
 
 
 def _ports(options: Options, config: dict[str, Any]) -> list[tuple[str, str, int, int]]:
-    exposed = list(spec.section(config, "ExposedPorts")) if options.has("publish-all") else []
+    """Those of -p and, with -P, those that are exposed and not among them."""
+    exposed = [*(spec.section(config, "ExposedPorts") if options.has("publish-all") else ()), *options.all("expose")]
     if not exposed and not options.all("publish"):
         return []
     from runner import connecting
 
-    return connecting.parse_ports(options.all("publish"), exposed)
+    found = connecting.parse_ports(options.all("publish"))
+    taken = {(kind, inner) for kind, _, _, inner in found}
+    for text in exposed:
+        if ":" in text:
+            raise UsageError(f"exposed port {quote(text)} is not PORT[/tcp|udp]")
+        for one in connecting.parse_ports([text]):
+            if options.has("publish-all") and (one[0], one[3]) not in taken:
+                found.append(one)
+                taken.add((one[0], one[3]))
+    return found
 
 
 def _seconds(options: Options, flag: str, default: int) -> int:
@@ -268,12 +300,16 @@ def _health(options: Options, config: dict[str, Any]) -> dict[str, Any] | None:
     given = spec.section(config, "Healthcheck")
     test = given.get("Test") or []
     command = options.value("health-cmd")
+    for flag in ("health-interval", "health-timeout", "health-start-period"):
+        duration(options.value(flag) or "0")
     if options.has("no-healthcheck") or command == "none":
         return None
     if command:
         test = ["CMD-SHELL", command]
     is_words = isinstance(test, list) and all(isinstance(word, str) for word in test)
     if not is_words or test[:1] not in (["CMD"], ["CMD-SHELL"]):
+        if alone := [flag for flag in _OF_A_CHECK if options.value(flag)]:
+            raise UsageError(f"--{alone[0]}: there is no check", hint="--health-cmd")
         return None
     arguments = ["/bin/sh", "-c", *test[1:2]] if test[0] == "CMD-SHELL" else test[1:]
 

@@ -7,10 +7,12 @@ Mount options are a closed list: nothing of the user's is joined into one.
 from __future__ import annotations
 
 import os
+import stat
 
-from cafs import linux
+from cafs import linux, paths
 from cafs.errors import CafsError, UsageError, os_error, quote
-from runner import cgroups, etc, stubs, volumes
+from runner import cgroups, containers, etc, stubs, volumes
+from runner.filters import nearest
 from runner.spec import bind, section
 
 TYPE_CHECKING = False
@@ -24,11 +26,25 @@ if TYPE_CHECKING:
 _PROPAGATION = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
 _TMPFS = ("ro", "rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "noatime", "relatime")
 _RECURSIVE: dict[str, list[str]] = {"enabled": [], "readonly": [], "disabled": ["bind"], "writable": ["norro"]}
+_CONSISTENCY = ("consistent", "cached", "delegated", "default")
+"""For other systems than Linux; means nothing here, as in docker."""
+
 _KEYS = {
-    "bind": ("readonly", "bind-propagation", "bind-nonrecursive", "bind-recursive"),
-    "volume": ("readonly", "volume-nocopy", "volume-label", "volume-driver"),
-    "tmpfs": ("readonly", "tmpfs-size", "tmpfs-mode"),
+    "bind": ("readonly", "consistency", "bind-propagation", "bind-nonrecursive", "bind-recursive"),
+    "volume": ("readonly", "consistency", "volume-nocopy", "volume-label", "volume-driver"),
+    "tmpfs": ("readonly", "consistency", "tmpfs-size", "tmpfs-mode"),
 }
+_TRUTH = {"true": "true", "1": "true", "false": "false", "0": "false"}
+_SWITCHES = ("readonly", "bind-nonrecursive", "volume-nocopy")
+_VALUES = {"consistency": _CONSISTENCY, "bind-propagation": _PROPAGATION, "volume-driver": ("local",)}
+_GROUPS = {
+    **dict.fromkeys(("ro", "rw"), "access"),
+    **dict.fromkeys(_PROPAGATION, "propagation"),
+    **dict.fromkeys(("z", "Z"), "label"),  # of SELinux, which does not run where they are not known
+    **dict.fromkeys(_CONSISTENCY, "consistency"),
+    "nocopy": "copy",
+}
+"""Options of -v: one of each kind."""
 
 
 def asked(options: Options, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,55 +76,91 @@ def _volume(text: str) -> dict[str, Any]:
         return {"type": "volume", "name": "", "target": _target(text, text), "options": [], "copy": True}
     if len(parts) not in (2, 3) or not parts[0]:
         raise UsageError(f"volume {quote(text)} is not SRC:DST[:ro]", hint="DST is an absolute path")
-    target, options, copy = _target(parts[1], text), [], True
-    for word in parts[2].split(",") if len(parts) == 3 else []:
-        if word in ("ro", "rw", *_PROPAGATION):
-            options.append(word)
-        elif word == "nocopy":
-            copy = False
-        elif word not in ("z", "Z", ""):  # labels of SELinux, which does not run where they are not known
-            raise UsageError(f"unknown volume option {quote(word)}")
+    target, given = _target(parts[1], text), _volume_options(parts[2].split(",") if len(parts) == 3 else [])
+    options = [given[group] for group in ("access", "propagation") if group in given]
     if "/" in parts[0] or parts[0] in (".", ".."):
         source = os.path.realpath(parts[0])
+        if "copy" in given:
+            raise UsageError(f"volume {quote(text)}: nocopy is of named volumes")
         os.makedirs(source, exist_ok=True) if not os.path.lexists(source) else None  # as docker does
         return {"type": "bind", "source": source, "target": target, "options": options}
     volumes.check_name(parts[0])
-    return {"type": "volume", "name": parts[0], "target": target, "options": options, "copy": copy}
+    if "propagation" in given:
+        raise UsageError(f"volume {quote(text)}: {given['propagation']} is of directories of the host")
+    return {"type": "volume", "name": parts[0], "target": target, "options": options, "copy": "copy" not in given}
+
+
+def _volume_options(words: list[str]) -> dict[str, str]:
+    """By their kind.  Raises UsageError."""
+    found: dict[str, str] = {}
+    for word in words:
+        if word not in _GROUPS:
+            raise UsageError(f"unknown volume option {quote(word)}", hint=nearest(word, _GROUPS))
+        if _GROUPS[word] in found:
+            raise UsageError(f"volume options {found[_GROUPS[word]]} and {word} go not together")
+        found[_GROUPS[word]] = word
+    return found
 
 
 def _mount(text: str) -> dict[str, Any]:
-    """--mount type=T,source=S,target=D,...; commas only separate, as there is no quoting here."""
-    given: dict[str, str] = {}
-    names = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly"}
-    for word in text.split(","):
-        name, equals, value = word.partition("=")
-        given[names.get(name, name)] = value if equals else "true"
+    """--mount type=T,source=S,target=D,...: a line of RFC 4180, so that a field with a comma can be quoted."""
+    given, labels = _fields(text)
     kind = given.pop("type", "volume")
     source, target = given.pop("source", ""), _target(given.pop("target", ""), text)
     if kind not in _KEYS:
         raise UsageError(f"unknown mount type {quote(kind)}", hint="bind, volume or tmpfs")
-    if unknown := [name for name in given if name not in _KEYS[kind]]:
-        raise UsageError(f"unknown option {quote(unknown[0])} of a {kind} mount")
-    options = ["ro"] if given.get("readonly") in ("true", "1") else []
+    if unknown := [name for name in (*given, *(["volume-label"] if labels else [])) if name not in _KEYS[kind]]:
+        raise UsageError(f"unknown option {quote(unknown[0])} of a {kind} mount", hint=nearest(unknown[0], _KEYS[kind]))
+    for name, known in _VALUES.items():
+        if given.get(name, known[0]) not in known:
+            raise UsageError(f"unknown {name.rpartition('-')[2]} {quote(given[name])}", hint=nearest(given[name], known))
+    options = ["ro"] if given.get("readonly") == "true" else []
     if kind == "tmpfs":
         sizes = [f"size={cgroups.size(given['tmpfs-size'])}"] if "tmpfs-size" in given else []
         modes = [f"mode={_octal(given['tmpfs-mode'])}"] if "tmpfs-mode" in given else []
         return {"type": "tmpfs", "target": target, "options": [*options, *sizes, *modes]}
     if kind == "volume":
         volumes.check_name(source) if source else None
-        copy = given.get("volume-nocopy") not in ("true", "1")
-        return {"type": "volume", "name": source, "target": target, "options": options, "copy": copy}
-    how = given.get("bind-recursive", "disabled" if given.get("bind-nonrecursive") in ("true", "1") else "enabled")
+        copy = given.get("volume-nocopy") != "true"
+        return {"type": "volume", "name": source, "target": target, "options": options, "copy": copy, "labels": labels}
+    how = given.get("bind-recursive", "disabled" if given.get("bind-nonrecursive") == "true" else "enabled")
     if how not in _RECURSIVE or (how in ("writable", "readonly") and not options):
         raise UsageError(f"bind-recursive={how}", hint="enabled, disabled; with readonly also writable or readonly")
     options += _RECURSIVE[how]
-    if "bind-propagation" in given:
-        if given["bind-propagation"] not in _PROPAGATION:
-            raise UsageError(f"unknown propagation {quote(given['bind-propagation'])}")
-        options.append(given["bind-propagation"])
+    options += [given["bind-propagation"]] if "bind-propagation" in given else []
     if not source or not os.path.lexists(source):
         raise CafsError(f"cannot mount {quote(source)}: No such file or directory")
     return {"type": "bind", "source": os.path.realpath(source), "target": target, "options": options}
+
+
+def _fields(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Of --mount: all by their names, and what the labels say.  Raises UsageError."""
+    import csv
+
+    given: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    names = {"src": "source", "dst": "target", "destination": "target", "ro": "readonly"}
+    try:
+        words = next(csv.reader([text], strict=True), [])
+    except csv.Error as error:
+        raise UsageError(f"--mount {quote(text)}: {error}") from None
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = names.get(name.lower(), name.lower())
+        if name in _SWITCHES:
+            truth = _TRUTH.get(value.lower()) if equals else "true"
+            if truth is None:
+                raise UsageError(f"--mount: {name} is true or false, not {quote(value)}")
+            value = truth
+        elif not equals:
+            raise UsageError(f"--mount: {quote(word)} is not K=V")
+        if name == "volume-label":
+            labels[value.partition("=")[0]] = value.partition("=")[2]
+        elif name in given:
+            raise UsageError(f"--mount: {name} is given twice")
+        else:
+            given[name] = value
+    return given, labels
 
 
 def _octal(text: str) -> str:
@@ -153,7 +205,7 @@ def attach(container: Container, rootfs: int) -> None:
     rootfs: as of `build`.  There is no tmpfs: what was in one is gone.  Raises CafsError, OSError.
     """
     check_sources(container)
-    found = _given(container, rootfs)
+    found = _given(container, rootfs, with_tmpfs=False)
     taken = {one["destination"] for one in found}
     found += [one for one in _etc(container.directory) if one["destination"] not in taken and os.path.exists(one["source"])]
     for one in _by_depth([one for one in found if one["type"] == "bind"]):
@@ -170,12 +222,12 @@ def _by_depth(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: str(one["destination"]).count("/"))
 
 
-def _given(container: Container, rootfs: int, ids: Ids | None = None) -> list[dict[str, Any]]:
+def _given(container: Container, rootfs: int, ids: Ids | None = None, *, with_tmpfs: bool = True) -> list[dict[str, Any]]:
     """What was asked for, as OCI mounts."""
     found = []
     for one in container.asked["mounts"]:
         if one["type"] == "tmpfs":
-            found.append(_entry(one["target"], "tmpfs", *_tmpfs_options(one["options"])))
+            found += [_own_tmpfs(container, one, rootfs, ids)] if with_tmpfs else []
         elif one["type"] == "bind":
             found.append(bind(one["source"], one["target"], *one["options"]))
         else:
@@ -191,6 +243,44 @@ def _tmpfs_options(given: list[str]) -> list[str]:
     """Docker's defaults, where nothing else is said."""
     undo = {"noexec": "exec", "nosuid": "suid", "nodev": "dev"}
     return [word for word, other in undo.items() if other not in given and word not in given] + given
+
+
+def _own_tmpfs(container: Container, one: dict[str, Any], rootfs: int, ids: Ids | None) -> dict[str, Any]:
+    """A tmpfs that we mount and the runtime binds: some runc give its own the mode of the directory below it, whatever is asked
+    for (before 1.1.8), or 755 (1.3.3)."""
+    flags, first = [word for word in _tmpfs_options(one["options"]) if "=" not in word], ids.first if ids else 0
+    values = {"mode": _mode_below(container, rootfs, one["target"]), "uid": "0", "gid": "0"}
+    values |= dict(word.split("=", 1) for word in one["options"] if "=" in word)
+    values |= {name: str(int(values[name]) + first) for name in ("uid", "gid")}
+    place = _place(container)
+    try:
+        linux.mount("tmpfs", place, "tmpfs", 0, ",".join(f"{name}={value}" for name, value in values.items()))
+    except OSError as error:
+        raise os_error(f"cannot mount a tmpfs for {quote(one['target'])}", error) from error
+    return bind(place, one["target"], *flags)
+
+
+def _mode_below(container: Container, rootfs: int, target: str) -> str:
+    """That of the image's directory there; 1777 where it has none."""
+    try:
+        fd = linux.open_in_root(rootfs, target, os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return "1777"
+    try:
+        return "1777" if target in stubs.noted(container) else f"{stat.S_IMODE(os.fstat(fd).st_mode):o}"
+    finally:
+        os.close(fd)
+
+
+def _place(container: Container) -> str:
+    """A directory of our mount namespace alone, to mount on; what is mounted there goes with `layers`."""
+    layers = container.path("layers")
+    if not os.path.ismount(layers):
+        paths.make_private(layers)
+        linux.mount("cafs-layers", layers, "tmpfs", 0, "mode=700,size=1m")
+    place = os.path.join(layers, f"own{len(os.listdir(layers))}")
+    os.mkdir(place, 0o700)
+    return place
 
 
 def _entry(destination: str, kind: str, *options: str) -> dict[str, Any]:
@@ -213,12 +303,39 @@ def _system(container: Container) -> list[dict[str, Any]]:
         found.append(_entry("/sys", "sysfs", "nosuid", "noexec", "nodev", access))
     if not linux.in_user_namespace() or cgroups.is_private(container):
         found.append(_entry("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", access))
-    ipc = container.value("ipc") or "private"
-    if ipc == "host":
+    kind, _, other = (container.value("ipc") or "private").partition(":")
+    if kind == "host":
         found.append(bind("/dev/shm", "/dev/shm"))
-    elif not ipc.startswith("container:"):
+    elif kind == "container":
+        found.append(bind(_shm_of(container, other), "/dev/shm", "nosuid", "noexec", "nodev"))
+    elif kind != "none":
         found.append(_entry("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", f"size={shm}"))
     return found + _etc(etc.directory(container))
+
+
+def _shm_of(container: Container, other: str) -> str:
+    """A place where another container's /dev/shm is mounted.  Raises CafsError."""
+    one = containers.find(other)
+    os.close(one.process())
+    ours = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    theirs = os.open(f"/proc/{one.state()['pid']}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    place = _place(container)
+    try:
+        linux.setns(theirs, linux.CLONE_NEWNS)
+        try:
+            tree = linux.clone_tree("/dev/shm")
+        finally:
+            linux.setns(ours, linux.CLONE_NEWNS)
+            os.fchdir(here)
+        linux.move_tree(tree, place)
+        os.close(tree)
+    except OSError as error:
+        raise os_error(f"--ipc container:{other}: it has no /dev/shm", error) from error
+    finally:
+        for fd in (ours, theirs, here):
+            os.close(fd)
+    return place
 
 
 def _etc(directory: str) -> list[dict[str, Any]]:

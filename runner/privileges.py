@@ -29,6 +29,8 @@ CAPABILITIES = [
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 ]
+_VALUES = {"no-new-privileges": ("", "true", "false"), "systempaths": ("unconfined",)}
+_HINTS = {"no-new-privileges": "true or false", "systempaths": "unconfined"}
 _INFINITY = (1 << 64) - 1
 _CAPABILITY_NAMES = """
 CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST
@@ -151,6 +153,15 @@ def sysctls(options: Container) -> dict[str, str]:
     return found
 
 
+def has_apparmor() -> bool:
+    """Whether this host confines by AppArmor."""
+    try:
+        with open("/sys/module/apparmor/parameters/enabled", encoding="ascii") as file:
+            return file.read(1) == "Y"
+    except OSError:
+        return False
+
+
 def no_new_privileges(options: Container) -> bool:
     """By --security-opt.  Raises UsageError for an option that nobody knows."""
     found = False
@@ -158,6 +169,8 @@ def no_new_privileges(options: Container) -> bool:
         name, _, value = text.replace(":", "=", 1).partition("=")
         if name not in ("seccomp", "no-new-privileges", "apparmor", "label", "systempaths"):
             raise UsageError(f"unknown security option {quote(text)}")
+        if value not in _VALUES.get(name, (value,)) or (not value and name in ("seccomp", "apparmor")):
+            raise UsageError(f"security option {quote(name)} cannot be {quote(value)}", hint=_HINTS.get(name))
         if name == "no-new-privileges":
             found = value in ("", "true")
     return found

@@ -183,7 +183,7 @@ def build(
     effective = held if user.uid == 0 else []
     rules = [{"allow": True, "access": "rwm"}] if is_privileged else _device_rules()
     rules += [{"allow": True, "access": one["access"], **{k: one[k] for k in ("type", "major", "minor")}} for one in devices]
-    is_open = is_privileged or "systempaths=unconfined" in container.all("security-opt")
+    is_open = is_privileged or any(text.startswith("systempaths") for text in container.all("security-opt"))
     found: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "root": {"path": container.rootfs, "readonly": container.has("read-only")},
@@ -222,7 +222,8 @@ def build(
         found["linux"]["devices"] = [{k: v for k, v in one.items() if k != "access"} for one in devices]
     if filters := seccomp.chosen(container, held):
         found["linux"]["seccomp"] = filters
-    if profile := next((text[9:] for text in container.all("security-opt") if text.startswith(("apparmor=", "apparmor:"))), ""):
+    profile = next((text[9:] for text in container.all("security-opt") if text.startswith(("apparmor=", "apparmor:"))), "")
+    if profile and (profile != "unconfined" or privileges.has_apparmor()):
         found["process"]["apparmorProfile"] = profile
     if notes := _pairs(container, "annotation"):
         found["annotations"] = notes

@@ -414,6 +414,28 @@ def test_destinations_that_are_none_are_refused(home: Path, layout: Path, tmp_pa
     assert create(cmd, f"docker-archive:{tmp_path}/piped") == create(cmd, f"oci:{layout}/layout:v3")
 
 
+def test_what_aufs_left_is_no_part_of_the_tree_but_for_links_to_it(home: Path, tmp_path: Path, cmd: Run) -> None:
+    base = archive(("dd", DIR, ""), ("dd/x", REG, "x"), ("e", DIR, ""), ("e/y", REG, "y"), ("kept", REG, "k"))
+    top = archive(
+        (".wh..wh.aufs", REG, ""),
+        (".wh..wh.orph", DIR, ""),
+        (".wh..wh.orph/z", REG, "z"),
+        (".wh..wh.plnk", DIR, ""),
+        (".wh..wh.plnk/12.34", REG, "linked"),
+        ("one", LNK, ".wh..wh.plnk/12.34"),
+        ("two", LNK, ".wh..wh.plnk/12.34"),
+        (".wh.dd/", DIR, ""),
+        (".wh.dd/inside", REG, ""),
+        ("e/.wh..wh..opq", REG, ""),
+        ("e/new", REG, "n"),
+    )
+    save(tmp_path / "i.tar", [base, top])
+    create(cmd, f"docker-archive:{tmp_path}/i.tar", "-t", "a:1")
+    assert cmd("cafs-index", "ls", "a:1").stdout.split() == [b"/", b"/e", b"/e/new", b"/kept", b"/one", b"/two"]
+    assert cmd("cafs-index", "cat", "a:1", "one", "two").stdout == b"linkedlinked"
+    assert cmd("cafs-index", "export", "a:1", f"oci:{tmp_path}/o").returncode == 0
+
+
 def test_a_copy_that_is_told_to_end_leaves_nothing(home: Path, tmp_path: Path) -> None:
     import signal
 

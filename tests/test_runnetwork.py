@@ -363,3 +363,13 @@ def test_no_program_of_the_host_gets_a_port_that_is_published(cr: Crun, inside: 
         assert cr("rm", "-f", "web").returncode == 0
         child.communicate(timeout=30)
         assert inside(sys.executable, "-c", BIND).stdout.split() == free
+
+
+def test_what_is_exposed_is_published_with_p(cr: Crun) -> None:
+    words = ("-P", "--expose", "80", "--expose", "90-91/udp", "-p", "18090:90/udp")
+    assert cr("run", "-d", "--name", "all", *words, "b:1", "sleep", "60").returncode == 0
+    lines = sorted(line.split(" -> ")[0] for line in cr("port", "all").stdout.splitlines())
+    assert lines == ["80/tcp", "90/udp", "91/udp"]
+    done = cr("run", "--rm", "--network", "host", "-p", "1:1", "b:1", "true")
+    assert done.returncode == 0 and "without effect" in done.stderr
+    assert cr("rm", "-f", "all").returncode == 0

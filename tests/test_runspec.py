@@ -21,6 +21,7 @@ from runner.flags import ALIASES, RUN
 from runner.joining import Detacher, keys
 from tests.conftest import BIN, Run
 from tests.crunning import crun, make_rootfs
+from tests.test_containers import cr
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
 DEBIANS = Path("/usr/share/containers/seccomp.json")
@@ -129,7 +130,8 @@ def test_every_flag_lands_where_it_belongs(image: Path, tmp_path: Path) -> None:
     assert found["root"]["readonly"] is True and found["hostname"] == "box" and found["annotations"] == {"a": "b"}  # type: ignore[index]
     by_place = {one["destination"]: one for one in found["mounts"]}  # type: ignore[union-attr,attr-defined,index]
     assert "ro" in by_place["/v"]["options"] and by_place["/m"]["options"] == ["rbind", "ro", "rslave", "rro"]
-    assert {"size=1048576", "exec", "nosuid"} <= set(by_place["/t"]["options"]) and "noexec" not in by_place["/t"]["options"]
+    assert by_place["/t"]["type"] == "bind" and {"exec", "nosuid"} <= set(by_place["/t"]["options"])
+    assert "noexec" not in by_place["/t"]["options"]
     assert f"size={1 << 20}" in by_place["/dev/shm"]["options"]
     assert linux["sysctl"] == {"kernel.shmmax": "4096"}  # type: ignore[index]
     (device,) = linux["devices"]  # type: ignore[index]
@@ -169,7 +171,28 @@ def test_privileged_masks_nothing_and_has_what_this_host_grants(image: Path) -> 
         (["--device", "/etc/passwd"], "is not a device"),
         (["--device", "no.such/thing=1"], "no CDI device"),
         (["--network", "nowhere"], "no network 'nowhere'"),
-        (["--network", "none", "-p", "80:80"], "needs a network"),
+        (["--network", "none", "--network", "host"], "--network is given twice"),
+        (["--network", "container:x", "--dns", "1.1.1.1"], "means nothing with --network container:x"),
+        (["--uts", "host", "--hostname", "x"], "means nothing with --uts host"),
+        (["--no-healthcheck", "--health-cmd", "x"], "means nothing with --no-healthcheck"),
+        (["--health-interval", "3s"], "there is no check"),
+        (["--health-interval", "soon"], "is not a time"),
+        (["--pull", "always"], "is of the store"),
+        (["--platform", "linux/amd64/v9"], "not this host's"),
+        (["--expose", "banana"], "is not"),
+        (["--security-opt", "no-new-privileges=maybe"], "cannot be 'maybe'"),
+        (["--security-opt", "systempaths=open"], "cannot be 'open'"),
+        (["--memory", ""], "is not a size"),
+        (["--mount", "type=bind,src=/tmp,dst=/x,readonly=banana"], "true or false, not 'banana'"),
+        (["--mount", "type=bind,src=/tmp,dst=/x,readnly"], "is not K=V"),
+        (["--mount", "type=bind,src=/tmp,dst=/x,readonyl=1"], "did you mean readonly?"),
+        (["--mount", "type=bind,src=/tmp,src=/etc,dst=/x"], "source is given twice"),
+        (["--mount", "type=volume,src=v,dst=/x,volume-driver=nfs"], "unknown driver 'nfs'"),
+        (["--mount", "type=bind,src=/tmp,dst=/x,volume-label=a=b"], "unknown option 'volume-label' of a bind mount"),
+        (["-v", "/tmp:/x:nocopy"], "nocopy is of named volumes"),
+        (["-v", "named:/x:rshared"], "rshared is of directories"),
+        (["-v", "/tmp:/x:ro,rw"], "go not together"),
+        (["-v", "/tmp:/x:delegeted"], "did you mean delegated?"),
         (["--pid", "container:nobody"], "no container 'nobody'"),
         (["--platform", "linux/s390x"], "not this host's"),
         (["--restart", "sometimes"], "unknown restart policy"),
@@ -488,3 +511,53 @@ def test_a_device_directory_gives_its_devices(image: Path, tmp_path: Path) -> No
         ).stdout
         == "one\n3\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--tmpfs", "/s"], "1777 0"),
+        (["--tmpfs", "/s:mode=0700"], "700 0"),
+        (["--tmpfs", "/s:mode=0750,uid=1000"], "750 1000"),
+        (["--mount", "type=tmpfs,dst=/s,tmpfs-mode=711"], "711 0"),
+        (["--tmpfs", "/s", "--userns", "auto"], "1777 0"),
+    ],
+)
+def test_a_tmpfs_has_the_mode_that_was_asked_for_whatever_runc_does(image: Path, words: list[str], wanted: str) -> None:
+    done = crun("--network", "none", *words, "b:1", "stat", "-c", "%a %u", "/s")
+    assert done.stdout == wanted + "\n", done.stderr
+    there = [word.replace("/s", "/tmp") for word in words]
+    assert crun("--network", "none", *there, "b:1", "stat", "-c", "%a %u", "/tmp").stdout == wanted + "\n"
+    there = [word.replace("/s", "/home/joe") for word in words]
+    if "mode" not in str(words):
+        assert crun("--network", "none", *there, "b:1", "stat", "-c", "%a", "/home/joe").stdout == "755\n", "the image's"
+
+
+def test_an_ordinary_user_can_write_to_a_tmpfs_of_a_read_only_container_also_the_second_time(image: Path) -> None:
+    words = ["--name", "again", "--network", "none", "-u", "1000", "--read-only", "--tmpfs", "/s:size=64k"]
+    assert cr("run", *words, "b:1", "sh", "-c", "echo x > /s/f && cat /s/f; head -c 99999 /dev/zero > /s/g").returncode == 1
+    assert cr("start", "-a", "again").stdout == "x\n"
+    assert cr("rm", "again").returncode == 0
+
+
+def test_whose_shared_memory_a_container_has(image: Path) -> None:
+    assert "No such file" in crun("--network", "none", "--ipc", "none", "b:1", "ls", "/dev/shm").stderr
+    assert cr("run", "-d", "--name", "shm", "--network", "none", "b:1", "sleep", "60").returncode == 0
+    assert crun("--network", "none", "--ipc", "container:shm", "b:1", "touch", "/dev/shm/it").returncode == 0
+    assert cr("exec", "shm", "ls", "/dev/shm").stdout == "it\n"
+    assert cr("rm", "-f", "shm").returncode == 0
+
+
+def test_mounts_are_read_as_docker_reads_them(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "f").write_text("x")
+    mount = f'type=bind,"source={tmp_path}/a,b",dst=/x,ro,consistency=cached'
+    assert crun("--network", "none", "--mount", mount, "b:1", "ls", "/x").stdout == "f\n"
+    assert crun("--network", "none", "-v", f"{tmp_path}:/x:ro,cached,z", "b:1", "ls", "/x").returncode == 0
+    (found,) = mounts.asked(options("--mount", "type=bind,src=/tmp,dst=/x,bind-nonrecursive"), {})
+    assert found["options"] == ["bind"]
+    assert (
+        crun("--network", "none", "--mount", "src=marked,dst=/x,volume-label=a=b,volume-label=c", "b:1", "true").returncode == 0
+    )
+    assert json.loads(cr("volume", "inspect", "marked").stdout)[0]["Labels"] == {"a": "b", "c": ""}
+    assert cr("volume", "rm", "marked").returncode == 0
