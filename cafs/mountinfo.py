@@ -123,6 +123,19 @@ def mounts(pid: str = "self") -> list[Mount]:
     return found
 
 
+def is_shared(path: str) -> bool:
+    """Whether the mount that a path is on tells its peers of what is mounted below it."""
+    wanted = os.fsencode(os.path.realpath(path))
+    best, found = -1, False
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in filter(None, file.read().split(b"\n")):
+            fields = line.partition(b" - ")[0].split(b" ")
+            point = _unescape(fields[4])
+            if len(point) >= best and (wanted + b"/").startswith(point.rstrip(b"/") + b"/"):
+                best, found = len(point), any(field.startswith(b"shared:") for field in fields[6:])
+    return found
+
+
 def is_kernel(mount: Mount) -> bool:
     """Whether a mount is of the kernel engine; only root can mount an overlay, outside of a user namespace."""
     return mount.fstype == b"overlay" and mount.source.startswith(b"cafs:")

@@ -37,7 +37,7 @@ def function(name: str, tenant: str | None) -> Function:
     """To be called."""
     from pool.calling import Function
 
-    return Function(name, directory=asking.directory(), tenant=tenant or "")
+    return Function(name, directory=asking.directory(), tenant=tenant or "", as_text=True)
 
 
 def change(what: str, name: str, tenant: str | None, **fields: Any) -> dict[str, Any]:
@@ -151,16 +151,19 @@ def read_value(*, is_bytes: bool = False) -> Any:
 
 
 def _value(text: bytes, where: str) -> Any:
+    from pool import calls
+    from pool.session import Json
+
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = calls.checked(text)
+    except ValueError as error:
         raise click.UsageError(f"{where} is no JSON: {error}") from None
     if isinstance(found, dict) and set(found) == {"$bytes"}:
         try:
             return base64.b64decode(found["$bytes"], validate=True)
         except (ValueError, TypeError):
             raise click.UsageError(f"{where}: $bytes is no base64") from None
-    return found
+    return Json(text)
 
 
 def line_of(answer: Any) -> bytes:
@@ -198,7 +201,7 @@ def result(call_id: str, *, wait: bool) -> int:
     from pool import calling
 
     try:
-        atomic.write_all(1, line_of(calling.result(call_id, wait=wait, directory=asking.directory())))
+        atomic.write_all(1, line_of(calling.result(call_id, wait=wait, directory=asking.directory(), as_text=True)))
     except CafsError as error:
         return _failed(error)
     return 0

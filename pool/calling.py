@@ -39,8 +39,8 @@ class Coming(Protocol):
 class Function:
     """A function that is deployed in a pool.  directory: of the pool; tenant: whose it is, for the pool's owner."""
 
-    def __init__(self, name: str, *, directory: str | None = None, tenant: str = "") -> None:
-        self.name, self.tenant = name, tenant
+    def __init__(self, name: str, *, directory: str | None = None, tenant: str = "", as_text: bool = False) -> None:
+        self.name, self.tenant, self._as_text = name, tenant, as_text
         self._directory = directory or paths.pool()
         self._free: list[Connection] = []
         self._async: dict[tuple[int, int], AsyncConnection] = {}
@@ -80,7 +80,7 @@ class Function:
             try:
                 connection = self._free.pop()
             except IndexError:
-                return Connection(self._directory)
+                return Connection(self._directory, as_text=self._as_text)
             if connection.is_own:
                 return connection
             connection.close()
@@ -229,7 +229,7 @@ class Function:
 
     def result(self, call: str, *, wait: bool = True) -> Any:
         """Of one that was begun before.  Raises CallError, StateOfCall."""
-        return result(call, wait=wait, directory=self._directory, tenant=self.tenant)
+        return result(call, wait=wait, directory=self._directory, tenant=self.tenant, as_text=self._as_text)
 
     # The same, for asyncio.
 
@@ -295,7 +295,7 @@ async def _asynchronous(inputs: Iterable[Any] | AsyncIterable[Any]) -> AsyncIter
             yield one
 
 
-def result(call: str, *, wait: bool = True, directory: str | None = None, tenant: str = "") -> Any:
+def result(call: str, *, wait: bool = True, directory: str | None = None, tenant: str = "", as_text: bool = False) -> Any:
     """Of a call that was spawned.  tenant: whose alone, for the pool's owner.  Raises CallError, StateOfCall, CafsError."""
     try:
         identity = bytes.fromhex(call)
@@ -303,7 +303,7 @@ def result(call: str, *, wait: bool = True, directory: str | None = None, tenant
         identity = b""
     if len(identity) != 16:
         raise NotFound(f"{call!r} is no id of a call")
-    connection = Connection(directory or paths.pool())
+    connection = Connection(directory or paths.pool(), as_text=as_text)
     try:
         connection.session.await_answer(identity, tenant, is_to_wait=wait)
         return connection.wait(identity)

@@ -6,6 +6,7 @@ Part of the agent's program: standard library only, Python 3.9.
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 TYPE_CHECKING = False
@@ -56,6 +57,30 @@ def loads(body: bytes) -> Any:
         return json.loads(body)
     except RecursionError as problem:
         raise ValueError("too deep") from problem
+
+
+_STRING = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")')
+
+
+def checked(text: bytes) -> Any:
+    """The value of JSON, as RFC 8259 has it: UTF-8, no NaN; numbers, of any length, are left as text.  Raises ValueError."""
+    try:
+        return json.loads(text.decode(), parse_int=str, parse_float=str, parse_constant=_refuse)
+    except RecursionError as problem:
+        raise ValueError("too deep") from problem
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def compact(text: bytes) -> bytes:
+    """JSON without the space between its parts, and otherwise as it is: numbers keep their digits."""
+    parts = _STRING.split(text)  # every other one is a string
+    for at in range(0, len(parts), 2):
+        if len(parts[at]) > 1 or parts[at].isspace():
+            parts[at] = parts[at].translate(None, b" \t\r\n")
+    return b"".join(parts)
 
 
 def said(body: bytes) -> dict[str, Any]:

@@ -41,9 +41,9 @@ def connect(directory: str, wait_s: float) -> socket.socket:
 class Connection:
     """To the router, for one thread.  Raises RemoteError."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, as_text: bool = False) -> None:
         self._directory, self._pid = directory, os.getpid()
-        self.session = Session()
+        self.session = Session(as_text=as_text)
         self._socket = connect(directory, BEGIN_S)
         self._opened: dict[tuple[str, str], int] = {}
         self.owners: dict[tuple[str, str], str] = {}

@@ -139,6 +139,7 @@ class Execution:
         found = one.calls.get(call)
         if found is None:
             return  # it was never asked for
+        one.has_answered = True
         if found.given_up:
             del one.calls[call]
             one.used = self._loop.now
@@ -195,7 +196,8 @@ class Execution:
             if at >= one.concurrency and one.may_be_ahead and call.limit_s:
                 call.deadline = now + call.limit_s
             if call.deadline <= now and not call.done:
-                self.give_up(call, "timeout", "the call took too long")
+                more = "" if one.has_answered else ": its program has written no line yet; does it flush them?"
+                self.give_up(call, "timeout", "the call took too long" + more)
 
     def lost(self, one: Instance) -> None:
         """Its process has ended: the calls that it had begun fail, those that were sent ahead go elsewhere."""

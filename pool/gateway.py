@@ -6,7 +6,6 @@ RFC 9110 and 9112, as http.server has them; a thread for each connection.  By it
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import socket
 import ssl
@@ -14,25 +13,35 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 from cafs import stopping
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from pool import tokens
 from pool.calling import Function, result
-from pool.session import CallError, StateOfCall, as_json
+from pool.session import CallError, Json, StateOfCall, as_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 BODY_MAX = 256 << 20
-_CONNECTIONS = 256
-_WAIT_S, _HEAD_S = 60.0, 20.0
+_CALLS, _CONNECTIONS = 256, 2048
+"""At once: calls, and connections, most of which wait for their next request."""
+
+_WAIT_S, _HEAD_S, _LINGER_S = 60.0, 20.0, 1.0
 _READ_AGAIN_S = 1.0
 _STATUS = {
     "raised": 500, "died": 502, "protocol": 502, "start": 503, "cancelled": 499, "function": 404, "full": 429, "unknown": 502,
     "timeout": 504,
 }  # fmt: skip
+_LINE_MAX, _TRAILERS_MAX = 4096, 100
+_FULL = b'{"error":{"kind":"full","message":"too many connections now"}}'
+_NO_ROOM = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(_FULL), _FULL)
+)
 _LINES = "application/x-ndjson"
 _BYTES = "application/octet-stream"
 
@@ -47,17 +56,37 @@ class Server(ThreadingHTTPServer):
         self.directory = directory
         self._context = context
         self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        self.calls = threading.BoundedSemaphore(_CALLS)
+        self.heads: dict[Handler, float] = {}
+        """Connections of which a head is being read, and until when."""
+
         self._functions: dict[tuple[str, str], Function] = {}
         self._tokens: list[tokens.Token] = []
         self._read_after = 0.0
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
+        threading.Thread(target=self._mind_heads, daemon=True).start()
+
+    def _mind_heads(self) -> None:
+        """Who sends a head slowly holds no place."""
+        while True:
+            time.sleep(1)
+            now = time.monotonic()
+            for handler, until in list(self.heads.items()):
+                if until < now:
+                    handler.give_up()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread, if there is room for one more."""
-        if not self._room.acquire(blocking=False):
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
+        if self._room.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        try:
+            request.setblocking(False)
+            if not self._context:
+                request.send(_NO_ROOM)
+        except OSError:
+            pass  # it takes nothing, or has gone
+        self.close_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """TLS is begun here, so that nobody else waits for it."""
@@ -70,6 +99,19 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(request)
         finally:
             self._room.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        """What it still sends is read for a moment: a close before that resets the connection, and the answer is lost
+        (RFC 9112, 9.6)."""
+        try:
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(_LINGER_S)
+            until = time.monotonic() + _LINGER_S
+            while time.monotonic() < until and request.recv(1 << 16):
+                pass
+        except OSError:
+            pass
+        self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no news."""
@@ -85,31 +127,36 @@ class Server(ThreadingHTTPServer):
         """One object for each, whose connections are used again."""
         if len(self._functions) > 1000:
             self._functions.clear()
-        return self._functions.setdefault((tenant, name), Function(name, directory=self.directory, tenant=tenant))
+        return self._functions.setdefault((tenant, name), Function(name, directory=self.directory, tenant=tenant, as_text=True))
 
 
 class Handler(BaseHTTPRequestHandler):
     """A connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server_version, sys_version = "cpool", ""
     server: Server
 
     def log_message(self, *_: object) -> None:
         """Nothing: what is called is the functions' log."""
 
+    def _place(self) -> str:
+        """The path that is asked for, without a query."""
+        return urlsplit(self.path).path
+
     def do_GET(self) -> None:
         """/healthz, and /calls/ID for the answer of a call that was begun before."""
-        if self.path == "/healthz":
+        if self._place() == "/healthz":
             return self._json(200, {"ok": True})
         tenant = self._tenant()
         if tenant is None or not self._is_framed():
             return
-        match = re.fullmatch("/calls/([0-9a-f]{32})", self.path)
+        match = re.fullmatch("/calls/([0-9a-f]{32})", self._place())
         if not match:
             return self._error(404, "function", "no such thing")
         try:
-            self._answer(result(match[1], wait=False, directory=self.server.directory, tenant=tenant))
+            self._answer(result(match[1], wait=False, directory=self.server.directory, tenant=tenant, as_text=True))
         except CallError as error:
             self._json(_STATUS.get(error.kind, 502), error.shown())
         except StateOfCall as error:
@@ -117,12 +164,35 @@ class Handler(BaseHTTPRequestHandler):
         except CafsError as error:
             self._error(503, "unknown", str(error))
 
+    do_HEAD = do_GET
+
+    def _refuse(self) -> None:
+        """Another method."""
+        self.close_connection = True  # it may have a body
+        self._json(405, {"error": {"kind": "protocol", "message": f"no {self.command} here"}}, Allow="GET, HEAD, POST")
+
+    do_OPTIONS = do_PUT = do_PATCH = do_DELETE = _refuse
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """As http.server says it, but as all other errors are."""
+        self.close_connection = True
+        self._error(code, "protocol", message or self.responses.get(code, ("",))[0])
+
     def do_POST(self) -> None:
-        """/NAME: a call."""
+        """/NAME: a call, if there is room."""
+        if not self.server.calls.acquire(blocking=False):
+            self.close_connection = True  # its body is not read
+            return self._error(503, "full", f"{_CALLS} calls are under way")
+        try:
+            self._post()
+        finally:
+            self.server.calls.release()
+
+    def _post(self) -> None:
         tenant = self._tenant()
         if tenant is None or not self._is_framed():
             return
-        match = re.fullmatch("/([A-Za-z0-9][A-Za-z0-9_.-]{0,62})", self.path)
+        match = re.fullmatch("/([A-Za-z0-9][A-Za-z0-9_.-]{0,62})", self._place())
         value = self._value() if match else None
         if not match:
             self.close_connection = True
@@ -153,10 +223,12 @@ class Handler(BaseHTTPRequestHandler):
     def _is_framed(self) -> bool:
         """Whether it is certain where the request ends (RFC 9112, 6.3); else, after an answer, nothing more is read."""
         sizes = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" not in self.headers and len(sizes) <= 1 and (self.command == "POST" or not sizes):
+        codings = self.headers.get_all("Transfer-Encoding") or []
+        is_post = self.command == "POST"
+        if len(sizes) + len(codings) <= 1 and (is_post or not sizes + codings) and codings in ([], ["chunked"]):
             return True
         self.close_connection = True
-        self._error(400, "protocol", "a body has one Content-Length, and a GET none")
+        self._error(400, "protocol", "a body has one Content-Length, or is chunked, and a GET has none")
         return False
 
     def _timeout(self) -> float | None:
@@ -168,14 +240,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """As of http.server, within a time for all of the head, so that who is slow holds no place."""
-        timer = threading.Timer(_HEAD_S, self._give_up)
-        timer.start()
+        self.server.heads[self] = time.monotonic() + _HEAD_S
         try:
             return super().parse_request()
         finally:
-            timer.cancel()
+            self.server.heads.pop(self, None)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Its head has not come in time."""
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -183,30 +255,65 @@ class Handler(BaseHTTPRequestHandler):
 
     def _value(self) -> tuple[Any] | None:
         """The body; None, after an answer, if it cannot be taken."""
-        size = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", size):
-            self.close_connection = True
-            self._error(411, "protocol", "Content-Length is needed")
-            return None
-        if int(size) > BODY_MAX:
-            self.close_connection = True
-            self._error(413, "protocol", f"a body has at most {BODY_MAX} bytes")
-            return None
         try:
-            data = self.rfile.read(int(size))
-        except TimeoutError:
-            data = b""
-        if len(data) < int(size):  # it is incomplete: the call is not made (RFC 9112, 6.3 and 8)
-            self.close_connection = True
-            self._error(400, "protocol", "the body ended before its Content-Length")
+            data = self._body()
+        except _Refused as refused:
+            self.close_connection = True  # nobody knows where it ends
+            self._error(refused.status, "protocol", str(refused))
             return None
         if self.headers.get("Content-Type", "") == _BYTES:
             return (data,)
         try:
-            return (json.loads(data),)
-        except (ValueError, RecursionError):
-            self._error(400, "protocol", "the body is no JSON")
+            return (Json(data),)
+        except ValueError as error:
+            self._error(400, "protocol", f"the body is no JSON: {error}")
             return None
+
+    def _body(self) -> bytes:
+        """All of it.  Raises _Refused."""
+        if "Transfer-Encoding" in self.headers:
+            return b"".join(self._chunks())
+        size = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,18}", size):
+            raise _Refused(411, "Content-Length is needed")
+        return self._exactly(int(size), BODY_MAX)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """RFC 9112, 7.1; extensions and trailers are not looked at.  Raises _Refused."""
+        left = BODY_MAX
+        while True:
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\r\n]*)?\r\n", self._line())
+            if not match:
+                raise _Refused(400, "that is no chunk")
+            size = int(match[1], 16)
+            if not size:
+                break
+            yield self._exactly(size, left)
+            left -= size
+            if self._exactly(2, 2) != b"\r\n":
+                raise _Refused(400, "that is no chunk")
+        for _ in range(_TRAILERS_MAX):
+            if self._line() == b"\r\n":
+                return
+        raise _Refused(400, "too many trailers")
+
+    def _line(self) -> bytes:
+        try:
+            return self.rfile.readline(_LINE_MAX)
+        except TimeoutError:
+            raise _Refused(408, "the body does not come") from None
+
+    def _exactly(self, size: int, most: int) -> bytes:
+        """So many bytes: with less it is incomplete, and never called (RFC 9112, 6.3 and 8).  Raises _Refused."""
+        if size > most:
+            raise _Refused(413, f"a body has at most {BODY_MAX} bytes")
+        try:
+            data = self.rfile.read(size)
+        except TimeoutError:
+            raise _Refused(408, "the body does not come") from None
+        if len(data) < size:
+            raise _Refused(400, "the body has ended before its time")
+        return data
 
     def _answer(self, found: Any) -> None:
         if isinstance(found, bytes):
@@ -252,7 +359,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+class _Refused(Exception):
+    """A body that is not taken.  status: of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 _NOTHING = object()

@@ -84,6 +84,9 @@ class Instance:
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])
+        self.has_answered = not str(about.get("handler", "")).startswith("jsonl:")
+        """Or is no program that may keep its lines to itself."""
+
         self.identity = str(about["id"])
         self.calls: OrderedDict[bytes, Call] = OrderedDict()
         self.used = time.monotonic()

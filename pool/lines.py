@@ -210,8 +210,8 @@ class Lines:
         """What a program says."""
         try:
             flags, body = _packed(line)
-        except ValueError:
-            return self.fails(program, f"its line is not JSON: {_shown(line)}")
+        except ValueError as error:
+            return self.fails(program, f"its line is not JSON: {_shown(line)}: {error}")
         call, program.call = program.call, b""
         program.answered += 1
         self._failures = 0
@@ -299,7 +299,7 @@ class Lines:
 
 def _packed(line: bytes) -> tuple[int, bytes]:
     """(flags, body) of an answer.  Raises ValueError."""
-    found: Any = calls.loads(line)
+    found: Any = calls.checked(line)
     if isinstance(found, dict) and set(found) == {"$bytes"} and isinstance(found["$bytes"], str):
         try:
             return calls.BYTES, base64.b64decode(found["$bytes"], validate=True)
@@ -307,8 +307,7 @@ def _packed(line: bytes) -> tuple[int, bytes]:
             raise ValueError("no base64") from error
     if isinstance(found, dict) and set(found) == {"$ref"} and str(found["$ref"]).startswith(_OUT):
         return calls.REFERENCE, json.dumps(found).encode()
-    text = json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
-    return 0, text if len(text) <= calls.VALUE_MAX else line  # which has no more than that
+    return 0, calls.compact(line)
 
 
 def _shown(written: bytes) -> str:

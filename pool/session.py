@@ -12,16 +12,33 @@ from pool import calls, values
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 _AHEAD = 16
 _TIMED_OUT = 124
 _CODES = {"function": NO_SUCH, "full": BUSY, "unknown": REMOTE, "timeout": _TIMED_OUT}
+
+
+class Json:
+    """A value as text of JSON, as it came: read as Python's numbers it would lose digits.  Raises ValueError."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: bytes) -> None:
+        calls.checked(text)
+        self.text = text
+
+
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def as_json(answer: Any) -> bytes:
     """What a handler gave, compact; bytes as {"$bytes": BASE64}."""
+    if isinstance(answer, Json):
+        return calls.compact(answer.text)
+    if isinstance(answer, list):
+        return b"[" + b",".join(map(as_json, answer)) + b"]"
     return json.dumps(answer, separators=(",", ":"), default=_bytes).encode()
 
 
@@ -77,19 +94,20 @@ class Pending:
         self.size = self.following = 0
         self.missing: set[int] = set()
 
-    def finish(self, data: bytes) -> None:
+    def finish(self, data: bytes, read: Callable[[bytes], Any]) -> None:
         """All of the answer is there."""
         self.is_done = True
         try:
-            self.answer = data if self.is_bytes else json.loads(data)
+            self.answer = data if self.is_bytes else read(data)
         except (ValueError, RecursionError) as error:
             self.error = CallError({"kind": "protocol", "message": f"the answer is no JSON: {error}"})
 
 
 class Session:
-    """The calls over one connection.  out: bytes to be sent."""
+    """The calls over one connection.  out: bytes to be sent; as_text: answers that are JSON are Json, not Python's values."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, as_text: bool = False) -> None:
+        self._read: Callable[[bytes], Any] = Json if as_text else json.loads
         self.out = bytearray()
         self.pending: dict[bytes, Pending] = {}
         self.replies: dict[int, dict[str, Any]] = {}
@@ -106,7 +124,9 @@ class Session:
     def begin(self, number: int, value: Any, *, call: bytes | None = None, ms: int = 0, flags: int = 0) -> bytes:
         """Its id.  number: of the function, as the router has said.  Raises CafsError."""
         call = call or os.urandom(16)
-        if isinstance(value, bytes | bytearray | memoryview):
+        if isinstance(value, Json):
+            body = value.text
+        elif isinstance(value, bytes | bytearray | memoryview):
             body, flags = bytes(value), flags | calls.BYTES
         else:
             try:
@@ -203,7 +223,7 @@ class Session:
                 self.out += calls.frame(calls.WANT, call, a=piece)
         else:
             one.is_bytes = bool(flags & calls.BYTES)
-            one.finish(body)
+            one.finish(body, self._read)
             if flags & calls.STREAM:
                 one.answer = one.items
                 if len(one.items) != items:  # it was asked for by a key, or another router has brought it
@@ -211,7 +231,7 @@ class Session:
 
     def _heed(self, call: bytes, one: Pending, kind: int, flags: int, a: int, body: bytes) -> None:
         if kind == calls.ITEM:
-            one.items.append(body if flags & calls.BYTES else json.loads(body))
+            one.items.append(body if flags & calls.BYTES else self._read(body))
             if one.takes:
                 self.out += calls.frame(calls.MORE, call, a=1)
         elif kind == calls.WANT:
@@ -235,7 +255,7 @@ class Session:
             self.out += calls.frame(calls.FORGET, call)
             assert one.parts is not None
             parts, one.parts = one.parts, None
-            one.finish(bytes(parts))
+            one.finish(bytes(parts), self._read)
 
     def take(self, call: bytes) -> Any:
         """The answer of one that is done.  Raises CafsError."""

@@ -53,6 +53,8 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         idmapping.give_back(container)
     for point in (container.rootfs, container.path("layers")):
         try:
+            if point != container.rootfs:  # what is shared with the host would be unmounted there, too
+                linux.mount("none", point, "none", linux.MS_REC | linux.MS_PRIVATE)
             linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
         except OSError:
             continue  # never mounted, or in another namespace that is gone

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import stat
 
-from cafs import linux, paths
-from cafs.errors import CafsError, UsageError, os_error, quote
+from cafs import linux, mountinfo, paths
+from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from runner import cgroups, containers, etc, stubs, volumes
 from runner.filters import nearest
 from runner.spec import bind, section
@@ -188,12 +188,37 @@ def _tmpfs(text: str) -> dict[str, Any]:
     return {"type": "tmpfs", "target": _target(target, text), "options": options}
 
 
-def build(container: Container, rootfs: int, ids: Ids | None = None) -> list[dict[str, Any]]:
+def shared(container: Container) -> dict[str, int]:
+    """Of directories whose mounts the host is to see, and a descriptor of each; before our mount namespace is one of our own,
+    in which all is only a slave of the host's.  Raises CafsError.
+    """
+    found = {}
+    for one in container.asked["mounts"]:
+        if one["type"] == "bind" and {"shared", "rshared"} & set(one["options"]):
+            if linux.in_user_namespace():
+                raise UnsupportedError("a shared mount needs root", hint="rslave")
+            if not mountinfo.is_shared(one["source"]):
+                hint = "mount --bind it to itself, then mount --make-rshared"
+                raise CafsError(f"cannot share {quote(one['source'])}: it is not on a shared mount", hint=hint)
+            found[one["source"]] = linux.clone_tree(one["source"])
+    return found
+
+
+def build(
+    container: Container, rootfs: int, ids: Ids | None = None, trees: dict[str, int] | None = None
+) -> list[dict[str, Any]]:
     """All OCI mounts; volumes that are new get what the image has there.  Raises CafsError.
 
     rootfs: O_PATH of a root that has it, with the image's ids.  ids: if it has its own, which a volume is seen with.
+    trees: what `shared` returned; closed.
     """
+    places = {source: _place(container) for source in trees or {}}
+    for source, tree in (trees or {}).items():
+        linux.move_tree(tree, places[source])
+        os.close(tree)
     found = _given(container, rootfs, ids)
+    for one in found:
+        one["source"] = places.get(one["source"], one["source"])
     taken = {one["destination"] for one in found}
     found = [one for one in _system(container) if one["destination"] not in taken] + found
     return _by_depth(found)

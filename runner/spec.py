@@ -205,6 +205,8 @@ def build(
             "resources": {"devices": rules, **cgroups.resources(container)},
         },
     }
+    if any({"shared", "rshared"} & set(one["options"]) for one in mounts):  # runc makes all a slave of ours else
+        found["linux"]["rootfsPropagation"] = "shared"
     if not linux.in_user_namespace():  # whose root can make none, and runc then does without if no path is given
         found["linux"]["cgroupsPath"] = cgroups.path_for(container, container.id)
     if first_id:

@@ -81,10 +81,11 @@ def prepare(container: Container, low: lower.Lower) -> int:
 
         ids = idmapping.begin(container, low)
     image = os.open(low.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    trees = mounts.shared(container)
     mount_root(container, low, ids)
     rootfs = os.open(container.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _write_bundle(container, rootfs, image, ids)
+        return _write_bundle(container, rootfs, image, ids, trees)
     finally:
         os.close(rootfs)
         os.close(image)
@@ -136,7 +137,7 @@ def _overlay_on(low: str, up: str, work: str, target: str) -> None:
             os.close(fd)
 
 
-def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None) -> int:
+def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None, trees: dict[str, int]) -> int:
     """Write config.json and the files of /etc; returns the host's uid of the command."""
     asked = container.asked
     users.refuse_links(rootfs)
@@ -144,7 +145,7 @@ def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None
     defaults = {"HOSTNAME": etc.hostname_of(container), "HOME": user.home} | ({"TERM": "xterm"} if container.has("tty") else {})
     variables, arguments = defaults | asked["env"], list(asked["arguments"])
     mounts.check_sources(container)
-    everything = mounts.build(container, image if ids else rootfs, ids)
+    everything = mounts.build(container, image if ids else rootfs, ids, trees)
     if not asked["mounts"]:  # a volume may bring the program
         check_program(rootfs, arguments[0], variables, asked["cwd"], "image")
     if container.has("init"):

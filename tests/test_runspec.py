@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -561,3 +563,40 @@ def test_mounts_are_read_as_docker_reads_them(image: Path, tmp_path: Path) -> No
     )
     assert json.loads(cr("volume", "inspect", "marked").stdout)[0]["Labels"] == {"a": "b", "c": ""}
     assert cr("volume", "rm", "marked").returncode == 0
+
+
+def test_what_is_mounted_in_a_shared_directory_is_seen_on_both_sides(image: Path, tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    (place / "a").mkdir(parents=True)
+    assert "not on a shared mount" in crun("--network", "none", "-v", f"{place}:/x:rshared", "b:1", "true").stderr
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
+        subprocess.run(["mount", "--make-rshared", place], check=True)
+        (place / "b").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", place / "b"], check=True)
+        (place / "b" / "kept").touch()
+        script = "mount -t tmpfs none /x/a && touch /x/a/inner; ls /x/b"
+        words = ["--network", "none", "--cap-add", "SYS_ADMIN", "-v", f"{place}:/x:rshared"]
+        assert crun(*words, "b:1", "sh", "-c", script).stdout == "kept\n"
+        assert os.listdir(place / "a") == ["inner"] and os.listdir(place / "b") == ["kept"], "also when it has ended"
+    finally:
+        subprocess.run(["umount", "-R", place], check=True)
+
+
+def test_a_program_of_32_bits_runs_in_an_image_of_64(image: Path, tmp_path: Path) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("of x86-64")
+    words = b"\x28\0\0\0\x01\0\0\0\0\0\0\0"  # AF_VSOCK, SOCK_STREAM, 0
+    base = 0x08048000
+    code = (
+        b"\xb8\x66\0\0\0\xbb\x01\0\0\0\xb9" + struct.pack("<I", base + 84 + 23) + b"\xcd\x80"
+    )  # socketcall(SYS_SOCKET, words)
+    code += b"\xf7\xd8" + b"\x89\xc3" + b"\xeb\x0c"  # neg eax; mov ebx, eax; jmp over the words
+    code += words + b"\xb8\x01\0\0\0\xcd\x80"  # exit
+    head = struct.pack("<16sHHIIIIIHHHHHH", b"\x7fELF\1\1\1", 2, 3, 1, base + 84, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    head += struct.pack("<8I", 1, 0, base, base, 84 + len(code), 84 + len(code), 5, 4096)
+    (tmp_path / "small").write_bytes(head + code)
+    (tmp_path / "small").chmod(0o755)
+    assert crun("--network", "none", "-v", f"{tmp_path}:/p", "b:1", "/p/small").returncode == errno.ENOSYS, (
+        "by which it would reach any family"
+    )
