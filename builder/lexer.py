@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from builder.arguments import ARGUMENTS, partition, split_flags, split_raw, strings
 from builder.errors import DockerfileError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 FILE_MAX = 16 << 20
-HEREDOC = re.compile(r"(\d*)<<(-?)([^<]*)")
+HEREDOC = re.compile(r"(\d*)<<(-?)\s*([^<]*)")
+_MARK = re.compile(r"\d*<<-?")
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*")
 _DIRECTIVES = ("syntax", "escape", "check")
 _WITH_HEREDOCS = ("run", "copy", "add")
@@ -141,14 +146,30 @@ class _Parser:
         first = self._at
         found = self._from_line(line, start)
         if not found.is_json and _may_have_heredocs(found) and "<<" in line:
-            heredocs = [self._heredoc(*word, start) for word in _heredoc_words(found)]
+            heredocs = [self._heredoc(*word, start) for word in self._heredoc_words(found)]
             trigger = found.trigger
             changes: dict[str, object] = {"heredocs": tuple(heredocs), "lines": (start, self._at)}
             if trigger:
-                changes["trigger"] = _with(trigger, heredocs=tuple(heredocs))
-            found = _with(found, **changes)
+                changes["trigger"] = _with(trigger, heredocs=tuple(heredocs), words=_joined(trigger.words))
+            found = _with(found, **changes, words=_joined(found.words))
         original = "\n".join(self._lines[start - 1 : max(self._at, first)])
         return _with(found, original=original)
+
+    def _heredoc_words(self, instruction: Instruction) -> list[tuple[str, bool, bool]]:
+        """(delimiter, whether it was quoted, whether tabs are stripped) of each <<WORD, in order.
+
+        White space may be before WORD (BuildKit 0.22), if there is such a line at all: else it is a shift, as in $((1 << 2)).
+        """
+        rest = (instruction.trigger or instruction).rest
+        found = []
+        for word in _joined(split_raw(rest, "\\")):
+            match = HEREDOC.fullmatch(word)
+            if not match or not match[3].strip():
+                continue
+            name = re.sub(r"""\\(.)|["']""", lambda char: char[1] or "", match[3])
+            if name and (" " not in word or any(line.strip() == name for line in self._lines[self._at :])):
+                found.append((name, name != match[3], bool(match[2])))
+        return found
 
     def _heredoc(self, name: str, is_raw: bool, strips_tabs: bool, start: int) -> Heredoc:
         content: list[str] = []
@@ -185,15 +206,12 @@ def _may_have_heredocs(instruction: Instruction) -> bool:
     return one.keyword in _WITH_HEREDOCS and not one.is_json
 
 
-def _heredoc_words(instruction: Instruction) -> list[tuple[str, bool, bool]]:
-    """(delimiter, whether it was quoted, whether tabs are stripped) of each <<WORD, in order."""
-    rest = (instruction.trigger or instruction).rest
-    found = []
-    for word in split_raw(rest, "\\"):
-        match = HEREDOC.fullmatch(word)
-        if not match or not match[3].strip():
-            continue
-        name = re.sub(r"""\\(.)|["']""", lambda char: char[1] or "", match[3])
-        if name:
-            found.append((name, name != match[3], bool(match[2])))
-    return found
+def _joined(words: Iterable[str]) -> tuple[str, ...]:
+    """Words, with a << by itself and the one after it as one."""
+    found: list[str] = []
+    for word in words:
+        if found and _MARK.fullmatch(found[-1]):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return tuple(found)

@@ -80,9 +80,8 @@ def parse(text: str, absolute: Callable[[str], str], expand: Callable[[str], str
         target = target or ("" if fields.get("env") else f"/run/secrets/{identity}")
     elif kind == "ssh":
         identity = identity or "default"
-    elif not target:
-        raise ValueError(f"a mount of type {kind} needs a target")
-    target = absolute(target) if target else ""
+    # Without a target a mount is on the working directory, but for secrets and agents, which have places of their own.
+    target = absolute(target) if target or kind in ("bind", "cache", "tmpfs") else ""
     if target == "/":
         raise ValueError("a mount cannot be on /")
     sharing = fields.get("sharing", "shared")

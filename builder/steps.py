@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -88,7 +89,7 @@ def _words(state: State, one: Instruction) -> tuple[list[str], Heredoc | None]:
     """The command; the second, if it is a script of its own, to be executed by its #! line."""
     if one.heredocs:
         rest = one.rest.strip()
-        only = one.heredocs[0] if len(one.heredocs) == 1 and " " not in rest and rest.startswith("<<") else None
+        only = one.heredocs[0] if len(one.heredocs) == 1 and re.fullmatch(r"<<-?\s*\S+", rest) else None
         if only and only.content.startswith("#!"):
             return [*state.shell(), f"{PIPES}/{only.name}"], only
         if only:

@@ -180,6 +180,8 @@ def call(name: str, tenant: str | None, *, is_bytes: bool, **how: Any) -> int:
     try:
         answer = found.call(value, **how)
     except CafsError as error:
+        if getattr(error, "call", "") and getattr(error, "kind", "") in ("raised", "died", "protocol", "timeout"):
+            error.hint = error.hint or f"cpool fn logs {name} --call {getattr(error, 'call', '')}"
         return _failed(error)
     if is_bytes and isinstance(answer, bytes):
         atomic.write_all(1, answer)

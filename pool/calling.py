@@ -85,28 +85,41 @@ class Function:
                 return connection
             connection.close()
 
-    def _fields(self, owner: str, key: str | None, timeout_s: float | None, *, idempotent: bool) -> dict[str, Any]:
+    def _fields(
+        self, owner: str, key: str | None, timeout_s: float | None, *, idempotent: bool, call: bytes | None = None
+    ) -> dict[str, Any]:
         return {
-            "call": id_of(owner, self.name, key) if key is not None else None,
+            "call": call or (id_of(owner, self.name, key) if key is not None else None),
             "ms": max(int(min(timeout_s * 1000, calls.MS_MAX)), 1) if timeout_s else 0,
             "flags": (calls.IDEMPOTENT if idempotent else 0) | (calls.LAST if key is not None else 0),
         }
 
-    def call(self, value: Any, *, key: str | None = None, timeout_s: float | None = None, idempotent: bool = False) -> Any:
+    def call(
+        self,
+        value: Any,
+        *,
+        key: str | None = None,
+        timeout_s: float | None = None,
+        idempotent: bool = False,
+        call: bytes | None = None,
+    ) -> Any:
         """Its answer: JSON, or bytes; a list, if the handler gives several.
 
         value: JSON, or bytes.  key: the same key again is the same call; timeout_s: in all; idempotent: it may be done twice if
-        its worker is lost.  Raises CallError, CafsError.
+        its worker is lost; call: its id, 16 bytes, instead of one that is drawn.  Raises CallError, CafsError.
         """
         with self._connection() as (connection, number):
-            fields = self._fields(connection.owners[self.tenant, self.name], key, timeout_s, idempotent=idempotent)
+            owner = connection.owners[self.tenant, self.name]
+            fields = self._fields(owner, key, timeout_s, idempotent=idempotent, call=call)
             return connection.wait(connection.session.begin(number, value, **fields))
 
-    def stream(self, value: Any, *, key: str | None = None, timeout_s: float | None = None) -> Iterator[Any]:
+    def stream(
+        self, value: Any, *, key: str | None = None, timeout_s: float | None = None, call: bytes | None = None
+    ) -> Iterator[Any]:
         """What a handler gives that is a generator, as it comes; one value, if it is none.  Raises CallError, CafsError."""
         with self._connection() as (connection, number):
             session, owner = connection.session, connection.owners[self.tenant, self.name]
-            call = session.begin(number, value, **self._fields(owner, key, timeout_s, idempotent=False))
+            call = session.begin(number, value, **self._fields(owner, key, timeout_s, idempotent=False, call=call))
             one = session.pending[call]
             one.takes = False
             given = 0
@@ -207,10 +220,11 @@ class Function:
                 connection.abandon(next(iter(running), calls.NOBODY))
                 raise
 
-    def spawn(self, value: Any, *, key: str | None = None, timeout_s: float | None = None) -> str:
+    def spawn(self, value: Any, *, key: str | None = None, timeout_s: float | None = None, call: bytes | None = None) -> str:
         """Begin a call, and leave it; its id, for `result`.  Raises CafsError."""
         with self._connection() as (connection, number):
-            fields = self._fields(connection.owners[self.tenant, self.name], key, timeout_s, idempotent=False)
+            owner = connection.owners[self.tenant, self.name]
+            fields = self._fields(owner, key, timeout_s, idempotent=False, call=call)
             fields["flags"] |= calls.SPAWN
             session = connection.session
             call = session.begin(number, value, **fields)

@@ -6,6 +6,7 @@ RFC 9110 and 9112, as http.server has them; a thread for each connection.  By it
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -19,7 +20,7 @@ from cafs import stopping
 from cafs.errors import CafsError, UnsupportedError, UsageError, os_error, quote
 from pool import tokens
 from pool.calling import Function, result
-from pool.session import CallError, Json, StateOfCall, as_json
+from pool.session import CallError, Json, StateOfCall, as_json, id_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    _call = b""
+    """The id of the call that is asked for, once it has one."""
+
     server_version, sys_version = "cpool", ""
     server: Server
 
@@ -200,13 +204,14 @@ class Handler(BaseHTTPRequestHandler):
         if value is None:
             return
         function = self.server.function(tenant, match[1])
+        key = self.headers.get("Idempotency-Key")
+        self._call = id_of(tenant, match[1], key) if key is not None else os.urandom(16)
         try:
             if "respond-async" in self.headers.get("Prefer", ""):
-                key = self.headers.get("Idempotency-Key")
-                return self._json(202, {"id": function.spawn(value[0], key=key, timeout_s=self._timeout())})
+                return self._json(202, {"id": function.spawn(value[0], key=key, timeout_s=self._timeout(), call=self._call)})
             if self.headers.get("Accept") == _LINES:
-                return self._stream(function, value[0])
-            self._answer(function.call(value[0], key=self.headers.get("Idempotency-Key"), timeout_s=self._timeout()))
+                return self._stream(function, value[0], key)
+            self._answer(function.call(value[0], key=key, timeout_s=self._timeout(), call=self._call))
         except CallError as error:
             self._json(_STATUS.get(error.kind, 502), error.shown())
         except CafsError as error:
@@ -241,6 +246,7 @@ class Handler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """As of http.server, within a time for all of the head, so that who is slow holds no place."""
         self.server.heads[self] = time.monotonic() + _HEAD_S
+        self._call = b""
         try:
             return super().parse_request()
         finally:
@@ -320,11 +326,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, found, _BYTES)
         self._json(200, found)
 
-    def _stream(self, function: Function, value: Any) -> None:
+    def _stream(self, function: Function, value: Any, key: str | None) -> None:
         """A line for each item, as it comes; an error is the last line."""
-        items = function.stream(value, key=self.headers.get("Idempotency-Key"), timeout_s=self._timeout())
+        items = function.stream(value, key=key, timeout_s=self._timeout(), call=self._call)
         first = next(items, _NOTHING)
         self.send_response(200)
+        self.send_header("Call-Id", self._call.hex())
         self.send_header("Content-Type", _LINES)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -356,6 +363,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, text in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, text)
+        if self._call:
+            self.send_header("Call-Id", self._call.hex())
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()

@@ -55,12 +55,16 @@ class CallError(CafsError):
         self.kind = str(error.get("kind", "raised"))
         self.type, self.message = str(error.get("type", "")), str(error.get("message", ""))
         self.traceback = str(error.get("traceback", ""))
+        self.call = ""
+        """Its id, in hexadecimal, if it was a call at all."""
+
         super().__init__(f"{self.type}: {self.message}" if self.type else self.message)
         self.exit_code = _CODES.get(self.kind, FAILED)
 
     def shown(self) -> dict[str, Any]:
         """As `cpool fn map` writes it."""
-        return {"error": {name: getattr(self, name) for name in ("kind", "type", "message", "traceback")}}
+        shown = {name: getattr(self, name) for name in ("kind", "type", "message", "traceback")}
+        return {"error": {**shown, **({"call": self.call} if self.call else {})}}
 
 
 class Pending:
@@ -261,6 +265,8 @@ class Session:
         """The answer of one that is done.  Raises CafsError."""
         one = self.pending.pop(call)
         if one.error:
+            if isinstance(one.error, CallError):
+                one.error.call = call.hex()
             raise one.error
         return one.answer
 

@@ -79,6 +79,16 @@ HEREDOCS = [
         "RUN cat <<EOF > /a && cat <<X > /b\nfrom a\nEOF\nfrom b\nX\n",
         tree={"/a": "f=from a\n", "/b": "f=from b\n"},
     ),
+    Case(
+        "white space before the end of a heredoc is named",
+        "RUN cat << EOF > /a && cat <<- 'X' > /b\nfrom a\nEOF\n\tfrom $b\n\tX\nRUN << EOF\necho 3 > /c\nEOF\nCOPY << \"EOF\" /d\n$d\nEOF\n",
+        tree={"/a": "f=from a\n", "/b": "f=from $b\n", "/c": "f=3\n", "/d": "f=$d\n"},
+    ),
+    Case(
+        "a shift is no heredoc",
+        "RUN echo $((1 << 2)) > /a\nARG b=1\nRUN a=1; echo $(( a << b )) > /b\n",
+        tree={"/a": "f=4\n", "/b": "f=2\n"},
+    ),
     Case("tabs are stripped with a dash", "RUN <<-EOF\n\techo 1 > /a\n\tEOF\n", tree={"/a": "f=1\n"}),
     Case("comments in a heredoc stay", "COPY <<EOF /a\n# kept\n\nEOF\n", tree={"/a": "f644=# kept\n\n"}),
     Case(
@@ -327,7 +337,14 @@ MOUNTS = [
     ),
     Case("a bind of what is not there", "RUN --mount=source=none,target=/m true\n", files=A, error="no 'none'"),
     Case("a bind on /", "RUN --mount=target=/ true\n", files=A, error="cannot be on /"),
-    Case("a bind without a target", "RUN --mount=type=bind true\n", files=A, error="needs a target"),
+    Case("a bind without a target and WORKDIR", "RUN --mount=type=bind true\n", files=A, error="cannot be on /"),
+    Case(
+        "mounts without a target are on WORKDIR",
+        "FROM b:1 AS one\nRUN mkdir /s && echo 1 > /s/f\nFROM b:1\nWORKDIR /w\nRUN --mount=from=one,source=/s cat f > /got\n"
+        "RUN --mount=type=tmpfs touch t && ls > /names\nRUN --mount=type=cache touch c && ls > /cached\n",
+        base="",
+        tree={"/got": "f=1\n", "/names": "f=t\n", "/cached": "f=c\n", "/w/t": "", "/w/c": ""},
+    ),
     Case(
         "a link in a stage leads nowhere else",
         "FROM b:1 AS one\nRUN ln -s /etc /link\nFROM b:1\nRUN --mount=from=one,source=/link,target=/m test -e /m/passwd && test ! -e /m/hostname\n",
