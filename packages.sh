@@ -2,7 +2,7 @@
 # Install the Debian packages that the toolkit, its tests and its demo need; does nothing if all are there.
 # gcc, pkg-config, libfuse3-dev and python3-dev build pyfuse3; the rest are the programs we run or compare with.
 set -eu
-packages="python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 runc debootstrap busybox-static attr acl libcap2-bin procps skopeo umoci docker-registry libarchive-tools erofs-utils nftables iptables iproute2 curl tini uidmap git make openssh-server golang-github-containers-common"
+packages="python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 runc debootstrap busybox-static attr acl libcap2-bin procps skopeo umoci docker-registry libarchive-tools erofs-utils nftables iptables iproute2 curl tini uidmap git make openssh-server golang-github-containers-common jq"
 missing=
 for package in $packages; do
 	status=$(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null || true)

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pool.client import Client
+    from pool.state import State
 
 _ARRAY_MAX = 1_000_000
 _AT_ONCE = 200
+_WAIT_S = 3.0
+"""For a controller that is perhaps being started: cpool serve & cpool wait 1."""
 
 
 def directory() -> str:
@@ -26,22 +29,23 @@ def directory() -> str:
     return paths.pool()
 
 
-def client() -> Client:
-    """A connection to the controller.  Raises NoController."""
+def client(*, wait_s: float = _WAIT_S) -> Client:
+    """A connection to the controller, for which a command waits that cannot do without.  Raises NoController."""
     from pool.client import Client
 
-    return Client(directory())
+    return Client(directory(), wait_s=wait_s)
 
 
 def ask(do: str, **fields: Any) -> dict[str, Any]:
     """Of the controller; if none runs, of its state, for what can be done without.  Raises CafsError."""
     from pool.client import NoController
 
+    can_do_without = do in ("jobs", "job")
     try:
-        with client() as connection:
+        with client(wait_s=0 if can_do_without else _WAIT_S) as connection:
             return connection.ask(do, **fields)
     except NoController:
-        if do not in ("jobs", "job"):
+        if not can_do_without:
             raise
     from pool.state import State
 
@@ -54,16 +58,13 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
 def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> list[int]:
     """Their numbers.  Without a controller they are queued all the same.  files: as of inputs.keep.  Raises CafsError."""
     from pool import inputs, specs, state
-    from pool.client import NoController
+    from pool.client import by_either
 
-    try:
-        with client() as connection:
-            pieces = [jobs[at : at + _AT_ONCE] for at in range(0, len(jobs), _AT_ONCE)]
-            return [number for piece in pieces for number in connection.ask("submit", jobs=piece, files=files)["ids"]]
-    except NoController:
-        pass
-    with state.locked(directory(), wait_s=5):
-        found = state.State(directory())
+    def asked(connection: Client) -> list[int]:
+        pieces = [jobs[at : at + _AT_ONCE] for at in range(0, len(jobs), _AT_ONCE)]
+        return [number for piece in pieces for number in connection.ask("submit", jobs=piece, files=files)["ids"]]
+
+    def alone(found: State) -> list[int]:
         inputs.keep(directory(), files or {})
         how = {True: state.HELD, False: state.QUEUED}
         checked = [specs.check_one(found, one) for one in jobs]
@@ -71,29 +72,25 @@ def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> l
             found.submit(spec, one["key"], one["priority"], how[one["hold"]]) for one, spec in zip(jobs, checked, strict=True)
         ]
         found.commit()
-    sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")
-    return ids
+        sys.stderr.write("cpool: queued; no controller runs for this pool\ncpool: hint: cpool serve &\n")
+        return ids
+
+    return by_either(directory(), asked, alone)
 
 
 def change_host(**fields: Any) -> None:
     """By the controller, or in the state if none runs.  Raises CafsError."""
     from cafs.errors import NotFound
-    from pool import state
-    from pool.client import NoController
+    from pool.client import by_either
 
-    try:
-        with client() as connection:
-            connection.ask("hosts", **fields)
-            return
-    except NoController:
-        pass
-    with state.locked(directory(), wait_s=5):
-        found = state.State(directory())
+    def alone(found: State) -> None:
         if fields["what"] != "remove":
             found.put_host(fields["name"], fields["address"], fields["state"], fields["labels"])
         elif not found.remove_host(fields["name"]):
             raise NotFound(f"no host {fields['name']!r}", hint="cpool host ls")
         found.commit()
+
+    by_either(directory(), lambda connection: connection.ask("hosts", **fields), alone)
 
 
 def hosts() -> list[dict[str, Any]]:
@@ -118,7 +115,7 @@ def secret(what: str, name: str = "", value: bytes = b"") -> list[str]:
     from pool.client import NoController
 
     try:
-        with client() as connection:
+        with client(wait_s=0) as connection:
             fields = {"name": name, "value": base64.b64encode(value).decode()}
             found: list[str] = connection.ask("secret", what=what, **fields)["names"]
             return found
@@ -137,7 +134,7 @@ def machines(*, all_of_them: bool, as_json: bool, is_quiet: bool) -> None:
     from pool.state import State
 
     try:
-        with client() as connection:
+        with client(wait_s=0) as connection:
             said = connection.ask("cloud", what="ls")
     except NoController:
         said = {"machines": State(directory()).machines(), "problem": "", "is_stopped": False}
@@ -365,7 +362,7 @@ def _digest(name: str) -> str:
     from pool.client import NoController
 
     try:
-        with client() as connection:
+        with client(wait_s=0) as connection:
             store = connection.ask("about")["store"]
     except NoController:
         store = settings.read(directory()).store

@@ -17,8 +17,10 @@ from pool import sockets, state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar
+
+    Result = TypeVar("Result")
 
     from pool.calling import Function as Function
     from pool.session import CallError as CallError
@@ -55,16 +57,13 @@ class NoController(RemoteError):
 
 
 class Client:
-    """A connection.  Raises NoController."""
+    """A connection.  wait_s: for a controller that nobody has seen yet; one that begins is waited for.  Raises NoController."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, wait_s: float = 0.0) -> None:
         self._held = b""
         self._tag = 0
         self._events: deque[dict[str, Any]] = deque()
-        try:
-            self._socket = sockets.connect(directory)
-        except OSError:
-            raise NoController("no controller runs for this pool", hint="cpool serve &") from None
+        self._socket = _connected(directory, wait_s)
 
     def __enter__(self) -> Client:
         return self
@@ -135,6 +134,48 @@ class Client:
         return found
 
 
+def _connected(directory: str, wait_s: float) -> socket.socket:
+    began = time.monotonic()
+    while True:
+        try:
+            return sockets.connect(directory)
+        except OSError:
+            may_wait_s = _BEGIN_S if wait_s and state.is_locked(directory) else wait_s
+            if time.monotonic() >= began + may_wait_s:
+                raise NoController("no controller runs for this pool", hint="cpool serve &") from None
+        stopping.wait(seconds=_LOOK_S)
+
+
+def by_either(directory: str, asked: Callable[[Client], Result], alone: Callable[[state.State], Result]) -> Result:
+    """What the controller does or, where none runs, we do; one that comes or goes meanwhile is waited for.
+
+    Raises CafsError.
+    """
+    deadline = time.monotonic() + _BEGIN_S
+    while True:
+        try:
+            with Client(directory) as client:
+                return asked(client)
+        except NoController:
+            pass
+        try:
+            with state.locked(directory, wait_s=0):
+                return alone(state.State(directory))
+        except state.LockedError:
+            if time.monotonic() > deadline:
+                raise
+        stopping.wait(seconds=_LOOK_S)
+
+
+def _is_there(directory: str) -> bool:
+    """Whether a controller listens."""
+    try:
+        sockets.connect(directory).close()
+        return True
+    except OSError:
+        return False
+
+
 def serve(directory: str, config: str | None = None) -> None:
     """Be the controller.  config: instead of pool.toml.  Raises BusyError if there is one."""
     from pool import settings
@@ -142,7 +183,7 @@ def serve(directory: str, config: str | None = None) -> None:
 
     found = settings.read_file(config) if config else settings.read(directory)
     linux.raise_descriptor_limit()
-    with state.locked(directory):
+    with state.locked(directory, wait_s=_BEGIN_S, unless=lambda: _is_there(directory)):  # a command may have it for a moment
         Controller(directory, found).run()
 
 

@@ -18,7 +18,7 @@ from cafs.errors import BusyError, CafsError, FormatError, NotFound, Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 VERSION = 3
@@ -57,6 +57,10 @@ CREATE TABLE IF NOT EXISTS functions (
 _OF_INSTANCES = {"tenant": "tenant", "fn.name": "name", "cpus": "cpus"}
 _CHANGES = {1: _MACHINES, 2: _FUNCTIONS}
 """From each version to the next."""
+
+
+class LockedError(BusyError):
+    """Somebody else is the one who writes."""
 
 
 class WriteError(CafsError):
@@ -318,9 +322,24 @@ def create(directory: str) -> None:
     os.rename(new, path)
 
 
+def is_locked(directory: str) -> bool:
+    """Whether somebody is the one who writes, as far as we may know."""
+    try:
+        fd = os.open(os.path.join(directory, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
 @contextmanager
-def locked(directory: str, *, wait_s: float = 0) -> Iterator[None]:
-    """Be the one who writes.  Raises BusyError if somebody else is."""
+def locked(directory: str, *, wait_s: float = 1.0, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Be the one who writes.  unless: what ends the waiting for it.  Raises LockedError if somebody else is."""
     lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + wait_s
     try:
@@ -329,8 +348,8 @@ def locked(directory: str, *, wait_s: float = 0) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise BusyError("a controller runs for this pool") from None
+                if time.monotonic() >= deadline or unless():
+                    raise LockedError("a controller runs for this pool") from None
                 time.sleep(0.02)
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cafs.errors import CafsError
 from pool import calls, sockets
@@ -26,6 +28,7 @@ from tests.functioning import NEEDS, answer, call, deploy, functions_at, instanc
 from tests.pooling import cp, ok, processes
 
 pytestmark = pytest.mark.needs(*NEEDS)
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -596,3 +599,49 @@ def test_a_program_that_writes_before_it_is_asked_is_not_started_for_ever() -> N
 def test_the_time_limit_of_a_function_begins_with_the_call() -> None:
     deploy("nap", "python:h:nap", "--max", 1, "--timeout", 2 * SLOW)
     assert cp("fn", "map", "nap", input=f"{0.7 * SLOW}\n" * 6).stdout == '"slept"\n' * 6
+
+
+@pytest.mark.needs(*NEEDS, "jq", "git")
+def test_the_example_of_a_workflow_deploys_maps_and_goes_back_only_from_what_it_deployed(tmp_path: Path) -> None:
+    """Its steps, as a runner takes them."""
+    steps = yaml.safe_load((EXAMPLES / "functions.yml").read_text())["jobs"]["deploy"]["steps"]
+    deploying, mapping, rolling_back = [step["run"] for step in steps if "run" in step]
+    (tmp_path / "src").mkdir()
+    code = tmp_path / "src" / "thumbnail.py"
+    code.write_text("def handle(value):\n    return [value['path'], 1]\n")
+    for name in ("a b.jpg", "c.jpg"):
+        (tmp_path / name).touch()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    subprocess.run([BIN / "cafs-store", "tag", "p:1", "thumbnails:1"], check=True)
+
+    def step(text: str) -> int:
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text]
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        return subprocess.run(words, cwd=tmp_path, env=environment, check=False).returncode
+
+    assert step(deploying) == 0 and step(mapping) == 0
+    assert (tmp_path / "answers.jsonl").read_text() == '["a b.jpg",1]\n["c.jpg",1]\n'
+    code.write_text("def handle(value):\n    raise ValueError\n")
+    assert step(deploying) == 0 and step(mapping) == 3 and step(rolling_back) == 0
+    assert step(mapping) == 0, "the version before is back"
+    code.write_text("no python\n")
+    assert step(deploying) == 1 and step(mapping) == 0, "nothing has changed"
+    assert "steps.deploy.outcome == 'success'" in (EXAMPLES / "functions.yml").read_text()
+
+
+def test_the_example_of_a_crontab_runs_as_cron_runs_it(base: Path, tmp_path: Path) -> None:
+    lines = [line for line in (EXAMPLES / "functions.cron").read_text().splitlines() if line and not line.startswith("#")]
+    given = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z_]+=", line))
+    assert given["PATH"].startswith("/opt/cafs/bin:")
+    environment = {"SHELL": "/bin/sh", "HOME": "/", "PATH": given["PATH"].replace("/opt/cafs/bin", str(BIN))}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("CAFS_")}
+    (tmp_path / "customers.jsonl").write_text("1\n2\n")
+    for name in ("collect", "report", "rebuild"):
+        deploy(name, "python:h:echo")
+    for line in lines[len(given) :]:
+        command = line.split(None, 5)[5].replace("\\%", "%")
+        command = re.sub("/var/log|/srv|/var/lib/report", str(tmp_path), command)
+        done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), line
+    assert (tmp_path / "collect.jsonl").read_text() == '{"since":"5m"}\n' and (tmp_path / "rebuild").read_text() == "{}\n"

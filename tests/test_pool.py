@@ -797,6 +797,19 @@ def test_a_map_that_is_told_to_end_at_any_moment_ends_and_shows_no_traceback(poo
             assert one.wait(20) == 128 + number and b"Traceback" not in one.stderr.read()
 
 
+def test_a_controller_that_is_being_started_is_waited_for(pool: Path) -> None:
+    for _ in range(4):
+        with subprocess.Popen([BIN / "cpool", "serve"], stderr=subprocess.PIPE, text=True) as serve:
+            number = ok("submit", *PLAIN, "--", "true").strip()
+            assert cp("wait", number).returncode == 0 and serve.poll() is None
+            ok("down")
+            assert serve.wait(20) == 0
+    with state.locked(str(pool)), subprocess.Popen([BIN / "cpool", "serve"]) as serve:
+        with pytest.raises(subprocess.TimeoutExpired):
+            serve.wait(2)  # a command may have the lock for a moment
+        serve.terminate()
+
+
 def test_two_maps_at_once_share_a_controller(pool: Path, tmp_path: Path) -> None:
     command = [BIN / "cpool", "map", "-k", *PLAIN, "--cpus", "0.1", "--", "sh", "-c", "sleep 0.0{}; echo {}"]
     text = "".join(f"{n}\n" for n in range(10, 60)).encode()
