@@ -74,8 +74,11 @@ def overwrite(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-def make_directory(path: str, mode: int = 0o755) -> None:
-    """Create a directory and its parents, durably; one that is there already is left as it is.  Raises OSError."""
+def make_directory(path: str, mode: int = 0o755, *, is_exact: bool = False) -> None:
+    """Create a directory and its parents, durably; one that is there already is left as it is.  Raises OSError.
+
+    is_exact: their mode does not depend on the umask.
+    """
     try:
         try:
             os.mkdir(path, mode)
@@ -83,10 +86,12 @@ def make_directory(path: str, mode: int = 0o755) -> None:
             parent = os.path.dirname(path)
             if parent in ("", path):
                 raise
-            make_directory(parent, mode)
+            make_directory(parent, mode, is_exact=is_exact)
             os.mkdir(path, mode)  # where nothing can be made, as in /proc, that is all
     except FileExistsError:
         return
+    if is_exact:
+        os.chmod(path, mode)
     fsync_directory(os.path.dirname(path) or ".")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 
-from cafs import atomic, mountinfo
+from cafs import atomic, mountinfo, paths
 from cafs.backend import Backend, Listed
 from cafs.errors import CafsError, NotFound, quote
 
@@ -84,7 +85,7 @@ class DirectoryBackend(Backend):
         """Never the store itself: what is away, like a disk that is not mounted, is not begun anew by a lease."""
         if not os.path.isdir(self.root):
             raise FileNotFoundError(2, "No such file or directory", self.root)
-        atomic.make_directory(os.path.dirname(self.path(name)))
+        atomic.make_directory(os.path.dirname(self.path(name)), is_exact=True)
 
     def swap(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
         """The last writer wins, as with any file: a ref is not counted, and packs/list is a hint."""
@@ -112,9 +113,16 @@ class DirectoryBackend(Backend):
         atomic.fsync_directory(self.path("packs"))
 
     def prepare(self) -> None:
-        atomic.make_directory(self.root, MODE)
+        atomic.make_directory(os.path.dirname(self._gates()[0]))
+        for directory in self._gates():
+            atomic.make_directory(directory, MODE)
         for directory in DIRECTORIES:
-            atomic.make_directory(self.path(directory))
+            atomic.make_directory(self.path(directory), is_exact=True)
+
+    def _gates(self) -> tuple[str, ...]:
+        """The directories by whose modes all in it, which has none of its own, is open or not; those above a scope first."""
+        top, is_scope, _ = self.identity.rpartition("/scopes/")
+        return (top, os.path.dirname(self.identity), self.identity) if is_scope else (self.identity,)
 
     def open_for(self, group: str) -> None:
         """Let the members of a group read the store.  Raises NotFound, CafsError, OSError."""
@@ -124,9 +132,12 @@ class DirectoryBackend(Backend):
             number = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         except KeyError:
             raise NotFound(f"no group {quote(group)}") from None
-        os.chown(self.root, -1, number)
-        os.chmod(self.root, os.stat(self.root).st_mode & 0o7777 | 0o050)
-        above = os.path.dirname(self.identity)
+        for directory in self._gates():
+            os.chown(directory, -1, number)
+            os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | 0o050)
+        above = os.path.dirname(self._gates()[0])
+        if above == paths.state():  # ours, and closed if a container was there first; each directory in it is closed itself
+            os.chmod(above, stat.S_IMODE(os.stat(above).st_mode) | 0o011)
         while above != "/":
             status = os.stat(above)
             if not status.st_mode & (0o010 if status.st_gid == number else 0o001):

@@ -46,7 +46,7 @@ def main() -> None:
     "--exclude", multiple=True, metavar="GLOB", help="Leave out names like .git, paths like /var/cache/*; repeatable."
 )
 @click.option("-x", "--one-file-system", is_flag=True, help="Do not enter other mounts.")
-@click.option("--numeric", is_flag=True, hidden=True)
+@click.option("--numeric", is_flag=True, hidden=True, expose_value=False)  # owners are numbers anyway
 @click.option("--platform", metavar="OS/ARCH", help="Of an image for several (default: this machine's).")
 @click.option("--rehash", is_flag=True, help="Read every file, whatever is remembered.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; exit 3.")
@@ -63,7 +63,6 @@ def create(
     exclude: tuple[str, ...],
     base: str | None,
     one_file_system: bool,
-    numeric: bool,
     platform: str | None,
     rehash: bool,
     skip_unreadable: bool,

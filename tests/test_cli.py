@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.conftest import BIN, Run
@@ -260,3 +263,28 @@ def test_an_index_may_come_from_a_pipe_with_a_name(home: Path, tree: Path) -> No
     script = f"{BIN}/cafs-index ls <({BIN}/cafs-index create {tree} -o -) /etc"
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=False)
     assert done.stdout == b"/etc\n/etc/os-release\n", done.stderr
+
+
+def walked(command: click.Command, words: str) -> Iterator[tuple[str, click.Command]]:
+    yield words, command
+    for name, below in command.commands.items() if isinstance(command, click.Group) else ():
+        yield from walked(below, f"{words} {name}")
+
+
+def test_every_option_that_is_declared_is_read_by_the_code_that_runs() -> None:
+    """Of commands by click; those of crun are in test_runflags.  A name counts as read where code uses or names it."""
+    read: set[str] = set()
+    top = Path(__file__).parent.parent
+    for file in [*(top / "cli").glob("*.py"), top / "pool" / "calling.py"]:  # which is handed some as they are
+        for function in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(ast.Module(function.body, [])) if isinstance(function, ast.FunctionDef) else ():
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    read.add(node.id)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    read.add(node.value)
+    ignored = []
+    for module in ("cafs_index", "cafs_store", "cbuild", "cpool"):
+        main = importlib.import_module(f"cli.{module}").main
+        for words, command in walked(main, module):
+            ignored += [f"{words} {one.opts[0]}" for one in command.params if one.expose_value and one.name not in read]
+    assert ignored == ["cpool cloud policy provider"], "which has one value"

@@ -302,6 +302,7 @@ def test_a_store_is_for_its_owner_alone_unless_it_is_opened_for_a_group(home: Pa
             return subprocess.run([*who, "cat", store / "refs" / "x" / "1"], capture_output=True, check=False).returncode == 0
 
         assert not reads(65534)
+        (base / "a").chmod(0o700)
         closed = cmd("cafs-store", "init", "--group", "1234", "--store", store)
         assert closed.returncode == 1 and b"cannot pass through" in closed.stderr
         (base / "a").chmod(0o711)
@@ -411,3 +412,23 @@ def test_a_directory_that_another_makes_meanwhile_is_as_good(tmp_path: Path, mon
     monkeypatch.setattr(os, "mkdir", late)
     atomic.make_directory(str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir() and [os.path.basename(path) for path in looks] == ["b", "a", "b"]
+
+
+@pytest.mark.needs("root", "setpriv")
+def test_a_group_reads_a_store_beside_containers_and_what_is_put_there_with_any_umask(
+    tree: Path, cmd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path("/var/tmp") / f"cafs-group-{os.getpid()}"
+    (base / "state").mkdir(parents=True)
+    base.chmod(0o755)
+    (base / "state").chmod(0o700)  # as a container leaves it that was there first
+    monkeypatch.setenv("CAFS_STATE", str(base / "state"))
+    monkeypatch.setenv("CAFS_STORE", str(base / "state" / "store"))
+    try:
+        assert cmd("cafs-store", "init", "--group", "1234").returncode == 0
+        assert cmd("cafs-index", "create", tree, "-t", "t:1", umask=0o077).returncode == 0
+        who = ["setpriv", "--reuid=65534", "--regid=1234", "--clear-groups"]
+        for words, is_open in ((["cat", base / "state/store/refs/t/1"], True), (["ls", base / "state"], False)):
+            assert (subprocess.run([*who, *words], capture_output=True, check=False).returncode == 0) == is_open, words
+    finally:
+        shutil.rmtree(base)

@@ -34,7 +34,7 @@ _VERSION = b"1"
 
 _DISK = "16G"
 _MEMORY = "3G"
-_BOOT_LIMIT_S = 400
+_BOOT_LIMIT_S = 900
 
 
 class VmError(Exception):
@@ -198,7 +198,7 @@ class Machine:
         assert self._process
         deadline = time.monotonic() + _BOOT_LIMIT_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            if self.run("true", limit_s=25).returncode == 0:
+            if self.run("true", limit_s=90).returncode == 0:
                 return
             time.sleep(0.5)
         self.cut()
