@@ -87,7 +87,7 @@ def _rows(node: Node, how: How) -> Iterator[bytes]:
 
 
 def _put_archive(draft: Draft, tree: VirtualTree, place: bytes, how: How) -> None:
-    """Unpack: directories that are there keep what is in them."""
+    """Unpack: directories that are there keep what is in them, unless something else takes their place."""
     top = draft.make_directory(place, 0o755, how.owner or (0, 0)).rstrip(b"/")
     where: dict[bytes, bytes] = {b"": top}
     files: dict[bytes, Entry] = {}
@@ -98,15 +98,18 @@ def _put_archive(draft: Draft, tree: VirtualTree, place: bytes, how: How) -> Non
         above, _, name = entry.path.rpartition(b"/")
         path = where[above] + b"/" + name
         if entry.type == fmt.DIRECTORY:
-            there = draft.resolve(path)
+            try:
+                there = draft.resolve(path)
+            except CafsError:
+                there = path  # links in a circle are no directory: they are replaced
             found = draft.get(there)
             path = there if found is not None and found.type == fmt.DIRECTORY else path
             where[entry.path] = path
-            draft.put(how.apply(replace(entry, path=path)))
+            draft.put(how.apply(replace(entry, path=path)), replaces=True)
             continue
         first = entry.target if entry.type == fmt.HARDLINK else entry.path
         content = files.setdefault(first, entry)
-        draft.put(how.apply(replace(content, path=path)), (unpacking, first))
+        draft.put(how.apply(replace(content, path=path)), (unpacking, first), replaces=True)
 
 
 def gather(build: Build, state: State, step: Step, words: list[str], documents: list[Heredoc], origin: str | None) -> Gathered:

@@ -1,6 +1,7 @@
 """RUN --mount=type=cache: directories that are kept from build to build, and made images of when that is asked for.
 
-state/caches/NAME, NAME being the hash of the mount's id, which so leads nowhere; .lock is held while a step has it.
+state/caches/NAME, NAME being the hash of the mount's id, which so leads nowhere; .lock is held while a step has it.  Mounts of
+one id with another owner, mode or content to begin with do not share a directory (so BuildKit): a hash of those follows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from contextlib import ExitStack
 
 from cafs import paths
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from builder.mounts import Mount
     from builder.request import Request
 
+_MORE = re.compile(r"\.(?:lock|making|new)$")
 _HOW = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}
 
 
@@ -35,7 +38,7 @@ def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, 
 
     held: those that the step has already.
     """
-    first = _path(build.request, mount.id)
+    first = _path(build.request, mount.id) + _variant(build, mount, number_of_stage)
     paths.make_private(os.path.dirname(first))
     if first in held:
         return held[first]  # two descriptors of one lock would wait for each other
@@ -43,6 +46,7 @@ def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, 
         path = first if not number else f"{first}.{number}"
         try:
             _lock(path + ".lock", _HOW[mount.sharing], stack)
+            os.utime(path + ".lock")
             break
         except BlockingIOError:
             continue
@@ -54,13 +58,23 @@ def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, 
     return path
 
 
+def _variant(build: Build, mount: Mount, number_of_stage: int) -> str:
+    """What tells mounts of one id apart; '' for one of root's, 0755, that begins empty."""
+    seed = build.places.identity(mount.from_ or None, number_of_stage, mount.source) if mount.from_ or mount.source else ""
+    how = (mount.uid, mount.gid, mount.mode, seed)
+    return "" if how == (0, 0, 0o755, "") else f"-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}"
+
+
 def export(request: Request, store_root: str, identity: str, ref: str) -> None:
     """Make an image of what a cache mount holds, when no step has it.  Raises NotFound, CafsError."""
     from cafs.indexing import Options, create_image
 
-    path = _path(request, identity)
-    if not os.path.isdir(path):
+    first = _path(request, identity)
+    above, name = os.path.split(first)
+    there = [os.path.join(above, one) for one in paths.listed(above) if one.startswith(name) and not _MORE.search(one)]
+    if not there:
         raise NotFound(f"no cache mount {quote(identity)} on this machine", hint="without id= its target is its id")
+    path = max(there, key=lambda one: os.stat(one + ".lock").st_mtime_ns)  # the one that was used last
     with ExitStack() as stack:
         _lock(path + ".lock", fcntl.LOCK_EX, stack)
         create_image(Options(path, jobs=os.cpu_count() or 1), store_root, ref)

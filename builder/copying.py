@@ -164,13 +164,15 @@ def _directory(draft: Draft, path: bytes, how: How) -> bytes:
 
 def _file(draft: Draft, node: Node, where: bytes, name: bytes, *, is_directory: bool, how: How) -> None:
     there = draft.get(draft.resolve(where)) if how.follows else draft.get(where)
-    if is_directory or (there is not None and there.type == fmt.DIRECTORY):
+    is_inside = is_directory or (there is not None and there.type == fmt.DIRECTORY)
+    if is_inside:
         where = _directory(draft, where, how) + b"/" + name
     else:
         above, _, name = where.rpartition(b"/")
         where = _directory(draft, above or b"/", how).rstrip(b"/") + b"/" + name
     where = b"/" + where.lstrip(b"/")
-    if how.follows and (there := draft.get(where)) is not None and there.type == fmt.SYMLINK:
+    # A link that was named is followed; one that is in a directory which was named is replaced, as BuildKit has it.
+    if how.follows and not is_inside and (there := draft.get(where)) is not None and there.type == fmt.SYMLINK:
         where = draft.resolve(where)
         _directory(draft, where.rpartition(b"/")[0] or b"/", how)
     draft.put(how.apply(replace(node.entry, path=where)))

@@ -29,6 +29,7 @@ class Draft:
         self._entries: dict[bytes, Entry] = {}
         self._inodes: dict[bytes, Hashable] = {}
         self._nodes: dict[bytes, Node | None] = {b"/": below}
+        self._cleared: set[bytes] = set()
 
     def get(self, path: bytes) -> Entry | None:
         """What is at a path, whose directories are none of them links."""
@@ -88,14 +89,18 @@ class Draft:
                 raise CafsError(f"{quote(at)} is not a directory")
         return where
 
-    def put(self, entry: Entry, inode: Hashable = None) -> None:
+    def put(self, entry: Entry, inode: Hashable = None, *, replaces: bool = False) -> None:
         """Put an entry at its path, whose directory is there; directories are merged.
 
-        inode: the same for all names of one file.  Raises CafsError.
+        inode: the same for all names of one file.  replaces: also a directory by something else, and the reverse.
+
+        Raises CafsError.
         """
         there = self.get(entry.path)
         is_directory = entry.type == fmt.DIRECTORY
-        if there is not None and (there.type == fmt.DIRECTORY) != is_directory:
+        if there is not None and (there.type == fmt.DIRECTORY) != is_directory and replaces:
+            self._clear(entry.path)
+        elif there is not None and (there.type == fmt.DIRECTORY) != is_directory:
             what, there_is = ("a directory", "none") if is_directory else ("a file", "a directory")
             raise CafsError(f"cannot copy {what} over {quote(entry.path)}, which is {there_is}")
         try:
@@ -106,6 +111,15 @@ class Draft:
         self._inodes.pop(entry.path, None)
         if inode is not None:
             self._inodes[entry.path] = inode
+
+    def _clear(self, path: bytes) -> None:
+        """Forget what is at a path and below it, in this layer and those that it is laid over."""
+        below = path + b"/"
+        for one in [one for one in self._entries if one == path or one.startswith(below)]:
+            del self._entries[one]
+            self._inodes.pop(one, None)
+        self._nodes = {one: node for one, node in self._nodes.items() if not one.startswith(below)} | {path: None}
+        self._cleared.add(path)
 
     def encode(self, header: Header, *, is_whole: bool = False, latest_ns: int = -1) -> bytes:
         """The index of the layer: what differs from below, and the directories above it; b'' if nothing does.
@@ -128,6 +142,9 @@ class Draft:
             root = self.get(b"/")
             assert root is not None
             changed[b"/"] = root
+        for path in self._cleared & changed.keys() if not is_whole else ():
+            if changed[path].type == fmt.DIRECTORY:  # a file took the place of a directory before
+                changed[path] = replace(changed[path], type=fmt.OPAQUE)
         if latest_ns >= 0:
             late = {path: one for path, one in changed.items() if one.mtime_ns > latest_ns}
             changed |= {path: replace(one, mtime_ns=latest_ns) for path, one in late.items()}

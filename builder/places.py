@@ -91,6 +91,13 @@ class Places:
             return context.tree(prefixes)
         return self.tree(layers) if layers else None
 
+    def identity(self, origin: str | None, before: int, source: str) -> str:
+        """What SOURCE in a place is, for a name: another where it is not the same.  Raises CafsError."""
+        context, layers = self._origin(origin, before)
+        if context is not None:
+            layers = (self._build.store.hash(context.index((copying.prefix_of(source),))),)
+        return ",".join([*(layer.hex() for layer in layers), source])
+
     def is_context(self, origin: str | None, before: int) -> bool:
         """Whether it is a directory of this machine."""
         return self._origin(origin, before)[0] is not None

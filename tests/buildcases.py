@@ -370,6 +370,15 @@ MOUNTS = [
         "RUN --mount=type=cache,id=seeded,target=/k,from=b:1,source=/etc cat /k/passwd > /a\n",
         tree={"/a": "f", "/k": ""},
     ),
+    Case(
+        "caches of one id are apart if their owners, modes or first contents are",
+        "RUN --mount=type=cache,id=apart,target=/k echo root > /k/f && chmod 700 /k\n"
+        "RUN --mount=type=cache,id=apart,target=/k,uid=7,gid=8 stat -c %u:%g /k > /a; ls /k >> /a\n"
+        "RUN --mount=type=cache,id=apart,target=/k,from=b:1,source=/etc ls /k | grep -c passwd > /b\n"
+        "RUN --mount=type=cache,id=apart,target=/k,from=b:1,source=/bin ls /k | grep -c passwd > /c; true\n"
+        "RUN --mount=type=cache,id=apart,target=/k cat /k/f > /d\n",
+        tree={"/a": "f=7:8\n", "/b": "f=1\n", "/c": "f=0\n", "/d": "f=root\n"},
+    ),
     Case("an id of a cache that climbs", "RUN --mount=type=cache,id=../../x,target=/k echo 1 > /k/f\n", tree={"/k": ""}),
     Case("an unknown sharing", "RUN --mount=type=cache,target=/k,sharing=x true\n", error="sharing is"),
     Case("a tmpfs", "RUN --mount=type=tmpfs,target=/t,size=1m touch /t/x && grep ' /t tmpfs' /proc/mounts\n", tree={"/t": ""}),
@@ -478,6 +487,13 @@ COPY = [
         tree={"/real/a": "f=A", "/link": "l=/real"},
     ),
     Case(
+        "a link in the destination is replaced, one that is the destination is followed",
+        "RUN mkdir /d && echo orig > /t && ln -s /t /d/a && ln -s /t /d/b && ln -s /d /e\nCOPY a /d/\nCOPY a b /e/\n"
+        "RUN echo orig2 > /t2 && ln -s /t2 /l\nCOPY a /l\n",
+        files=A,
+        tree={"/d/a": "f=A", "/d/b": "f=B", "/t": "f=orig\n", "/l": "l=/t2", "/t2": "f=A"},
+    ),
+    Case(
         "a link that climbs stays in the image",
         "RUN ln -s ../../../../etc /link\nCOPY a /link/new\n",
         files=A,
@@ -550,6 +566,18 @@ ADD = [
         "RUN mkdir /x && ln -s /home /x/in\nADD t /x\n",
         files={"t": "TAR"},
         tree={"/home/f": "f=in"},
+    ),
+    Case(
+        "an archive replaces what is of another kind",
+        "RUN mkdir -p /x/in /x/l/old && echo 1 > /x/l/old/f && mkdir /y && echo 2 > /y/in\nADD t /x\nADD t /y\n",
+        files={"t": "TAR"},
+        tree={"/x/l": "l=in/f", "/x/l/old": "", "/x/in/f": "f=in", "/y/in": "d", "/y/in/f": "f=in"},
+    ),
+    Case(
+        "what two archives replace in turn",
+        "RUN mkdir -p /x/l/old /x/in/old\nADD t u /x/\n",
+        files={"t": "TAR", "u": "TURNED"},
+        tree={"/x/l": "d", "/x/l/old": "", "/x/l/g": "f=g", "/x/in": "l=l", "/x/in/old": ""},
     ),
     Case("an archive that climbs", "ADD t /x/\n", files={"t": "EVIL"}, error="has '..' in it"),
     Case(

@@ -46,6 +46,7 @@ def archive(*members: tuple[str, str, int], link: tuple[str, str] | None = None,
 
 ARCHIVES = {
     "TAR": archive(("in/f", "in", 0o640), link=("l", "in/f")),
+    "TURNED": archive(("l/g", "g", 0o644), link=("in", "l")),
     "TGZ": archive(("in/f", "in", 0o640), mode="w:gz"),
     "EVIL": archive(("../../climbed", "evil", 0o644)),
     "ABSOLUTE": archive(("/etc/passwd", "evil", 0o644)),
