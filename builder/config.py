@@ -58,11 +58,12 @@ class State:
         return dict(word.partition("=")[::2] for word in self.config.get("Env") or [])
 
     def variables(self) -> dict[str, str]:
-        """What a word may name: ENV wins over ARG."""
-        return self.args | self.env
+        """What a word, and RUN, may name: of ENV and ARG the later one counts (BuildKit, dispatchArg)."""
+        return self.env | self.args
 
     def set_env(self, name: str, value: str) -> None:
-        """One variable, in its place if it is there."""
+        """One variable, in its place if it is there; an ARG of that name is hidden from now on."""
+        self.args.pop(name, None)
         self.config["Env"] = [f"{key}={one}" for key, one in (self.env | {name: value}).items()]
 
     def expand(self, text: str) -> str:

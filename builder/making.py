@@ -161,7 +161,7 @@ def copy(build: Build, state: State, step: Step) -> None:
 def run(build: Build, state: State, step: Step) -> None:
     """RUN.  Raises CafsError, ValueError."""
     command, definition, finish = steps.command_of(build, state, step)
-    arguments = {name: value for name, value in state.args.items() if name not in state.env and name not in config.PROXIES}
+    arguments = {name: value for name, value in state.args.items() if name not in config.PROXIES}
     key = cache.key_of(state.key, **definition)
     what = " ".join([f"|{len(arguments)} {' '.join(f'{k}={v}' for k, v in arguments.items())}"] if arguments else [])
     what = f"RUN {what + ' ' if what else ''}{' '.join(config.command_words(state, step.one) or ['heredoc'])} # buildkit"

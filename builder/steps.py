@@ -39,7 +39,7 @@ def command_of(
     """(the command, what its key is made of, how to have its mounts while it runs).  Raises CafsError, ValueError."""
     one, flags, request = step.one, step.flags, build.request
     found, words, script = read(state, one, flags)
-    env = {name: value for name, value in state.args.items() if name not in state.env} | state.env
+    env = state.variables()
     network = flagging.one(flags, "network") or "default"
     security = flagging.one(flags, "security") or "sandbox"
     devices = flags.get("device", [])

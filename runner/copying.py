@@ -5,6 +5,7 @@ A container that runs is frozen meanwhile.  One that does not is mounted for the
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from runner.containers import Container
 
 
+_LINKS_MAX = 40
 _UNREAD = b"unread"
 """What the child says of an archive that nobody reads to its end."""
 
@@ -152,7 +154,7 @@ def _copy_out(root: int, path: str, target: str, first: int, *, keep: bool, foll
                 add_to_tar(tar, parent, name, name, first)
             return
         where = _host_target(target, name, path, is_directory=_is_directory(parent, name))
-        _copy(parent, name, where, keep=keep, shift=-first)
+        _copy(parent, name, where, keep=keep, keep_power=keep, shift=-first)  # what has power in it has none over us
     except BrokenPipeError:
         raise  # whoever reads the archive has had enough
     except OSError as error:
@@ -180,41 +182,62 @@ def _copy_in(root: int, source: str, path: str, archive: IO[bytes], first: int, 
         raise os_error(f"cannot open {quote(source)}", error) from error
     name = os.path.basename(real) or "."
     try:
-        where = _container_target(root, path, name, wants_content=wants_content)
-        _copy(parent, name, where, keep=keep, shift=first)
+        if source.endswith("/") and not os.path.isdir(source):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        is_directory, new = _is_directory(parent, name), os.path.basename(os.path.abspath(source))
+        where = _container_target(root, path, "." if wants_content else new, is_directory=is_directory)
+        _copy(parent, name, where, keep=keep, keep_power=True, shift=first)
     except OSError as error:
         raise os_error(f"cannot copy {quote(source)} to {quote(path)}", error) from error
     finally:
         os.close(parent)
 
 
-def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool, shift: int) -> None:
+def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool, keep_power: bool, shift: int) -> None:
     """target: a directory, which is closed, and the new name in it."""
+    copier = Copier(keep_owner=keep, keep_power=keep_power, shift=shift)
     try:
-        Copier(keep_owner=keep, shift=shift).copy(parent, name, *target)
+        copier.copy(parent, name, *target)
     finally:
         os.close(target[0])
+    for names, what in (
+        (copier.weakened, "have lost set-user-id bits or capabilities, which -a keeps"),
+        (copier.left_out, "were not copied: sockets, or devices, which root copies, out of a container with -a"),
+    ):
+        if names:
+            shown = ", ".join(quote(os.path.normpath(one)) for one in names[:3])
+            sys.stderr.write(f"crun: warning: {len(names)} files {what}: {shown}{', ...' * (len(names) > 3)}\n")
 
 
 def _open_parent(root: int, path: str, *, follow: bool) -> tuple[int, str]:
     """The directory that holds PATH, and its last name; '.' for a directory itself.  Raises NotFound."""
-    clean = path.rstrip("/") or "/"
     try:
-        if clean == "/" or clean.endswith("/.") or (follow and _leads_to_directory(root, clean)):
+        clean = (_resolved(root, path) if follow or path.endswith("/") else path).rstrip("/") or "/"
+        if clean == "/" or clean.endswith("/."):
             return linux.open_in_root(root, clean, os.O_RDONLY | os.O_DIRECTORY), "."
         parent = linux.open_in_root(root, os.path.dirname(clean), os.O_RDONLY | os.O_DIRECTORY)
-        os.stat(os.path.basename(clean), dir_fd=parent, follow_symlinks=False)
+        status = os.stat(os.path.basename(clean), dir_fd=parent, follow_symlinks=False)
+        if path.endswith("/") and not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         return parent, os.path.basename(clean)
     except OSError as error:
         raise NotFound(f"no {quote(path)} in the container: {error.strerror}") from error
 
 
-def _leads_to_directory(root: int, path: str) -> bool:
-    try:
-        os.close(linux.open_in_root(root, path, os.O_PATH | os.O_DIRECTORY))
-        return True
-    except OSError:
-        return False
+def _resolved(root: int, path: str) -> str:
+    """Where a path leads to if its last name is a link, whether anything is there or not; as from ROOT.  Raises OSError."""
+    for _ in range(_LINKS_MAX):
+        above, name = os.path.split(path.rstrip("/") or "/")
+        if name in ("", ".", ".."):
+            return path
+        parent = linux.open_in_root(root, above, os.O_PATH | os.O_DIRECTORY)
+        try:
+            path = os.path.join(above, os.readlink(name, dir_fd=parent))
+        except OSError:
+            return path
+        finally:
+            os.close(parent)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 def _is_directory(parent: int, name: str) -> bool:
@@ -229,17 +252,19 @@ def _host_target(target: str, name: str, path: str, *, is_directory: bool) -> tu
         return os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), last
     if target.endswith("/") and not is_directory:
         raise NotFound(f"no directory {quote(target)}")
-    clean = target.rstrip("/")
+    clean = os.path.realpath(target)  # a link stays, and what it names is written
     return os.open(os.path.dirname(clean) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), os.path.basename(clean)
 
 
-def _container_target(root: int, path: str, name: str, *, wants_content: bool) -> tuple[int, str]:
+def _container_target(root: int, path: str, name: str, *, is_directory: bool) -> tuple[int, str]:
+    """name: in a directory that is there; '.': what is copied is its content."""
     try:
-        return linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY), "." if wants_content else name
+        return linux.open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY), name
     except FileNotFoundError:
-        pass
+        if path.endswith("/") and not is_directory:
+            raise
     except NotADirectoryError:
         if path.endswith("/"):
             raise
-    clean = path.rstrip("/")
+    clean = _resolved(root, path.rstrip("/"))
     return linux.open_in_root(root, os.path.dirname(clean), os.O_RDONLY | os.O_DIRECTORY), os.path.basename(clean)

@@ -219,7 +219,13 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
         "[FLAG]... CONTAINER:PATH PATH | PATH CONTAINER:PATH",
         "Copy files; - is a tar archive.",
         {
-            "archive": (SWITCH, "a", "", _WHAT, "Keep owners."),
+            "archive": (
+                SWITCH,
+                "a",
+                "",
+                _WHAT,
+                "Keep owners and, out of a container, set-user-id bits, capabilities and devices.",
+            ),
             "follow-link": (SWITCH, "L", "", _WHAT, "Follow a link that PATH is."),
             "quiet": (SWITCH, "q", "", _WHAT, "Accepted."),
         },

@@ -8,15 +8,27 @@ import tarfile
 
 from cafs import acl, atomic, linux
 from cafs.errors import CafsError, FormatError, quote
-from runner.treecopy import FLAGS, PIECE, clear, shifted
+from runner.treecopy import CAPABILITY, FLAGS, PIECE, clear, shifted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO
 
 
-def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, first: int = 0) -> None:
-    """NAME and all below it, by descriptors.  first: the id that is 0 in the archive."""
+_TYPES = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
+_PAX_CAPABILITY = "SCHILY.xattr.security.capability"
+
+
+def add_to_tar(
+    tar: tarfile.TarFile,
+    directory: int,
+    name: str,
+    arcname: str,
+    first: int = 0,
+    names: dict[tuple[int, int], str] | None = None,
+) -> None:
+    """NAME and all below it but sockets, by descriptors.  first: the id that is 0 in the archive.  names: of what is in it."""
+    names = {} if names is None else names
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     member = tarfile.TarInfo(arcname)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
@@ -29,15 +41,24 @@ def add_to_tar(tar: tarfile.TarFile, directory: int, name: str, arcname: str, fi
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | FLAGS, dir_fd=directory)
         try:
             for child in sorted(os.listdir(fd)):
-                add_to_tar(tar, fd, child, f"{arcname}/{child}", first)
+                add_to_tar(tar, fd, child, f"{arcname}/{child}", first, names)
         finally:
             os.close(fd)
+    elif status.st_nlink > 1 and names.setdefault((status.st_dev, status.st_ino), arcname) != arcname:
+        member.type, member.linkname = tarfile.LNKTYPE, names[status.st_dev, status.st_ino]
+        tar.addfile(member)
     elif stat.S_ISREG(status.st_mode):
         with open(os.open(name, os.O_RDONLY | FLAGS, dir_fd=directory), "rb") as file:
             member.size = os.fstat(file.fileno()).st_size
+            if CAPABILITY in os.listxattr(file.fileno()):
+                value = os.getxattr(file.fileno(), CAPABILITY)
+                member.pax_headers = {_PAX_CAPABILITY: value.decode("utf-8", "surrogateescape")}
             tar.addfile(member, file)
     elif stat.S_ISLNK(status.st_mode):
         member.type, member.linkname = tarfile.SYMTYPE, os.readlink(name, dir_fd=directory)
+        tar.addfile(member)
+    elif kind := _TYPES.get(stat.S_IFMT(status.st_mode)):
+        member.type, member.devmajor, member.devminor = kind, os.major(status.st_rdev), os.minor(status.st_rdev)
         tar.addfile(member)
 
 
@@ -73,6 +94,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int
     except OSError as error:
         raise CafsError(f"cannot extract {quote(member.name)}: {error.strerror}") from error
     name = parts[-1]
+    owner = shifted(member.uid, first), shifted(member.gid, first)
     try:
         if member.isdir():
             try:
@@ -89,14 +111,24 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int
         elif member.issym():
             clear(parent, name)
             os.symlink(member.linkname, name, dir_fd=parent)
+            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
             return
         elif member.islnk():
             _link(top, member.linkname, parent, name)
             return
         else:
-            return  # devices and the like are not for cp
-        os.fchown(fd, shifted(member.uid, first), shifted(member.gid, first))
+            kind = next((one for one, letter in _TYPES.items() if letter == member.type), 0)
+            if not kind:
+                raise CafsError(f"the archive has {quote(member.name)}, which is of no kind that is known")
+            clear(parent, name)
+            os.mknod(name, kind | member.mode & 0o7777, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
+            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+            os.chmod(name, member.mode & 0o7777, dir_fd=parent)
+            return
+        os.fchown(fd, *owner)
         os.fchmod(fd, member.mode & 0o7777)
+        if value := member.pax_headers.get(_PAX_CAPABILITY):
+            os.setxattr(fd, CAPABILITY, value.encode("utf-8", "surrogateescape"))
         os.utime(fd, (member.mtime, member.mtime))
         os.close(fd)
     except OSError as error:

@@ -128,7 +128,13 @@ VARIABLES = [
     Case("ARG with a default", "ARG V=1\nRUN echo $V > /a\n", tree={"/a": "f=1\n"}),
     Case("ARG that is given", "ARG V=1\nRUN echo $V > /a\n", args={"V": "2"}, tree={"/a": "f=2\n"}),
     Case("ARG is not in the image", "ARG V=1\n", config={"Env": [PATH]}),
-    Case("ENV wins over ARG", "ENV V=env\nARG V=arg\nRUN echo $V > /a\n", args={"V": "given"}, tree={"/a": "f=env\n"}),
+    Case(
+        "the later of ENV and ARG counts",
+        "ENV V=env W=env\nARG V=arg\nARG W\nRUN echo $V $W > /a\nARG X=arg\nENV X=$X-env\nRUN echo $X > /b\nCOPY <<EOF /c\n$V $W $X\nEOF\n",
+        args={"V": "given"},
+        tree={"/a": "f=given env\n", "/b": "f=arg-env\n", "/c": "f=given env arg-env\n"},
+        config={"Env": [PATH, "V=env", "W=env", "X=arg-env"]},
+    ),
     Case(
         "ARG is not there before its line",
         "RUN echo x$V > /a\nARG V=1\nRUN echo x$V > /b\n",

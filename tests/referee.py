@@ -47,6 +47,7 @@ _EXPECTED = {
     "ENTRYPOINT keeps the stage's CMD": "the classic builder forgets it",
     "a base's config is inherited": "its WORKDIR is root's",
     "a directory of the context over a link of the image": "ours alone: the link stays; the classic builder replaces it, BuildKit fails",
+    "the later of ENV and ARG counts": "BuildKit's; with the classic builder ENV always wins",
     "ARGs go to stages on top": "not with the classic builder",
     "automatic arguments": "the classic builder has none",
     "changes below a VOLUME stay": "the classic builder throws them away",

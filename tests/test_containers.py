@@ -8,7 +8,9 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -485,8 +487,10 @@ def test_cp_follows_no_link_out_of_the_container(image: Path, tmp_path: Path) ->
     )
     assert until(lambda: cr("logs", "evil").stdout == "ready\n")
     assert cr("cp", "evil:/out/secret", tmp_path / "got").returncode == 4
-    assert cr("cp", "-L", "evil:/file", tmp_path / "got").returncode == 0  # the link itself, for what it names is not there
+    assert cr("cp", "-L", "evil:/file", tmp_path / "got").returncode == 4, "in it there is no such file"
+    ok("cp", "evil:/file", tmp_path / "got")
     assert os.path.islink(tmp_path / "got")
+    (tmp_path / "got").unlink()
     assert cr("cp", "/etc/hostname", "evil:/out/victim/x").returncode != 0
     assert list((tmp_path / "victim").iterdir()) == []
     tar = subprocess.run(
@@ -650,3 +654,55 @@ def test_containers_are_stopped_at_once(image: Path) -> None:
     done = cr("stop", "-t", "4", *names[:2], "nobody", *names[2:])
     assert time.monotonic() - before < 12 and done.returncode == 4 and done.stdout.split() == names
     assert ok("rm", "-f", "nobody", *names).split() == names
+
+
+def test_cp_keeps_what_a_file_is_or_says_what_it_has_lost(image: Path, tmp_path: Path) -> None:
+    here = tmp_path / "in"
+    (here / "d").mkdir(parents=True)
+    (here / "real").write_text("content")
+    (here / "link").symlink_to("real")
+    (here / "d" / "a").write_text("one")
+    os.link(here / "d" / "a", here / "d" / "b")
+    shutil.copy("/bin/true", here / "d" / "su")
+    (here / "d" / "su").chmod(0o4755)
+    os.setxattr(here / "real", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+    os.mknod(here / "d" / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    ok("create", "--name", "cc", "--network", "none", "b:1", "true")
+    ok("cp", f"{here}/.", "cc:/w")
+    ok("cp", "-L", here / "link", "cc:/w/d")
+    done = cr("cp", "cc:/w", tmp_path / "out")
+    assert "have lost set-user-id bits or capabilities" in done.stderr and "were not copied" in done.stderr
+    out = tmp_path / "out" / "d"
+    assert (out / "a").stat().st_ino == (out / "b").stat().st_ino and not (out / "null").exists()
+    assert stat.S_IMODE((out / "su").stat().st_mode) == 0o755 and not (out / "link").is_symlink()
+    ok("cp", "-a", "cc:/w", tmp_path / "all")
+    subprocess.run(
+        ["tar", "x", "--xattrs", "--xattrs-include=*", "-C", tmp_path], input=cr_bytes("cp", "cc:/w", "-"), check=True
+    )
+    for place in (tmp_path / "all", tmp_path / "w"):
+        assert stat.S_IMODE((place / "d" / "su").stat().st_mode) == 0o4755
+        assert stat.S_ISCHR((place / "d" / "null").stat().st_mode) and (place / "d" / "a").stat().st_nlink == 2
+        assert os.getxattr(place / "real", "security.capability") == os.getxattr(here / "real", "security.capability")
+    archive = subprocess.run(["tar", "c", "--xattrs", "-C", tmp_path / "all", "."], capture_output=True, check=True).stdout
+    subprocess.run([BIN / "crun", "cp", "-", "cc:/home"], input=archive, check=True, timeout=60)
+    listed = subprocess.run(["tar", "tv"], input=cr_bytes("cp", "cc:/home/d", "-"), capture_output=True, check=True).stdout
+    assert b"-rwsr-xr-x" in listed and b"\ncrw" in listed and b" link to d/a" in listed
+    ok("rm", "cc")
+
+
+def test_cp_writes_what_a_link_names_and_leaves_the_link(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to("old")
+    ok("create", "--name", "ll", "--network", "none", "b:1", "true")
+    ok("cp", tmp_path / "old", "ll:/tmp/old")
+    ok("cp", tmp_path / "link", "ll:/tmp/link")
+    ok("cp", tmp_path / "new", "ll:/tmp/link")
+    assert cr_bytes("cp", "ll:/tmp/old", "-").count(b"new") and b"link" in cr_bytes("cp", "ll:/tmp/link", "-")
+    ok("cp", "-L", "ll:/tmp/link", tmp_path / "got")
+    assert (tmp_path / "got").read_text() == "new" and not (tmp_path / "got").is_symlink()
+    ok("cp", "ll:/tmp/old", tmp_path / "link")
+    assert (tmp_path / "old").read_text() == "new" and (tmp_path / "link").is_symlink()
+    assert cr("cp", tmp_path / "new", "ll:/nothing/").returncode == 4 and cr("cp", "ll:/tmp/old/", tmp_path).returncode == 4
+    assert cr("cp", f"{tmp_path}/new/", "ll:/tmp/x").returncode != 0
+    ok("rm", "ll")
