@@ -66,7 +66,8 @@ class Places:
         try:
             return image.resolve(store, where)
         except NotFound as error:
-            error.hint = f"cafs-index create docker://{where} -t {where}, or FROM docker://{where}"
+            tag = "" if "@" in where else f" -t {where}"
+            error.hint = f"cafs-index create docker://{where}{tag}, or FROM docker://{where}"
             raise
 
     def _pulled(self, where: str) -> Image:

@@ -9,7 +9,7 @@ import re
 
 from cafs.digest import DIGEST_SIZES
 from cafs.errors import CafsError, FormatError, NotFound, UnsupportedError, UsageError, os_error, quote
-from cafs.refs import split_ref
+from cafs.refs import pinned_ref, split_ref
 from cafs.store import IMAGE_MAX, Store
 
 TYPE_CHECKING = False
@@ -107,16 +107,28 @@ def get(store: Store, digest: bytes) -> Image:
 def resolve(store: Store, name: str) -> Image:
     """IMAGE of a command line: NAME[:TAG][@DIGEST], a digest, or a unique prefix of one (at least 8 digits).
 
+    DIGEST may be that by which the image was imported from a registry.
+
     Raises NotFound, with the names that are nearest.
     """
     ref, at, wanted = name.partition("@")
     if at:
-        split_ref(ref)
-        return resolve(store, wanted.removeprefix(store.hash_name + ":"))
+        title = split_ref(ref)[0]
+        pinned = re.fullmatch(r"sha256:([0-9a-f]{64})", wanted)
+        try:
+            return resolve(store, wanted.removeprefix(store.hash_name + ":"))
+        except NotFound:
+            imported = store.get_ref(pinned_ref(pinned[1])) if pinned else None
+            if imported is not None:
+                return get(store, imported)
+            hint = f"cafs-index create docker://{title}@{wanted}" if pinned else None
+            raise NotFound(f"no image {quote(name)} in store {quote(store.root)}", hint=hint) from None
     if re.fullmatch(r"[0-9a-f]{8,128}", name):
-        if len(name) == 2 * DIGEST_SIZES[store.hash_name] and store.has_meta(bytes.fromhex(name), "image"):
+        is_whole = len(name) == 2 * DIGEST_SIZES[store.hash_name]
+        if is_whole and store.has_meta(bytes.fromhex(name), "image"):
             return get(store, bytes.fromhex(name))
-        found = sorted({digest for digest, kind in store.meta_names() if kind == "image" and digest.hex().startswith(name)})
+        images = (digest for digest, kind in store.meta_names() if kind == "image") if not is_whole else ()
+        found = sorted({digest for digest in images if digest.hex().startswith(name)})
         if len(found) > 1:
             raise UsageError(f"{quote(name)} is the beginning of {len(found)} image digests")
         if found:

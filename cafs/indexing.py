@@ -17,7 +17,7 @@ from cafs.digest import DIGEST_SIZES
 from cafs.errors import CorruptError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.format import Header
 from cafs.index import load
-from cafs.refs import split_ref
+from cafs.refs import pinned_ref, split_ref
 from cafs.sources import ImageSource
 from cafs.statcache import StatCache
 from cafs.store import open_or_init
@@ -131,6 +131,8 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
             index = load(io.BytesIO(data))
             is_over = below is not None and len(below.layers) < FOLD_AT
             made = _put_over(store, below, index, config) if below and is_over else put_layer(store, data, index, config)
+            if isinstance(source, ImageSource) and source.pin:
+                store.set_ref(pinned_ref(source.pin), made.digest)
             if tag is not None:
                 store.set_ref(tag, made.digest)
         except OSError as error:

@@ -29,6 +29,11 @@ def split_ref(ref: str) -> tuple[str, str]:
     return name, tag
 
 
+def pinned_ref(digest: str) -> str:
+    """The ref of what was imported by this digest of a registry, in hex."""
+    return f"docker/{digest}:latest"
+
+
 def is_ref(text: str) -> bool:
     """Whether TEXT could be a ref."""
     try:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 KINDS = ("docker-archive", "oci", "oci-archive", "docker-daemon", "docker")
 _DEPTH_MAX = 4
+_PINNED = re.compile(r"(//.+?)(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?@(sha256:[0-9a-f]{64})")
 
 
 @dataclass
@@ -39,6 +40,12 @@ class ImageSource:
     place: str
     platform: oci.Platform | None = None
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pin(self) -> str:
+        """The digest by which an image of a registry was named, hex; '' if none was."""
+        pinned = _PINNED.fullmatch(self.place) if self.kind == "docker" else None
+        return pinned[2].partition(":")[2] if pinned else ""
 
     def build(self, reader: MemberReader) -> VirtualTree:
         """Read the image's layers and lay one over the other.  Raises CafsError."""
@@ -105,6 +112,8 @@ def parse(text: str, platform: str | None = None) -> ImageSource | None:
         raise UsageError(f"{quote(text)} is not docker://REF")
     if not place.removeprefix("//"):
         raise UsageError(f"{quote(text)} names nothing")
+    if kind == "docker" and (pinned := _PINNED.fullmatch(place)):
+        place = f"{pinned[1]}@{pinned[2]}"  # a digest says it all, and skopeo takes no tag beside it
     return ImageSource(kind, place, oci.parse_platform(platform) if platform else None)
 
 

@@ -526,6 +526,14 @@ def test_images_are_pushed_to_a_registry_and_built_upon(context: Path, tmp_path:
             assert cbuild("-q", "-t", "upon:1", *words, context).returncode == 0
             found = subprocess.run([BIN / "cafs-index", "cat", "upon:1", "/c"], capture_output=True, check=True).stdout
             assert found == seen, words
+        seen = subprocess.run(
+            ["skopeo", "inspect", "--tls-verify=false", f"docker://{place}/app:1"], capture_output=True, check=True
+        )
+        pinned = f"{place}/app:1@{json.loads(seen.stdout)['Digest']}"
+        unknown = cbuild("-q", "-", input=f"FROM {pinned}\nENV A=1\n".encode())
+        assert unknown.returncode == 4 and f"docker://{pinned}".encode() in unknown.stderr
+        assert cbuild("-q", "-", input=f"FROM docker://{pinned}\nENV A=1\n".encode()).returncode == 0
+    assert cbuild("-q", "-", input=f"FROM {pinned}\nENV A=1\n".encode()).returncode == 0
     assert cbuild("-q", "--pull", context).returncode == 7, "the registry is away"
     assert cbuild("-q", "-o", f"docker://{place}/app:1", context).returncode != 0
 
