@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Outcome = tuple[State, set[str], dict[str, Record]]
     Work = Callable[[Stage, Progress], Outcome]
 
+_LEAST = 4
+"""So many are worked on at once on the smallest machine: most of their time goes to waiting."""
+
 
 class _Told(Progress):
     """What is said here is said in the parent."""
@@ -60,7 +63,7 @@ def run(stages: list[Stage], work: Work, progress: Progress) -> dict[int, Outcom
     living: dict[Pipe, tuple[int, Stage]] = {}
     try:
         while waiting or living:
-            while waiting and len(living) < (os.cpu_count() or 1):
+            while waiting and len(living) < max(os.cpu_count() or 1, _LEAST):
                 stage = waiting.pop(0)
                 pipe, pid = _start(stage, work, list(living))
                 living[pipe] = pid, stage

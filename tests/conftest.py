@@ -8,21 +8,29 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cafs import linux
+from runner.netlink import Netlink
 from tests.crunning import image, shared  # noqa: F401  (fixtures)
 from tests.pooling import controller, pool  # noqa: F401  (fixtures)
+from tests.waiting import SLOW, wait_until
 
 BIN = Path(sys.executable).parent
-SLOW = float(os.environ.get("CAFS_TEST_SLOW", "1"))
-"""How many times slower than the machine of CI this one is: every bound of time in the tests is multiplied by it."""
-
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+hypothesis.settings.register_profile(
+    "cafs",
+    deadline=None,  # an example may take as long as this machine lets it
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+)
+hypothesis.settings.load_profile("cafs")
 
 
 @pytest.fixture
@@ -93,14 +101,6 @@ def _holds(pid: str, top: str) -> bool:
     return False
 
 
-def wait_until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
-    """Look again and again."""
-    deadline = time.monotonic() + limit_s * SLOW
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def kernel(home: Path, cmd: Run) -> Iterator[Run]:
     """Mount with the kernel engine; at the end nothing may be left mounted or running."""
@@ -143,7 +143,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*things): skip with a reason where a thing is missing; an error in CI")
-    if hasattr(config, "workerinput") and not os.geteuid():  # one of several processes of pytest-xdist
-        # A container copies all mounts that there are when it begins: those of the tests beside it would live as long as it.
-        linux.unshare(linux.CLONE_NEWNS)
-        linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
+    if not os.geteuid():
+        isolate()
+
+
+def isolate() -> None:
+    """Mounts, and a network with its bridges, addresses, rules and ports, that nobody sees but the tests of this process.
+
+    A container copies all mounts that there are when it begins, and every CAFS_RUN leases the same addresses of one bridge.
+    """
+    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET)
+    linux.mount("none", "/", "none", linux.MS_REC | linux.MS_SLAVE)
+    with Netlink() as link:
+        link.set_up("lo")

@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import SLOW, until
 
 BIN = Path(sys.executable).parent
 TOOLS = (
@@ -92,7 +93,7 @@ def image(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(f"CAFS_{name}", str(shared / name.lower()))
     yield shared
     try:
-        assert leftovers(shared) == [], leftovers(shared)
+        assert until(lambda: leftovers(shared) == []), leftovers(shared)
     finally:
         left = subprocess.run([BIN / "crun", "ps", "-aq"], capture_output=True, text=True, check=False).stdout.split()
         if left:
@@ -112,19 +113,11 @@ def leftovers(base: Path) -> list[str]:
     ]
     events = base / "state" / "events"
     ours = {json.loads(line)["id"] for line in events.read_text().splitlines()} if events.exists() else set()
-    found += [str(p) for p in Path("/sys/fs/cgroup").glob("*/cafs/*") if p.is_dir() and p.name in ours]
+    for pattern in ("*/cafs/*", "cafs/*"):  # of version 1, and 2
+        found += [str(p) for p in Path("/sys/fs/cgroup").glob(pattern) if p.is_dir() and p.name in ours]
     return found
 
 
 def crun(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "crun"), "run", "--rm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload,no-any-return]
-
-
-def until(condition: Callable[[], object], timeout_s: float = 20) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
+    return subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOW, check=False, **options)  # type: ignore[call-overload,no-any-return]

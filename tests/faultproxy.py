@@ -5,7 +5,9 @@ Bounded: it listens on loopback, lives as long as its `with` block, and a stall 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import random
 import re
 import socket
 import struct
@@ -152,10 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that connections get (ip_local_port_range), so that none takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 18_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":  # usage: faultproxy.py UPSTREAM_PORT DELAY_S    prints its port, ends with its standard input

@@ -6,11 +6,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.crunning import BIN, make_rootfs
-from tests.pooling import agents, cp, ok, processes, serving
+from tests.pooling import agents, cp, kill_all, ok, processes, serving
+from tests.waiting import SLOW, until, wait_until
 
 HANDLERS = Path(__file__).parent / "handlers.py"
 NEEDS = ("root", "fuse", "runc", "busybox")
 _LEFT_OUT = ("test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data", "distutils", "unittest")
 PROGRAMS = {
     "upper": 'while read -r line; do echo "$line" | tr a-z A-Z; done',
+    "meet": "while read -r line; do touch /tmp/$line; until test -e /tmp/1 -a -e /tmp/2 -a -e /tmp/3; do sleep 0.02; done; echo '\"met\"'; done",
     "slow": "while read -r line; do sleep 3; echo '\"late\"'; done",
     "odd": (
         "while read -r line; do case \"$line\" in *half*) printf '\"half'; exit 3;; *two*) printf '1\\n2\\n';; "
@@ -87,7 +87,7 @@ def functions_at(base: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
         with serving() as controller:
             yield base
             cp("down", "--grace", "0")  # of whoever is the controller now
-            controller.wait(60)
+            controller.wait(60 * SLOW)
         end_all(base)
     finally:
         for name in "bp":
@@ -97,11 +97,8 @@ def functions_at(base: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def end_all(base: Path) -> None:
     """Agents, function hosts and the router, whatever a test has done to them."""
-    deadline = time.monotonic() + 20
-    while agents(base) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in [*agents(base), *routers(base)]:
-        os.kill(pid, signal.SIGKILL)
+    until(lambda: not agents(base))
+    kill_all([*agents(base), *routers(base)])
 
 
 def routers(base: Path) -> list[int]:
@@ -146,8 +143,10 @@ def instances(name: str) -> list[dict[str, object]]:
     return [one for one in jobs if one["spec"].get("fn", {}).get("name") == name]
 
 
+def outs(base: Path, name: str) -> list[Path]:
+    """Where the instances of a function may write."""
+    return [next(base.glob(f"pool/agents/*/jobs/{one['id']}.*/calls/out")) for one in instances(name)]
+
+
 def wait(is_so: Callable[[], object], limit_s: float = 20) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.03)
+    wait_until(is_so, limit_s)

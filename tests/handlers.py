@@ -96,11 +96,14 @@ def odd(value):
     return value
 
 
-def together(value):
+def together(many):
+    """How many there were at once at most; each stays until there were so many."""
     with lock:
         at_once[0] += 1
         at_once[1] = max(at_once)
-    time.sleep(0.3)
+    while at_once[1] < many:
+        time.sleep(0.01)
+    time.sleep(0.1)  # for one more, which must not come
     with lock:
         at_once[0] -= 1
     return at_once[1]
@@ -112,6 +115,23 @@ async def later(value):
     await asyncio.sleep(value)
     at_once[0] -= 1
     return at_once[1]
+
+
+async def alltogether(many):
+    at_once[0] += 1
+    at_once[1] = max(at_once)
+    while at_once[1] < many:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    at_once[0] -= 1
+    return at_once[1]
+
+
+def gate(value):
+    """Until the host's side says go."""
+    while value and not os.path.exists("/run/cpool/out/go"):
+        time.sleep(0.01)
+    return "through"
 
 
 def several(many):

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import SLOW, wait_until
 
 BIN = Path(sys.executable).parent
 PLAIN = ("--no-container",)
@@ -35,7 +36,7 @@ client.serve(os.environ["CAFS_POOL"])
 
 
 def cp(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    options.setdefault("timeout", 60)
+    options["timeout"] = options.get("timeout", 60) * SLOW
     return subprocess.run([str(BIN / "cpool"), *map(str, words)], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
@@ -57,8 +58,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     ok("init")
     yield tmp_path / "pool"
-    for pid in agents(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(agents(tmp_path))
 
 
 def agents(place: Path) -> list[int]:
@@ -71,13 +71,30 @@ def processes(is_one: Callable[[list[bytes]], object]) -> list[int]:
     """Those whose words, of the command, are such."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if is_one(words):
+        words = read_proc(name, "cmdline").split(b"\0")
+        if words != [b""] and is_one(words):
             found.append(int(name))
     return found
+
+
+def read_proc(pid: object, name: str) -> bytes:
+    """A file of a process in /proc; b'' of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """Those that have not ended meanwhile."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    """Also not dead and unreaped."""
+    return read_proc(pid, "stat").rpartition(b")")[2].split()[:1] not in ([], [b"Z"])
 
 
 @contextmanager
@@ -85,7 +102,7 @@ def serving() -> Iterator[subprocess.Popen[bytes]]:
     """A controller that has a worker that is ready."""
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         try:
-            _until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
             yield controller
         except AssertionError:
             print(cp("nodes", "--json").stdout)
@@ -100,7 +117,7 @@ def serving_with(code: str) -> Iterator[None]:
     whole = f"{code}; import os; from pool import client; client.serve(os.environ['CAFS_POOL'])"
     with subprocess.Popen([sys.executable, "-c", whole]) as one:
         try:
-            _until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
+            wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
             yield
         finally:
             one.kill()
@@ -112,10 +129,3 @@ def controller(pool: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield found
         if found.poll() is None:
             cp("down", "--grace", "0")
-
-
-def _until(is_so: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

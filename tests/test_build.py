@@ -25,6 +25,7 @@ from cafs.store import Store
 from cafs.writer import Writer
 from tests.buildcases import CASES, Case
 from tests.conftest import BIN
+from tests.waiting import SLOW
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
 SPEC = re.compile(r"([fdl])([0-7]+)?(?:,([0-9]+):([0-9]+))?(?:=(.*))?", re.DOTALL)
@@ -384,7 +385,7 @@ def test_caches_that_are_made_at_once_are_made_once(tmp_path: Path) -> None:
     for number in range(3):
         top = make_context(tmp_path / str(number), {}, text.format(number))
         running.append(subprocess.Popen([BIN / "cbuild", "-q", top], stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    assert [one.communicate(timeout=60)[1] for one in running] == [b""] * 3
+    assert [one.communicate(timeout=60 * SLOW)[1] for one in running] == [b""] * 3
 
 
 def test_a_key_file_is_no_agent(tmp_path: Path) -> None:

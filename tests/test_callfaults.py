@@ -15,7 +15,8 @@ import pytest
 
 from pool.calling import Function
 from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, instances, remove_all, routers, wait
-from tests.pooling import BIN, agents, cp, job, ok, serving
+from tests.pooling import BIN, agents, cp, job, kill_all, ok, read_proc, serving
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs(*NEEDS)
 
@@ -46,7 +47,7 @@ class Running:
 
     def end(self) -> tuple[int, str, str]:
         """(exit code, answer, errors)."""
-        out, err = self._child.communicate(timeout=90)
+        out, err = self._child.communicate(timeout=90 * SLOW)
         return self._child.returncode, out, err
 
 
@@ -54,10 +55,11 @@ def hosts(base: Path) -> list[int]:
     """Processes that hold the lock of a function host."""
     found = []
     for path in base.glob("pool/agents/*/calls/lock"):
-        inode = path.stat().st_ino
+        status = path.stat()
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()
-            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+            if words[1] == "FLOCK" and words[5] == place:
                 found.append(int(words[4]))
     return found
 
@@ -133,14 +135,14 @@ def test_that_a_program_had_no_memory_left_is_said(many: int) -> None:
 
 def test_a_function_host_that_is_killed_leaves_calls_of_which_the_outcome_is_unknown(base: Path) -> None:
     deploy("mark", "python:h:mark", "--max", 1)
-    running = Running("mark", "a", 2)
+    running = Running("mark", "a", 600)
     (host,) = hosts(base)
     os.kill(host, signal.SIGKILL)
     code, out, err = running.end()
     assert (code, out) == (7, "") and "outcome unknown" in err
     assert answer("mark", {"name": "b", "s": 0}) == "b", "a new host, and a new instance"
     assert times("mark", "begun a") == 1, "it was not done again"
-    running = Running("mark", "twice", 2, "--idempotent")
+    running = Running("mark", "twice", 5 * SLOW, "--idempotent")
     (host,) = hosts(base)
     os.kill(host, signal.SIGKILL)
     assert running.end()[:2] == (0, '"twice"\n')
@@ -152,8 +154,7 @@ def test_an_agent_that_is_killed_disturbs_no_call(base: Path) -> None:
     running = Running("mark", "a", 4)
     (host,) = hosts(base)
     killed = [pid for pid in agents(base) if pid != host]
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(killed)
     assert running.end()[:2] == (0, '"a"\n')
     wait(lambda: '"state": "ready"' in ok("nodes", "--json"), 40)
     assert answer("mark", {"name": "b", "s": 0}) == "b" and len(instances("mark")) == 1
@@ -202,7 +203,7 @@ def test_a_map_goes_on_over_a_router_that_is_killed_and_no_line_is_lost(base: Pa
     first = [child.stdout.readline() for _ in range(20)]
     os.kill(routers(base)[0], signal.SIGKILL)
     rest = child.stdout.read()
-    assert child.wait(60) == 0 and "".join(first) + rest == '"slept"\n' * many
+    assert child.wait(60 * SLOW) == 0 and "".join(first) + rest == '"slept"\n' * many
 
 
 def test_calls_go_on_without_a_controller(base: Path) -> None:
@@ -212,8 +213,8 @@ def test_calls_go_on_without_a_controller(base: Path) -> None:
     pid = next(
         int(name)
         for name in filter(str.isdigit, os.listdir("/proc"))
-        if Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")[1:3] == [os.fsencode(BIN / "cpool"), b"serve"]
-        and f"CAFS_POOL={base}/pool".encode() in Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+        if read_proc(name, "cmdline").split(b"\0")[1:3] == [os.fsencode(BIN / "cpool"), b"serve"]
+        and f"CAFS_POOL={base}/pool".encode() in read_proc(name, "environ").split(b"\0")
     )
     os.kill(pid, signal.SIGKILL)
     assert running.end()[:2] == (0, '"a"\n')
@@ -225,7 +226,7 @@ def test_calls_go_on_without_a_controller(base: Path) -> None:
         assert answer("other", 1) == 1, "and it is the new one's router now"
         ok("fn", "rm", "mark", "other")
         controller.terminate()
-        controller.wait(30)
+        controller.wait(30 * SLOW)
     subprocess.Popen([BIN / "cpool", "serve"])  # for whoever comes next; it ends with the fixture's `down`
     wait(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
 
@@ -236,7 +237,7 @@ def test_a_caller_that_is_interrupted_takes_its_call_back(base: Path) -> None:
     running._child.send_signal(signal.SIGINT)
     assert running.end()[0] == 130
     began = time.monotonic()
-    assert answer("mark", {"name": "b", "s": 0}) == "b" and time.monotonic() - began < 10
+    assert answer("mark", {"name": "b", "s": 0}) == "b" and time.monotonic() - began < 10 * SLOW
     assert times("mark", "done a") == 0
 
 
@@ -274,7 +275,7 @@ def test_a_clock_that_jumps_by_a_day_in_mid_call_changes_nothing(
             assert cp("wait", number).returncode == 0 and job(number)["submitted_s"] < time.time() - 80_000, "it is seen"  # type: ignore[operator]
         finally:
             cp("down", "--grace", "0")
-            controller.wait(60)
+            controller.wait(60 * SLOW)
             end_all(tmp_path)
 
 

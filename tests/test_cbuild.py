@@ -30,6 +30,7 @@ from tests.conftest import BIN, wait_until
 from tests.faultproxy import free_port
 from tests.test_build import make_context
 from tests.test_commit import image_of
+from tests.waiting import SLOW
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox"), pytest.mark.usefixtures("image")]
 TEXT = "FROM b:1\nARG V=1\nCOPY a /a\nRUN cat /a > /b; echo $V\n"
@@ -37,7 +38,7 @@ TEXT = "FROM b:1\nARG V=1\nCOPY a /a\nRUN cat /a > /b; echo $V\n"
 
 def cbuild(*words: object, **options: object) -> subprocess.CompletedProcess[bytes]:
     command = [str(BIN / "cbuild"), *map(str, words)]
-    options.setdefault("timeout", 60)
+    options["timeout"] = options.get("timeout", 60) * SLOW
     return subprocess.run(command, capture_output=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
@@ -111,7 +112,7 @@ def test_a_download_that_ends_too_early_is_an_error(context: Path, answer: bytes
         for words, given in ((["-"], f"FROM scratch\nADD {url} /f\n".encode()), ([url], b"")):
             done = cbuild(*words, input=given)
             assert done.returncode == 7 and b"cannot fetch" in done.stderr, done.stderr
-        thread.join(10)
+        thread.join(10 * SLOW)
 
 
 @pytest.mark.needs("git")
@@ -455,7 +456,7 @@ def test_two_builds_at_once_of_one_thing_give_one_image(context: Path) -> None:
     (context / "a").write_text(os.urandom(8).hex())
     command = [BIN / "cbuild", "-q", context]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
-    found = [one.communicate(timeout=60) for one in running]
+    found = [one.communicate(timeout=60 * SLOW) for one in running]
     assert all(one.returncode == 0 for one in running), found
     again = digest(context)
     assert again == digest(context)
@@ -596,7 +597,7 @@ def test_a_signal_ends_a_build_at_once_and_leaves_nothing_of_the_step(context: P
         while b"started" not in (line := build.stderr.readline()):
             assert line
         build.send_signal(number)
-        assert build.wait(10) == 128 + number
+        assert build.wait(10 * SLOW) == 128 + number
     for name in ("RUN", "STATE"):
         for directory, _, files in os.walk(os.environ[f"CAFS_{name}"]):
             assert not [one for one in files if secret.encode() in (Path(directory) / one).read_bytes()], directory

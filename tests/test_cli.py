@@ -15,6 +15,7 @@ import click
 import pytest
 
 from tests.conftest import BIN, Run
+from tests.waiting import SLOW
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_ctrl_c_is_130(home: Path, cmd: Run) -> None:
             child.stdin.write(b"d 755 0 0 0 - - - - /%06d\n" % number)
         child.stdin.flush()
         child.send_signal(signal.SIGINT)
-        assert child.wait(20) == 130
+        assert child.wait(20 * SLOW) == 130
         assert child.stderr.read() == b""
 
 

@@ -19,6 +19,7 @@ import pytest
 from cafs import mountinfo
 from tests.conftest import BIN, Run, lazy_pids, mounts_below, wait_until
 from tests.crunning import crun, leftovers, make_rootfs, until
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox")
 
@@ -68,7 +69,7 @@ def test_arguments_after_the_image_are_the_commands(image: Path) -> None:
 def test_a_container_is_a_filter(image: Path) -> None:
     data = os.urandom(3 << 20)
     done = subprocess.run(
-        [BIN / "crun", "run", "--rm", "-i", "b:1", "cat"], input=data, capture_output=True, timeout=60, check=True
+        [BIN / "crun", "run", "--rm", "-i", "b:1", "cat"], input=data, capture_output=True, timeout=60 * SLOW, check=True
     )
     assert done.stdout == data
     assert crun("b:1", "cat", input="not read").stdout == ""
@@ -142,7 +143,7 @@ def test_a_terminal_is_given_with_t(image: Path) -> None:
         while data := read_terminal(master):
             seen += data
         assert b"a42z" in seen
-        assert child.wait(30) == 5
+        assert child.wait(30 * SLOW) == 5
     os.close(master)
 
 
@@ -156,7 +157,7 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 def test_signals_reach_the_command(image: Path, number: signal.Signals) -> None:
     with start("b:1", "sh", "-c", f"trap 'exit 33' {number.value}; echo ready; while :; do sleep 0.05; done") as child:
         child.send_signal(number)
-        assert child.wait(30) == 33
+        assert child.wait(30 * SLOW) == 33
 
 
 def test_a_command_ended_by_a_signal_is_128_and_its_number(image: Path) -> None:
@@ -164,10 +165,12 @@ def test_a_command_ended_by_a_signal_is_128_and_its_number(image: Path) -> None:
 
 
 def test_a_container_whose_state_was_removed_dies_with_its_crun_all_the_same(image: Path) -> None:
-    with start("b:1", "sh", "-c", "echo ready; exec sleep 4343.5") as child:
+    with start("b:1", "sh", "-c", f"echo ready; exec sleep 4343.{os.getpid()}") as child:
         shutil.rmtree(image / "run" / "runc")
         child.kill()
-    assert until(lambda: not subprocess.run(["pgrep", "-f", "sleep 4343.5"], capture_output=True, check=False).stdout)
+    assert until(
+        lambda: not subprocess.run(["pgrep", "-f", f"sleep 4343.{os.getpid()}"], capture_output=True, check=False).stdout
+    )
 
 
 _ENDED_AT = """
@@ -203,7 +206,7 @@ def test_a_crun_that_is_killed_at_each_change_of_its_state_leaves_nothing(image:
 def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: signal.Signals) -> None:
     """From before its first line to after the command runs: whoever is left tidies up."""
     for delay_ms in range(0, 200, 40):
-        loop = "trap 'exit 0' TERM; while :; do sleep 0.05; done; true 4141.5"
+        loop = f"trap 'exit 0' TERM; while :; do sleep 0.05; done; true 4141.{os.getpid()}"
         child = subprocess.Popen([BIN / "crun", "run", "--rm", "--name", "early", "b:1", "sh", "-c", loop])
         time.sleep(delay_ms / 1000)  # the moment is what is tested
         for _ in range(30):
@@ -216,7 +219,7 @@ def test_a_crun_that_is_ended_at_any_moment_leaves_nothing(image: Path, number: 
         # As above.
         assert until(lambda: not [p for p in leftovers(image) if "/alive/" not in p]), (delay_ms, leftovers(image))
     assert crun("b:1", "true").returncode == 0
-    assert subprocess.run(["pgrep", "-f", "true 4141.5"], capture_output=True, check=False).returncode == 1
+    assert subprocess.run(["pgrep", "-f", f"true 4141.{os.getpid()}"], capture_output=True, check=False).returncode == 1
 
 
 def test_what_a_crash_of_the_machine_leaves_is_removed_by_the_next_container(image: Path) -> None:
@@ -234,7 +237,7 @@ def test_a_container_with_very_deep_directories_keeps_its_exit_code_and_leaves_n
 
 def test_a_name_taken_over_from_a_killed_crun_stays_with_its_new_holder(image: Path) -> None:
     for _ in range(4):
-        with start("--name", "web", "b:1", "sh", "-c", "echo ready; exec sleep 4040.5") as old:
+        with start("--name", "web", "b:1", "sh", "-c", f"echo ready; exec sleep 4040.{os.getpid()}") as old:
             old.kill()
             old.wait()
             assert until(lambda: crun("--name", "web", "b:1", "true").returncode == 0)
@@ -266,7 +269,7 @@ def test_output_that_cannot_be_written_is_an_error(image: Path, tmp_path: Path) 
             os.write(out.fileno(), bytes(4096))
             done = subprocess.run(
                 [BIN / "crun", "run", "--rm", "-u", "joe", "b:1", "sh", "-c", "echo important"],
-                stdout=out, stderr=subprocess.PIPE, check=False, timeout=60,
+                stdout=out, stderr=subprocess.PIPE, check=False, timeout=60 * SLOW,
             )  # fmt: skip
         assert done.returncode == 125 and b"No space left on device" in done.stderr
     finally:
@@ -295,11 +298,11 @@ def test_the_root_directory_is_as_in_the_image(home: Path, tmp_path: Path, cmd: 
 
 
 def test_a_container_dies_with_a_killed_crun_and_leaves_nothing(image: Path) -> None:
-    with start("--name", "victim", "b:1", "sh", "-c", "echo ready; exec sleep 4242.5") as child:
+    with start("--name", "victim", "b:1", "sh", "-c", f"echo ready; exec sleep 4242.{os.getpid()}") as child:
         child.kill()
         child.wait()
     assert until(lambda: not leftovers(image)), leftovers(image)
-    assert subprocess.run(["pgrep", "-f", "sleep 4242.5"], capture_output=True, check=False).returncode == 1
+    assert subprocess.run(["pgrep", "-f", f"sleep 4242.{os.getpid()}"], capture_output=True, check=False).returncode == 1
 
 
 def test_a_name_is_taken_while_its_container_runs(image: Path) -> None:
@@ -315,7 +318,7 @@ def test_containers_share_one_mount_that_goes_with_the_last(home: Path, tmp_path
     make_rootfs(tmp_path / "rootfs")
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "b:1").returncode == 0
     children = [subprocess.Popen([BIN / "crun", "run", "--rm", "b:1", "sh", "-c", f"exit {n}"]) for n in range(8)]
-    assert [child.wait(60) for child in children] == list(range(8))
+    assert [child.wait(60 * SLOW) for child in children] == list(range(8))
     assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
 
 
@@ -326,10 +329,10 @@ def test_a_container_that_starts_beside_a_long_one_does_not_wait_for_it(home: Pa
     for _ in range(5):
         with subprocess.Popen([BIN / "crun", "run", "--rm", "-i", "b:1", "cat"], stdin=subprocess.PIPE) as long:
             others = [subprocess.Popen([BIN / "crun", "run", "--rm", "b:1", "true"]) for _ in range(3)]
-            assert [other.wait(30) for other in others] == [0] * 3
+            assert [other.wait(30 * SLOW) for other in others] == [0] * 3
             assert long.stdin
             long.stdin.close()
-            assert long.wait(30) == 0
+            assert long.wait(30 * SLOW) == 0
         assert until(lambda: not leftovers(tmp_path)), leftovers(tmp_path)
 
 
@@ -395,7 +398,7 @@ def test_run_loads_neither_click_nor_other_slow_modules(image: Path) -> None:
         "assert main(['run', '--rm', 'b:1', 'true']) == 0\n"
         f"print([m for m in {slow} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60 * SLOW, check=False)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
@@ -444,7 +447,7 @@ def test_a_pipe_that_is_carried_holds_more(image: Path) -> None:
     reader, writer = os.pipe()
     try:
         command = [BIN / "crun", "run", "-i", "--rm", "--network", "none", "b:1", "true"]
-        subprocess.run(command, stdin=reader, check=True, timeout=60)
+        subprocess.run(command, stdin=reader, check=True, timeout=60 * SLOW)
         assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) == 1 << 20
     finally:
         os.close(reader)
@@ -483,7 +486,7 @@ def test_the_runtime_knows_nothing_of_the_callers_environment(image: Path, tmp_p
         environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "n"), "LISTEN_FDS": "3"}
         for words in ([], ["-d"]):
             command = [BIN / "crun", "run", *words, "--name", "told", "--network", "none", "b:1", "echo", "x"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30 * SLOW, check=False)
             assert done.returncode == 0, done.stderr
             assert subprocess.run([BIN / "crun", "rm", "-f", "told"], capture_output=True, check=False).returncode == 0
 

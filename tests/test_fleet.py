@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
 from tests.functioning import routers
-from tests.pooling import DYING, PLAIN, agents, cp, job, ok
+from tests.pooling import DYING, PLAIN, agents, cp, job, kill_all, ok
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "sshd")
 
@@ -95,8 +97,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
         found = Aws(cloud, tmp_path / "pool")
         found.configure()
         yield found
-    for pid in [*agents(tmp_path), *routers(tmp_path)]:
-        os.kill(pid, signal.SIGKILL)
+    kill_all([*agents(tmp_path), *routers(tmp_path)])
 
 
 def machines() -> list[dict[str, object]]:
@@ -156,10 +157,7 @@ def test_a_controller_that_is_killed_with_sigkill_while_it_launches_launches_not
     killed = 0
     for step, when in ((2, "before"), (1, "after"), (2, "after"), (3, "before")):
         with subprocess.Popen([sys.executable, "-c", DYING, str(step), when]) as dying:
-            try:
-                killed += dying.wait(8) == -signal.SIGKILL
-            except subprocess.TimeoutExpired:
-                dying.kill()
+            killed += dying.wait(60 * SLOW) == -signal.SIGKILL
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         wait_until(lambda: cp("wait", number).returncode == 0, 40)
         wait_until(lambda: not aws.instances("running", "pending"), 20)
@@ -172,12 +170,21 @@ def test_answers_that_go_wrong_on_the_wire_are_understood(aws: Aws) -> None:
     """Throttled, lost after it was done, an empty list; as boto3 raises them."""
     faults = {"RunInstances": ["throttle", "lost"], "DescribeInstances": [None, "throttle", "empty", "lost"]}
     faults["TerminateInstances"] = ["throttle", "lost"]
-    aws.cloud.fault = lambda action, number: (faults.get(action, [])[number - 1 : number] or [None])[0]
+    is_seen = threading.Event()  # until then nothing is launched: what is wrong is said for as long as it is
+
+    def fault(action: str, number: int) -> str | None:
+        if action == "RunInstances" and not is_seen.is_set():
+            return "throttle"
+        left = faults.get(action, [])
+        return left.pop(0) if left else None
+
+    aws.cloud.fault = fault
     aws.configure(machines=1, idle_s=0.5)
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         wait_until(lambda: cp("nodes").returncode == 0)
         number = ok("submit", *PLAIN, "--workdir", "/", "--", "true").strip()
         wait_until(lambda: "RequestLimitExceeded" in cp("cloud", "ls").stderr)
+        is_seen.set()
         wait_until(lambda: cp("wait", number).returncode == 0, 60)
         wait_until(lambda: not aws.instances("running", "pending"), 30)
         controller.terminate()
@@ -192,7 +199,7 @@ def test_down_ends_machines_and_strangers_of_other_pools_are_left_alone(aws: Aws
         wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
         assert ok("cloud", "ls", "-q").strip() == ok("nodes", "-q").strip() and "0.1000 an hour" in ok("cloud", "ls")
         ok("down", "--grace", "0")
-        assert controller.wait(30) == 0
+        assert controller.wait(30 * SLOW) == 0
     assert [one["InstanceId"] for one in aws.instances("running", "pending")] == [other]
 
 
@@ -245,8 +252,7 @@ def gce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GCE]:
             text.replace("region =", "project =").replace("price = 0.1", "price = 0.1\nspot = true")
         )
         yield found
-    for pid in agents(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(agents(tmp_path))
 
 
 def test_machines_of_gce_come_and_go_too_whatever_goes_wrong_on_the_wire(gce: GCE) -> None:
@@ -296,12 +302,13 @@ def test_a_machine_that_nobody_is_connected_to_powers_itself_off_and_no_other_do
     alive = tmp_path / "alive"
     alive.touch()
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with subprocess.Popen(["sh", tmp_path / "deadman", alive, "2", "1"], env=path) as loop:
-        for second in range(1, 4):
+    limit = str(max(round(4 * SLOW), 4))  # it looks once a second, and may see nothing new for so many
+    with subprocess.Popen(["sh", tmp_path / "deadman", alive, limit, "1"], env=path) as loop:
+        for second in range(1, 7):
             with pytest.raises(subprocess.TimeoutExpired):
                 loop.wait(1)
             os.utime(alive, (second * 100, second * 100))
-        assert loop.wait(10) == 0
+        assert loop.wait(10 * SLOW) == 0
     assert (tmp_path / "called").read_text() == "-h now\n"
 
 

@@ -20,8 +20,9 @@ import pytest
 from pool.calling import Function
 from tests.faultproxy import free_port
 from tests.functioning import NEEDS, answer, deploy, end_all, functions_at, shown, wait
-from tests.pooling import BIN, cp, ok, serving
+from tests.pooling import BIN, cp, kill_all, ok, read_proc, serving
 from tests.test_pool import servers  # noqa: F401  (fixture)
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs(*NEEDS)
 TOML = '[tenants.a]\nusers = ["1234"]\ncalls = 2\n'
@@ -48,11 +49,11 @@ def gateway(*more: object, port: int = 0) -> Iterator[int]:
             yield port
         finally:
             child.send_signal(signal.SIGTERM)
-            assert child.wait(10) == 143
+            assert child.wait(10 * SLOW) == 143
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60 * SLOW)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     found = connection.getresponse()
     return found.status, found.read()
@@ -119,7 +120,7 @@ def test_a_gateway_is_for_this_machine_unless_it_is_told_otherwise_and_has_tls(b
     deploy("echo", "python:h:echo", "--cpus", "0.3")
     with gateway("--public", "--cert", tmp_path / "cert.pem", "--key", tmp_path / "key.pem") as port:
         context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20 * SLOW, context=context)
         connection.request("POST", "/echo", b"1", {"Authorization": f"Bearer {token}"})
         assert connection.getresponse().read() == b"1"
 
@@ -171,8 +172,7 @@ def test_functions_run_on_a_worker_behind_ssh_and_a_lost_one_is_not_asked_twice(
                 assert list(size.map(["y" * number for number in range(200)])) == [["str", number] for number in range(200)]
             call = ok("fn", "spawn", "mark", input='{"name":"a","s":4}').strip()
             wait(lambda: "begun a" in ok("fn", "logs", "mark"))
-            for pid in sessions(tmp_path / "server0"):  # the connections; the worker lives
-                os.kill(pid, signal.SIGKILL)
+            kill_all(sessions(tmp_path / "server0"))  # the connections; the worker lives
             assert ok("fn", "result", "--wait", call) == '"a"\n'
             assert ok("fn", "logs", "mark").count("begun a") == 1
             words = [BIN / "cpool", "fn", "call", "mark"]
@@ -183,7 +183,7 @@ def test_functions_run_on_a_worker_behind_ssh_and_a_lost_one_is_not_asked_twice(
                 wait(lambda: "begun b" in ok("fn", "logs", "mark"))
                 began = time.monotonic()
                 lose(tmp_path / "server0")
-                assert child.wait(60) == 7 and 3 < time.monotonic() - began < 20
+                assert child.wait(60 * SLOW) == 7 and 3 < time.monotonic() - began < 20 * SLOW
                 assert "outcome unknown" in child.stderr.read()
             controller.kill()
     finally:
@@ -200,24 +200,19 @@ def end_containers(place: Path) -> None:
     def left() -> list[int]:
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
+            words = read_proc(name, "cmdline").split(b"\0")
             if os.fsencode(place) in b" ".join(words) and b"run" in words and any(one.endswith(b"cafs-run") for one in words):
                 found.append(int(name))
         return found
 
-    for pid in left():
-        if Path(f"/proc/{pid}/comm").read_text() != "cafs-guard\n":  # that one cleans up
-            os.kill(pid, signal.SIGKILL)
+    kill_all(pid for pid in left() if read_proc(pid, "comm") != b"cafs-guard\n")  # that one cleans up
     wait(lambda: not left())
 
 
 def listener(place: Path) -> int:
     """The sshd of a directory."""
     for name in filter(str.isdigit, os.listdir("/proc")):
-        title = Path(f"/proc/{name}/cmdline").read_bytes()
+        title = read_proc(name, "cmdline")
         if title.startswith((b"sshd:", b"/usr/sbin/sshd")) and os.fsencode(place / "config") in title:
             return int(name)
     raise AssertionError(place)
@@ -225,7 +220,7 @@ def listener(place: Path) -> int:
 
 def below(pid: int) -> list[int]:
     """Its children."""
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(one) for one in read_proc(pid, f"task/{pid}/children").split()]
 
 
 def sessions(place: Path) -> list[int]:
@@ -236,6 +231,4 @@ def lose(place: Path) -> None:
     """Nobody answers there any more."""
     pid = listener(place)
     children = below(pid)
-    os.kill(pid, signal.SIGKILL)
-    for one in children:
-        os.kill(one, signal.SIGKILL)
+    kill_all([pid, *children])

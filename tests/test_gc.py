@@ -225,7 +225,7 @@ def test_creating_pushing_mounting_and_collecting_at_once_lose_nothing(
 
     def write(number: int) -> None:
         chance = random.Random(number)
-        while time.monotonic() < end:
+        while time.monotonic() < end or rounds["collections"] < 3:
             name, ref = chance.choice("abc"), f"w{number}:1"
             made = cmd("cafs-index", "create", trees[name], "-t", ref)
             if made.returncode:
@@ -241,8 +241,9 @@ def test_creating_pushing_mounting_and_collecting_at_once_lose_nothing(
             rounds["writers"] += 1
 
     def sweep(store: Path) -> None:
-        while time.monotonic() < end:
+        while time.monotonic() < end or rounds["collections"] < 3:
             if not (store / "cafs-store.json").exists():
+                time.sleep(0.05)
                 continue
             done = subprocess.run(
                 [BIN / "cafs-store", "gc", "--grace", "0", "-q", "--store", store], capture_output=True, check=False

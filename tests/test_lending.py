@@ -16,6 +16,7 @@ from cafs.backend import Backend, open_backend
 from cafs.errors import RemoteError
 from pool import frames, lent, streams
 from pool.lending import Lender, Stream
+from tests.waiting import SLOW
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_files_and_parts_of_them_are_read_by_many_at_once(lent_store: tuple[Path
     for one in threads:
         one.start()
     for one in threads:
-        one.join(30)
+        one.join(30 * SLOW)
     assert found == [True] * 24
     assert backend.read_tail("small", 4) == (b"6789", 10) and backend.read("empty", 9) == b""
     assert backend.read_range("small", 20, 5) == b"", "beyond its end"
@@ -84,7 +85,7 @@ def test_readers_see_an_error_when_the_controller_is_gone(
     connection.sendall(b"GET /small HTTP/1.1\r\nHost: x\r\n\r\n")
     assert connection.recv(12) == b"HTTP/1.1 200"
     lent_store[2].shutdown(socket.SHUT_RDWR)
-    connection.settimeout(5)
+    connection.settimeout(5 * SLOW)
     while connection.recv(4096):
         pass
 
@@ -99,7 +100,7 @@ def test_what_a_worker_should_not_send_ends_its_channel_and_takes_no_memory(tmp_
         thread = threading.Thread(target=Lender(str(tmp_path), here.recv, here.sendall).run, daemon=True)
         thread.start()
         there.sendall(said)
-        thread.join(10)
+        thread.join(10 * SLOW)
         assert not thread.is_alive()
     stream = Stream(1, lambda _: None)
     for _ in range(100):

@@ -23,6 +23,7 @@ from cafs.cache import Cache
 from cafs.digest import PLAIN
 from cafs.store import Store
 from tests.conftest import Run
+from tests.waiting import SLOW, until
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
 
@@ -182,9 +183,7 @@ def test_a_server_told_to_stop_twice_serves_its_last_user(small: Path, cmd: Run,
     pid = server_pid(cmd, small)
     with open(small / "a", "rb") as file:
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while os.path.ismount(small) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: not os.path.ismount(small), 10)
         os.kill(pid, signal.SIGTERM)
         assert file.read() == b"a" * 5000
 
@@ -277,7 +276,7 @@ def server_pid(cmd: Run, point: Path) -> int:
 def end_and_wait(pid: int, number: int) -> None:
     fd = os.pidfd_open(pid)
     os.kill(pid, number)
-    assert select.select([fd], [], [], 10)[0]
+    assert select.select([fd], [], [], 10 * SLOW)[0]
     os.close(fd)
 
 
@@ -383,7 +382,7 @@ def test_who_waits_for_anothers_fetch_fetches_by_himself_at_last(small: Path, tm
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
         begin = time.monotonic()
         fd = cache.open(digest, PLAIN)
-        assert 0.5 < time.monotonic() - begin < 10
+        assert 0.5 < time.monotonic() - begin < 10 * SLOW
         assert os.pread(fd, 6000, 0) == b"a" * 5000
         os.close(fd)
 
@@ -406,7 +405,7 @@ def test_an_ordinary_user_can_mount(home: Path, tmp_path: Path) -> None:
     def as_user(module: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", interpreter, "-c", program, module]
         return subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, env=environment, check=False, timeout=60, cwd=base
+            [*command, *map(str, arguments)], capture_output=True, env=environment, check=False, timeout=60 * SLOW, cwd=base
         )
 
     device_mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)

@@ -19,6 +19,7 @@ from cafs.collect import collect
 from cafs.store import Store
 from tests.conftest import Run, lazy_pids, make_files, mounts_below, wait_until
 from tests.faultproxy import Proxy, free_port
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "busybox")
 ORDER = ["90", "5", "33", "71", "2"]
@@ -152,10 +153,10 @@ def test_two_profiles_with_one_large_file_come_without_waiting_for_each_other(
     shutil.rmtree(home / "cache")
     began = time.monotonic()
     for image, point in (("x:1", "k"), ("y:1", "k2")):
-        assert kernel(image, tmp_path / point, "--timeout", "20").returncode == 0
+        assert kernel(image, tmp_path / point, "--timeout", 20 * SLOW).returncode == 0
     for point in ("k", "k2"):
         run(tmp_path / point, tree)
-    assert time.monotonic() - began < 15, "less than the limit, which a deadlock ends with"
+    assert time.monotonic() - began < 15 * SLOW, "less than the limit, which a deadlock ends with"
 
 
 @pytest.mark.needs("root", "fuse", "runc", "busybox")

@@ -18,7 +18,7 @@ from cafs.indexing import Options, create_image
 from cafs.locator import contents
 from cafs.store import Store
 from cafs.tree import Tree
-from tests.conftest import Run
+from tests.conftest import Run, wait_until
 
 EACH = 64 << 10
 
@@ -130,10 +130,7 @@ def test_a_mount_keeps_the_quota_and_counts(home: Path, tmp_path: Path, cmd: Run
     point = tmp_path / "mnt"
     point.mkdir()
     assert cmd("cafs-mount", "--engine", "fuse", "old:1", point).returncode == 0
-    deadline = time.monotonic() + 20
-    while sum(filled.held("old") + filled.held("new")) == 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: sum(filled.held("old") + filled.held("new")) != 20, 20)
     for number, data in enumerate(filled.content["old"]):
         assert (point / f"{number}").read_bytes() == data
     assert cmd("cafs-mount", "--unmount", point).returncode == 0

@@ -16,9 +16,11 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.crunning import make_rootfs
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox", "unshare", "setpriv", "newuidmap")
-USER, FIRST, COUNT = 51500, 3_000_000, 65536
+SLOT = os.getpid() % 4096  # another suite on this machine has other ids
+USER, FIRST, COUNT = 50_000 + SLOT, 3_000_000 + SLOT * 65536, 65536
 PROGRAM = "import sys; sys.argv[0] = 'x'; import importlib; importlib.import_module(sys.argv.pop(1)).entry()"
 
 
@@ -65,7 +67,7 @@ class Ordinary:
         command = [shutil.which("unshare"), "-m", "/bin/sh", "-c", binds + 'exec "$@"', "sh", *drop, *map(str, words)]
         options.setdefault("env", self.environment)
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, cwd=self.base / "home", **options
+            command, capture_output=True, text=True, check=False, timeout=60 * SLOW, cwd=self.base / "home", **options
         )  # type: ignore[call-overload,no-any-return]
 
     def ok(self, *words: object, **options: object) -> str:

@@ -25,6 +25,7 @@ from cafs import atomic
 from tests.conftest import BIN, Run
 from tests.crunning import leftovers, make_rootfs, until
 from tests.test_containers import LOOP, background, cr, cr_bytes, monitors, ok, read_until, state
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox", "nft", "ip")
 
@@ -57,7 +58,7 @@ def test_files_and_devices_of_the_host_are_not_reached_through_standard_streams(
         )
         with open(tmp_path / "in", "rb") as given, open(tmp_path / "out", "ab") as out:
             subprocess.run(
-                [BIN / "crun", *words, "sh", "-c", script], stdin=given, stdout=out, stderr=-3, check=False, timeout=60
+                [BIN / "crun", *words, "sh", "-c", script], stdin=given, stdout=out, stderr=-3, check=False, timeout=60 * SLOW
             )
         assert (tmp_path / "in").read_text() == "original" and (tmp_path / "out").read_text() == "before\noriginalafter\n"
         assert all(stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o644 for name in ("in", "out"))
@@ -109,7 +110,8 @@ def test_a_container_does_not_reach_the_hosts_loopback(image: Path) -> None:
         listener.bind(("127.0.0.1", 29999))
         listener.settimeout(0.5)
         ok("run", "--rm", "b:1", "true")  # so that there is a bridge
-        mac = Path("/sys/class/net/cafs0/address").read_text().strip()
+        shown = subprocess.run(["ip", "-j", "link", "show", "cafs0"], capture_output=True, check=True).stdout
+        mac = json.loads(shown)[0]["address"]  # not by /sys, which is of the network that the machine began with
         done = cr("run", "--rm", *HOST, "b:1", "/usr/bin/python3", "-c", FRAME, mac)
         assert done.returncode == 0, done.stderr
         with pytest.raises(TimeoutError):
@@ -136,13 +138,13 @@ def test_what_the_caller_had_open_is_not_kept_by_the_monitor(image: Path, tmp_pa
 def test_a_start_that_is_killed_after_the_runtime_leaves_nothing_that_runs(
     image: Path, wrapped: Callable[[str, str], Path]
 ) -> None:
-    identity = ok("create", "--name", "cut", "--network", "none", "b:1", "sleep", "555.5").strip()
+    identity = ok("create", "--name", "cut", "--network", "none", "b:1", "sleep", f"555.{os.getpid()}").strip()
     wrapper = wrapped("runc", 'case "$*" in *" run "*) "$real" "$@"; kill -9 $PPID;; *) exec "$real" "$@";; esac')
     assert cr("start", "cut").returncode != 0
     wrapper.unlink()
     assert (
         "Created" in ok("ps", "-a")
-        and subprocess.run(["pgrep", "-f", "sleep 555.5"], check=False, capture_output=True).returncode == 1
+        and subprocess.run(["pgrep", "-f", f"sleep 555.{os.getpid()}"], check=False, capture_output=True).returncode == 1
     )
     ok("start", "cut")
     assert state("cut")["Running"] is True
@@ -208,13 +210,16 @@ def test_a_new_volume_is_seen_whole_or_not_at_all(home: Path, tmp_path: Path, cm
     assert cmd("cafs-index", "create", tmp_path / "rootfs", "-t", "s:1").returncode == 0
     run = [BIN / "crun", "run", "--rm", "--network", "none", "-v", "new:/seed", "s:1", "sh", "-c", "ls /seed | wc -l"]
     children = [subprocess.Popen(run, stdout=subprocess.PIPE) for _ in range(4)]
-    assert [child.communicate(timeout=60)[0].split() for child in children] == [[b"300"]] * 4
+    assert [child.communicate(timeout=60 * SLOW)[0].split() for child in children] == [[b"300"]] * 4
 
 
 @pytest.mark.parametrize("flags", [["--timeout", "3000000"], ["--health-cmd", "true", "--health-interval", "60d"]])
-def test_times_of_months_are_waited_for(image: Path, flags: list[str]) -> None:
-    identity = background("long", *flags, "b:1", "sh", "-c", "sleep 1; exit 4")
-    assert len(monitors(identity)) == 1 and ok("wait", "long") == "4\n"
+def test_times_of_months_are_waited_for(image: Path, tmp_path: Path, flags: list[str]) -> None:
+    wait = "until test -f /go/go; do sleep 0.02; done"
+    identity = background("long", "-v", f"{tmp_path}:/go", *flags, "b:1", "sh", "-c", f"{wait}; exit 4")
+    assert until(lambda: len(monitors(identity)) == 1)
+    (tmp_path / "go").touch()
+    assert ok("wait", "long") == "4\n"
     assert cr("run", "--rm", "--network", "none", *flags, "b:1", "sh", "-c", "exit 5").returncode == 5
     ok("rm", "long")
     background("long", "b:1", "sh", "-c", LOOP)
@@ -233,8 +238,8 @@ def test_a_terminal_carries_both_ways_at_once(image: Path) -> None:
         writer = threading.Thread(target=lambda: (child.stdin.write(data), child.stdin.flush()))  # type: ignore[union-attr]
         writer.start()
         assert child.stdout.read(len(data)) == data
-        writer.join(30)
-        assert child.wait(30) == 0
+        writer.join(30 * SLOW)
+        assert child.wait(30 * SLOW) == 0
 
 
 def test_a_window_that_changes_after_the_terminal_was_closed_ends_nothing(image: Path) -> None:
@@ -246,7 +251,7 @@ def test_a_window_that_changes_after_the_terminal_was_closed_ends_nothing(image:
         time.sleep(0.5)  # so that the terminal is closed
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 11, 22, 0, 0))
         child.send_signal(signal.SIGWINCH)
-        assert child.wait(20) == 5
+        assert child.wait(20 * SLOW) == 5
     os.close(slave)
     os.close(master)
 
@@ -275,16 +280,16 @@ def test_stop_ends_a_container_that_is_just_being_started(image: Path, wrapped: 
         assert until(lambda: "slow" in cr("ps", "-a").stdout)
         began = time.monotonic()
         ok("stop", "-t", "1", "slow")
-        assert time.monotonic() - began < 20
-        starting.wait(20)
+        assert time.monotonic() - began < 20 * SLOW
+        starting.wait(20 * SLOW)
     assert state("slow")["Running"] is False
     ok("rm", "slow")
 
 
 def test_the_end_is_not_waited_for_beyond_process_one(image: Path) -> None:
     began = time.monotonic()
-    done = cr("run", "--rm", "--network", "none", "--pid", "host", "b:1", "sh", "-c", "sleep 30 & exit 4")
-    assert done.returncode == 4 and time.monotonic() - began < 20
+    done = cr("run", "--rm", "--network", "none", "--pid", "host", "b:1", "sh", "-c", "sleep 1000 & exit 4")
+    assert done.returncode == 4 and time.monotonic() - began < 20 * SLOW
 
 
 def test_start_attached_misses_nothing_of_a_short_command(image: Path) -> None:
@@ -299,19 +304,21 @@ def test_input_is_kept_until_it_is_read_and_the_exit_code_comes_whatever_is_read
     identity = ok("create", "-i", "--network", "none", "b:1", "sh", "-c", "sleep 2; wc -c").strip()
     assert (
         subprocess.run(
-            [BIN / "crun", "start", "-ai", identity], input=bytes(3_000_000), capture_output=True, check=True, timeout=60
+            [BIN / "crun", "start", "-ai", identity], input=bytes(3_000_000), capture_output=True, check=True, timeout=60 * SLOW
         ).stdout
         == b"3000000\n"
     )
     ok("rm", identity)
     identity = ok("create", "-i", "--network", "none", "b:1", "sh", "-c", "sleep 0.5; head -n 1; exit 7").strip()
     command = f"yes | {BIN}/crun start -ai {identity}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=60)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=60 * SLOW)
     assert (done.stdout, done.returncode) == (b"y\n", 7)
     ok("rm", identity)
     background("att", "-i", "b:1", "sh", "-c", "sleep 0.5; head -n 1; exit 8")
     assert (
-        subprocess.run(["sh", "-c", f"yes | {BIN}/crun attach att"], capture_output=True, check=False, timeout=60).returncode
+        subprocess.run(
+            ["sh", "-c", f"yes | {BIN}/crun attach att"], capture_output=True, check=False, timeout=60 * SLOW
+        ).returncode
         == 8
     )
     ok("rm", "att")
@@ -351,7 +358,7 @@ def test_a_foreground_container_is_up_since_it_was_started(image: Path) -> None:
         assert " second" in ok("ps") and "week" not in ok("ps")
         assert child.stdin
         child.stdin.close()
-        assert child.wait(30) == 0
+        assert child.wait(30 * SLOW) == 0
     rows = [json.loads(line)["event"] for line in ok("events", "--filter", "container=fore").splitlines()]
     assert rows == ["create", "start", "die", "destroy"]
 
@@ -364,7 +371,7 @@ def test_an_archive_keeps_its_hard_links_and_follows_the_containers_links(image:
     (tmp_path / "t" / "a").write_text("one")
     os.link(tmp_path / "t" / "a", tmp_path / "t" / "b")
     data = subprocess.run(["tar", "c", "-C", tmp_path / "t", "a", "b", "var/run/f"], capture_output=True, check=True).stdout
-    subprocess.run([BIN / "crun", "cp", "-", "tar:/"], input=data, check=True, timeout=60)
+    subprocess.run([BIN / "crun", "cp", "-", "tar:/"], input=data, check=True, timeout=60 * SLOW)
     assert ok("exec", "tar", "sh", "-c", "cat /tmp/f; stat -c %h /a") == "through2\n"
     evil = tmp_path / "evil.tar"
     code = f"import tarfile; t = tarfile.open('{evil}', 'w'); i = tarfile.TarInfo('x'); i.type = tarfile.LNKTYPE; i.linkname = '../../etc/shadow'; t.addfile(i)"
@@ -456,7 +463,7 @@ def test_a_small_text_is_overwritten_whole(tmp_path: Path) -> None:
 def test_an_archive_that_nobody_reads_to_its_end_ends_as_a_pipe_does(image: Path) -> None:
     ok("create", "--name", "cc", "b:1", "true")
     line = f"set -o pipefail; {BIN}/crun cp cc:/bin - | head -c 1"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, check=False, timeout=60)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=False, timeout=60 * SLOW)
     assert (done.returncode, done.stderr) == (141, b"")
     ok("rm", "cc")
 

@@ -16,10 +16,11 @@ import pytest
 
 from tests.conftest import BIN
 from tests.crunning import until
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "runc", "busybox", "nft", "ip", "curl")
 Crun = Callable[..., "subprocess.CompletedProcess[str]"]
-HOST = "cafstest"
+HOST = f"cafstest{os.getpid()}"
 ADDRESS = "192.0.2.77"
 HOST_PROGRAMS = [
     word for name in ("usr", "lib", "lib64") if os.path.isdir(f"/{name}") for word in ("-v", f"/{name}:/{name}:ro")
@@ -33,7 +34,7 @@ def inside() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
 
     def run(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = ["nsenter", f"--net=/run/netns/{HOST}", *map(str, words)]
-        options.setdefault("timeout", 60)
+        options["timeout"] = options.get("timeout", 60) * SLOW
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
     try:
@@ -74,7 +75,7 @@ def await_server(cr: Crun, name: str) -> None:
 
 
 def fetch(run: Crun, url: str) -> str:
-    return run("curl", "-s", "-m", "3", url).stdout
+    return run("curl", "-s", "-m", 3 * SLOW, url).stdout
 
 
 def test_a_published_port_answers_everywhere_and_goes_with_its_container(cr: Crun, inside: Crun) -> None:
@@ -213,7 +214,7 @@ def test_addresses_are_leased_once_and_given_back(cr: Crun, image: Path) -> None
         )
         for _ in range(8)
     ]
-    assert all(command.wait(60) == 0 for command in commands)
+    assert all(command.wait(60 * SLOW) == 0 for command in commands)
     found = [json.loads(cr("inspect", name).stdout)["NetworkSettings"]["IPAddress"] for name in cr("ps", "-q").stdout.split()]
     assert len(set(found)) == 8 and len(list((image / "run" / "networks" / "bridge").iterdir())) == 8
     assert cr("rm", "-f", *cr("ps", "-q").stdout.split()).returncode == 0
@@ -272,7 +273,7 @@ def test_hosts_resolvers_and_dns_flags(cr: Crun, tmp_path: Path) -> None:
     ):
         script = f"mount --bind {tmp_path}/own /etc/resolv.conf && exec {BIN}/crun run --rm {words} b:1 cat /etc/resolv.conf"
         command = ["nsenter", f"--net=/run/netns/{HOST}", "unshare", "-m", "sh", "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 * SLOW)
         assert done.stdout == wanted, done.stderr
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.53\nnameserver 192.0.2.53\nsearch here\n")
     script = f"mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec {BIN}/crun run --rm b:1 cat /etc/resolv.conf"
@@ -281,7 +282,7 @@ def test_hosts_resolvers_and_dns_flags(cr: Crun, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=60 * SLOW,
     )
     assert done.stdout == "nameserver 192.0.2.53\nsearch here\n", done.stderr
 
@@ -361,7 +362,7 @@ def test_no_program_of_the_host_gets_a_port_that_is_published(cr: Crun, inside: 
                 )
         assert cr("restart", "-t", "0", "web").returncode == 0 if words else True
         assert cr("rm", "-f", "web").returncode == 0
-        child.communicate(timeout=30)
+        child.communicate(timeout=30 * SLOW)
         assert inside(sys.executable, "-c", BIND).stdout.split() == free
 
 

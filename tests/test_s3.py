@@ -18,6 +18,7 @@ from cafs.indexing import Options, create_image
 from cafs.store import Store, open_or_init
 from tests.conftest import Run
 from tests.faultproxy import Proxy, free_port
+from tests.waiting import SLOW
 
 SECRET = "verysecretaccesskey"
 
@@ -135,7 +136,7 @@ def test_a_server_without_conditional_writes_is_written_to_with_a_warning(
 def test_what_breaks_once_is_tried_again(
     bucket: Bucket, tree: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "READ_S", 1.0)
+    monkeypatch.setattr(s3, "READ_S", 1.0 * SLOW)
     create_image(Options(str(tree)), bucket.url, "a:1")
     store = Store(bucket.url)
     done: list[str] = []

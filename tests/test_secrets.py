@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pool import hiding
 from pool.processes import Job
 from tests.conftest import wait_until
-from tests.pooling import PLAIN, cp, job, ok
+from tests.pooling import PLAIN, cp, job, ok, read_proc
 
 VALUE = "hunter2-verysecret"
 
@@ -33,16 +34,12 @@ def test_a_job_reads_its_secret_and_nobody_else_does(pool: Path, controller: obj
     )
     number = ok("submit", *PLAIN, "--secret", "TOKEN", "--", "sh", "-c", script).strip()
     wait_until(lambda: (tmp_path / "place").exists() and "a" in cp("logs", number).stderr)
-    assert cp("logs", number).stdout.endswith(f"400,{os.environ.get('USER', 'root')}\n"), (
+    assert cp("logs", number).stdout.endswith(f"400,{pwd.getpwuid(os.geteuid()).pw_name}\n"), (
         "what may be the beginning of it is held back"
     )
     place = Path((tmp_path / "place").read_text().strip())
     assert place.is_relative_to("/dev/shm") and (place / "TOKEN").read_text() == VALUE
-    arguments = b"".join(
-        Path(f"/proc/{pid}/cmdline").read_bytes()
-        for pid in filter(str.isdigit, os.listdir("/proc"))
-        if os.path.exists(f"/proc/{pid}/cmdline")
-    )
+    arguments = b"".join(read_proc(pid, "cmdline") for pid in filter(str.isdigit, os.listdir("/proc")))
     assert VALUE.encode() not in arguments
     (tmp_path / "go").touch()
     assert cp("wait", number).returncode == 0

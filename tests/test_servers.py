@@ -30,6 +30,7 @@ from cafs.store import Store
 from cafs.stream import Stream
 from tests.conftest import BIN, Run, mounts_below, pid_of, wait_until
 from tests.test_fuse import kill
+from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
 ENGINES = pytest.mark.parametrize("engine", ["kernel", "fuse"])
@@ -133,7 +134,7 @@ def test_a_worker_that_cannot_begin_is_eio_and_nobody_hangs(
     (tmp_path / "logs").touch()
     (state,) = (home / "run" / ("lazy" if engine == "kernel" else "fuse")).iterdir()
     os.kill(pid_in(state, "worker"), signal.SIGKILL)
-    reading = subprocess.run(["cat", point / "1"], capture_output=True, timeout=30, check=False)
+    reading = subprocess.run(["cat", point / "1"], capture_output=True, timeout=30 * SLOW, check=False)
     assert reading.returncode == 1 and b"Input/output error" in reading.stderr
     assert cmd("cafs-mount", "--engine", engine, "x:1", other, timeout=60).returncode == 0
     assert (other / "2").read_bytes() == (tree / "2").read_bytes()
@@ -151,9 +152,9 @@ def test_what_is_cached_is_read_while_many_others_wait(home: Path, tmp_path: Pat
     time.sleep(1)  # until all of them wait
     began = time.monotonic()
     assert (tmp_path / "mnt" / "0").read_bytes() == (tree / "0").read_bytes()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 5 * SLOW
     os.rename(home / "away", home / "store")
-    assert [one.wait(60) for one in waiting] == [0] * 40
+    assert [one.wait(60 * SLOW) for one in waiting] == [0] * 40
 
 
 def test_a_server_told_to_end_leaves_other_mounts_alone(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
@@ -207,7 +208,7 @@ def test_the_foreground_is_listed_and_does_not_stop_a_reload(home: Path, tmp_pat
         assert cmd("cafs-mount", "--reload").returncode == 0
         assert cmd("cafs-mount", "--unmount", other).returncode == 0
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0 and server.stderr and server.stderr.read() == b""
+        assert server.wait(20 * SLOW) == 0 and server.stderr and server.stderr.read() == b""
     assert list((home / "run" / "fuse").iterdir()) == list((home / "run" / "mounts").iterdir()) == []
 
 
@@ -274,7 +275,7 @@ def test_a_profile_that_hangs_holds_up_nobody_for_long(home: Path, tmp_path: Pat
         stream = Stream(cache, ["profiles/x/default"], lambda digest: pytest.fail("no file"), lambda digest: None)
         began = time.monotonic()
         stream.wait(b"d" * 32)  # nobody runs it: its list never comes
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 5 * SLOW
 
 
 @pytest.mark.needs("root")
@@ -346,7 +347,7 @@ def test_two_mounts_at_once_are_one(home: Path, tmp_path: Path, tree: Path, cmd:
     for engine in ("kernel", "fuse"):
         command = [BIN / "cafs-mount", "--engine", engine, "x:1", tmp_path / "mnt"]
         both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
-        assert [one.wait(60) for one in both] == [0, 0]
+        assert [one.wait(60 * SLOW) for one in both] == [0, 0]
         assert cmd("cafs-mount", "--unmount", tmp_path / "mnt").returncode == 0
         assert not os.path.ismount(tmp_path / "mnt")
 

@@ -17,6 +17,7 @@ from cafs.indexing import Options, create_image
 from cafs.store import Store
 from tests.conftest import BIN, Run
 from tests.faults import calls_of, run_with_fault
+from tests.waiting import SLOW
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_pack_that_is_seen_late_is_waited_for_on_a_network_file_system_only(
         return real(where)
 
     monkeypatch.setattr(os, "listdir", listdir)
-    threading.Thread(target=lambda: (asked.wait(10), aside.rename(path)), daemon=True).start()
+    threading.Thread(target=lambda: (asked.wait(10 * SLOW), aside.rename(path)), daemon=True).start()
     assert store.read_object(digest) == b"first content " * 100
     assert asked.is_set()
 

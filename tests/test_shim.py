@@ -19,6 +19,7 @@ import pytest
 
 from pool import calls
 from pool import shim as module
+from tests.waiting import SLOW
 
 HANDLERS = """
 import asyncio, time
@@ -75,11 +76,11 @@ def served(handler: str, many: int) -> Iterator[Peer]:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{place}/host/socket")
             listener.listen()
-            listener.settimeout(20)
+            listener.settimeout(20 * SLOW)
             code = START.format(root=str(Path(module.__file__).parents[1]), place=place)
             with subprocess.Popen([sys.executable, "-c", code, f"h:{handler}", str(many)], cwd=place) as process:
                 connection = listener.accept()[0]
-                connection.settimeout(5)
+                connection.settimeout(5 * SLOW)
                 peer = Peer(process, connection)
                 try:
                     while json.loads(peer.next()[3])["is"] != "ready":

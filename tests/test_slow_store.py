@@ -8,22 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run
+from tests.waiting import SLOW, wait_until
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3")
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -40,13 +34,13 @@ def control(home: Path, tmp_path: Path, cmd: Run, monkeypatch: pytest.MonkeyPatc
     with subprocess.Popen(
         [sys.executable, Path(__file__).parent / "slowfs.py", tmp_path / "store", tmp_path / "slow", control]
     ) as server:
-        until(lambda: os.path.exists(tmp_path / "slow" / "cafs-store.json"))
+        wait_until(lambda: os.path.exists(tmp_path / "slow" / "cafs-store.json"))
         monkeypatch.setenv("CAFS_STORE", str(tmp_path / "slow"))
         yield control
         (control / "hold").unlink(missing_ok=True)
         for point in ("one", "two", "slow"):
             subprocess.run(["umount", "-l", tmp_path / point], capture_output=True, check=False)
-        server.wait(20)
+        server.wait(20 * SLOW)
 
 
 def pack_reads(control: Path) -> list[str]:
@@ -66,7 +60,7 @@ def test_a_read_that_the_store_never_answers_is_eio_in_time_and_works_later(
         begin = time.monotonic()
         with pytest.raises(OSError) as caught:
             (tmp_path / "one" / name).read_bytes()
-        assert caught.value.errno == errno.EIO and 0.9 < time.monotonic() - begin < 10
+        assert caught.value.errno == errno.EIO and 0.9 < time.monotonic() - begin < 10 * SLOW
     assert len(os.listdir(tmp_path / "one")) == 3, "what needs no store is answered meanwhile"
     log = (tmp_path / "log").read_text()
     what = "'/a'" if engine == "fuse" else hashlib.sha256((tmp_path / "tree" / "a").read_bytes()).hexdigest()
@@ -83,10 +77,10 @@ def test_each_object_is_fetched_once_however_many_processes_and_threads_ask(cont
     (control / "hold").touch()
     with ThreadPoolExecutor(12) as pool:
         reads = [pool.submit((tmp_path / point / name).read_bytes) for point in ("one", "two") for name in ("a", "b") * 3]
-        until(lambda: len(pack_reads(control)) - before >= 1)
+        wait_until(lambda: len(pack_reads(control)) - before >= 1)
         time.sleep(0.5)  # time for whoever would fetch a second time; no more than that can be waited for
         (control / "hold").unlink()
-        contents = {read.result(30) for read in reads}
+        contents = {read.result(30 * SLOW) for read in reads}
     assert contents == {(tmp_path / "tree" / name).read_bytes() for name in ("a", "b")}
     fetched = [line.split()[1] for line in pack_reads(control)[before:]]
     assert len(fetched) == len(set(fetched)), "no part of a pack was read twice"

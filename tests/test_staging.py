@@ -19,6 +19,7 @@ from pool.processes import Job
 from tests.conftest import BIN, wait_until
 from tests.crunning import leftovers
 from tests.pooling import PLAIN, agents, cp, job, ok, serving
+from tests.waiting import SLOW
 
 
 def test_files_go_to_a_job_and_come_back_from_it(pool: Path, controller: object, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_command_runs_in_the_container_of_a_job(image: Path, pool: Path, contr
         patch.setenv("TERM", "xterm")
         main, other = os.openpty()
         with subprocess.Popen([BIN / "cpool", "exec", "-it", number, "tty"], stdin=other, stdout=other, stderr=other) as child:
-            assert child.wait(30) == 0
+            assert child.wait(30 * SLOW) == 0
         assert b"/dev/pts/" in os.read(main, 4096)
     ok("cancel", number, "--grace", "0")
     cp("wait", number)
@@ -232,7 +233,7 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
                     break
                 done.append(int(refused.stdout))
             assert refused.returncode in (1, 7) and "Traceback" not in refused.stderr, refused.stderr
-            said = one.communicate(timeout=30)[1]
+            said = one.communicate(timeout=30 * SLOW)[1]
             assert one.returncode == 1 and "cpool: cannot write the state of the pool: database or disk is full" in said, said
         finally:
             one.kill()
@@ -259,13 +260,16 @@ def test_a_plain_job_that_says_what_memory_it_needs_gets_no_more_and_nothing_of_
     free = ok(*run).strip()
     assert cp("wait", limited).returncode == 137 and cp("wait", free).returncode == 0
     assert 90 << 20 < job(limited)["usage"]["memory"] < 200 << 20 and job(free)["usage"]["memory"] > 300 << 20  # type: ignore[index]
-    script = "env -i setsid sh -c 'sleep 4747.5 & exec sleep 4747.5' & sleep 4747.5"
+    script = f"env -i setsid sh -c 'sleep 4747.{os.getpid()} & exec sleep 4747.{os.getpid()}' & sleep 4747.{os.getpid()}"
     number = ok("submit", *PLAIN, "--", "sh", "-c", script).strip()
     wait_until(
-        lambda: len(subprocess.run(["pgrep", "-f", "^sleep 4747.5"], capture_output=True, check=False).stdout.split()) == 3
+        lambda: (
+            len(subprocess.run(["pgrep", "-f", f"^sleep 4747.{os.getpid()}"], capture_output=True, check=False).stdout.split())
+            == 3
+        )
     )
     ok("cancel", number, "--grace", "0")
     cp("wait", number)
-    assert subprocess.run(["pgrep", "-f", "sleep 4747.5"], capture_output=True, check=False).stdout == b""
+    assert subprocess.run(["pgrep", "-f", f"sleep 4747.{os.getpid()}"], capture_output=True, check=False).stdout == b""
     place = Path(str(next((pool / "agents").glob("*.local")).name))
     wait_until(lambda: not [one for top in Path("/sys/fs/cgroup").glob("*/cafs-jobs") for one in (top / place).glob("*/")])

@@ -26,6 +26,7 @@ from cafs.tar import Member, Reader
 from cafs.tarindex import MemberReader, TreeIndexer, tar_tree
 from tests.conftest import Run
 from tests.test_mount import make_everything
+from tests.waiting import SLOW
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors" / "tar"
 OWN = Path(__file__).parent / "vectors" / "tar"
@@ -381,7 +382,7 @@ def peak_mib(data: bytes) -> tuple[int, str]:
         "except CorruptError as error: said = str(error)\n"
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) >> 10, said[:200])"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False, timeout=60 * SLOW)
     assert done.returncode == 0, done.stderr
     peak, _, said = done.stdout.decode().partition(" ")
     return int(peak), said

@@ -23,9 +23,10 @@ from pool.tenants import Tenants, Usage
 from pool.workers import Remote
 from tests.conftest import wait_until
 from tests.pooling import PLAIN, agents, cp, job, ok, serving, serving_with
+from tests.waiting import SLOW
 
 SPEC = {"memory": 0, "gpus": 0}
-TOML = '[tenants.a]\nusers = ["1234"]\ncpus = 1\njobs = 3\n[tenants.b]\nusers = ["nobody"]\nshare = 2\n'
+TOML = '[tenants.a]\nusers = ["1234"]\ncpus = 0.7\njobs = 3\n[tenants.b]\nusers = ["nobody"]\nshare = 2\n'
 
 
 def a_job(number: int, tenant: str = "", cpus: float = 1.0, priority: int = 0) -> SimpleNamespace:
@@ -141,17 +142,17 @@ def test_a_quota_is_kept_and_is_the_reason_that_is_said(shared_pool: Path, tmp_p
         "--tenant",
         "a",
         "--cpus",
-        "0.6",
+        "0.4",
         "--",
         "sh",
         "-c",
         f"until test -f {tmp_path}/go; do sleep 0.05; done; echo $CPOOL_TENANT",
     )
     first, second = (ok(*run).strip() for _ in range(2))
-    other = ok("submit", *PLAIN, "--cpus", "0.6", "--", "true").strip()
+    other = ok("submit", *PLAIN, "--cpus", "0.4", "--", "true").strip()
     assert cp("wait", other).returncode == 0, "others go past it"
     wait_until(lambda: job(first)["state"] == "running")
-    assert job(second)["waits"] == "quota: a has 0.6 of 1 cpus"
+    assert job(second)["waits"] == "quota: a has 0.4 of 0.7 cpus"
     (tmp_path / "go").touch()
     assert cp("wait", first, second).returncode == 0 and ok("logs", second) == "a\n"
     assert cp("submit", *PLAIN, "--tenant", "zz", "--", "true").returncode == 4
@@ -201,9 +202,10 @@ def test_more_processors_are_given_away_than_there_are_if_that_is_wanted(pool: P
     assert remote().free(1.5).cpus == 6 and remote().free().cpus == 4
     (pool / "pool.toml").write_text("[pool]\novercommit = 4\n")
     with serving():
-        many = os.cpu_count() or 1
-        numbers = [ok("submit", *PLAIN, "--", "sleep", "60").strip() for _ in range(2 * many)]
-        wait_until(lambda: all(job(one)["state"] == "running" for one in numbers))
+        half = len(os.sched_getaffinity(0)) / 2
+        ok("submit", *PLAIN, "--cpus", half, "--array", "1-9", "--", "sleep", "1000")
+        wait_until(lambda: [json.loads(line)["state"] for line in ok("jobs", "--json").splitlines()].count("running") == 8)
+        assert job(9)["state"] == "queued", "eight halves are four times as much as there is"
         ok("down", "--grace", "0")
 
 
@@ -244,7 +246,7 @@ def test_an_agent_that_hears_no_controller_ends_a_strict_job_and_no_other(
     pool: Path,
     tmp_path: Path,
 ) -> None:
-    with serving_with("from pool import specs; specs.STRICT_S = 1.0"):
+    with serving_with(f"from pool import specs; specs.STRICT_S = {2.0 * SLOW}"):
         run = ("sh", "-c", f"echo $$ >{tmp_path}/$CPOOL_JOB; while :; do sleep 0.05; done")
         strict, easy = (ok("submit", *PLAIN, *flags, "--cpus", "0.1", "--", *run).strip() for flags in (("--strict",), ()))
         wait_until(lambda: all((tmp_path / one).exists() and (tmp_path / one).read_text() for one in (strict, easy)))

@@ -16,6 +16,7 @@ from runner import containers, idmapping
 from tests.conftest import BIN
 from tests.crunning import crun, until
 from tests.test_containers import cr, ok
+from tests.waiting import SLOW
 
 pytestmark = [pytest.mark.needs("root", "fuse", "runc", "busybox", "unshare"), pytest.mark.usefixtures("entered")]
 AUTO = ("--userns", "auto", "--network", "none")
@@ -141,6 +142,6 @@ def test_ids_that_the_administrator_gives_to_containers_are_taken(tmp_path: Path
     )
     crun_run = [BIN / "crun", "run", "--rm", *AUTO, BASE, "cat", "/proc/self/uid_map"]
     command = ["unshare", "-m", "/bin/sh", "-c", binds + 'exec "$@"', "sh", *crun_run]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 * SLOW)
     assert done.stdout.split() == ["0", "1000000", "65536"], done.stderr
     assert os.path.isdir(paths.run())

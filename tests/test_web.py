@@ -19,6 +19,7 @@ from cafs.indexing import Exclusion, Options, create_image
 from cafs.store import Store
 from tests.conftest import Run
 from tests.faultproxy import FAULTS, Proxy, free_port
+from tests.waiting import SLOW, wait_until
 
 pytestmark = pytest.mark.needs("busybox")
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.needs("busybox")
 @pytest.fixture
 def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy before a plain web server before a store with the image w:1; limits of seconds, not minutes."""
-    for name, seconds in (("DEADLINE_S", 6.0), ("_READ_S", 1.0), ("_WAIT_S", 0.02)):
+    for name, seconds in (("DEADLINE_S", 6.0 * SLOW), ("_READ_S", 1.0 * SLOW), ("_WAIT_S", 0.02)):
         monkeypatch.setattr(web, name, seconds)
     tree = tmp_path / "tree"
     tree.mkdir()
@@ -37,10 +38,7 @@ def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     port = free_port()
     with subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(tmp_path)]) as server:
         try:
-            deadline = time.monotonic() + 10
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
             with Proxy(("127.0.0.1", port)) as proxy:
                 monkeypatch.setenv("CAFS_STORE", f"{proxy.url}/origin")
                 yield proxy
@@ -135,7 +133,7 @@ def test_whatever_the_network_does_it_ends_in_right_bytes_or_a_clear_error(
     except CafsError as error:
         outcome = "error"
         assert "Traceback" not in str(error) and error.exit_code in (4, 5, 7), error
-    assert time.monotonic() - begin < 30 and done
+    assert time.monotonic() - begin < 30 * SLOW and done
     if fault in ("redirect", "no-ranges") or (how == "once" and fault not in ("403", "404", "redirect-loop")):
         assert outcome == "right", "what passes is tried again"
     elif how == "always":
@@ -193,7 +191,7 @@ def test_an_answer_that_says_it_is_endless_is_refused_at_once(home: Path, tmp_pa
     threading.Thread(target=serve, daemon=True).start()
     begin = time.monotonic()
     done = cmd("cafs-store", "ls", "--store", f"http://127.0.0.1:{listener.getsockname()[1]}/x")
-    assert done.returncode == 1 and b"larger than 65536 bytes" in done.stderr and time.monotonic() - begin < 10
+    assert done.returncode == 1 and b"larger than 65536 bytes" in done.stderr and time.monotonic() - begin < 10 * SLOW
     listener.close()
 
 
