@@ -9,7 +9,7 @@ import posixpath
 import re
 from dataclasses import dataclass, replace
 
-from builder.patterns import Ignore, glob, has_wildcard, os_bytes
+from builder.patterns import Ignore, glob, has_wildcard, os_bytes, os_text
 from cafs import format as fmt
 from cafs.errors import CafsError, NotFound, quote
 
@@ -100,7 +100,7 @@ def _step(top: Node, match: Match, part: str) -> Iterator[Match]:
         return
     wanted = glob(part)
     for name in node.children():
-        if wanted.fullmatch(name) and (child := node.child(name)):
+        if wanted.fullmatch(os_text(name)) and (child := node.child(name)):
             yield Match(child, _join(match.name, name))
 
 

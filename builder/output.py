@@ -36,6 +36,11 @@ def write(store: Store, found: Image, place: str, tags: tuple[str, ...]) -> None
         destination.write(found, store, place, threads, tags[0] if tags else None, merges=True, codec=codec)
 
 
+def is_stdout(text: str) -> bool:
+    """Whether DEST is standard output, which nothing else may then be written to.  Raises UsageError."""
+    return bool(re.fullmatch(r"(?:(?:oci|docker)-archive:)?-(?::.*)?", _read(text, ())[1]))
+
+
 def _read(text: str, tags: tuple[str, ...]) -> tuple[str, str, str]:
     """(docker's type, '' if none was given; in our spelling; how layers are compressed).  Raises UsageError."""
     if not text.startswith("type="):

@@ -25,13 +25,18 @@ def has_wildcard(text: str) -> bool:
     return bool(_WILD.search(re.sub(r"\\.", "", text)))
 
 
-def glob(pattern: str) -> re.Pattern[bytes]:
-    """One component of a path: *, ?, [a-z], [^a-z] and \\ before a character.  Raises PatternError."""
-    return re.compile(os_bytes(_segments(pattern, "[^/]", deep=False)), re.DOTALL)
+def glob(pattern: str) -> re.Pattern[str]:
+    """For one component of a path, as `os_text` has it: *, ?, [a-z], [^a-z] and \\ before a character.  Raises PatternError."""
+    return re.compile(_segments(pattern, "[^/]", deep=False), re.DOTALL)
 
 
 def os_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+def os_text(name: bytes) -> str:
+    """A name in characters, as Go matches them; a byte that is none of UTF-8 counts as one."""
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _segments(pattern: str, one: str, *, deep: bool) -> str:
@@ -86,7 +91,7 @@ def _class(inner: str, pattern: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    regex: re.Pattern[bytes]
+    regex: re.Pattern[str]
     is_exception: bool
     prefix: bytes
     """What is literal at its beginning: an exception may be in a directory that begins so."""
@@ -105,8 +110,8 @@ class Ignore:
 
     def matches(self, path: bytes) -> bool:
         """Whether a path is left out: the last rule decides that matches it, or a directory above it."""
-        parts = path.split(b"/")
-        above = [b"/".join(parts[: count + 1]) for count in range(len(parts))]
+        parts = os_text(path).split("/")
+        above = ["/".join(parts[: count + 1]) for count in range(len(parts))]
         found = False
         for rule in self._rules:
             if rule.is_exception == found and any(rule.regex.fullmatch(one) for one in above):
@@ -133,7 +138,7 @@ def _rule(line: str) -> _Rule | None:
         return None
     literal = re.match(r"[^*?\[\\]*", text)
     prefix = literal[0] if literal else ""
-    return _Rule(re.compile(os_bytes(_segments(text, "[^/]", deep=True)), re.DOTALL), is_exception, os_bytes(prefix))
+    return _Rule(re.compile(_segments(text, "[^/]", deep=True), re.DOTALL), is_exception, os_bytes(prefix))
 
 
 def read_ignore(data: bytes) -> Ignore:

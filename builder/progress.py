@@ -57,7 +57,10 @@ class Progress:
 
 
 class Plain(Progress):
-    """A line each, for logs; groups and annotations where GitHub Actions reads them."""
+    """A line each, for logs; groups and annotations where GitHub Actions reads them.
+
+    Groups cannot be inside one another: of steps that run at once the first is shown, the others are when it has ended.
+    """
 
     def __init__(self, out: TextIO) -> None:
         super().__init__()
@@ -66,21 +69,36 @@ class Plain(Progress):
         self._is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
         self._began: dict[int, float] = {}
         self._last = 0
+        self._shown = 0
+        self._waiting: dict[int, list[str]] = {}
 
     def begin(self, number: int, title: str) -> None:
         super().begin(number, title)
-        self._say(f"{'::group::' if self._is_grouped else ''}#{number} {title}")
         self._began[number] = time.monotonic()
+        if self._is_grouped and self._shown:
+            self._waiting[number] = []
+        self._shown = self._shown or number
+        self._say(number, f"{'::group::' if self._is_grouped else ''}#{number} {title}")
 
-    def _say(self, text: str) -> None:
-        self._out.write(("" if self._is_at_start else "\n") + (text + "\n" if text else ""))
+    def _say(self, number: int, text: str) -> None:
+        """A line of a step, or of nobody (0)."""
+        waiting = self._waiting.get(number)
+        is_at_start = self._is_at_start if waiting is None else not waiting or waiting[-1].endswith("\n")
+        line = ("" if is_at_start else "\n") + (text + "\n" if text else "")
+        if waiting is not None:
+            waiting.append(line)
+            return
+        self._out.write(line)
         self._out.flush()
         self._is_at_start = True
 
     def output(self, number: int, data: bytes) -> None:
         text = data.decode("utf-8", "replace")
+        if number in self._waiting:
+            self._waiting[number].append(text)
+            return
         if not self._is_at_start and number != self._last:
-            self._say("")
+            self._say(number, "")
         self._last = number
         for line in text.splitlines(keepends=True):
             if self._is_at_start:
@@ -91,22 +109,41 @@ class Plain(Progress):
 
     def done(self, number: int, seconds: float, added: int) -> None:
         super().done(number, seconds, added)
-        self._end(f"#{number} DONE {seconds:.1f}s")
+        self._end(number, f"#{number} DONE {seconds:.1f}s")
 
     def cached(self, number: int, saved: float) -> None:
         super().cached(number, saved)
-        self._end(f"#{number} CACHED")
+        self._end(number, f"#{number} CACHED")
 
-    def _end(self, text: str) -> None:
-        self._say(text)
-        if self._is_grouped:
-            self._say("::endgroup::")
+    def _end(self, number: int, text: str) -> None:
+        self._say(number, text)
+        if not self._is_grouped:
+            return
+        self._say(number, "::endgroup::")
+        del self._began[number]
+        if number == self._shown:
+            self._show_waiting()
+
+    def _show_waiting(self) -> None:
+        """Show what has ended meanwhile, and then of one that still runs what it has said."""
+        self._shown = 0
+        for number in sorted(self._waiting, key=lambda one: one in self._began):
+            text = "".join(self._waiting.pop(number))
+            self._out.write(text)
+            self._is_at_start = text.endswith("\n")
+            if number in self._began:
+                self._shown = number
+                break
+        self._out.flush()
 
     def failed(self, tail: bytes) -> None:
-        self._say("::endgroup::" if self._is_grouped else "")
+        self._say(0, "::endgroup::" if self._is_grouped and self._shown else "")
+        while self._waiting:
+            self._show_waiting()
+            self._say(0, "::endgroup::" if self._shown else "")
 
     def warn(self, text: str) -> None:
-        self._say(f"{'::warning::' if self._is_grouped else 'cbuild: warning: '}{text}")
+        self._say(0, f"{'::warning::' if self._is_grouped else 'cbuild: warning: '}{text}")
 
 
 class Json(Progress):

@@ -78,6 +78,7 @@ def main(context: str, **given: object) -> int:
     Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 7 network, 8 missing
     program.  Full manual: man cbuild
     """
+    from builder.output import is_stdout
     from cafs.errors import CafsError
     from cafs.refs import split_ref
 
@@ -88,8 +89,20 @@ def main(context: str, **given: object) -> int:
             rootless.enter()
         for ref in [*built.texts(given["tags"]), *_pairs(given["cache_images"], "--cache-mount-to").values()]:
             split_ref(ref)
+        if given["check"]:
+            return _check(context, None if given["file"] is None else str(given["file"]), _request(given), given["store"])
         with ExitStack() as stack:
-            return _build(_progress(str(given["how"]), stack, is_quiet=bool(given["quiet"])), context, given)
+            progress = _progress(str(given["how"]), stack, is_quiet=bool(given["quiet"]))
+            digest = _build(progress, context, given)
+        # Not while a live display owns the terminal.
+        if given["explain"]:
+            built.explain(progress)
+        if not any(is_stdout(one) for one in built.texts(given["outputs"])):
+            click.echo(digest)
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: interrupted\n")
+        raise
     except CafsError as error:
         _annotate(str(error))
         raise
@@ -116,7 +129,8 @@ def _progress(how: str, stack: ExitStack, *, is_quiet: bool) -> Progress:
     return saying.chosen(how, is_quiet=is_quiet)
 
 
-def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
+def _build(progress: Progress, context: str, given: dict[str, object]) -> str:
+    """Build and write all that was asked for; returns the image's digest."""
     from builder import cache, cachemounts, scratch
     from builder.build import Build
     from cafs.store import open_or_init
@@ -125,8 +139,6 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
 
     request, tags = _request(given), built.texts(given["tags"])
     file = None if given["file"] is None else str(given["file"])
-    if given["check"]:
-        return _check(context, file, request, given["store"])
     scratch.tidy()
     opened_store = open_or_init(store_root(None if given["store"] is None else str(given["store"])))
     with Writer(opened_store) as writer, opened(context, file, writer) as (dockerfile, found):
@@ -145,11 +157,7 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> int:
         cachemounts.export(request, opened_store.root, identity, ref)
     built.write(opened_store, made, tuple(tags), given)
     built.write_reports(progress, context if context != "-" else "standard input", read | {dockerfile.name}, given)
-    if given["explain"]:
-        built.explain(progress)
-    if not {"-", "type=tar"} & set(built.texts(given["outputs"])):  # which have standard output for themselves
-        click.echo(made.digest.hex())
-    return 0
+    return made.digest.hex()
 
 
 def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str, str]:

@@ -115,7 +115,7 @@ def tree_of(made: images.Image) -> Index:
 
 def described(index: Index, path: str, spec: str) -> str:
     """What is at a path, with the parts that the spec has."""
-    number = index.find(path.encode())
+    number = index.find(path.encode("utf-8", "surrogateescape"))
     if number is None:
         return ""
     wanted = SPEC.fullmatch(spec)

@@ -230,9 +230,39 @@ def test_make_knows_what_an_image_is_made_of(context: Path, tmp_path: Path) -> N
     assert "COPY a /" in page and "3 from the cache" in page
 
 
+def test_a_terminal_keeps_the_digest(context: Path) -> None:
+    """It is printed after the display has been taken away, not into it."""
+    main, terminal = pty.openpty()
+    with subprocess.Popen([BIN / "cbuild", context], stdout=terminal, stderr=terminal, env=os.environ | {"TERM": "xterm"}):
+        os.close(terminal)
+        said = b""
+        try:
+            while data := os.read(main, 65536):
+                said += data
+        except OSError:
+            pass  # the end, as Linux has it
+    os.close(main)
+    after = said[said.rindex(b"\x1b[") :] if b"\x1b[" in said else said
+    assert re.search(rb"(?:^|\n)[0-9a-f]{64}\r\n$", said) and b"[+] building" not in after
+
+
+@pytest.mark.parametrize("kind", ["type=docker", "type=oci", "type=tar", "-", "docker-archive:-:x:1"])
+def test_an_archive_on_standard_output_is_all_that_is_there(context: Path, kind: str) -> None:
+    done = cbuild("-q", "-o", kind, context)
+    assert done.returncode == 0 and len(done.stdout) % 512 == 0 and done.stdout.endswith(bytes(1024))
+
+
 def test_actions_get_groups(context: Path) -> None:
     said = cbuild(context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
     assert said.count("::group::#") == said.count("::endgroup::") == 2
+    both = "FROM b:1 AS {0}\nRUN for i in $(seq 20); do echo {0}$i; sleep 0.02; done; echo {0} > /{0}\n"
+    text = both.format("one") + both.format("two") + "FROM b:1\nCOPY --from=one /one /\nCOPY --from=two /two /\n"
+    said = cbuild("-", input=text.encode(), env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
+    marks = re.findall("^::(?:end)?group::", said, re.MULTILINE)
+    assert marks == ["::group::", "::endgroup::"] * 4, "none inside another"
+    for name in ("one", "two"):
+        group = re.search(f"::group::#[0-9]+ .*echo {name}\\$i.*?::endgroup::", said, re.DOTALL)
+        assert group and all(f"{name}{number}\n" in group[0] for number in range(1, 21))
     (context / "Dockerfile").write_text("FROM b:1\n  RUNN x\n")
     said = cbuild(".", cwd=context, env=os.environ | {"GITHUB_ACTIONS": "true"}).stderr.decode()
     assert "::error file=Dockerfile,line=2,col=3::unknown instruction 'RUNN' (did you mean RUN?)\n" in said
