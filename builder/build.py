@@ -16,7 +16,7 @@ from builder.patterns import os_bytes
 from builder.places import Places
 from builder.request import Request, Step
 from builder.stages import Plan, Stage, before, check_keyword, needed, platform, sources, split
-from cafs import commit, image
+from cafs import commit, image, oci
 from cafs.errors import CafsError, UsageError, quote
 from cafs.format import Header
 from cafs.image import Image
@@ -144,8 +144,9 @@ class Build:
         if stage.base == "scratch":
             return State()
         found = self.places.base_image(stage.base)
-        wanted = found.config.get("architecture")
-        if wanted and wanted != platform().partition("/")[2] and (wanted, platform()) != ("386", "linux/amd64"):
+        here = oci.host_platform()
+        wanted = oci.read_platform(found.config, here)
+        if wanted.architecture != here.architecture and (wanted.architecture, here.architecture) != ("386", "amd64"):
             raise CafsError(f"image {quote(stage.base)} is for {wanted}, and nothing is emulated")
         top = {name: value for name, value in found.config.items() if name not in ("config", "rootfs")}
         inner = found.config.get("config")

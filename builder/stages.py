@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 
@@ -10,6 +9,8 @@ from builder import flags as flagging
 from builder.errors import DockerfileError
 from builder.mounts import split_fields
 from builder.words import WordError, expand
+from cafs import oci
+from cafs.errors import FormatError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ KEYWORDS = (
     "shell", "stopsignal", "user", "volume", "workdir",
 )  # fmt: skip
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*")
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}
 
 
 @dataclass(slots=True)
@@ -44,8 +44,18 @@ class Stage:
 
 def platform() -> str:
     """Of this host: OS/ARCHITECTURE."""
-    machine = os.uname().machine
-    return f"linux/{_MACHINES.get(machine, machine)}"
+    here = oci.host_platform()
+    return f"{here.os}/{here.architecture}"
+
+
+def check_platform(text: str) -> None:
+    """--platform: nothing is emulated.  Raises ValueError."""
+    try:
+        fits = oci.parse_platform(text) in (oci.host_platform(), oci.parse_platform(platform()))
+    except FormatError as error:
+        raise ValueError(str(error)) from None
+    if not fits:
+        raise ValueError(f"platform '{text}' is not this host's, {platform()}, and nothing is emulated")
 
 
 def automatic(target: str) -> dict[str, str]:
@@ -127,8 +137,8 @@ def _stage(plan: Plan, one: Instruction, escape: str, contexts: Collection[str])
     if name and not _NAME.fullmatch(name):
         raise ValueError(f"'{words[2]}' is not a name for a stage: letters, digits, - _ . are")
     wanted = flagging.one(flagging.parse("from", one.flags), "platform")
-    if wanted is not None and (wanted := expand(wanted, plan.globals, escape)) not in ("", platform()):
-        raise ValueError(f"platform '{wanted}' is not this host's, {platform()}, and nothing is emulated")
+    if wanted is not None and (wanted := expand(wanted, plan.globals, escape)):
+        check_platform(wanted)
     try:
         base = expand(words[0], plan.globals, escape)
     except WordError as error:

@@ -38,31 +38,71 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """os/arch[/variant], in Go's words."""
+    """os/arch[/variant], in Go's words, as `normal` spells them."""
 
     os: str
     architecture: str
     variant: str = ""
 
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+    def fitting(self) -> list[Platform]:
+        """The platforms whose images run on this one, itself first (containerd's platforms, platformVector)."""
+        found, older = [self], []
+        number = int(self.variant[1:]) if re.fullmatch("v[0-9]", self.variant) else 0
+        if self.architecture == "amd64":
+            older = [f"v{one}" for one in range(number - 1, 1, -1)] + [""] * (number > 1)
+        elif self.architecture == "arm64":
+            older = [f"v{one}" for one in range(number - 1, 8, -1)] + [""] * (number > 8)
+        elif self.architecture == "arm":
+            older = [f"v{one}" for one in range(number - 1, 4, -1)]
+        return found + [Platform(self.os, self.architecture, one) for one in older]
+
     def matches(self, found: dict[str, Any]) -> bool:
-        """Whether an image's platform is this one; an image that does not say is."""
-        wanted = {"os": self.os, "architecture": self.architecture} | ({"variant": self.variant} if self.variant else {})
-        return all(found.get(key, value) == value for key, value in wanted.items())
+        """Whether an image of a config or a descriptor runs on this one; an image that does not say does."""
+        return read_platform(found, self) in self.fitting()
+
+
+_ARCHITECTURES = {
+    "x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "i386": "386", "i686": "386", "armv7l": "arm", "armv6l": "arm/v6",
+    "armhf": "arm/v7", "armel": "arm/v6",
+}  # fmt: skip
+_DEFAULTS = {("amd64", "v1"): "", ("arm64", "v8"): "", ("arm64", "8"): "", ("arm", ""): "v7"}
+_KNOWN = ("amd64", "arm64", "arm", "386", "riscv64", "ppc64le", "s390x", "mips64le", "loong64", *_ARCHITECTURES)
+
+
+def normal(system: str, architecture: str, variant: str = "") -> Platform:
+    """As containerd's platforms.Normalize: one spelling for each platform."""
+    architecture = architecture.lower()
+    name, _, known = _ARCHITECTURES.get(architecture, architecture).partition("/")
+    variant = (variant or known).lower()
+    if re.fullmatch("[0-9]", variant) and name in ("arm", "arm64"):
+        variant = f"v{variant}"
+    return Platform(system.lower(), name, _DEFAULTS.get((name, variant), variant))
+
+
+def read_platform(found: dict[str, Any], otherwise: Platform) -> Platform:
+    """What an image's config or descriptor says.  otherwise: for what it does not say."""
+    if not found.get("architecture"):
+        return otherwise
+    return normal(str(found.get("os") or otherwise.os), str(found["architecture"]), str(found.get("variant") or ""))
 
 
 def parse_platform(text: str) -> Platform:
-    """os/arch[/variant].  Raises FormatError."""
+    """os/arch[/variant], or os or arch alone, which this machine completes.  Raises FormatError."""
     parts = text.split("/")
-    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[A-Za-z0-9_.-]+", part) for part in parts):
         raise FormatError(f"{quote(text)} is not a platform", hint="a platform is OS/ARCH[/VARIANT], like linux/arm64")
-    return Platform(*parts)
+    if len(parts) > 1:
+        return normal(*parts)
+    here = host_platform()
+    return normal(here.os, parts[0]) if parts[0].lower() in _KNOWN else normal(parts[0], here.architecture, here.variant)
 
 
 def host_platform() -> Platform:
     """This machine's."""
-    machine = os.uname().machine
-    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
-    return Platform("linux", names.get(machine, machine))
+    return normal("linux", os.uname().machine)
 
 
 def parse(data: bytes, what: str) -> dict[str, Any]:
@@ -117,9 +157,11 @@ def choose(found: list[Descriptor], tag: str | None, platform: Platform | None, 
     images = [one for one in found if one.media_type in (*INDEX_TYPES, *MANIFEST_TYPES, "")]
     if (platform and len(images) > 1) or any(one.platform for one in images):
         wanted = platform or host_platform()
-        images = [one for one in images if wanted.matches(one.platform)]
+        fitting = wanted.fitting()
+        ranked = [(fitting.index(said), one) for one in images if (said := read_platform(one.platform, wanted)) in fitting]
+        images = [one for rank, one in ranked if rank == min(ranked, key=lambda row: row[0])[0]]
         if not images:
-            raise NotFound(f"{what} has no image for {wanted.os}/{wanted.architecture}", hint="--platform OS/ARCH[/VARIANT]")
+            raise NotFound(f"{what} has no image for {wanted}", hint="--platform OS/ARCH[/VARIANT]")
     if len({one.digest for one in images}) > 1:
         names = sorted(one.annotations[REF_NAME] for one in images if REF_NAME in one.annotations)
         raise FormatError(f"{what} has several images", hint="name one: " + ", ".join(names) if names else None)

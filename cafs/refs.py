@@ -8,6 +8,7 @@ from cafs.errors import UsageError, quote
 
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_PART}(?::[0-9]+(?=/))?(?:/{_PART})*")
+_DOCKER_HUB = re.compile(r"^(?:index\.)?docker\.io/(?:library/(?=[^/]+$))?|^library/(?=[^/]+$)")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -18,8 +19,11 @@ def ref_name(ref: str) -> str:
 
 
 def split_ref(ref: str) -> tuple[str, str]:
-    """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref."""
-    head, slash, last = ref.rpartition("/")
+    """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref.
+
+    As for docker, docker.io/library/NAME is NAME.
+    """
+    head, slash, last = _DOCKER_HUB.sub("", ref).rpartition("/")
     base, colon, tag = last.partition(":")
     name = head + slash + base
     if not colon:

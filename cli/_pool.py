@@ -11,6 +11,7 @@ import click
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from pool.client import Client
@@ -268,8 +269,15 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
     }
 
 
-def files(given: tuple[str, ...], back: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(what a job says of --in FILE[:NAME] and --out NAME[:FILE], as of inputs.keep).  Raises CafsError, click.UsageError."""
+def in_its_place(path: str) -> str:
+    """FILE as FILE:NAME, where it has that name below the directory of the job too, if that can be."""
+    from pool import staging
+
+    return f"{path}:{os.path.normpath(path)}" if staging.is_name(os.path.normpath(path)) else path
+
+
+def files(given: Sequence[str], back: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what a job says of --in FILE[:NAME] and --out NAME, as of inputs.keep).  Raises CafsError, click.UsageError."""
     import base64
     import hashlib
 
@@ -290,9 +298,12 @@ def files(given: tuple[str, ...], back: tuple[str, ...]) -> tuple[dict[str, Any]
         entries.append([name or os.path.basename(path), digest, mode])
     if size > staging.SIZE_MAX:
         raise click.UsageError(f"--in: more than {staging.SIZE_MAX >> 20} MiB; larger things belong into an image, or a store")
-    names = [text.partition(":")[0] for text in back]
-    if not all(staging.is_name(name) for name in [*names, *(one[0] for one in entries)]):
-        raise click.UsageError("a file of a job has a name below its directory")
+    names = list(back)
+    for kind in (names, [str(one[0]) for one in entries]):
+        if not all(map(staging.is_name, kind)):
+            raise click.UsageError("a file of a job has a name below its directory")
+        if len(set(kind)) < len(kind):
+            raise click.UsageError(f"two files of a job are called {max(kind, key=kind.count)!r}")
     found: dict[str, Any] = {}
     if entries:
         found["in"] = entries
@@ -316,32 +327,36 @@ def run_beside(number: int, words: tuple[str, ...], flags: str) -> int:
 
 
 def fetch(number: int, place: str) -> int:
-    """Write the files that a job was to bring back below a directory; how many there are not.  Raises CafsError."""
-    from cafs import atomic
-    from cafs.errors import IncompleteError, os_error
-
-    absent, umask = 0, os.umask(0)
-    os.umask(umask)
+    """Wait for a job, and write the files that it was to leave below a directory; how many there are not.  Raises CafsError."""
     with client() as connection:
         connection.wait_for([number])
         connection.event()
-        job = connection.ask("job", id=number)["job"]
-        sizes, modes = (job["usage"].get(name, []) for name in ("files", "modes"))
-        for at, name in enumerate(job["spec"].get("out", ())):
-            if at >= len(sizes) or sizes[at] < 0:
-                sys.stderr.write(f"cpool: job {number} has left no {name!r}\n")
-                absent += 1
-                continue
-            try:
-                path = os.path.abspath(os.path.join(place, name))
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with atomic.replacing(path, modes[at] & ~umask) as file:
-                    file.writelines(connection.output(number, f"file{at}"))
-                    missing = sizes[at] - file.tell()
-                    if missing:
-                        raise IncompleteError(f"job {number}: {missing} bytes of {name!r} are not there any more")
-            except OSError as error:
-                raise os_error(f"cannot write {name!r}", error) from error
+        return bring(connection, connection.ask("job", id=number)["job"], place)
+
+
+def bring(connection: Client, job: dict[str, Any], place: str = ".") -> int:
+    """Write the files of an ended job; how many there are not, which is said.  Raises CafsError."""
+    from cafs import atomic
+    from cafs.errors import IncompleteError, os_error
+
+    absent, umask, number = 0, os.umask(0), job["id"]
+    os.umask(umask)
+    sizes, modes = (job["usage"].get(name, []) for name in ("files", "modes"))
+    for at, name in enumerate(job["spec"].get("out", ())):
+        if at >= len(sizes) or sizes[at] < 0:
+            sys.stderr.write(f"cpool: job {number} has left no {name!r}\n")
+            absent += 1
+            continue
+        try:
+            path = os.path.abspath(os.path.join(place, name))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with atomic.replacing(path, modes[at] & ~umask) as file:
+                file.writelines(connection.output(number, f"file{at}"))
+                missing = sizes[at] - file.tell()
+                if missing:
+                    raise IncompleteError(f"job {number}: {missing} bytes of {name!r} are not there any more")
+        except OSError as error:
+            raise os_error(f"cannot write {name!r}", error) from error
     return absent
 
 

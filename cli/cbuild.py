@@ -175,12 +175,14 @@ def _pairs(words: object, what: str, *, takes_caller: bool = False) -> dict[str,
 
 def _request(given: dict[str, object]) -> Request:
     from builder.request import Request
-    from builder.stages import platform
+    from builder.stages import check_platform
     from cafs.store import Store
 
-    wanted = given["platform"]
-    if wanted not in (None, platform()):
-        raise click.UsageError(f"platform {wanted} is not this host's, {platform()}, and nothing is emulated")
+    if given["platform"] is not None:
+        try:
+            check_platform(str(given["platform"]))
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
     args = _pairs(given["args"], "--build-arg", takes_caller=True)
     flags = {name: built.texts(given[key]) for name, key in (("add-host", "hosts"), ("ulimit", "ulimits")) if given[key]}
     flags |= {"shm-size": [str(given["shm_size"])]} if given["shm_size"] else {}

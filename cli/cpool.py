@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM = "cpool"
-PLAIN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+PLAIN = {"allow_interspersed_args": False}
+"""What comes after the first word that is no option belongs to the command."""
 
 
 @click.group(context_settings=CONTEXT)
@@ -72,6 +73,33 @@ def _job_options(command: Callable[..., object]) -> Callable[..., object]:
     ):
         command = option(command)
     return command
+
+
+def _file_options(command: Callable[..., object]) -> Callable[..., object]:
+    """Files that go to a job and come back from it."""
+    for option in reversed(
+        (
+            click.option(
+                "--in", "given_files", multiple=True, metavar="FILE[:NAME]", help="A file that is there where it runs."
+            ),
+            click.option("--out", "back", multiple=True, metavar="NAME", help="A file that it leaves."),
+            click.option("--code", metavar="DIR[:DEST]", help="A directory that is added to the image, at /code."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _with_code(given: dict[str, Any]) -> dict[str, Any]:
+    """Options, with what --code is."""
+    code = given.pop("code")
+    if not code:
+        return given
+    from cli import _calls
+
+    if not given["image"]:
+        raise click.UsageError("--code needs --image IMAGE")
+    return given | {"image": _calls.with_code(given["image"], code), "workdir": given["workdir"] or _calls.code_place(code)}
 
 
 @main.command()
@@ -133,20 +161,13 @@ def down(grace_s: float) -> int:
 @click.option("--name", default="", metavar="TEXT", help="What to call it.")
 @click.option("--hold", is_flag=True, help="Do not start it before `release`.")
 @click.option("--array", metavar="N-M[%L]", help="A job for each number, which is CPOOL_INDEX; L at once.")
-@click.option("--in", "given_files", multiple=True, metavar="FILE[:NAME]", help="A file that is there where it runs.")
-@click.option("--out", "back", multiple=True, metavar="NAME", help="A file that it leaves, for `fetch`.")
-@click.option("--code", metavar="DIR[:DEST]", help="A directory that is added to the image, at /code.")
+@_file_options
 @click.option("--after", "after", type=int, multiple=True, metavar="JOB", help="When that job has ended well.")
 @quiet_option(used=False)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(key: str | None, hold: bool, array: str | None, code: str | None, **given: Any) -> int:
+def submit(key: str | None, hold: bool, array: str | None, **given: Any) -> int:
     """Put a job into the queue, and print its number."""
-    if code:
-        from cli import _calls
-
-        if not given["image"]:
-            raise click.UsageError("--code needs --image IMAGE")
-        given |= {"image": _calls.with_code(given["image"], code), "workdir": given["workdir"] or _calls.code_place(code)}
+    given = _with_code(given)
     said, files = asking.files(given.pop("given_files"), given.pop("back"))
     numbers, spec = asking.numbers(array), asking.spec(**given, has_files=bool(said)) | said
     if array:
@@ -162,6 +183,7 @@ def submit(key: str | None, hold: bool, array: str | None, code: str | None, **g
 
 @main.command("map", context_settings=PLAIN)
 @_job_options
+@_file_options
 @click.option("-0", "--null", "is_null", is_flag=True, help="Arguments end in a zero byte, not a newline.")
 @click.option("-n", "size", type=click.IntRange(1), default=1, metavar="N", help="So many arguments a job (1).")
 @click.option("-k", "--keep-order", is_flag=True, help="Results in the order of the arguments.")
@@ -180,6 +202,7 @@ def map_(**given: Any) -> int:
 
     \b
     ls *.csv | cpool map --no-container -- wc -l {}
+    ls *.csv | cpool map --image py:1 --in c.py --in {} -- python3 c.py {}
     cpool map --no-container echo {1} {2} ::: a b ::: 1 2 3
     """
     import shlex
@@ -198,7 +221,16 @@ def map_(**given: Any) -> int:
         for number, one in enumerate(groups, 1):
             click.echo(shlex.join(arguments.expand(template, one, number)))
         return 0
-    options = mapping.Options(template, asking.spec(**given), halt=halt, **how)
+    given = _with_code(given)
+    names, back = given.pop("given_files"), given.pop("back")
+
+    def files(words: list[str], number: int) -> tuple[dict[str, Any], dict[str, str]]:
+        named, wanted = ([arguments.filled(one, words, number) for one in some] for some in (names, back))
+        return asking.files([one if ":" in one else asking.in_its_place(one) for one in named], wanted)
+
+    spec = asking.spec(**given, has_files=bool(names or back))
+    how |= {"files": files if names or back else None, "bring": asking.bring if back else None}
+    options = mapping.Options(template, spec, priority=given["priority"], halt=halt, **how)
     with client.controlled(asking.directory()) as connection:
         return mapping.Map(connection, options).run(groups, lambda: values is not None or arguments.is_at_hand(source))
 

@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
             verb, rest = f"{verb} {rest[0]}", rest[1:]
         if verb not in VERBS:
             raise UsageError(f"unknown command {quote(verb)}", hint=_instead_of(verb))
-        flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 1}.get(verb, 0)
+        flags, aliases, stop_at = VERBS[verb][2], ALIASES, {"create": 1, "exec": 1, "top": 1}.get(verb, 0)
     is_strict = verb in ("run", "exec", "create")
     asked = {"--help"} if verb in ("run", "create") else {"-h", "--help"}  # -h is their --hostname
     if asked & set(rest[:1] if is_strict else rest):

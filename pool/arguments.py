@@ -19,8 +19,8 @@ _FORMS = re.compile(r"\{(?:|\.|/|//|/\.|#|[1-9][0-9]{0,3})\}")
 GIVEN, FROM_FILE = ":::", "::::"
 
 
-def expand(template: list[str], arguments: list[str], number: int) -> list[str]:
-    """The command for some arguments; they come last if nothing names them."""
+def filled(word: str, arguments: list[str], number: int) -> str:
+    """With what {} and its like are."""
 
     def put(match: re.Match[str]) -> str:
         inner = match[0][1:-1]
@@ -30,6 +30,11 @@ def expand(template: list[str], arguments: list[str], number: int) -> list[str]:
             return arguments[int(inner) - 1] if int(inner) <= len(arguments) else ""
         return " ".join(_form(inner, one) for one in arguments)
 
+    return _FORMS.sub(put, word)
+
+
+def expand(template: list[str], arguments: list[str], number: int) -> list[str]:
+    """The command for some arguments; they come last if nothing names them."""
     if not any(_FORMS.search(word) for word in template):
         return [*template, *arguments]
     found = []
@@ -37,7 +42,7 @@ def expand(template: list[str], arguments: list[str], number: int) -> list[str]:
         if word == "{}":
             found += arguments
         else:
-            found.append(_FORMS.sub(put, word))
+            found.append(filled(word, arguments, number))
     return found
 
 

@@ -29,6 +29,8 @@ AHEAD = 500
 
 _BATCH = 50
 _STREAMS = ("out", "err")
+_FILES_MAX = 2 << 20
+"""Of the files of jobs that are submitted together, where it is enough."""
 
 _HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
 _FAILED_MAX = 100
@@ -37,10 +39,17 @@ _SAID_S, _SAID_TERMINAL_S = 5.0, 0.2
 
 @dataclass(slots=True)
 class Options:
-    """template: words of the command.  spec: what all jobs have.  eta: say how long it will take."""
+    """template: words of the command.  spec: what all jobs have.  eta: say how long it will take.
+
+    files: (more of a job's spec, contents as of inputs.keep) for its arguments and number.  bring: gets the files that an ended
+    job has left; how many are not there.
+    """
 
     template: list[str]
     spec: dict[str, Any]
+    priority: int = 0
+    files: Callable[[list[str], int], tuple[dict[str, Any], dict[str, str]]] | None = None
+    bring: Callable[[Client, dict[str, Any]], int] | None = None
     keep_order: bool = False
     tag: bool = False
     halt: int = 0
@@ -148,20 +157,26 @@ class Map:
 
     def _submit(self, groups: Iterator[tuple[int, list[str]]]) -> bool:
         """Some more; False if there are none."""
-        batch = []
+        options = self._options
+        batch, specs = [], []
+        contents: dict[str, str] = {}
         for number, arguments in groups:
-            if number in self._options.done:
+            if number in options.done:
                 self._ready[number] = lambda: None
                 self._print(number)
                 self._eta.one_less() if self._eta else None
                 continue
-            batch.append((number, arguments, expand(self._options.template, arguments, number)))
-            if len(batch) == _BATCH or not self._is_at_hand():
+            command = expand(options.template, arguments, number)
+            more, files = options.files(arguments, number) if options.files else ({}, {})
+            batch.append((number, arguments, command))
+            spec = {**options.spec, **more, "command": command, "index": number}
+            specs.append({"spec": spec, "priority": options.priority})
+            contents |= files
+            if len(batch) == _BATCH or sum(map(len, contents.values())) > _FILES_MAX or not self._is_at_hand():
                 break
         if not batch:
             return False
-        specs = [{"spec": {**self._options.spec, "command": command, "index": number}} for number, _, command in batch]
-        ids = self._client.ask("submit", jobs=specs)["ids"]
+        ids = self._client.ask("submit", jobs=specs, files=contents)["ids"]
         self._numbers |= dict(zip(ids, batch, strict=True))
         self._client.wait_for(ids, output=True)
         return True
@@ -175,6 +190,9 @@ class Map:
         if self._options.results:
             out, err = (self._pieces(job["id"], name, small) for name in _STREAMS)
             results.keep(self._options.results, number, arguments, out, err)
+        if self._options.bring and job["state"] == "finished":
+            absent = self._options.bring(self._client, self._client.ask("job", id=job["id"])["job"])
+            self._lacking |= dict.fromkeys([f"job {job['id']}: files"] if absent else [])
         if self._eta:
             self._eta.one_done()
         self._ready[number] = lambda: self._write(job, arguments, small)

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from runner.containers import Container
     from runner.firewall import Port
 
+    Asked = tuple[str, str, int | tuple[int, int], int]
+
 _INNER = "eth0"
 _RANDOM_PORTS = range(49153, 65536)
 _RANGE = re.compile("[0-9]{1,5}(-[0-9]{1,5})?")
 
 
-def parse_ports(texts: list[str]) -> list[tuple[str, str, int, int]]:
-    """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host or 0, port).  Raises UsageError."""
-    found = []
+def parse_ports(texts: list[str]) -> list[Asked]:
+    """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host, first and last of some, or 0, port).
+
+    Raises UsageError.
+    """
+    found: list[Asked] = []
     for text in texts:
         places, slash, kind = text.partition("/")
         words = places.split(":")
@@ -40,6 +45,9 @@ def parse_ports(texts: list[str]) -> list[tuple[str, str, int, int]]:
         if at and not _is_ipv4(at):
             raise UsageError(f"port {quote(text)}: {quote(at)} is not an address")
         inner_ports, outer_ports = _range(inner), _range(outer) if outer else []
+        if len(outer_ports) > 1 and len(inner_ports) == 1:  # the first that is free
+            found.append((kind or "tcp", "" if at == "0.0.0.0" else at, (outer_ports[0], outer_ports[-1]), inner_ports[0]))
+            continue
         if outer_ports and len(outer_ports) != len(inner_ports):
             raise UsageError(f"port {quote(text)}: the ranges differ in length")
         pairs = zip(outer_ports or [0] * len(inner_ports), inner_ports, strict=True)
@@ -154,14 +162,16 @@ def _take_ports(container: Container, address: str) -> list[Port]:
     found: list[Port] = []
     paths.make_private(_ports_directory())
     for kind, at, outer, inner in container.asked["ports"]:
-        for number in [outer] if outer else _RANDOM_PORTS:
+        first, last = (
+            outer if not isinstance(outer, int) else (outer, outer) if outer else (_RANDOM_PORTS[0], _RANDOM_PORTS[-1])
+        )
+        for number in range(first, last + 1):
             if _take_port(container, (kind, at, number, address, inner)):
                 found.append((kind, at, number, address, inner))
                 break
-            if outer:
-                raise BusyError(f"port {number}/{kind} of the host is in use")
         else:
-            raise BusyError("no port of the host is free")
+            which = f"port {first}/{kind}" if first == last else f"every port from {first} to {last}"
+            raise BusyError(f"{which} of the host is in use")
     return found
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cafs.image import Image
     from cafs.options import Options
+    from runner.connecting import Asked
 
 _STOP_TIMEOUT_S = 10
 _LOG_SIZE, _LOG_FILES = 128 << 20, 2
@@ -28,7 +29,6 @@ _DRIVERS = ("json-file", "none", "k8s-file", "local")
 _POLICIES = ("no", "on-failure", "always", "unless-stopped")
 _OF_A_NETWORK = ("hostname", "dns", "dns-search", "dns-option", "add-host", "publish", "publish-all", "expose")
 _OF_A_CHECK = ("health-cmd", "health-interval", "health-timeout", "health-retries", "health-start-period")
-_MACHINES = {"x86_64": ("amd64", "x86_64"), "aarch64": ("arm64", "aarch64")}
 
 
 def create(
@@ -187,9 +187,10 @@ def _check(options: Options) -> None:
     cgroups.is_private(options)
     platform = options.value("platform")
     if platform is not None:
-        parts = platform.split("/")
-        is_ours = parts[0] == "linux" and (len(parts) == 1 or parts[1] in _MACHINES.get(os.uname().machine, ()))
-        if not is_ours or parts[2:] not in ([], ["v8"] if parts[1] in ("arm64", "aarch64") else []):
+        from cafs import oci
+
+        wanted, here = oci.parse_platform(platform), oci.host_platform()
+        if (wanted.os, wanted.architecture) != (here.os, here.architecture):
             raise UsageError(f"platform {quote(platform)} is not this host's", hint="nothing is emulated")
     driver = options.value("log-driver")
     if driver is not None and driver not in _DRIVERS:
@@ -241,7 +242,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
     }
 
 
-def _ports(options: Options, config: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+def _ports(options: Options, config: dict[str, Any]) -> list[Asked]:
     """Those of -p and, with -P, those that are exposed and not among them."""
     exposed = [*(spec.section(config, "ExposedPorts") if options.has("publish-all") else ()), *options.all("expose")]
     if not exposed and not options.all("publish"):

@@ -74,9 +74,7 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     linux.become_subreaper()
     forward = Forwarder()
     is_detached = options.has("detach")
-    console = stdio.Console(directory) if options.has("tty") and not is_detached else None
-    if is_detached and options.has("tty"):
-        raise UsageError("-t needs somebody to hold the terminal: not with -d")
+    console = stdio.Console(directory) if options.has("tty") else None
     first = int(container.state().get("ids") or 0)
     owner = first + process["user"]["uid"] if first else -1
     streams = None if console or is_detached else stdio.Streams(options.has("interactive"), owner=owner)
@@ -93,6 +91,8 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     if status:
         raise starting.explain(log, "exec failed: ", "cannot run the command")
     if is_detached:
+        if console:
+            _drain(console.receive())
         return 0
     with open(os.path.join(directory, "pid"), encoding="ascii") as file:
         pid = int(file.read())
@@ -111,3 +111,15 @@ def _run(container: Container, options: Options, directory: str, init: int) -> i
     if streams:
         streams.drain()
     return linux.exit_code(status)
+
+
+def _drain(master: int) -> None:
+    """The terminal of a command that nobody waits for: what it prints there goes nowhere, as in docker, until it ends."""
+    if not os.fork():
+        try:
+            linux.leave_session()
+            while os.read(master, 1 << 16):
+                pass
+        finally:  # EIO says that it has ended
+            os._exit(0)
+    os.close(master)

@@ -194,7 +194,7 @@ VERBS: dict[str, tuple[str, str, Flags]] = {
     "unpause": ("CONTAINER...", "Let them go on.", {}),
     "rename": ("CONTAINER NAME", "Give a container another name.", {}),
     "port": ("CONTAINER [PORT]", "Which ports are published.", {}),
-    "top": ("CONTAINER", "The processes of a container.", {}),
+    "top": ("CONTAINER [ARGUMENT]...", "The processes of a container; with arguments, as ps of the host shows them.", {}),
     "stats": (
         "[FLAG]... [CONTAINER]...",
         "What containers use.",

@@ -8,8 +8,8 @@ import shlex
 import sys
 import time
 
-from cafs.errors import NotFound, UsageError, quote
-from runner import cgroups, containers, etc, filters, logs, pidspace
+from cafs.errors import CafsError, NotFound, UnsupportedError, UsageError, quote
+from runner import cgroups, containers, etc, filters, logs, pidspace, programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -254,11 +254,15 @@ def ports(container: Container, wanted: list[str]) -> int:
     return code
 
 
-def top(container: Container) -> None:
-    """Pid of the host, user, when it began, its command."""
+def top(container: Container, arguments: list[str]) -> None:
+    """Pid of the host, user, when it began, its command; or what ps(1) of the host says of them.  Raises CafsError."""
     os.close(container.process())
+    pids = cgroups.processes(cgroups.path_for(container, container.id)) or pidspace.members(container)
+    if arguments:
+        sys.stdout.write(_ps_of(pids, arguments))
+        return
     rows = [("PID", "PPID", "UID", "STARTED", "COMMAND")]
-    for pid in cgroups.processes(cgroups.path_for(container, container.id)) or pidspace.members(container):
+    for pid in pids:
         try:
             words = containers.read_proc(pid, "cmdline").rstrip(b"\0").split(b"\0")
             fields = containers.read_proc(pid, "stat").rpartition(b")")[2].split()
@@ -269,6 +273,22 @@ def top(container: Container) -> None:
         text = b" ".join(words).decode("utf-8", "surrogateescape")
         rows.append((str(pid), fields[1].decode(), str(uid), time.strftime("%H:%M", time.localtime(began_s)), text))
     print_table(rows)
+
+
+def _ps_of(pids: list[int], arguments: list[str]) -> str:
+    """The lines of ps(1) about some processes."""
+    program = programs.find("ps")
+    if program is None:
+        raise UnsupportedError("no ps", hint="apt install procps")
+    code, text = programs.call([program, *arguments])
+    head, *lines = text.splitlines() or [""]
+    names = head.split()
+    if code or "PID" not in names:
+        raise CafsError(f"ps {' '.join(map(quote, arguments))}: " + (head if code else "it shows no PID"))
+    at, wanted = names.index("PID"), set(map(str, pids))
+    return "".join(
+        f"{line}\n" for line in [head, *(line for line in lines if line.split()[at : at + 1] and line.split()[at] in wanted)]
+    )
 
 
 def stats(names: list[str], options: Options) -> None:

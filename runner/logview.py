@@ -29,11 +29,24 @@ def moment(text: str) -> int:
     try:
         if text.replace(".", "", 1).isdigit():
             return int(float(text) * 1e9)
-        if "T" in text or text.count("-") == 2:
-            return logs.parse_stamp(text if "T" in text else f"{text}T00:00:00Z")
+        if text[:4].isdigit() and text[4:5] == "-":
+            return _instant(text)
         return time.time_ns() - int(duration(text) * 1e9)
     except (ValueError, UsageError):
         raise UsageError(f"{quote(text)} is not a time", hint="10m, 2026-01-31T12:00:00Z, or seconds since 1970") from None
+
+
+def _instant(text: str) -> int:
+    """RFC 3339, whose parts may be missing from the end on; without a zone the time is our own.  Raises ValueError."""
+    import re
+    from datetime import datetime
+
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d(?::\d\d)?)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:\d\d)?", text)
+    if not found:
+        raise ValueError(text)
+    day, clock, fraction, zone = found.groups()
+    seconds = int(datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone or ''}").timestamp())
+    return seconds * 10**9 + int((fraction or "").ljust(9, "0"))
 
 
 def show_logs(container: Container, options: Options) -> int:

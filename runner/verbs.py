@@ -139,7 +139,7 @@ def _inspect(options: Options) -> int:
 def _top(options: Options) -> int:
     from runner import listing
 
-    listing.top(containers.find(options.words[0]))
+    listing.top(containers.find(options.words[0]), options.words[1:])
     return 0
 
 

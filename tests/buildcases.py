@@ -234,6 +234,13 @@ STAGES = [
     Case("COPY --from itself", "FROM b:1 AS one\nCOPY --from=one /a /a\n", base="", error="later than this one"),
     Case("an unknown base", "FROM none:1\n", base="", error="no image 'none:1'"),
     Case("another platform", "FROM --platform=linux/s390x b:1\n", base="", error="nothing is emulated"),
+    Case("this platform, spelled otherwise", "FROM --platform=linux/$TARGETARCH/ b:1\n", base="", error="is not a platform"),
+    Case(
+        "this platform by its machine",
+        "ARG M=x86_64\nFROM --platform=${M} docker.io/library/b:1\nENV A=1\n",
+        base="",
+        config={"Env": [PATH, "A=1"]},
+    ),
     Case("this platform", "FROM --platform=$BUILDPLATFORM b:1\nENV A=1\n", base="", config={"Env": [PATH, "A=1"]}),
     Case("FROM with two words", "FROM b:1 one\n", base="", error="AS a name"),
     Case(

@@ -706,3 +706,21 @@ def test_cp_writes_what_a_link_names_and_leaves_the_link(image: Path, tmp_path: 
     assert cr("cp", tmp_path / "new", "ll:/nothing/").returncode == 4 and cr("cp", "ll:/tmp/old/", tmp_path).returncode == 4
     assert cr("cp", f"{tmp_path}/new/", "ll:/tmp/x").returncode != 0
     ok("rm", "ll")
+
+
+def test_a_command_with_a_terminal_may_run_detached_and_top_takes_the_words_of_ps(image: Path) -> None:
+    background("term", "b:1", "sleep", "60")
+    ok(
+        "exec",
+        "-dit",
+        "term",
+        "sh",
+        "-c",
+        "tty > /seen; i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done; echo end >> /seen",
+    )
+    assert until(lambda: ok("exec", "term", "cat", "/seen").splitlines()[-1:] == ["end"]), "nobody reads what it prints"
+    assert ok("exec", "term", "cat", "/seen").startswith("/dev/pts/")
+    head, *lines = ok("top", "term", "-eo", "pid,args").splitlines()
+    assert head.split() == ["PID", "COMMAND"] and any(line.endswith("sleep 60") for line in lines) and len(lines) < 5
+    assert cr("top", "term", "-eo", "args").returncode == 1
+    ok("rm", "-f", "term")

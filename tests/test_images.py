@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from cafs import oci
+from cafs.errors import NotFound
 from cafs.export import oci_config
 from cafs.image import Image
 from tests.conftest import BIN, Run
@@ -128,6 +130,34 @@ def test_what_is_exported_is_read_back_as_the_same_image_and_by_others(
         create(cmd, "-", "-o", "-", input=piped.stdout)
         == cmd("cafs-index", "create", layout / "rootfs", "-o", "-").stdout.decode().strip()
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "chosen"),
+    [
+        ("linux/amd64", "linux/amd64 linux/amd64/v3", 0),
+        ("linux/amd64/v3", "linux/amd64 linux/amd64/v3 linux/amd64/v2", 1),
+        ("linux/amd64/v4", "linux/amd64 linux/amd64/v2 linux/amd64/v3", 2),
+        ("linux/amd64", "linux/amd64/v2 linux/386", None),
+        ("amd64", "linux/arm64 linux/amd64", 1),
+        ("linux/x86_64", "linux/arm64 linux/amd64", 1),
+        ("linux/amd64/v1", "linux/amd64", 0),
+        ("aarch64", "linux/arm64/v8 linux/amd64", 0),
+        ("linux/arm64/v9", "linux/arm/v7 linux/arm64", 1),
+        ("linux/arm/v7", "linux/arm/v5 linux/arm/v6 linux/arm64", 1),
+        ("linux/arm", "linux/arm/v6 linux/arm/v7", 1),
+        ("linux/armhf", "linux/arm/v6 linux/arm/v7", 1),
+        ("linux/arm/v6", "linux/arm/v7", None),
+    ],
+)
+def test_platforms_are_chosen_as_containerd_does(asked: str, there: str, chosen: int | None) -> None:
+    words = [dict(zip(("os", "architecture", "variant"), one.split("/"), strict=False)) for one in there.split()]
+    found = [oci.Descriptor(oci.MANIFEST_TYPES[0], f"sha256:{at:064x}", 1, {}, one) for at, one in enumerate(words)]
+    if chosen is None:
+        with pytest.raises(NotFound, match="no image for linux/"):
+            oci.choose(found, None, oci.parse_platform(asked), "x")
+    else:
+        assert oci.choose(found, None, oci.parse_platform(asked), "x") is found[chosen]
 
 
 def test_as_many_steps_of_the_history_have_a_layer_as_there_are_layers() -> None:

@@ -354,6 +354,30 @@ def test_map_takes_arguments_from_its_command_line_and_keeps_results(pool: Path,
     assert cp("map", *PLAIN, ":::", "a").returncode == 2 and cp("map", *PLAIN, "true", "::::", "absent").returncode == 4
 
 
+def test_files_go_to_the_jobs_of_a_map_and_come_back(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "clean.sh").write_text("tr a-z A-Z <$1 >$2")
+    (tmp_path / "d").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "d" / f"{name}.csv").write_text(name * 3)
+    words = ("--in", "clean.sh", "--in", "{}", "--out", "{.}.out", "--", "sh", "clean.sh", "{}", "{.}.out")
+    ok("map", *PLAIN, *words, input="d/x.csv\nd/y.csv\n")
+    assert [(tmp_path / "d" / f"{name}.out").read_text() for name in ("x", "y")] == ["XXX", "YYY"]
+    absent = cp("map", *PLAIN, "--out", "none", "--", "true", input="1\n")
+    assert absent.returncode == 3 and "has left no 'none'" in absent.stderr
+
+
+def test_the_manual_gives_each_verb_the_options_that_it_has() -> None:
+    from cli import cpool
+
+    text = (Path(__file__).parent.parent / "man" / "cpool.1").read_text()
+    sections = {part.partition("\n")[0]: part for part in text.split("\n.SH ")}
+    for verb in ("submit", "map"):
+        said = re.findall(r"^\.B (-.*)$", sections["JOB OPTIONS"] + sections[f"OPTIONS OF {verb.upper()}"], re.M)
+        told = {word for line in said for word in re.findall(r"(?<![\w-])--?[\w-]+", line)}
+        options = {word for one in cpool.main.commands[verb].params for word in one.opts if word.startswith("-")}
+        assert told == options, verb
+
+
 def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     once = ("map", *PLAIN, "--joblog", log)
@@ -372,6 +396,11 @@ def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
         (("submit", "--", "true"), 2, "one of --image IMAGE and --no-container"),
         (("submit", *PLAIN, "--cpus", "-1", "--", "true"), 2, "--cpus"),
         (("submit", *PLAIN, "--array", "5-3", "--", "true"), 2, "is not N-M"),
+        (("submit", *PLAIN, "--tiemout", "5", "--", "true"), 2, "--timeout"),
+        (("submit", *PLAIN, "-x", "--", "true"), 2, "no such option '-x'"),
+        (("map", "-v", "/in:/in", *PLAIN, "true", ":::", "a"), 2, "no such option '-v'"),
+        (("exec", "--root", "1", "true"), 2, "no such option '--root'"),
+        (("submit", *PLAIN, "--in", "a", "--in", "b:a", "--", "true"), 2, "two files of a job are called 'a'"),
         (("job", "99"), 4, "no job 99"),
         (("host", "rm", "none"), 4, "no host"),
         (("host", "add", "x/y"), 2, "not a name"),
@@ -381,7 +410,11 @@ def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
         (("init",), 6, "there is a pool"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(pool: Path, words: tuple[str, ...], code: int, message: str) -> None:
+def test_what_cannot_be_is_said_in_one_line(
+    pool: Path, tmp_path: Path, words: tuple[str, ...], code: int, message: str
+) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
     done = cp(*words)
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 

@@ -374,3 +374,11 @@ def test_what_is_exposed_is_published_with_p(cr: Crun) -> None:
     done = cr("run", "--rm", "--network", "host", "-p", "1:1", "b:1", "true")
     assert done.returncode == 0 and "without effect" in done.stderr
     assert cr("rm", "-f", "all").returncode == 0
+
+
+def test_of_a_range_for_one_port_the_first_that_is_free_is_taken(cr: Crun) -> None:
+    for name in ("one", "two"):
+        assert cr("run", "-d", "--name", name, "-p", "18100-18101:80", "b:1", "sleep", "60").returncode == 0
+    assert [cr("port", name, "80").stdout for name in ("one", "two")] == ["0.0.0.0:18100\n", "0.0.0.0:18101\n"]
+    assert "18100 to 18101" in cr("run", "--rm", "-p", "18100-18101:80", "b:1", "true").stderr
+    assert cr("rm", "-f", "one", "two").returncode == 0

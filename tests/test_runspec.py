@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -324,6 +325,7 @@ def test_flags_are_parsed_as_docker_parses_them() -> None:
         ("127.0.0.1::80", [("tcp", "127.0.0.1", 0, 80)]),
         ("0.0.0.0:1:2", [("tcp", "", 1, 2)]),
         ("7000-7001:80-81", [("tcp", "", 7000, 80), ("tcp", "", 7001, 81)]),
+        ("7000-7005:80", [("tcp", "", (7000, 7005), 80)]),
     ],
 )
 def test_ports(text: str, wanted: list[tuple[str, str, int, int]]) -> None:
@@ -331,7 +333,7 @@ def test_ports(text: str, wanted: list[tuple[str, str, int, int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "80:", ":80:", "0", "65536", "1-3:1-2", "3-1", "300.1.1.1:1:2", "80/sctp", "::80", "1:2:3:4"]
+    "text", ["", "x", "80:", ":80:", "0", "65536", "1-3:1-2", "3:1-2", "3-1", "300.1.1.1:1:2", "80/sctp", "::80", "1:2:3:4"]
 )
 def test_what_is_no_port(text: str) -> None:
     with pytest.raises(UsageError):
@@ -600,3 +602,21 @@ def test_a_program_of_32_bits_runs_in_an_image_of_64(image: Path, tmp_path: Path
     assert crun("--network", "none", "-v", f"{tmp_path}:/p", "b:1", "/p/small").returncode == errno.ENOSYS, (
         "by which it would reach any family"
     )
+
+
+def test_a_time_has_the_zone_that_it_names_or_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.logview import moment
+
+    monkeypatch.setenv("TZ", "UTC-3")
+    time.tzset()
+    try:
+        utc = 1_769_860_800 * 10**9
+        assert moment("2026-01-31T12:00:00Z") == moment("2026-01-31T14:00:00+02:00") == moment("2026-01-31T12:00Z") == utc
+        assert moment("2026-01-31T15:00:00.5") == utc + 500_000_000 and moment("2026-01-31") == utc - 15 * 3600 * 10**9
+        assert moment("2026-01-31T12:00:00.123456789Z") == utc + 123_456_789
+        for text in ("2026-01-31T12", "2026-13-31", "2026-01-31T12:00:00+2"):
+            with pytest.raises(UsageError):
+                moment(text)
+    finally:
+        monkeypatch.undo()
+        time.tzset()

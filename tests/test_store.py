@@ -356,6 +356,19 @@ def test_what_is_no_ref_is_refused(ref: str) -> None:
         split_ref(ref)
 
 
+def test_a_name_of_docker_hub_is_the_short_one() -> None:
+    for spelled in (
+        "alpine",
+        "library/alpine",
+        "docker.io/alpine",
+        "docker.io/library/alpine:latest",
+        "index.docker.io/library/alpine",
+    ):
+        assert split_ref(spelled) == ("alpine", "latest"), spelled
+    assert split_ref("docker.io/me/x:1") == ("me/x", "1") and split_ref("quay.io/library/x")[0] == "quay.io/library/x"
+    assert split_ref("library/a/b")[0] == "library/a/b"
+
+
 def test_refs_may_have_slashes_and_ports(home: Path, tree: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     digest = make(tree, store, "localhost:5000/team/app:v1")
