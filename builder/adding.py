@@ -146,6 +146,9 @@ def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: b
             matches = copying.find(top, word, parents=parents)
     except PatternError as error:
         raise ValueError(str(error)) from None
+    except NotFound as error:
+        error.hint = build.places.why_not(origin, step.stage.number, word, top)
+        raise
     nodes = [node for match in matches if (node := copying.follow(top, match.node))]
     trees = (node.below() if node.is_directory else iter([node]) for node in nodes)
     build.places.note_read(origin, (one.path for tree in trees for one in tree if not one.is_directory))

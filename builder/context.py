@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 
 from builder.patterns import Ignore, PatternError, read_ignore
-from cafs import atomic, linux, lookup
+from cafs import atomic, linux, lookup, paths
 from cafs import format as fmt
 from cafs.create import Indexer
 from cafs.digest import DIGEST_SIZES
@@ -50,6 +50,17 @@ class Context:
                 file.flush()
                 found = self._trees[prefixes] = lookup.root([lookup.MappedIndex(file.name)])
         return found
+
+    def has(self, path: str) -> bool:
+        """Whether the directory has a name, left out or not."""
+        return os.path.lexists(os.path.join(self.root, path.lstrip("/")))
+
+    def names(self, directory: str) -> list[str]:
+        """What is in a directory of it and not left out."""
+        found = [
+            os.path.join(directory, name).lstrip("/") for name in paths.listed(os.path.join(self.root, directory.lstrip("/")))
+        ]
+        return [os.path.basename(one) for one in found if not self._ignore.matches(os.fsencode(one))]
 
     def for_writer(self, writer: Writer) -> Context:
         """The same directory, for another writer."""

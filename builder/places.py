@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import posixpath
 from contextlib import contextmanager
@@ -66,8 +67,12 @@ class Places:
         try:
             return image.resolve(store, where)
         except NotFound as error:
+            near = difflib.get_close_matches(
+                where.lower(), [stage.name for stage in self._build.plan.stages if stage.name], 1, 0.7
+            )
             tag = "" if "@" in where else f" -t {where}"
-            error.hint = f"cafs-index create docker://{where}{tag}, or FROM docker://{where}"
+            create = f"cafs-index create docker://{where}{tag}, or FROM docker://{where}"
+            error.hint = f"did you mean stage {quote(near[0])}?" if near else create
             raise
 
     def _pulled(self, where: str) -> Image:
@@ -124,6 +129,20 @@ class Places:
         if later is not None and where is None:
             raise NotFound(f"stage {quote(origin)} comes later than this one")
         return None, self.base_image(origin).layers
+
+    def why_not(self, origin: str | None, before: int, source: str, top: Node) -> str | None:
+        """A hint about a source that is not there: it is left out of the context, or has another name."""
+        context, _ = self._origin(origin, before)
+        above, _, name = posixpath.normpath("/" + source).rpartition("/")
+        if context is not None:
+            if context.has(source):
+                return ".dockerignore leaves it out"
+            names = context.names(above)
+        else:
+            node = copying.walk(top, os_bytes(above))
+            names = [os.fsdecode(one) for one in node.children()] if node and node.is_directory else []
+        near = difflib.get_close_matches(name, names, 1, 0.6)
+        return f"did you mean {quote(posixpath.join(above, near[0]).lstrip('/'))}?" if near else None
 
     def note_read(self, origin: str | None, paths: Iterable[bytes]) -> None:
         """Note what of the build context a step has used."""

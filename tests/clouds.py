@@ -27,6 +27,7 @@ from pathlib import Path
 from moto.server import ThreadedMotoServer
 
 from tests.faultproxy import free_port
+from tests.waiting import SLOW
 
 Fault = Callable[[str, int], str | None]
 
@@ -175,7 +176,7 @@ class EC2(Cloud):
         self._moto.stop()
 
     def _forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._moto_port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._moto_port, timeout=30 * SLOW)
         try:
             connection.request(method, path, body, {**headers, "Host": f"127.0.0.1:{self._moto_port}"})
             answer = connection.getresponse()

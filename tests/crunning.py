@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,13 @@ def make_rootfs(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with shared_at(tmp_path_factory.mktemp("crun")) as base:
+        yield base
+
+
+@contextmanager
+def shared_at(base: Path) -> Iterator[Path]:
     """One store with the image b:1, mounted once, so that each test starts warm."""
-    base = tmp_path_factory.mktemp("crun")
     environment = {f"CAFS_{n}": str(base / n.lower()) for n in ("STORE", "CACHE", "RUN", "STATE")}
     make_rootfs(base / "rootfs")
     (base / "mnt").mkdir()

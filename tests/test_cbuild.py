@@ -165,6 +165,23 @@ def test_what_docker_would_do_and_this_does_not_is_refused(context: Path, tmp_pa
     assert digest("--cache-from", f"type=local,src={tmp_path}/steps", "--no-cache=false", context) == wanted
 
 
+def test_what_is_not_there_is_explained(context: Path) -> None:
+    (context / ".dockerignore").write_text("secret\nbuild\n")
+    (context / "secret").touch()
+    (context / "build").mkdir()
+    (context / "build" / "out").touch()
+    for text, said in (
+        ("COPY secret /x\n", ".dockerignore leaves it out"),
+        ("COPY build/out /x\n", ".dockerignore leaves it out"),
+        ("COPY sub/Othr /x\n", "did you mean 'sub/Other'?"),
+        ("COPY --from=biulder /x /x\n", "did you mean stage 'builder'?"),
+        ("COPY --from=builder /etc/pasword /x\n", "did you mean 'etc/passwd'?"),
+        ("RUN --mount=from=buildr,target=/m true\n", "did you mean stage 'builder'?"),
+    ):
+        done = cbuild("-q", "-f", "-", context, input=f"FROM b:1 AS builder\nFROM b:1\n{text}".encode())
+        assert done.returncode == 4 and f"hint: {said}\n".encode() in done.stderr, (text, done.stderr)
+
+
 def test_an_image_whose_last_steps_make_no_layer_can_be_loaded_by_docker(context: Path, tmp_path: Path) -> None:
     text = b'FROM scratch\nCOPY a /a\nENV A=1\nLABEL x=y\nCMD ["/a"]\n'
     assert cbuild("-f", "-", "-o", f"docker-archive:{tmp_path}/out.tar", context, input=text).returncode == 0

@@ -638,21 +638,25 @@ def test_following_a_log_ends_in_time_and_the_first_look_shows_what_nobody_had_r
     assert ok("logs", "-f", "--until", "1ms", "talk", timeout=20).startswith("x\n")
     assert ok("logs", "-f", "--until", str(int(time.time()) + 1), "talk", timeout=20).startswith("x\n")
     ok("rm", "-f", "talk")
-    identity = background("unread", "b:1", "sh", "-c", "sleep 0.5; seq 9999; sleep 90.25")
+    identity = background("unread", "b:1", "sh", "-c", f"sleep 0.5; seq 9999; sleep 90.{os.getpid()}")
     kill_monitor(identity)
-    assert until(lambda: subprocess.run(["pgrep", "-f", "sleep 90.25"], capture_output=True, check=False).stdout)
+    assert until(lambda: subprocess.run(["pgrep", "-f", f"sleep 90.{os.getpid()}"], capture_output=True, check=False).stdout)
     time.sleep(1)  # nobody can tell from outside what is in a pipe
     assert ok("logs", "unread").split()[-1:] == ["9999"]
     ok("rm", "-f", "unread")
 
 
-def test_containers_are_stopped_at_once(image: Path) -> None:
+def test_containers_are_stopped_at_once(image: Path, tmp_path: Path) -> None:
+    """Each ends by itself, and only when all have been asked."""
     names = [f"slow{number}" for number in range(4)]
     for name in names:
-        background(name, "b:1", "sleep", "90")  # as process 1 it does not heed TERM
-    before = time.monotonic()
-    done = cr("stop", "-t", "4", *names[:2], "nobody", *names[2:])
-    assert time.monotonic() - before < 12 and done.returncode == 4 and done.stdout.split() == names
+        asked = " -a ".join(f"-e /m/{one}" for one in names)
+        script = f"trap 'touch /m/{name}' TERM; touch /m/up-{name}; until test {asked}; do sleep 0.05; done; exit 5"
+        background(name, "-v", f"{tmp_path}:/m", "b:1", "sh", "-c", script)
+    assert until(lambda: len(list(tmp_path.glob("up-*"))) == 4)
+    done = cr("stop", "-t", int(40 * SLOW), *names[:2], "nobody", *names[2:])
+    assert done.returncode == 4 and done.stdout.split() == names
+    assert [state(name)["ExitCode"] for name in names] == [5] * 4
     assert ok("rm", "-f", "nobody", *names).split() == names
 
 
@@ -684,7 +688,7 @@ def test_cp_keeps_what_a_file_is_or_says_what_it_has_lost(image: Path, tmp_path:
         assert stat.S_ISCHR((place / "d" / "null").stat().st_mode) and (place / "d" / "a").stat().st_nlink == 2
         assert os.getxattr(place / "real", "security.capability") == os.getxattr(here / "real", "security.capability")
     archive = subprocess.run(["tar", "c", "--xattrs", "-C", tmp_path / "all", "."], capture_output=True, check=True).stdout
-    subprocess.run([BIN / "crun", "cp", "-", "cc:/home"], input=archive, check=True, timeout=60)
+    subprocess.run([BIN / "crun", "cp", "-", "cc:/home"], input=archive, check=True, timeout=60 * SLOW)
     listed = subprocess.run(["tar", "tv"], input=cr_bytes("cp", "cc:/home/d", "-"), capture_output=True, check=True).stdout
     assert b"-rwsr-xr-x" in listed and b"\ncrw" in listed and b" link to d/a" in listed
     ok("rm", "cc")

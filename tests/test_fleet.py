@@ -32,6 +32,9 @@ from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "sshd")
 
+CPUS = str(min(2, len(os.sched_getaffinity(0))))
+"""Of a machine, and of a job that needs all of it: they are really there."""
+
 POOL_TOML = """
 [cloud]
 provider = "ec2"
@@ -48,7 +51,7 @@ boot_s = {boot_s}
 [[machines]]
 name = "large"
 type = "m5.large"
-cpus = 2
+cpus = {cpus}
 price = 0.1
 
 [scaling]
@@ -67,7 +70,7 @@ class Aws:
 
     def configure(self, *, idle_s: float = 1, machines: int = 2, boot_s: float = 60, more: str = "") -> None:
         values = {"port": self.cloud.port, "url": self.cloud.url, "idle_s": idle_s, "machines": machines}
-        (self.pool / "pool.toml").write_text(POOL_TOML.format(**values, boot_s=boot_s, more=more))
+        (self.pool / "pool.toml").write_text(POOL_TOML.format(**values, cpus=CPUS, boot_s=boot_s, more=more))
 
     def instances(self, *states: str) -> list[dict[str, object]]:
         """All that were ever launched, or those in some states."""
@@ -110,7 +113,7 @@ def test_machines_come_when_there_is_work_and_go_when_there_is_none(aws: Aws) ->
         wait_until(lambda: cp("nodes").returncode == 0)
         ids = [
             ok(
-                "submit", *PLAIN, "--cpus", "2", "--workdir", "/", "--", "sh", "-c", "sleep 0.5; echo $CPOOL_WORKER $HOME"
+                "submit", *PLAIN, "--cpus", CPUS, "--workdir", "/", "--", "sh", "-c", "sleep 0.5; echo $CPOOL_WORKER $HOME"
             ).strip()
             for _ in range(3)
         ]
@@ -138,7 +141,7 @@ def test_a_call_brings_a_machine_and_it_goes_when_the_function_is_idle(image: Pa
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         try:
             wait_until(lambda: cp("nodes").returncode == 0)
-            words = ("--image", "b:1", "--handler", "jsonl:cat", "--cpus", "2", "--idle", "0.5", "--no-try")
+            words = ("--image", "b:1", "--handler", "jsonl:cat", "--cpus", CPUS, "--idle", "0.5", "--no-try")
             ok("fn", "deploy", "cat", *words)
             assert aws.instances() == [], "it costs nothing before it is called"
             assert ok("fn", "call", "cat", input='{"a": 1}', timeout=120) == '{"a":1}\n'
@@ -153,7 +156,7 @@ def test_a_call_brings_a_machine_and_it_goes_when_the_function_is_idle(image: Pa
 def test_a_controller_that_is_killed_with_sigkill_while_it_launches_launches_nothing_twice(aws: Aws, tmp_path: Path) -> None:
     """Really killed, four durable steps of it; test_faults.py has all steps by a clock that is not real."""
     aws.configure(machines=1, idle_s=0.5)
-    number = ok("submit", *PLAIN, "--cpus", "2", "--workdir", "/", "--", "sh", "-c", f"echo ran >>{tmp_path}/ran").strip()
+    number = ok("submit", *PLAIN, "--cpus", CPUS, "--workdir", "/", "--", "sh", "-c", f"echo ran >>{tmp_path}/ran").strip()
     killed = 0
     for step, when in ((2, "before"), (1, "after"), (2, "after"), (3, "before")):
         with subprocess.Popen([sys.executable, "-c", DYING, str(step), when]) as dying:
@@ -193,7 +196,7 @@ def test_answers_that_go_wrong_on_the_wire_are_understood(aws: Aws) -> None:
 
 
 def test_down_ends_machines_and_strangers_of_other_pools_are_left_alone(aws: Aws) -> None:
-    aws.configure(idle_s=1000, more="least_cpus = 2")
+    aws.configure(idle_s=1000, more=f"least_cpus = {CPUS}")
     other = aws.launch_stranger("another-pool")
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         wait_until(lambda: '"state": "ready"' in cp("nodes", "--json").stdout, 40)
@@ -244,7 +247,7 @@ def gce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GCE]:
     with GCE(tmp_path / "machines") as found:
         values = {"port": found.port, "url": found.url, "idle_s": 0.5, "machines": 2, "boot_s": 60, "more": ""}
         text = (
-            POOL_TOML.format(**values)
+            POOL_TOML.format(**values, cpus=CPUS)
             .replace('"ec2"', '"gce"')
             .replace("ami-12c6146b", "projects/debian-cloud/global/images/family/debian-12")
         )
@@ -266,7 +269,7 @@ def test_machines_of_gce_come_and_go_too_whatever_goes_wrong_on_the_wire(gce: GC
     gce.fault = lambda action, number: (faults.get(action, [])[number - 1 : number] or [None])[0]
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         wait_until(lambda: cp("nodes").returncode == 0)
-        work = ("submit", *PLAIN, "--cpus", "2", "--workdir", "/", "--", "sh", "-c")
+        work = ("submit", *PLAIN, "--cpus", CPUS, "--workdir", "/", "--", "sh", "-c")
         number = ok(*work, f"until test -f {gce.place}/go; do sleep 0.05; done; echo $CPOOL_ATTEMPT").strip()
         wait_until(lambda: job(number)["state"] == "running", 40)
         gce.take_away(str(job(number)["worker"]))

@@ -42,6 +42,8 @@ while not os.path.exists(sys.argv[3]):
         reads, wrong = reads + 1, wrong + (hashlib.sha256(data).hexdigest() != names[name])
     except OSError as error:
         failed.append(str(error))
+    if reads == 101:
+        open(f"{sys.argv[3]}.{seed}", "w").close()
     slowest = max(slowest, time.monotonic() - began)
 print(json.dumps([reads, wrong, failed, slowest]))
 """

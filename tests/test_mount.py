@@ -408,8 +408,9 @@ def test_an_ordinary_user_can_mount(home: Path, tmp_path: Path) -> None:
             [*command, *map(str, arguments)], capture_output=True, env=environment, check=False, timeout=60 * SLOW, cwd=base
         )
 
-    device_mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
-    os.chmod("/dev/fuse", 0o666)  # as udev has it on every distribution
+    os.mknod(base / "fuse", 0o020666, os.makedev(10, 229))
+    (base / "fuse").chmod(0o666)  # as udev has it on every distribution; those beside us keep theirs
+    subprocess.run(["mount", "--bind", base / "fuse", "/dev/fuse"], check=True)
     try:
         probe = subprocess.run(
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", interpreter, "-c", "import cafs, xxhash, click"],
@@ -430,7 +431,7 @@ def test_an_ordinary_user_can_mount(home: Path, tmp_path: Path) -> None:
         assert as_user("cli.cafs_mount", "--unmount", base / "mnt").returncode == 0
     finally:
         subprocess.run(["umount", "-l", base / "mnt"], capture_output=True, check=False)
-        os.chmod("/dev/fuse", device_mode)
+        subprocess.run(["umount", "-l", "/dev/fuse"], check=True)
         shutil.rmtree(base)
 
 
@@ -451,15 +452,18 @@ def test_no_fusermount3_is_exit_8_with_a_hint(small: Path) -> None:
     import sys
 
     code = "import sys; sys.argv = ['cafs-mount', *sys.argv[1:]]; from cli.cafs_mount import entry; entry()"
-    hide = 'mount --bind /dev/null /usr/bin/fusermount3 && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
-    for path in [small, *small.parents][:-2]:  # up to /tmp
+    base = small.parent  # at /mnt, as what is above it is closed to others
+    hide = (
+        f"mount --bind /dev/null /usr/bin/fusermount3 && mount --bind {base} /mnt && "
+        'exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    )
+    for path in (base, small, base / "store"):
         path.chmod(0o755)
-    (small.parent / "store").chmod(0o755)
-    os.chmod("/dev/fuse", stat.S_IMODE(os.stat("/dev/fuse").st_mode))
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {f"CAFS_{name}": f"/mnt/{name.lower()}" for name in ("STORE", "CACHE", "RUN", "STATE")}
     os.chown(small, 65534, 65534)
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-c", code, "s:1", small],
+        ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-c", code, "s:1", "/mnt/mnt"],
         capture_output=True, check=False, env=environment, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     if b"Permission denied" in done.stderr and b"cafs-mount" not in done.stderr:

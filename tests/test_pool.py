@@ -833,7 +833,7 @@ def test_a_map_that_is_told_to_end_at_any_moment_ends_and_shows_no_traceback(poo
             os.read(one.stdout.fileno(), 1) if moment else None
             time.sleep(0.07 * moment)
             one.send_signal(number)
-            assert one.wait(20) == 128 + number and b"Traceback" not in one.stderr.read()
+            assert one.wait(20 * SLOW) == 128 + number and b"Traceback" not in one.stderr.read()
 
 
 def test_a_controller_that_is_being_started_is_waited_for(pool: Path) -> None:
@@ -842,7 +842,7 @@ def test_a_controller_that_is_being_started_is_waited_for(pool: Path) -> None:
             number = ok("submit", *PLAIN, "--", "true").strip()
             assert cp("wait", number).returncode == 0 and serve.poll() is None
             ok("down")
-            assert serve.wait(20) == 0
+            assert serve.wait(20 * SLOW) == 0
     with state.locked(str(pool)), subprocess.Popen([BIN / "cpool", "serve"]) as serve:
         with pytest.raises(subprocess.TimeoutExpired):
             serve.wait(2)  # a command may have the lock for a moment

@@ -111,7 +111,7 @@ def test_the_configuration_is_dockers_and_keeps_to_the_schema(image: Path) -> No
 
 def test_every_flag_lands_where_it_belongs(image: Path, tmp_path: Path) -> None:
     found = config(
-        image, "-m", "64m", "--memory-reservation", "32m", "--cpus", "1.5", "--cpu-shares", "512", "--cpuset-cpus", "0",
+        image, "-m", "64m", "--memory-reservation", "32m", "--cpus", "0.5", "--cpu-shares", "512", "--cpuset-cpus", "0",
         "--pids-limit", "99", "--ulimit", "nofile=100:200", "--cap-add", "sys_ptrace", "--cap-drop", "CAP_CHOWN",
         "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/t:size=1m,exec", "--shm-size", "1m", "-v", f"{tmp_path}:/v:ro",
         "--mount", f"type=bind,src={tmp_path},dst=/m,readonly,bind-propagation=rslave", "--sysctl", "kernel.shmmax=4096",
@@ -122,7 +122,7 @@ def test_every_flag_lands_where_it_belongs(image: Path, tmp_path: Path) -> None:
     process, linux = found["process"], found["linux"]
     resources = linux["resources"]  # type: ignore[index]
     assert resources["memory"]["limit"] == 64 << 20 and resources["memory"]["reservation"] == 32 << 20
-    assert resources["cpu"] == {"period": 100_000, "quota": 150_000, "shares": 512, "cpus": "0"}
+    assert resources["cpu"] == {"period": 100_000, "quota": 50_000, "shares": 512, "cpus": "0"}
     assert resources["pids"] == {"limit": 99}
     assert process["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}]  # type: ignore[index]
     held = process["capabilities"]  # type: ignore[index]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from cafs import paths
 from runner import containers, idmapping
 from tests.conftest import BIN
-from tests.crunning import crun, until
+from tests.crunning import crun, shared_at, until
 from tests.test_containers import cr, ok
 from tests.waiting import SLOW
 
@@ -23,15 +23,18 @@ AUTO = ("--userns", "auto", "--network", "none")
 BASE = "b:1"
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """Not below pytest's own directory, which every run of it closes to others again."""
+    with tempfile.TemporaryDirectory(prefix="cafs-ids-") as place, shared_at(Path(place)) as base:
+        yield base
+
+
 @pytest.fixture
 def entered(image: Path) -> Iterator[None]:
     """The directory of the state is one that others may enter, as /var/lib/cafs is."""
-    modes = {above: stat.S_IMODE(above.stat().st_mode) for above in (image, *image.parents)}
-    for above, mode in modes.items():
-        above.chmod(mode | 0o001)
+    image.chmod(0o711)
     yield
-    for above, mode in modes.items():
-        above.chmod(mode)
     assert os.listdir(image / "run" / "ids") == []
 
 
