@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 
@@ -80,6 +79,8 @@ def write_record(request: Request, digest: str, engine: str, pid: int = 0, **mor
         paths.make_private(os.path.dirname(path))
         atomic.replace_hint(path, json.dumps(record, sort_keys=True).encode(), 0o600)
     except OSError as error:
+        import logging  # not of use to crun, which reads records
+
         logging.getLogger(__name__).warning("cannot write %s: %s", path, error.strerror)
 
 
