@@ -52,6 +52,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
+def _ended() -> RemoteError:
+    return RemoteError("the controller has ended", hint="cpool serve &")
+
+
 class NoController(RemoteError):
     """None runs: what can be done without one, may be."""
 
@@ -113,7 +117,10 @@ class Client:
 
     def _send(self, do: str, **fields: Any) -> int:
         self._tag += 1
-        self._socket.sendall(json.dumps({"do": do, "tag": self._tag, **fields}).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps({"do": do, "tag": self._tag, **fields}).encode() + b"\n")
+        except OSError:  # of this socket: a broken pipe would be taken for our output's
+            raise _ended() from None
         return self._tag
 
     def _next(self, *, wait: bool) -> dict[str, Any] | None:
@@ -124,8 +131,10 @@ class Client:
                 data = self._socket.recv(_PIECE, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
+            except OSError:
+                data = b""
             if not data:
-                raise RemoteError("the controller has ended", hint="cpool serve &")
+                raise _ended()
             self._held += data
         line, _, self._held = self._held.partition(b"\n")
         found: dict[str, Any] = json.loads(line)

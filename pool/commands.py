@@ -52,6 +52,8 @@ class Client:
         self._socket = connection
         self._held, self._unsent = bytearray(), bytearray()
         self._waits: dict[int, bool] = {}
+        self.attended: set[int] = set()
+        """Jobs that are wanted while this is connected."""
         self.tag: object = None
         """Of the request that is being seen to; its answer bears it."""
         controller.clients[id(self)] = self
@@ -81,6 +83,7 @@ class Client:
         if self._controller.clients.pop(id(self), None):
             self._controller.selector.unregister(self._socket)
             self._socket.close()
+            self._controller.left(self.attended)
 
     def answer(self, found: dict[str, Any], tag: object = None) -> None:
         """When what was decided is on disk.  tag: of a request before."""
@@ -131,6 +134,7 @@ class Client:
 
     def ended(self, job: Job) -> None:
         """A job has; say so if it is waited for."""
+        self.attended.discard(job.id)
         with_output = self._waits.pop(job.id, None)
         if with_output is not None:
             self._controller.say(lambda: self._answer_now({"job": job.shown(), **(self._output(job) if with_output else {})}))

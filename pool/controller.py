@@ -26,7 +26,7 @@ from pool.workers import Remote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from pool.commands import Client
@@ -41,6 +41,7 @@ _STARTED_AT_ONCE = 30
 """In one frame: as each job is bounded, so is that."""
 
 GRACE_S = 10.0
+_UNATTENDED = "who waited for it has gone"
 
 
 class Controller:
@@ -77,6 +78,8 @@ class Controller:
                 self.remotes[job.worker].jobs[job.id] = job
             elif job.state in (STARTING, RUNNING):
                 self.lose(job, "its worker is no host of the pool any more")
+            elif job.state == QUEUED and job.spec.get("attended"):
+                self.finish(job, state.CANCELLED, _UNATTENDED, has_written=False)
             if job.spec.get("fn"):
                 self.functions.jobs[job.id] = job
         self.waiting.put_in_order()
@@ -358,6 +361,10 @@ class Controller:
         del remote.jobs[job.id]
         if job.reason == requests.CANCEL_ASKED:
             self.finish(job, state.CANCELLED, "cancelled")
+        elif code < 0 and self._may_be_lost(job):
+            self.lose(job, f"worker {remote.name} was booted, or what ran there was killed")
+            self.forget(remote, number, attempt)
+            return
         elif code and job.failures < int(job.spec["retries"]):
             self.state.change(job, failures=job.failures + 1)
             self._again(job, self._back_off(job.failures))
@@ -377,6 +384,11 @@ class Controller:
             self.turns.try_later(job, wait_s)
         self.waiting.has_changed()
 
+    @staticmethod
+    def _may_be_lost(job: Job) -> bool:
+        """Whether it is done again if its worker is."""
+        return job.losses < _LOSSES_MAX and bool(job.spec.get("requeue", True))
+
     def lose(self, job: Job, why: str) -> None:
         """Its worker is not heard of: it is done again elsewhere, but not for ever."""
         remote = self.remotes.get(job.worker)
@@ -384,7 +396,7 @@ class Controller:
             remote.jobs.pop(job.id, None)
         if job.reason == requests.CANCEL_ASKED:
             self.finish(job, state.CANCELLED, "cancelled", has_written=False)
-        elif job.losses >= _LOSSES_MAX or not job.spec.get("requeue", True):
+        elif not self._may_be_lost(job):
             self.state.change(job, code=-1)
             self.finish(job, state.FINISHED, why, has_written=False)
         else:
@@ -404,6 +416,14 @@ class Controller:
         self.turns.forget(job)
         for client in list(self.clients.values()):
             client.ended(job)
+
+    def left(self, numbers: Iterable[int]) -> None:
+        """Who waited for these has gone: those that have not begun are not wanted any more."""
+        for number in numbers:
+            job = self.jobs.get(number)
+            if job and job.state in (QUEUED, state.HELD):
+                self.finish(job, state.CANCELLED, _UNATTENDED, has_written=False)
+                self.waiting.has_changed()
 
     def forget(self, remote: Remote, number: int, attempt: int) -> None:
         """Nothing more of it is wanted from its agent."""

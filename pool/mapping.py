@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 from cafs import atomic
-from cafs.errors import DIFFERS, IncompleteError, UsageError
+from cafs.errors import DIFFERS, CafsError, IncompleteError, UsageError
 from pool import results
 from pool.arguments import expand
 from pool.client import incomplete
@@ -117,6 +117,7 @@ class Map:
         self._rows: dict[int, bytes] = {}
         self._next = 1
         self._failed = 0
+        self._has_halted = False
         self._lacking: dict[str, None] = {}
         """What is not there of what jobs have written, as it was said."""
         self._log: BinaryIO | None = None
@@ -139,18 +140,37 @@ class Map:
             self._eta = Eta(len(arguments))
         groups = enumerate(arguments, 1)
         self._is_at_hand = is_at_hand
+        try:
+            self._go_on(groups)
+        except BaseException:
+            self._leave()
+            raise
+        return min(self._failed, _FAILED_MAX + 1) or (DIFFERS if self._lacking else 0)
+
+    def _go_on(self, groups: Iterator[tuple[int, list[str]]]) -> None:
         is_over = False
         while not is_over or self._numbers:
             while not is_over and len(self._numbers) < AHEAD and not self._has_to_halt():
                 is_over = not self._submit(groups)
                 while found := self._client.event(wait=False):
                     self._finished(found)
-            if self._has_to_halt() and not is_over:
-                is_over = True
+            if self._has_to_halt() and not self._has_halted:
+                is_over = self._has_halted = True
                 self._client.ask("cancel", ids=list(self._numbers), grace_s=10)
             if self._numbers and (found := self._client.event()):
                 self._finished(found)
-        return min(self._failed, _FAILED_MAX + 1) or (DIFFERS if self._lacking else 0)
+
+    def _leave(self) -> None:
+        """Before all has ended: what has not begun goes with our connection, what runs goes on, and that is said."""
+        try:
+            open_ones = self._client.ask("jobs", all=False, limit=10 * AHEAD)["jobs"] if self._numbers else []
+        except CafsError:
+            return  # there is no controller any more
+        running = [
+            str(one["id"]) for one in open_ones if one["id"] in self._numbers and one["state"] in ("starting", "running")
+        ]
+        if running:
+            sys.stderr.write(f"cpool: jobs that go on, until cpool cancel {' '.join(running)}\n")
 
     def _has_to_halt(self) -> bool:
         return bool(self._options.halt) and self._failed >= self._options.halt
@@ -169,7 +189,7 @@ class Map:
             command = expand(options.template, arguments, number)
             more, files = options.files(arguments, number) if options.files else ({}, {})
             batch.append((number, arguments, command))
-            spec = {**options.spec, **more, "command": command, "index": number}
+            spec = {**options.spec, **more, "command": command, "index": number, "attended": True}
             specs.append({"spec": spec, "priority": options.priority})
             contents |= files
             if len(batch) == _BATCH or sum(map(len, contents.values())) > _FILES_MAX or not self._is_at_hand():
@@ -184,6 +204,9 @@ class Map:
     def _finished(self, found: dict[str, Any]) -> None:
         job = found["job"]
         number, arguments, command = self._numbers.pop(job["id"])
+        if self._has_halted and job["state"] == "cancelled" and not job["started_s"]:
+            self._ready[number] = lambda: None  # it has not begun, and is in no job log
+            return self._print(number)
         code = job["code"] if job["state"] == "finished" else 255
         self._failed += code != 0
         small = {name: base64.b64decode(found[name]) for name in _STREAMS if name in found}

@@ -107,7 +107,7 @@ class Job:
             asked["cgroup"] = cgroup.make(f"{agent}/{self.id}.{self.attempt}", int(asked["memory"]))
         with open(self.path("status"), "x", encoding="ascii") as file:
             file.write(_NO_CODE)
-        asked.update(pid=0, pid_start=0, started_s=0.0)
+        asked.update(pid=0, pid_start=0, started_s=0.0, boot_id=machine.boot_id())
         self._note()
         words = ["/bin/sh", "-c", _SHELL, "cpool-job", asked.get("cgroup", ""), place, self.path("status"), *self._command()]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
@@ -171,6 +171,8 @@ class Job:
 
     def is_alive(self) -> bool:
         """Whether the shell that was started is still there, and no other process with its number."""
+        if self.asked.get("boot_id") != machine.boot_id():  # numbers and times begin anew with each boot
+            return False
         return self.pid > 0 and machine.start_time(self.pid) == self.asked.get("pid_start") != 0
 
     def finish(self, code: int | None = None, cpu_s: float = 0.0, memory: int = 0) -> None:

@@ -37,6 +37,8 @@ def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> Non
         ids.append(number)
         if number not in controller.jobs and (job := controller.state.job(number)).state not in state.ENDED:
             controller.add(job)
+        if spec.get("attended"):
+            client.attended.add(number)
     client.answer({"ids": ids})
 
 

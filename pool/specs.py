@@ -20,7 +20,7 @@ _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 
 _SPEC_MAX = 128 << 10
-_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn")
+_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn", "attended")
 """What is in a job only if it has it."""
 
 LENT = "lent"
@@ -95,7 +95,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "array": (int, 0), "index": (int, 0), "at_once": (int, 0), "requeue": (bool, True), "queue_s": ((int, float), 0),
         "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
         "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
-        "in": (list, []), "out": (list, []), "fn": (dict, {}),
+        "in": (list, []), "out": (list, []), "fn": (dict, {}), "attended": (bool, False),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:

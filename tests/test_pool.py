@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,8 +24,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pool import frames, links, mapping, scaling, simulation, specs, state
-from pool.machine import gpus as gpus_here
+from pool import frames, links, mapping, processes, scaling, simulation, specs, state
+from pool import machine as machine_of
 from pool.placement import Need, Placement, Worker, why_not
 from pool.settings import Settings
 from tests.conftest import BIN, wait_until
@@ -288,6 +289,29 @@ def test_an_agent_that_is_killed_leaves_its_jobs_to_the_next(controller: object,
     assert cp("logs", waiting).stdout == "begun\n"
 
 
+def test_what_ran_when_a_worker_was_booted_is_done_again(controller: object, tmp_path: Path) -> None:
+    """All of its processes have gone, and it is back before it was lost."""
+    number = ok("submit", *PLAIN, "--", "sh", "-c", "test $CPOOL_ATTEMPT = 2 || exec sleep 1000").strip()
+    once = ok("submit", *PLAIN, "--no-requeue", "--", "sleep", "1000").strip()
+    wait_until(lambda: job(number)["state"] == job(once)["state"] == "running")
+    places = [next((tmp_path / "pool" / "agents").glob(f"*/jobs/{one}.1/job.json")) for one in (number, once)]
+    shells = [json.loads(place.read_text())["pid"] for place in places]
+    for pid in agents(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    for pid in shells:
+        os.killpg(pid, signal.SIGKILL)
+    assert cp("wait", number).returncode == 0 and cp("wait", once).returncode == 1
+    assert (job(number)["attempt"], job(number)["losses"], job(once)["code"]) == (2, 1, -1)
+
+
+def test_a_process_of_another_boot_is_none_of_a_job(tmp_path: Path) -> None:
+    one = processes.Job(str(tmp_path / "p.w" / "jobs" / "1.1"), {"id": 1, "attempt": 1, "pid": os.getpid()})
+    one.asked |= {"pid_start": machine_of.start_time(os.getpid()), "boot_id": machine_of.boot_id()}
+    assert one.is_alive()
+    one.asked["boot_id"] = "another"
+    assert not one.is_alive()
+
+
 def test_an_agent_of_another_build_becomes_the_controllers_and_its_jobs_notice_nothing(pool: Path, tmp_path: Path) -> None:
     older = "from pool import program, client; program.MODULES = (*program.MODULES, 'drawing'); import os; client.serve(os.environ['CAFS_POOL'])"
     with subprocess.Popen([sys.executable, "-c", older]) as first:
@@ -376,6 +400,45 @@ def test_the_manual_gives_each_verb_the_options_that_it_has() -> None:
         told = {word for line in said for word in re.findall(r"(?<![\w-])--?[\w-]+", line)}
         options = {word for one in cpool.main.commands[verb].params for word in one.opts if word.startswith("-")}
         assert told == options, verb
+
+
+def test_a_map_halts_also_when_all_arguments_were_taken(pool: Path, tmp_path: Path) -> None:
+    done = cp(
+        "map", *PLAIN, "--cpus", "1", "--halt", "1", "--joblog", "log", "--", "sh", "-c", "echo >>ran; false", input="1\n" * 40
+    )
+    many = len((tmp_path / "ran").read_text())
+    assert 1 <= many < 20 and 1 <= done.returncode <= many
+    assert len((tmp_path / "log").read_text().splitlines()) <= 1 + many, "what has not begun is in no job log"
+
+
+@pytest.mark.parametrize("how", ["signal", "pipe", "kill", "controller"])
+def test_what_a_map_has_not_begun_when_it_ends_does_not_run(pool: Path, tmp_path: Path, how: str) -> None:
+    command = [BIN / "cpool", "map", *PLAIN, "--cpus", "1", "--", "sh", "-c", "echo >>ran; sleep 0.2; echo"]
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(serving()) if how in ("kill", "controller") else None
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as one:
+            assert one.stdin and one.stdout and one.stderr
+            one.stdin.write(b"1\n" * 60)
+            one.stdin.close()
+            os.read(one.stdout.fileno(), 1)
+            if how == "pipe":
+                one.stdout.close()
+            elif how == "controller":
+                assert served
+                served.kill()
+            else:
+                one.send_signal(signal.SIGTERM if how == "signal" else signal.SIGKILL)
+            assert one.wait(20) == {"signal": 143, "pipe": 141, "kill": -9, "controller": 7}[how]
+            said = one.stderr.read().decode()
+        if how in ("signal", "pipe"):
+            assert "until cpool cancel" in said
+        if how == "kill":
+            wait_until(lambda: "queued" not in ok("jobs"))
+    with serving():
+        time.sleep(2)
+        states = [json.loads(line)["state"] for line in ok("jobs", "-a", "--json").splitlines()]
+        assert states.count("cancelled") > 30 and len((tmp_path / "ran").read_text()) < 30
+        ok("down")
 
 
 def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
