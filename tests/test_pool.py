@@ -146,7 +146,7 @@ def test_a_job_that_fails_is_tried_again_as_often_as_was_said(controller: object
 
 def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
     large = ok("submit", *PLAIN, "--gpus", "99", "--", "true").strip()
-    assert job(large)["waits"] == f"no worker fits: needs 99 GPUs, the largest has {len(gpus_here())}"
+    assert job(large)["waits"] == f"no worker fits: needs 99 GPUs, the largest has {len(machine_of.gpus())}"
     held = ok("submit", *PLAIN, "--hold", "--", "true").strip()
     assert job(held)["state"] == "held"
     ok("release", held)
