@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 
 from cafs.errors import UsageError, quote
 from pool import functions, inputs, secrets, state
@@ -121,6 +122,9 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     inputs.check(found)
     if not all(math.isfinite(found[name]) for name in ("cpus", "timeout_s", "queue_s")):
         raise UsageError("a job needs what can be counted")
+    odd = next((name for name in found["env"] if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)), "")
+    if odd:  # the shell that waits for a job would not pass it on
+        raise UsageError(f"{quote(odd)} is not the name of a variable")
     words = [*found["command"], *found["env"], *found["env"].values(), *found["constraint"], *found["exclude"]]
     if not found["command"] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise UsageError("a job's command is a list of words")

@@ -441,6 +441,14 @@ def test_what_a_map_has_not_begun_when_it_ends_does_not_run(pool: Path, tmp_path
         ok("down")
 
 
+def test_the_programs_run_that_were_named_and_no_builtins_of_a_shell(pool: Path) -> None:
+    assert ok("map", *PLAIN, "echo", input="C:\\new\\table\n") == "C:\\new\\table\n"
+    assert cp("map", *PLAIN, "--joblog", "log", "exit", input="3\n").returncode == 1
+    assert (pool.parent / "log").read_text().splitlines()[1].split("\t")[6] == "127", "there is no program of that name"
+    odd = subprocess.run(["/bin/kill", "-l", "9"], capture_output=True, text=True, check=True).stdout
+    assert ok("map", *PLAIN, "kill", "-l", input="9\n") == odd
+
+
 def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     once = ("map", *PLAIN, "--joblog", log)
@@ -460,6 +468,7 @@ def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
         (("submit", *PLAIN, "--cpus", "-1", "--", "true"), 2, "--cpus"),
         (("submit", *PLAIN, "--array", "5-3", "--", "true"), 2, "is not N-M"),
         (("submit", *PLAIN, "--tiemout", "5", "--", "true"), 2, "--timeout"),
+        (("submit", *PLAIN, "-e", "A.B=c", "--", "true"), 2, "'A.B' is not the name of a variable"),
         (("submit", *PLAIN, "-x", "--", "true"), 2, "no such option '-x'"),
         (("map", "-v", "/in:/in", *PLAIN, "true", ":::", "a"), 2, "no such option '-v'"),
         (("exec", "--root", "1", "true"), 2, "no such option '--root'"),
