@@ -76,15 +76,15 @@ def _reach(directory: str, build: str) -> socket.socket:
 
 def _start(directory: str, build: str) -> None:
     def run() -> None:
-        os.umask(0o077)
+        from pool import agent, processes
+
+        os.environ[processes.UMASK] = f"{os.umask(0o077):03o}"  # of the account, for its jobs
         log = os.open(os.path.join(directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
         os.chdir("/")
         for fd, to in ((null, 0), (log, 1), (log, 2)):
             os.dup2(fd, to)
         os.closerange(3, 256)
-        from pool import agent
-
         agent.daemon(directory, build)
 
     single.begin_apart("agent", run)

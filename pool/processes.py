@@ -21,9 +21,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+UMASK = "CPOOL_UMASK"
+"""In the agent's environment: the account's umask, for plain jobs.  The agent's own files are closed."""
+
 _SHELL = (
-    'test -z "$1" || echo $$ >"$1/cgroup.procs"; shift; cd "$1" && { status=$2; shift 2; (exec "$@"); code=$?; } || '
-    '{ code=125; status=$2; }; printf "%-3s\\n" $code 1<>"$status"; exit $code'
+    'umask "$1"; shift; test -z "$1" || echo $$ >"$1/cgroup.procs"; shift; '
+    'cd "$1" && { status=$2; shift 2; (exec "$@"); code=$?; } || { code=125; status=$2; }; '
+    'printf "%-3s\\n" $code 1<>"$status"; exit $code'
 )
 """The code is one write of a few bytes, a newline last, in the place of as many spaces: it is there as a whole or not at all,
 needs no room on the disk, and costs no other process.  exec: the shell's own commands of the same name are not asked for."""
@@ -76,6 +80,7 @@ class Job:
         asked = self.asked
         os.makedirs(self.directory, mode=0o700)
         environment = {**os.environ, **({} if asked["image"] else asked["env"])}
+        umask = environment.pop(UMASK, "022") if not asked["image"] else "077"
         environment |= {"CPOOL_JOB": str(self.id), "CPOOL_ATTEMPT": str(self.attempt), "CPOOL_POOL": self.pool}
         if asked["image"]:  # for its container: in the environment of crun, LD_PRELOAD would be a program of ours on the host
             with open(os.open(self.path("env"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -109,7 +114,17 @@ class Job:
             file.write(_NO_CODE)
         asked.update(pid=0, pid_start=0, started_s=0.0, boot_id=machine.boot_id())
         self._note()
-        words = ["/bin/sh", "-c", _SHELL, "cpool-job", asked.get("cgroup", ""), place, self.path("status"), *self._command()]
+        words = [
+            "/bin/sh",
+            "-c",
+            _SHELL,
+            "cpool-job",
+            umask,
+            asked.get("cgroup", ""),
+            place,
+            self.path("status"),
+            *self._command(),
+        ]
         defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
         if asked.get("zygote_of"):
             forking.make_cgroups(self.directory, asked)

@@ -1059,3 +1059,11 @@ def test_the_same_trace_policy_and_seed_give_the_same_result(tmp_path: Path) -> 
     assert cp(*words, "--duration", "odd:1").returncode == 2
     (tmp_path / "toml").write_text('[[machines]]\nname = "m"\ncpus = "8"\n')
     assert ":3: cpus is not a number" in cp(*words).stderr
+
+
+def test_a_plain_job_has_the_umask_of_the_account(pool: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert ok("map", *PLAIN, "--", "sh", "-c", "umask; echo $CPOOL_UMASK", input="x\n") == "0027\n\n"
+    finally:
+        os.umask(before)
