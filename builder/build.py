@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from cafs.lookup import Node
 
 _MANY = 1000
+_HEEDED = {"SOURCE_DATE_EPOCH", "BUILDKIT_CACHE_MOUNT_NS"}
+"""Arguments that need no ARG."""
 
 
 class Build:
@@ -51,6 +53,9 @@ class Build:
         self.header = Header(self.store.hash_name, self.store.chunk_size)
         request.contexts = {name.lower(): where for name, where in request.contexts.items()}
         self.plan: Plan = split(dockerfile, request.args, request.target, request.contexts)
+        for name in sorted(request.no_cache - {""}):
+            if self.plan.find(name, len(self.plan.stages)) is None:
+                raise UsageError(f"--no-cache-filter: no stage {quote(name)} in {dockerfile.name}", hint=self._stages())
         self.states: dict[int, State] = {}
         self.places = Places(self)
         self._first: dict[int, int] = {}
@@ -76,8 +81,9 @@ class Build:
                 self.states[ready[0].number] = self._stage(ready[0])
             waiting = [stage for stage in waiting if stage.number not in self.states]
         unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - config.PROXIES
-        for name in sorted(one for one in unused if not one.startswith("BUILDKIT_") and one != "SOURCE_DATE_EPOCH"):
-            self.progress.warn(f"no ARG declares --build-arg {name}")
+        for name in sorted(unused - _HEEDED):
+            what = "does nothing here" if name.startswith("BUILDKIT_") else "is declared by no ARG"
+            self.progress.warn(f"--build-arg {name} {what}")
         return self._image(self.states[target.number])
 
     def _elsewhere(self, stage: Stage, progress: Progress) -> parallel.Outcome:
@@ -96,9 +102,11 @@ class Build:
         name = self.request.target
         found = self.plan.find(name, len(self.plan.stages)) if name else self.plan.stages[-1]
         if found is None:
-            names = ", ".join(stage.label for stage in self.plan.stages)
-            raise UsageError(f"no stage {quote(name)} in {self.dockerfile.name}", hint=f"there are {names}")
+            raise UsageError(f"no stage {quote(name)} in {self.dockerfile.name}", hint=self._stages())
         return found
+
+    def _stages(self) -> str:
+        return f"there are {', '.join(stage.label for stage in self.plan.stages)}"
 
     def _error(self, line: int, error: Exception, keyword: str, text: str = "") -> Exception:
         if isinstance(error, DockerfileError | running.StepError):

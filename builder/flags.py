@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
+from cafs.errors import UsageError, quote
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +53,13 @@ def parse(keyword: str, words: Sequence[str]) -> Flags:
 def one(flags: Flags, name: str) -> str | None:
     """The value of a flag."""
     return flags[name][-1] if name in flags else None
+
+
+def truth(name: str, text: str) -> bool:
+    """A value of a switch, as Go's strconv.ParseBool.  Raises UsageError."""
+    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise UsageError(f"{name} is true or false, not {quote(text)}")
+    return text.lower() in ("true", "1", "t")
 
 
 def is_on(flags: Flags, name: str) -> bool:

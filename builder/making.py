@@ -55,7 +55,7 @@ def _cached(build: Build, state: State, step: Step, key: str, what: str, make: C
     """Take a step's layer from the cache, or make it and remember it."""
     began = time.monotonic()
     wanted = build.request.no_cache
-    may_find = "" not in wanted and not (step.stage.name and step.stage.name in wanted)
+    may_find = "" not in wanted and not {step.stage.name, str(step.stage.number)} & (wanted - {""})
     found = cache.find(build.store, key) if may_find else None
     build.progress.begin(step.number, step.title)
     data = None

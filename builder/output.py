@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 import tempfile
 
+from builder import flags as flagging
 from cafs import atomic, checkout, destination, image, layerblob
 from cafs import export as writing
 from cafs.errors import RemoteError, UnsupportedError, UsageError, quote
@@ -16,47 +18,89 @@ if TYPE_CHECKING:
     from cafs.image import Image
     from cafs.store import Store
 
-_PREFIXES = {"oci": "oci-archive:", "docker": "docker-archive:", "tar": "", "local": "", "registry": "docker://"}
-_IDLE = ("oci-mediatypes", "force-compression", "compression-level", "unpack")
-"""Fields of docker's that are so anyway, or mean nothing here."""
+_PREFIXES = {
+    "oci": "oci-archive:",
+    "docker": "docker-archive:",
+    "tar": "",
+    "local": "",
+    "registry": "docker://",
+    "image": "docker://",
+}
+_FIELDS = {
+    "oci": ("dest", "name", "compression"), "docker": ("dest", "name"), "tar": ("dest",), "local": ("dest",),
+    "registry": ("name", "compression", "push"), "image": ("name", "compression", "push"),
+}  # fmt: skip
+_AS_IT_IS = {"oci-mediatypes": ("true",), "force-compression": ("true",), "unpack": ("true", "false"), "store": ("true",)}
+"""Fields of docker's that can only be what they are here."""
 
 
-def write(store: Store, found: Image, place: str, tags: tuple[str, ...]) -> None:
-    """Write the image.  Raises CafsError."""
-    kind, place, codec = _read(place, tags)
+class Output:
+    """One -o.  kind: docker's type, '' if none was given.  place: in our spelling, '' for the store alone.
+
+    names: of the image, beside the tags.  codec: of its layers.
+    """
+
+    __slots__ = ("codec", "kind", "names", "place")
+
+    def __init__(self, kind: str, place: str, names: tuple[str, ...] = (), codec: str = "gzip") -> None:
+        self.kind = kind
+        self.place = place
+        self.names = names
+        self.codec = codec
+
+
+def write(store: Store, found: Image, text: str, tags: tuple[str, ...]) -> None:
+    """Write the image to one DEST.  Raises CafsError."""
+    one = read(text, tags)
     threads = os.cpu_count() or 1
-    if kind == "local":
-        checkout.checkout(image.load_tree(store, found), store, place, merges=True)
-    elif kind == "tar":
-        with atomic.output(place) as out:
+    if one.kind == "local":
+        checkout.checkout(image.load_tree(store, found), store, one.place, merges=True)
+    elif one.kind == "tar":
+        with atomic.output(one.place) as out:
             writing.write_tar(found, store, out)
-    elif place.startswith("docker://"):
-        _push(store, found, place, threads, codec)
-    elif place:
-        destination.write(found, store, place, threads, tags[0] if tags else None, merges=True, codec=codec)
+    elif one.kind in ("image", "registry"):
+        for ref in one.names if one.kind == "image" else ():
+            store.set_ref(ref, found.digest)
+        for ref in (one.names or tags) if one.place else ():
+            _push(store, found, one.place + ref, threads, one.codec)
+    elif one.place.startswith("docker://"):
+        _push(store, found, one.place, threads, one.codec)
+    else:
+        name = next(iter(one.names or tags), None)
+        destination.write(found, store, one.place, threads, name, merges=True, codec=one.codec)
 
 
 def is_stdout(text: str) -> bool:
     """Whether DEST is standard output, which nothing else may then be written to.  Raises UsageError."""
-    return bool(re.fullmatch(r"(?:(?:oci|docker)-archive:)?-(?::.*)?", _read(text, ())[1]))
+    return bool(re.fullmatch(r"(?:(?:oci|docker)-archive:)?-(?::.*)?", read(text, ()).place))
 
 
-def _read(text: str, tags: tuple[str, ...]) -> tuple[str, str, str]:
-    """(docker's type, '' if none was given; in our spelling; how layers are compressed).  Raises UsageError."""
+def read(text: str, tags: tuple[str, ...]) -> Output:
+    """What DEST means; every field is heeded or refused.  Raises UsageError."""
     if not text.startswith("type="):
-        return "", text, "gzip"
-    fields = dict(field.partition("=")[::2] for field in text.split(","))
-    kind, place, name = fields.pop("type"), fields.pop("dest", ""), fields.pop("name", tags[0] if tags else "")
-    codec, is_pushed = layerblob.check_codec(fields.pop("compression", "gzip")), fields.pop("push", "false") == "true"
-    if kind not in (*_PREFIXES, "image"):
-        raise UsageError(f"unknown output type {quote(kind)}", hint=", ".join([*_PREFIXES, "image"]))
-    if unknown := [field for field in fields if field not in _IDLE]:
-        raise UsageError(f"-o type={kind} has no {quote(unknown[0])}", hint="dest, name, push, compression")
-    if kind == "image":  # it is in the store
-        return kind, f"docker://{name}" if is_pushed else "", codec
+        if re.match(r"(?:dest|name|push|compression|tar)=", text):
+            raise UsageError(f"-o {quote(text)} has no type=", hint="type=local,dest=DIRECTORY")
+        return Output("", text)
+    pairs = next(csv.reader([text]))
+    fields = dict(pair.partition("=")[::2] for pair in pairs)
+    kind = fields.pop("type")
+    if kind not in _FIELDS:
+        raise UsageError(f"unknown output type {quote(kind)}", hint=", ".join(_FIELDS))
+    for name, value in fields.items():
+        if name not in _FIELDS[kind] and value not in _AS_IT_IS.get(name, ()):
+            raise UsageError(f"-o type={kind} has no {quote(f'{name}={value}')}", hint=", ".join(_FIELDS[kind]))
+    names = tuple(filter(None, fields.get("name", "").split(",")))
+    codec, place = layerblob.check_codec(fields.get("compression", "gzip")), fields.get("dest", "")
+    if kind in ("image", "registry"):
+        is_pushed = flagging.truth("push", fields.get("push", "true" if kind == "registry" else "false"))
+        if is_pushed and not names and not tags:
+            raise UsageError(f"-o type={kind} needs a name to push to", hint="name=REF, or -t REF")
+        if kind == "image" and "compression" in fields and not is_pushed:
+            raise UsageError("layers of the store have no compression of docker's", hint="push=true")
+        return Output(kind, _PREFIXES[kind] if is_pushed else "", names, codec)
     if kind == "local" and not place:
         raise UsageError("-o type=local needs dest=DIRECTORY")
-    return kind, _PREFIXES[kind] + (name if kind == "registry" else place or "-"), codec
+    return Output(kind, _PREFIXES[kind] + (place or "-"), names, codec)
 
 
 def _push(store: Store, found: Image, place: str, threads: int, codec: str) -> None:

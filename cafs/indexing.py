@@ -222,6 +222,8 @@ def merge_image(store_root: str, data: bytes, base: str, tag: str | None) -> str
 def _source(options: Options) -> Iterator[ImageSource | BinaryIO | None]:
     """An image of others, the stream of a tar, or None for a directory."""
     found = sources.parse(options.source, options.platform)
+    if options.platform and not found:
+        raise UsageError("a platform is chosen of an image, not of a directory or a tar")
     if found or options.source == "-":
         yield found or (sys.stdin.buffer.raw if isinstance(sys.stdin.buffer, io.BufferedReader) else sys.stdin.buffer)
         return
@@ -243,6 +245,8 @@ def _indexer(
     exclude = options.exclude or None
     linux.raise_descriptor_limit()  # a walk holds one a level, and one a directory of the files that wait to be read
     if source:
+        if options.one_file_system or options.rehash or options.skip_unreadable:
+            raise UsageError("other mounts, what is remembered and what cannot be read are of directories alone")
         reader = MemberReader(header, writer, options.jobs, options.progress)
         build = source.build if isinstance(source, ImageSource) else lambda reader: tar_tree(reader, source)
         return TreeIndexer(reader, build, exclude)

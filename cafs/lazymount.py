@@ -10,6 +10,7 @@ import time
 from cafs import fusemount, lazyd, linux, locator, mountinfo, paths, serving
 from cafs.errors import CafsError
 from cafs.holder import held
+from cafs.request import FETCH_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def ensure(run: str, store: Store, cache: str, request: Request, image: bytes, p
         if mount.fstype == FSTYPE and os.path.dirname(state) == run and os.path.basename(state).startswith(name):
             if mountinfo.answers(os.fsdecode(mount.point)):
                 found = LazyMount(state)
+                config = serving.read_config(state)
+                if (request.log, request.limit_s) not in ((None, FETCH_LIMIT_S), (config["log"], config["limit_s"])):
+                    request.warnings.append(
+                        "a server that is there serves it too: the log and the time limit are those that it has"
+                    )
                 found.announce(image, profile)
                 return found
             linux.umount(os.fsdecode(mount.point), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)

@@ -126,9 +126,13 @@ def check_point(request: Request, digest: str) -> str | None:
 
 
 def _is_as_requested(here: mountinfo.Mount, request: Request) -> bool:
-    """Whether a mount of the image writes where, and allows what, the request says; it cannot begin to record now."""
-    is_there = here.upper == (os.path.join(request.upper, "upper") if request.upper else "") and not request.record
-    return is_there and here.words & _RESTRICTIONS == request.words() & _RESTRICTIONS
+    """Whether a mount of the image writes where, and allows what, the request says; a new one alone can record and prefetch."""
+    from cafs import profile
+
+    is_there = here.upper == (os.path.join(request.upper, "upper") if request.upper else "")
+    is_there = is_there and here.words & _RESTRICTIONS == request.words() & _RESTRICTIONS
+    is_new = request.record or request.prefetch not in ("", profile.NONE)
+    return is_there and not is_new and (request.engine == "auto" or mountinfo.is_kernel(here) == (request.engine == "kernel"))
 
 
 def _check_host() -> None:

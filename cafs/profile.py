@@ -47,9 +47,22 @@ def file_name(store: Store, image: bytes, name: str) -> str:
 
 
 def make(store: Store, image: Image, reads: Iterable[Read], name: str = DEFAULT) -> int:
-    """Store the hot pack of an image's reads; returns how many objects are in it.  Raises CafsError."""
+    """Store the hot pack of an image's reads; returns how many objects are in it.  What is of no file of it is left out.
+
+    Raises CafsError.
+    """
+    from cafs.image import load_layer
+    from cafs.locator import contents
+
     target = file_name(store, image.digest, name)
     store.refresh()
+    its_own = {key for layer in image.layers for key in contents(load_layer(store, layer))}
+    all_reads = list(reads)
+    reads = [read for read in all_reads if (read.digest, read.kind) in its_own]
+    if all_reads and not reads:
+        raise CafsError(
+            f"nothing that was recorded is of image {image.digest.hex()[:12]}", hint="the record is of another image"
+        )
     rows: list[Row] = []
     try:
         _write(store, target, _hot_pack(store, reads, rows))

@@ -81,6 +81,18 @@ def store_root(given: str | None) -> str:
     return paths.chosen_store(given, click.get_current_context().meta[_SCOPE])
 
 
+def names_store(given: str | None) -> bool:
+    """Whether --store or --scope is given."""
+    return given is not None or click.get_current_context().meta[_SCOPE] is not None
+
+
+def exclusive(why: str, *options: tuple[str, object]) -> None:
+    """Refuse two options of which one would be ignored.  options: (name, value).  Raises UsageError."""
+    given = [name for name, value in options if value]
+    if len(given) > 1:
+        raise click.UsageError(f"{given[1]} does not go with {given[0]}" + (f": {why}" if why else ""))
+
+
 def json_option() -> Decorator:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")

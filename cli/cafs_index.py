@@ -8,7 +8,7 @@ import sys
 import click
 
 from cli._app import json_path, run, say, write_json, write_lines
-from cli._options import CONTEXT, json_option, quiet_option, store_option, store_root, version_option
+from cli._options import CONTEXT, exclusive, json_option, names_store, quiet_option, store_option, store_root, version_option
 from cli._progress import progress
 
 TYPE_CHECKING = False
@@ -83,6 +83,10 @@ def create(
 
     if as_json and output == "-":
         raise click.UsageError("--json and '-o -' both want stdout")
+    if output is not None:
+        exclusive(
+            "an index file has no name and no store", ("-o", True), ("-t", tag), ("--store or --scope", names_store(store))
+        )
     if base and output is not None:
         raise click.UsageError("--base makes an image: it does not go with -o")
     if hash_name and output is None:
@@ -126,6 +130,7 @@ def list_entries(image: str, paths: tuple[str, ...], long: bool, null: bool, as_
     """List the paths of IMAGE, one a line, or those at and below PATHs."""
     from cafs import escape, listing
 
+    exclusive("", ("-l", long), ("-0", null), ("--json", as_json))
     index = _load(image, store)
     entries = _chosen(index, paths, image)
     if as_json:
@@ -189,6 +194,7 @@ def diff(old: str, new: str, name_only: bool, as_json: bool, store: str | None, 
     from cafs.errors import UsageError
     from cli import _differing as differing
 
+    exclusive("", ("--name-only", name_only), ("--json", as_json))
     before, after = _load(old, store), _load(new, store)
     if (before.header.hash_name, before.header.chunk_size) != (after.header.hash_name, after.header.chunk_size):
         raise UsageError(f"'{old}' and '{new}' are of different hashes or chunk sizes")
@@ -216,7 +222,11 @@ def verify(
     """
     from cli import _differing as differing
 
+    exclusive("", ("--name-only", name_only), ("--json", as_json))
     if directory is None:
+        for option, value in (("-j", jobs), ("--name-only", name_only), ("--json", as_json)):
+            if value:
+                raise click.UsageError(f"{option} goes with DIR")
         return differing.verify_content(image, store_root(store), PROGRAM)
     from cafs.compare import differences
     from cafs.indexing import index_directory
@@ -267,6 +277,7 @@ def merge(base: str, layers: tuple[str, ...], tag: str | None, output: str | Non
     from cafs.indexing import merge_image
     from cafs.layers import merge as fold
 
+    exclusive("an index file has no name", ("-o", output is not None), ("-t", tag))
     data = fold([_load(one, store) for one in (base, *layers)])
     if output is not None:
         with atomic.output(output) as out:
@@ -326,25 +337,27 @@ def _chosen(index: Index, paths: tuple[str, ...], image: str) -> Iterator[Entry]
 @main.command()
 @click.argument("image")
 @click.option("--from", "records", multiple=True, metavar="FILE", required=True, help="A record; repeatable.")
-@click.option("--name", default="default", help="Name of the profile (default).")
+@click.option("--name", help="Name of the profile (default).")
 @click.option("--show", is_flag=True, help="Store nothing; show what was read when.")
 @click.option("--svg", metavar="FILE", help="Draw it to FILE, with --show.")
 @json_option()
 @store_option()
 @quiet_option(used=False)
 def profile(
-    image: str, records: tuple[str, ...], name: str, show: bool, svg: str | None, as_json: bool, store: str | None
+    image: str, records: tuple[str, ...], name: str | None, show: bool, svg: str | None, as_json: bool, store: str | None
 ) -> None:
     """Make a profile of IMAGE from records, for mounts to bring.
 
     Records are written by cafs-mount and crun run.
     """
     from cafs import image as images
-    from cafs.profile import make
+    from cafs.profile import DEFAULT, make
     from cafs.record import parse
     from cafs.store import Store
     from cli._timeline import show_reads, write_svg
 
+    exclusive("nothing is stored", ("--show", show), ("--name", name))
+    exclusive("", ("--svg", svg), ("--json", as_json))
     if svg and not show:
         raise click.UsageError("--svg goes with --show")
     opened = Store(store_root(store))
@@ -353,9 +366,9 @@ def profile(
     if show:
         write_svg(reads, svg) if svg else show_reads(reads, as_json)
         return
-    count = make(opened, found, reads, name)
+    count = make(opened, found, reads, name or DEFAULT)
     if as_json:
-        write_json({"image": found.digest.hex(), "name": name, "objects": count})
+        write_json({"image": found.digest.hex(), "name": name or DEFAULT, "objects": count})
 
 
 def entry() -> None:

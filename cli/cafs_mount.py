@@ -67,14 +67,14 @@ def main(arguments: list[str]) -> int:
         return 0
     if empty := [name for name, values in options.flags.items() if "" in values]:
         raise UsageError(f"--{empty[0]} is empty", hint="an unset variable?")
+    if options.has("json") and not options.has("list"):
+        raise UsageError("--json goes with --list")
     alone = [options.has("list"), options.has("reload"), options.value("unmount") is not None]
     if any(alone):
         if options.words or sum(alone) > 1 or options.flags.keys() - _GO_WITH_ALONE:
             raise UsageError("--list, --reload and --unmount go alone", hint=f"{PROGRAM} --help")
         _manage(options)
         return 0
-    if options.has("json"):
-        raise UsageError("--json goes with --list")
     if len(options.words) != 2:
         raise UsageError("IMAGE and DIR are needed, and nothing else", hint=f"{PROGRAM} --help")
     _mount(options, _request(options))

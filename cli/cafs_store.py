@@ -6,7 +6,18 @@ import click
 
 from cafs.paths import located
 from cli._app import run, say, write_json
-from cli._options import CONTEXT, Amount, Size, json_option, quiet_option, store_option, store_root, version_option
+from cli._options import (
+    CONTEXT,
+    Amount,
+    Size,
+    exclusive,
+    json_option,
+    names_store,
+    quiet_option,
+    store_option,
+    store_root,
+    version_option,
+)
 from cli._progress import progress
 
 TYPE_CHECKING = False
@@ -51,6 +62,7 @@ def list_refs(as_json: bool, quiet: bool, store: str | None) -> None:
     """List refs and the images they name."""
     from cafs.store import Store
 
+    exclusive("", ("-q", quiet), ("--json", as_json))
     opened = Store(store_root(store))
     for ref in opened.refs():
         digest = _digest_of(opened, ref)
@@ -158,6 +170,7 @@ def gc(dry_run: bool, grace: float | None, steps: float | None, as_json: bool, s
     """
     from dataclasses import asdict
 
+    exclusive("", ("-q", quiet), ("--json", as_json))
     from cafs.collect import GRACE_S, collect
     from cafs.steps import KEPT_S
     from cafs.store import Store
@@ -209,8 +222,9 @@ def pull(image: str, url: str | None, tag: str | None, bwlimit: int, as_json: bo
     if url is None:
         from cafs import complete
 
-        if tag:
-            raise click.UsageError("--tag goes with URL")
+        for option, value in (("--tag", tag), ("--json", as_json)):
+            if value:
+                raise click.UsageError(f"{option} goes with URL")
         complete.pull(store_root(store), image, bwlimit)
         return
     if bwlimit:
@@ -269,6 +283,8 @@ def _copy(name: str, source: Store, target: Store, tag: str | None, as_json: boo
 @store_option()
 def fsck(repair: bool, is_cache: bool, as_json: bool, quiet: bool, store: str | None) -> int:
     """Verify everything; a line a finding; exit 5 if any."""
+    exclusive("", ("-q", quiet), ("--json", as_json))
+    exclusive("the cache is of all stores", ("--cache", is_cache), ("--store or --scope", names_store(store)))
     if is_cache:
         from cafs import cachecheck, paths
 

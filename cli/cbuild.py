@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import click
 
+from cafs.errors import NotFound, quote
 from cli import _built as built
 from cli._app import run
 from cli._options import Switchable, quiet_option, store_option, store_root, version_option
@@ -194,16 +195,22 @@ def _request(given: dict[str, object]) -> Request:
         secrets=dict(map(_secret, built.texts(given["secrets"]))),
         ssh=dict(map(_agent, built.texts(given["agents"]))),
         labels=_pairs(given["labels"], "--label"),
-        no_cache={*built.texts(given["filters"]), *([""] if given["no_cache"] else [])},
+        no_cache={*_names(given["filters"]), *([""] if given["no_cache"] else [])},
         allowed=set(built.texts(given["allowed"])),
         cache_from=[Store(_cache("--cache-from", "src", text)) for text in built.texts(given["others"])],
         allows_in_layer=set(built.texts(given["leaky"])),
-        network=str(given["network"] or ""),
+        network="" if given["network"] == "default" else str(given["network"] or ""),
         flags=flags,
         epoch=_epoch(epoch) if epoch else 0 if given["reproducible"] else -1,
         is_reproducible=bool(given["reproducible"]),
         pulls=bool(given["pulls"]),
     )
+    _check_flags(flags)
+    if strange := request.allows_in_layer - request.secrets.keys():
+        raise click.UsageError(f"--allow-secret-in-layer {min(strange)}: no --secret has this id")
+    for name, where in request.contexts.items():
+        if where.startswith(("/", "./", "../")) and not os.path.isdir(where):
+            raise NotFound(f"--build-context {name}: no directory {quote(where)}")
     if given["push"] and not given["tags"]:
         raise click.UsageError("--push needs a REF: -t")
     if request.network == "host":
@@ -211,6 +218,24 @@ def _request(given: dict[str, object]) -> Request:
     for name in request.allowed - {"network.host", "security.insecure", "device"}:
         raise click.UsageError(f"--allow {name}: network.host, security.insecure or device")
     return request
+
+
+def _names(texts: object) -> list[str]:
+    """Of stages: repeated, or with commas."""
+    return [name.strip().lower() for text in built.texts(texts) for name in text.split(",") if name.strip()]
+
+
+def _check_flags(flags: dict[str, list[str]]) -> None:
+    """What RUN would find wrong with them, also if all is cached.  Raises UsageError."""
+    from cafs.options import Options
+    from runner import cgroups, etc, privileges
+
+    options = Options(flags, [])
+    privileges.ulimits(options)
+    for text in flags.get("shm-size", []):
+        cgroups.size(text)
+    for text in flags.get("add-host", []):
+        etc.host(text)
 
 
 def _epoch(text: str) -> int:
@@ -239,6 +264,8 @@ def _secret(text: str) -> tuple[str, tuple[str, str]]:
     where = fields.pop("src", None) or fields.pop("source", None) or fields.pop("env", None) or name
     if not name or fields or kind not in ("file", "env"):
         raise click.UsageError(f"--secret {text!r} is not id=ID,src=FILE or id=ID,env=VARIABLE")
+    if kind == "file" and not os.path.exists(where):
+        raise NotFound(f"secret {quote(name)}: no file {quote(where)}")
     return name, (kind, where)
 
 
@@ -247,6 +274,8 @@ def _agent(text: str) -> tuple[str, str]:
     socket = socket if equals else os.environ.get("SSH_AUTH_SOCK", "")
     if not name or not socket:
         raise click.UsageError(f"--ssh {text!r}: no socket is given, and SSH_AUTH_SOCK is not set")
+    if not os.path.exists(socket):
+        raise NotFound(f"no ssh agent at {quote(socket)}")
     return name, socket
 
 

@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
         given, names = getopt.gnu_getopt(arguments, "sfnvo:t:")
         if len(names) != 2:
             raise _WrongCall(USAGE)
+        if strange := [value for flag, value in given if flag == "-t" and value not in ("cafs", "fuse.cafs")]:
+            raise _WrongCall(f"type {strange[0]!r} is not cafs")
         flags = {flag for flag, _ in given}
         values, words = _options(",".join(value for flag, value in given if flag == "-o"), is_sloppy="-s" in flags)
     except (_WrongCall, getopt.GetoptError, ValueError) as error:

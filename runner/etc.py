@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runner.containers import Container
 
+_GATEWAY = "host-gateway"
+
 
 def hostname_of(container: Container) -> str:
     """As it was asked for, else the beginning of the id; that of the host or the other whose network it shares.
@@ -60,15 +62,23 @@ def hosts(container: Container) -> bytes:
         neighbours = connecting.host_lines(container, hostname)
     lines += neighbours or [f"127.0.1.1\t{hostname}"]
     for text in container.all("add-host"):
-        name, separator, address = text.partition("=" if "=" in text else ":")
-        if address == "host-gateway" and container.is_on_bridge:
+        name, address = host(text)
+        if address == _GATEWAY:
+            if not container.is_on_bridge:
+                raise UsageError(f"--add-host {quote(text)}: without a network of its own there is no gateway")
             from runner import networks
 
             address = networks.find(container.network).gateway
-        if not separator or not name or not _is_address(address):
-            raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
         lines.append(f"{address.strip('[]')}\t{name}")
     return "".join(line + "\n" for line in lines).encode()
+
+
+def host(text: str) -> tuple[str, str]:
+    """(name, address) of --add-host.  Raises UsageError."""
+    name, separator, address = text.partition("=" if "=" in text else ":")
+    if not separator or not name or not (address == _GATEWAY or _is_address(address)):
+        raise UsageError(f"--add-host {quote(text)} is not NAME:IP")
+    return name, address
 
 
 def _is_address(text: str) -> bool:

@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from cafs.options import Options
     from runner.containers import Container
 
 CAPABILITIES = [
@@ -80,7 +81,7 @@ def known_capabilities() -> list[str]:
     return ["CAP_" + name for name in _CAPABILITY_NAMES.split()[: last + 1]]
 
 
-def ulimits(options: Container) -> list[dict[str, Any]]:
+def ulimits(options: Options | Container) -> list[dict[str, Any]]:
     """--ulimit as rlimits; who may not raise a limit cannot give more than it has.  Raises UsageError, CafsError."""
     import resource
 

@@ -165,6 +165,52 @@ def test_what_docker_would_do_and_this_does_not_is_refused(context: Path, tmp_pa
     assert digest("--cache-from", f"type=local,src={tmp_path}/steps", "--no-cache=false", context) == wanted
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--no-cache-filter", "nosuch"], 2, b"no stage 'nosuch'"),
+        (["--ulimit", "nofile=x"], 2, b"is not NAME=SOFT"),
+        (["--shm-size", "lots"], 2, b"is not a size"),
+        (["--add-host", "foo"], 2, b"is not NAME:IP"),
+        (["--secret", "id=x,src=/nonexistent"], 4, b"no file '/nonexistent'"),
+        (["--ssh", "default=/nonexistent"], 4, b"no ssh agent"),
+        (["--build-context", "n=/nonexistent"], 4, b"no directory '/nonexistent'"),
+        (["--allow-secret-in-layer", "x"], 2, b"no --secret has this id"),
+        (["-o", "dest=foo"], 2, b"has no type="),
+        (["-o", "type=oci,dest=o,push=true"], 2, b"has no 'push=true'"),
+        (["-o", "type=oci,dest=o,compression-level=22"], 2, b"has no 'compression-level=22'"),
+        (["-o", "type=local,dest=o,compression=zstd"], 2, b"has no 'compression=zstd'"),
+        (["-o", "type=image,push=maybe,name=x"], 2, b"true or false"),
+        (["-o", "type=image,push=1"], 2, b"needs a name"),
+        (["-o", "type=registry"], 2, b"needs a name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_would_be_ignored_is_refused(context: Path, tmp_path: Path, words: list[str], code: int, said: bytes) -> None:
+    done = cbuild("-q", *words, context, cwd=tmp_path)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert not (tmp_path / "o").exists() and not (tmp_path / "dest=foo").exists()
+
+
+def test_what_was_ignored_works(context: Path, tmp_path: Path) -> None:
+    text = "FROM b:1 AS One\nRUN echo one\nFROM b:1\nRUN echo two\n"
+    (context / "Dockerfile").write_text(text + "COPY --from=one /etc/passwd /p\n")
+    digest(context)
+    for words, count in ((["ONE"], 1), (["1"], 1), (["one,1"], 2), (["one", "1"], 2)):
+        filters = [word for name in words for word in ("--no-cache-filter", name)]
+        said = cbuild(*filters, context).stderr
+        assert len(re.findall(rb"#[0-9]+ [0-9.]+ (?:one|two)\n", said)) == count, said
+    wanted = digest(context)
+    assert digest("--network", "default", context) == wanted
+    assert b"BUILDKIT_INLINE_CACHE does nothing here" in cbuild("--build-arg", "BUILDKIT_INLINE_CACHE=1", context).stderr
+    assert digest("-o", "type=image,name=named:1", context) == wanted
+    found = subprocess.run([BIN / "cafs-store", "ls"], capture_output=True, check=True).stdout.decode()
+    assert f"named:1\t{wanted}\n" in found
+    digest("-o", f"type=docker,dest={tmp_path}/d.tar,name=x:3", "-t", "y:4", context)
+    with tarfile.open(tmp_path / "d.tar") as archive:
+        assert json.load(archive.extractfile("manifest.json"))[0]["RepoTags"] == ["x:3"]  # type: ignore[arg-type]
+
+
 def test_what_is_not_there_is_explained(context: Path) -> None:
     (context / ".dockerignore").write_text("secret\nbuild\n")
     (context / "secret").touch()
@@ -220,7 +266,7 @@ def test_what_is_said_and_written(context: Path, tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["begin", "done", "begin", "output", "done"]
     assert cbuild("-q", "--build-arg", "V", context, env=os.environ | {"V": "7"}).returncode == 0
     warned = cbuild("--build-arg", "NONE=1", context)
-    assert warned.returncode == 0 and b"no ARG declares --build-arg NONE" in warned.stderr
+    assert warned.returncode == 0 and b"--build-arg NONE is declared by no ARG" in warned.stderr
     labelled = cbuild("-q", "--label", "a=b", "-t", "made:3", context)
     assert labelled.returncode == 0 and labelled.stdout.decode().strip() != made
 

@@ -289,3 +289,37 @@ def test_every_option_that_is_declared_is_read_by_the_code_that_runs() -> None:
         for words, command in walked(main, module):
             ignored += [f"{words} {one.opts[0]}" for one in command.params if one.expose_value and one.name not in read]
     assert ignored == ["cpool cloud policy provider"], "which has one value"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cafs-index create T -o F -t x:1",
+        "cafs-index create T -o F --store S",
+        "cafs-index create T --platform linux/amd64",
+        "cafs-index create A -x",
+        "cafs-index create A --rehash",
+        "cafs-index create A --skip-unreadable",
+        "cafs-index ls x:1 -l -0",
+        "cafs-index ls x:1 -l --json",
+        "cafs-index diff x:1 x:1 --name-only --json",
+        "cafs-index verify x:1 --json",
+        "cafs-index verify x:1 -j 2",
+        "cafs-index merge x:1 x:1 -o F -t y:1",
+        "cafs-index profile x:1 --from R --show --name n",
+        "cafs-index profile x:1 --from R --show --svg F --json",
+        "cafs-store ls -q --json",
+        "cafs-store pull x:1 --json",
+        "cafs-store fsck --cache --store S",
+        "cafs-store fsck -q --json",
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(home: Path, tree: Path, tmp_path: Path, cmd: Run, words: str) -> None:
+    assert cmd("cafs-index", "create", tree, "-t", "x:1").returncode == 0
+    subprocess.run(["tar", "-C", tree, "-cf", tmp_path / "A", "."], check=True)
+    (tmp_path / "R").write_text("cafs-record 1 sha256\n")
+    places = {"T": tree, "F": tmp_path / "F", "S": tmp_path / "store", "A": tmp_path / "A", "R": tmp_path / "R"}
+    program, *rest = words.split()
+    done = cmd(program, *[str(places.get(word, word)) for word in rest])
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "F").exists()

@@ -349,9 +349,13 @@ def test_a_directory_of_changes_is_mounted_once_and_over_its_own_image(
     assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0
     assert os.stat(tmp_path / "k").st_mode & 0o7777 == 0o711, "as the root of the image"
     assert kernel("x:1", tmp_path / "k", "--rw", up).returncode == 0, "it is mounted there already"
-    for options in ((), ("--rw", tmp_path / "other"), ("--record", tmp_path / "record")):
+    for options in ((), ("--rw", tmp_path / "other"), ("--record", tmp_path / "record"), ("--rw", up, "--prefetch", "all")):
         assert kernel("x:1", tmp_path / "k", *options).returncode == 6, options
     (tmp_path / "link").symlink_to(up)
+    assert cmd("cafs-mount", "--engine", "fuse", "x:1", tmp_path / "k").returncode == 6
+    (tmp_path / "k3").mkdir()
+    shared = cmd("cafs-mount", "x:1", tmp_path / "k3", "--log", tmp_path / "log")
+    assert shared.returncode == 0 and b"a server that is there serves it too" in shared.stderr
     second = kernel("x:1", tmp_path / "k2", "--rw", tmp_path / "link")
     assert second.returncode == 6 and b"in use" in second.stderr
     os.chmod(tmp_path / "k" / "a", 0o600)

@@ -74,6 +74,11 @@ def test_a_recording_mount_writes_first_reads_in_order_also_of_what_is_cached(
     assert [json.loads(line)["object"] for line in shown[:5]] == names
     bars = cmd("cafs-index", "profile", "x:1", "--from", tmp_path / "record", "--show").stdout.decode()
     assert len(bars.splitlines()) == 20 and "#" in bars
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "f").write_text("of another image")
+    cmd("cafs-index", "create", tmp_path / "other", "-t", "y:1")
+    other = cmd("cafs-index", "profile", "y:1", "--from", tmp_path / "record")
+    assert other.returncode == 1 and b"the record is of another image" in other.stderr
 
 
 def test_the_next_cold_run_is_served_by_the_hot_pack(
