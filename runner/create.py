@@ -29,6 +29,8 @@ _DRIVERS = ("json-file", "none", "k8s-file", "local")
 _POLICIES = ("no", "on-failure", "always", "unless-stopped")
 _OF_A_NETWORK = ("hostname", "dns", "dns-search", "dns-option", "add-host", "publish", "publish-all", "expose")
 _OF_A_CHECK = ("health-cmd", "health-interval", "health-timeout", "health-retries", "health-start-period")
+_VARIANTS = {"amd64": ("", "v1", "v2", "v3", "v4"), "arm64": ("", "v8")}
+"""Of architectures that a host may be asked for; which of them its processor has, the program finds out."""
 
 
 def create(
@@ -190,7 +192,8 @@ def _check(options: Options) -> None:
         from cafs import oci
 
         wanted, here = oci.parse_platform(platform), oci.host_platform()
-        if (wanted.os, wanted.architecture) != (here.os, here.architecture):
+        is_known = wanted.variant in _VARIANTS.get(wanted.architecture, ("", here.variant))
+        if (wanted.os, wanted.architecture) != (here.os, here.architecture) or not is_known:
             raise UsageError(f"platform {quote(platform)} is not this host's", hint="nothing is emulated")
     driver = options.value("log-driver")
     if driver is not None and driver not in _DRIVERS:
