@@ -150,8 +150,9 @@ def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: b
         error.hint = build.places.why_not(origin, step.stage.number, word, top)
         raise
     nodes = [node for match in matches if (node := copying.follow(top, match.node))]
-    trees = (node.below() if node.is_directory else iter([node]) for node in nodes)
-    build.places.note_read(origin, (one.path for tree in trees for one in tree if not one.is_directory))
+    build.places.note_read(origin, copying.searched(top, word))
+    for node in nodes:
+        build.places.note_read(origin, (one.path for one in (node, *(node.below() if node.is_directory else ()))))
     if not is_add or flagging.one(step.flags, "unpack") == "false":
         return [Source(top, matches)] if matches else []
     return [_unpacked(build, Source(top, [match])) for match in matches]

@@ -83,6 +83,18 @@ def find(top: Node, source: str, *, parents: bool = False) -> list[Match]:
     return [replace(one, pivot=pivot) for one in sorted(found, key=lambda one: fmt.order_key(b"/" + one.name))]
 
 
+def searched(top: Node, source: str) -> set[bytes]:
+    """The directories in which files may come or go that a source with wildcards means.  Raises CafsError, PatternError."""
+    paths: set[bytes] = set()
+    found, is_wild = [Match(top, b"")], False
+    for part in posixpath.normpath("/" + source).lstrip("/").split("/"):
+        is_wild = is_wild or has_wildcard(part)
+        nodes = [follow(top, match.node) for match in found] if is_wild else []
+        paths |= {node.path for node in nodes if node and node.is_directory}
+        found = [one for match in found for one in _step(top, match, part)]
+    return paths
+
+
 def _step(top: Node, match: Match, part: str) -> Iterator[Match]:
     node = follow(top, match.node)
     if node is None or not node.is_directory:

@@ -43,9 +43,13 @@ def page(rows: list[Row], title: str) -> bytes:
 
 
 def depfile(target: str, files: set[str]) -> bytes:
-    """A rule for make(1): what TARGET was made of."""
-    words = [os.fsencode(name) for name in sorted(files)]
-    return b" \\\n ".join([os.fsencode(target) + b":", *map(_for_make, words)]) + b"\n"
+    """A rule for make(1): what TARGET was made of; and one for each of these, so that make goes on without one that has gone.
+
+    As gcc -MP.  Directories are among them: their time changes when a file comes or goes.
+    """
+    words = [_for_make(os.fsencode(name)) for name in sorted(files)]
+    rule = b" \\\n ".join([_for_make(os.fsencode(target)) + b":", *words]) + b"\n"
+    return rule + b"".join(b"\n" + word + b":\n" for word in words)
 
 
 def _for_make(name: bytes) -> bytes:

@@ -7,7 +7,7 @@ import os
 import queue
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 from cafs import linux
@@ -32,35 +32,47 @@ _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 @dataclass(slots=True)
 class Layer:
-    """A layer that was read.  digest, diff_id: hex SHA-256 of the blob as it is stored, and uncompressed."""
+    """A layer that was read.  digests, diff_ids: ALGORITHM:HEX of the blob as it is stored, and uncompressed.  size: stored."""
 
     members: list[tuple[bytes, Inode]]
-    digest: str
-    diff_id: str
+    digests: set[str]
+    diff_ids: set[str]
+    size: int
 
 
 class _Hashing:
     """A stream that hashes what is read."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, algorithms: tuple[str, ...]) -> None:
         self._stream = stream
-        self.digest = hashlib.sha256()
+        self._hashes = [hashlib.new(name) for name in algorithms]
+        self.size = 0
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
-        self.digest.update(data)
+        self.size += len(data)
+        for one in self._hashes:
+            one.update(data)
         return data
+
+    def digests(self) -> set[str]:
+        """Of what was read."""
+        return {f"{one.name}:{one.hexdigest()}" for one in self._hashes}
 
 
 class LayerStream:
-    """The plain bytes of a layer, read, hashed and decompressed on a thread of its own, some megabytes ahead."""
+    """The plain bytes of a layer, read, hashed and decompressed on a thread of its own, some megabytes ahead.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    name: of the blob; one of SHA-512 has its layer hashed so, too.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._algorithms = ("sha256", "sha512") if name.startswith("blobs/sha512/") else ("sha256",)
         self._blocks: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD)
         self._stopped = False
         self._block = b""
         self._ended = False
-        self._raw = _Hashing(stream)
+        self._raw = _Hashing(stream, self._algorithms)
         self._plain: _Hashing
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -76,20 +88,20 @@ class LayerStream:
         data, self._block = self._block[:size], self._block[size:]
         return data
 
-    def close(self) -> tuple[str, str]:
-        """Stop reading.  Returns (digest, diff_id), right only if all was read."""
+    def close(self) -> tuple[set[str], set[str], int]:
+        """Stop reading.  Returns (digests, diff_ids, size), right only if all was read."""
         self._stopped = True
         while self._thread.is_alive():
             try:
                 self._blocks.get(timeout=0.1)
             except queue.Empty:
                 continue
-        return self._raw.digest.hexdigest(), self._plain.digest.hexdigest()
+        return self._raw.digests(), self._plain.digests(), self._raw.size
 
     def _run(self) -> None:
-        self._plain = _Hashing(cast(BinaryIO, self._raw))
+        self._plain = _Hashing(cast(BinaryIO, self._raw), self._algorithms)
         try:
-            self._plain = _Hashing(decompressed(cast(BinaryIO, self._raw)))
+            self._plain = _Hashing(decompressed(cast(BinaryIO, self._raw)), self._algorithms)
             while (data := self._plain.read(_BLOCK)) and not self._stopped:
                 self._blocks.put(data)
             while self._raw.read(_BLOCK) and not self._stopped:
@@ -105,8 +117,8 @@ def read_layer(reader: MemberReader, stream: LayerStream) -> Layer:
     try:
         members = reader.read(cast(BinaryIO, stream))
     finally:
-        digest, diff_id = stream.close()
-    return Layer(members, digest, diff_id)
+        said = stream.close()
+    return Layer(members, *said)
 
 
 class DirectoryBlobs:
@@ -133,7 +145,7 @@ class DirectoryBlobs:
         rest = iter(names)
         try:
             for name in rest:
-                waiting.append(LayerStream(self._open(name)))
+                waiting.append(LayerStream(self._open(name), name))
                 if len(waiting) >= reader.threads:
                     yield read_layer(reader, waiting.pop(0))
             while waiting:
@@ -175,7 +187,7 @@ class ArchiveBlobs:
         head = content.peek(512)
         if size >= 512 and (is_header(head) or head.startswith(_COMPRESSED)):
             try:
-                self._layers[name] = read_layer(reader, LayerStream(cast(BinaryIO, content)))
+                self._layers[name] = read_layer(reader, LayerStream(cast(BinaryIO, content), name))
             except CorruptError as error:
                 self._layers[name] = error  # it matters only if an image needs it
         elif size <= JSON_MAX:
@@ -205,12 +217,12 @@ class ArchiveBlobs:
             if found is None and self._resolve(name) in self._documents:  # one that is too small to be told from a document
                 import io
 
-                found = read_layer(reader, LayerStream(io.BytesIO(self.read(name))))
+                found = read_layer(reader, LayerStream(io.BytesIO(self.read(name)), name))
             if found is None:
                 raise NotFound(f"the archive has no layer {quote(name)}")
             if isinstance(found, CafsError):
                 raise CorruptError(f"layer {quote(name)}: {found}")
-            yield Layer([(member, inode.copy()) for member, inode in found.members], found.digest, found.diff_id)
+            yield replace(found, members=[(member, inode.copy()) for member, inode in found.members])
 
 
 class _Content:
@@ -246,10 +258,10 @@ class _Content:
 
 def blob_name(digest: str) -> str:
     """Where an OCI layout has a blob."""
-    return f"blobs/sha256/{digest}"
+    return f"blobs/{digest.replace(':', '/', 1)}"
 
 
 def digest_in(name: str) -> str | None:
     """The digest that a name in a docker archive promises, None if it promises none."""
-    match = re.fullmatch(r"(?:blobs/sha256/)?([0-9a-f]{64})(?:\.json)?", name)
-    return match[1] if match else None
+    match = re.fullmatch(r"(?:blobs/(sha256|sha512)/)?([0-9a-f]{64}|[0-9a-f]{128})(?:\.json)?", name)
+    return f"{match[1] or 'sha256'}:{match[2]}" if match else None

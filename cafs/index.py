@@ -111,7 +111,7 @@ class Index:
         if self.header.is_layer:  # a parent that is not listed breaks the way down
             if self._by_path is None:
                 self._by_path = {self.path(entry): entry for entry in range(len(self))}
-            return self._by_path.get(path)
+            return self._by_path.get(b"/" + b"/".join(filter(None, path.split(b"/"))))
         entry: int | None = 0
         for name in path.split(b"/"):
             if name and entry is not None:

@@ -22,12 +22,12 @@ LAYERS_MAX = 1024
 INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
 REF_NAME = "org.opencontainers.image.ref.name"
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What points to a blob.  digest: hex of its SHA-256.  size: bytes."""
+    """What points to a blob.  digest: ALGORITHM:HEX.  size: bytes."""
 
     media_type: str
     digest: str
@@ -126,18 +126,18 @@ def _json(data: bytes, what: str) -> Any:
 
 
 def descriptor(found: Any, what: str) -> Descriptor:
-    """Read a descriptor.  Raises FormatError; digests other than sha256 are refused."""
+    """Read a descriptor.  Raises FormatError; digests other than sha256 and sha512 are refused."""
     if not isinstance(found, dict):
         raise FormatError(f"{what} has a descriptor that is no object")
     digest, size = found.get("digest"), found.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise FormatError(f"{what} has a digest that is not sha256:HEX")
+        raise FormatError(f"{what} has a digest that is neither sha256:HEX nor sha512:HEX")
     if type(size) is not int or size < 0:
         raise FormatError(f"{what} has a descriptor without a size")
     notes, platform = found.get("annotations") or {}, found.get("platform") or {}
     if not isinstance(notes, dict) or not isinstance(platform, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise FormatError(f"{what} has a damaged descriptor")
-    return Descriptor(str(found.get("mediaType") or ""), digest.removeprefix("sha256:"), size, notes, platform)
+    return Descriptor(str(found.get("mediaType") or ""), digest, size, notes, platform)
 
 
 def descriptors(document: dict[str, Any], key: str, what: str) -> list[Descriptor]:
@@ -171,14 +171,14 @@ def choose(found: list[Descriptor], tag: str | None, platform: Platform | None, 
 
 
 def diff_ids(config: dict[str, Any], count: int) -> list[str]:
-    """The hex SHA-256 of each uncompressed layer, base first.  Raises FormatError unless there are COUNT."""
+    """The digest of each uncompressed layer, base first.  Raises FormatError unless there are COUNT."""
     rootfs = config.get("rootfs")
     found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(found, list) or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in found):
         raise FormatError("the image's config has no list of diff_ids")
     if len(found) != count:
         raise FormatError(f"the image's config has {len(found)} diff_ids for {count} layers")
-    return [one.removeprefix("sha256:") for one in found]
+    return found
 
 
 def kept(config: dict[str, Any]) -> dict[str, Any]:
@@ -229,10 +229,13 @@ def choose_saved(images: list[Saved], tag: str | None) -> Saved:
     return images[0]
 
 
-def check_digest(data: bytes, digest: str, what: str) -> bytes:
-    """DATA, if its SHA-256 is DIGEST.  Raises CorruptError."""
+def check_digest(data: bytes, digest: str, what: str, size: int | None = None) -> bytes:
+    """DATA, if it is what a descriptor says.  Raises CorruptError."""
     import hashlib
 
-    if hashlib.sha256(data).hexdigest() != digest:
+    algorithm, _, wanted = digest.partition(":")
+    if hashlib.new(algorithm, data).hexdigest() != wanted:
         raise CorruptError(f"{what} is not what its digest says")
+    if size not in (None, len(data)):
+        raise CorruptError(f"{what} is of {len(data)} bytes, and its descriptor says {size}")
     return data

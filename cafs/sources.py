@@ -22,7 +22,7 @@ from cafs.vtree import VirtualTree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from cafs.tarindex import MemberReader
@@ -67,20 +67,21 @@ class ImageSource:
             if "manifests" not in document:
                 break
             one = oci.choose(oci.descriptors(document, "manifests", what), tag, self.platform, repr(self.place))
-            tag, what = None, f"manifest {one.digest[:12]}"
-            document = oci.parse(oci.check_digest(blobs.read(blob_name(one.digest)), one.digest, what), what)
+            tag, what = None, f"manifest {_short(one.digest)}"
+            document = oci.parse(oci.check_digest(blobs.read(blob_name(one.digest)), one.digest, what, one.size), what)
         described = oci.descriptor(document.get("config"), what)
-        config = oci.parse(oci.check_digest(blobs.read(blob_name(described.digest)), described.digest, "config"), "config")
+        data = oci.check_digest(blobs.read(blob_name(described.digest)), described.digest, "config", described.size)
         layers = oci.descriptors(document, "layers", what)
         names = [blob_name(layer.digest) for layer in layers]
-        return self._lay(blobs, config, names, [layer.digest for layer in layers], reader)
+        promises = [(layer.digest, layer.size) for layer in layers]
+        return self._lay(blobs, oci.parse(data, "config"), names, promises, reader)
 
     def _from_saved(self, blobs: ArchiveBlobs, tag: str | None, reader: MemberReader) -> VirtualTree:
         saved = oci.choose_saved(oci.parse_saved(blobs.read("manifest.json")), tag)
         data = blobs.read(saved.config)
         if promised := digest_in(saved.config):
             oci.check_digest(data, promised, "config")
-        promises = [digest_in(name) if name.startswith("blobs/") else None for name in saved.layers]
+        promises = [(digest_in(name) if name.startswith("blobs/") else None, None) for name in saved.layers]
         return self._lay(blobs, oci.parse(data, "config"), list(saved.layers), promises, reader)
 
     def _lay(
@@ -88,19 +89,27 @@ class ImageSource:
         blobs: ArchiveBlobs | DirectoryBlobs,
         config: dict[str, Any],
         names: list[str],
-        digests: list[str] | list[str | None],
+        promises: Sequence[tuple[str | None, int | None]],
         reader: MemberReader,
     ) -> VirtualTree:
         if self.platform and not self.platform.matches(config):
             raise UsageError(f"the image is for {config.get('os')}/{config.get('architecture')}")
-        wanted = zip(digests, oci.diff_ids(config, len(names)), blobs.layers(names, reader), strict=True)
+        wanted = zip(promises, oci.diff_ids(config, len(names)), blobs.layers(names, reader), strict=True)
         tree = VirtualTree()
-        for digest, diff_id, layer in wanted:
-            if digest not in (None, layer.digest) or diff_id != layer.diff_id:
-                raise CorruptError(f"layer {(digest or diff_id)[:12]} is not what its digest says")
+        for (digest, size), diff_id, layer in wanted:
+            if digest not in (None, *layer.digests) or diff_id not in layer.diff_ids:
+                raise CorruptError(f"layer {_short(digest or diff_id)} is not what its digest says")
+            if size not in (None, layer.size):
+                raise CorruptError(
+                    f"layer {_short(digest or diff_id)} is of {layer.size} bytes, and its descriptor says {size}"
+                )
             tree.put_layer(layer.members)
         self.config = oci.kept(config)
         return tree
+
+
+def _short(digest: str) -> str:
+    return digest.partition(":")[2][:12]
 
 
 def parse(text: str, platform: str | None = None) -> ImageSource | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -62,7 +63,9 @@ def write_reports(progress: Progress, title: str, read: set[str], given: dict[st
         _put(str(given["report"]), report.page(progress.rows, f"Build of {title}"))
     if given["depfile"]:
         target = str(given["iidfile"] or given["depfile"])
+        read = read - {os.path.normpath(one) for one in (target, str(given["depfile"]))}  # they may lie in the context
         _put(str(given["depfile"]), report.depfile(target, read))
+        os.utime(target)  # what was just written may have changed the time of a directory that it depends on
 
 
 def explain(progress: Progress) -> None:

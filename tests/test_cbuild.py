@@ -293,6 +293,24 @@ def test_make_knows_what_an_image_is_made_of(context: Path, tmp_path: Path) -> N
     assert "COPY a /" in page and "3 from the cache" in page
 
 
+def test_make_notices_files_that_come_and_go(context: Path) -> None:
+    words = ["-q", "--depfile", "app.d", "--iidfile", "app.id", "."]
+    (context / "Makefile").write_text(f"app.id:\n\t{BIN}/cbuild {' '.join(words)} > /dev/null\n-include app.d\n")
+    (context / ".dockerignore").write_text("app.*\nlog\n")
+
+    def make() -> bytes:
+        return subprocess.run(["make", "app.id"], capture_output=True, check=True, cwd=context).stdout
+
+    for text in ("FROM b:1\nCOPY . /app\n", "FROM b:1\nCOPY s*/?e* /app/\n"):
+        (context / "Dockerfile").write_text(text)
+        make()
+        assert b"up to date" in make()
+        (context / "sub" / "new").write_text("x")
+        assert b"cbuild" in make() and b"up to date" in make(), "a new file"
+        (context / "sub" / "new").unlink()
+        assert b"cbuild" in make() and b"up to date" in make(), "a deleted one"
+
+
 def test_a_terminal_keeps_the_digest(context: Path) -> None:
     """It is printed after the display has been taken away, not into it."""
     main, terminal = pty.openpty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -477,3 +478,57 @@ def test_a_copy_that_is_told_to_end_leaves_nothing(home: Path, tmp_path: Path) -
         assert child.wait(20 * SLOW) == 143
     assert not list((tmp_path / "cache").glob("copy-*"))
     assert subprocess.run(["pgrep", "-f", f"sleep 3939.{os.getpid()}"], capture_output=True, check=False).returncode == 1
+
+
+def rewrite(layout: Path, algorithm: str, sizes: dict[str, int]) -> None:
+    """Name all blobs of a layout with one image by another hash.  sizes: what is added to those that descriptors say."""
+    blobs = layout / "blobs"
+    (blobs / algorithm).mkdir(exist_ok=True)
+
+    def put(data: bytes, descriptor: dict[str, object], what: str) -> None:
+        digest = hashlib.new(algorithm, data).hexdigest()
+        (blobs / algorithm / digest).write_bytes(data)
+        descriptor |= {"digest": f"{algorithm}:{digest}", "size": len(data) + sizes.get(what, 0)}
+
+    def get(descriptor: dict[str, str]) -> bytes:
+        return (blobs / descriptor["digest"].replace(":", "/")).read_bytes()
+
+    index = json.loads((layout / "index.json").read_text())
+    manifest = json.loads(get(index["manifests"][0]))
+    config = json.loads(get(manifest["config"]))
+    plain = gzip.decompress(get(manifest["layers"][0]))
+    config["rootfs"]["diff_ids"] = [f"{algorithm}:{hashlib.new(algorithm, plain).hexdigest()}"]
+    put(get(manifest["layers"][0]), manifest["layers"][0], "layer")
+    put(json.dumps(config).encode(), manifest["config"], "config")
+    put(json.dumps(manifest).encode(), index["manifests"][0], "manifest")
+    (layout / "index.json").write_text(json.dumps(index))
+
+
+def test_descriptors_may_have_sha512_and_must_have_the_right_size(home: Path, tmp_path: Path, cmd: Run) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_text("a")
+    cmd("cafs-index", "create", tmp_path / "tree", "-t", "a:1")
+    assert cmd("cafs-index", "export", "a:1", f"oci:{tmp_path}/o").returncode == 0
+    rewrite(tmp_path / "o", "sha512", {})
+    assert cmd("cafs-index", "create", f"oci:{tmp_path}/o", "-t", "b:1").returncode == 0
+    assert cmd("cafs-index", "diff", "a:1", "b:1").stdout == b""
+    subprocess.run(["tar", "-C", tmp_path / "o", "-cf", tmp_path / "o.tar", "."], check=True)
+    assert cmd("cafs-index", "create", f"oci-archive:{tmp_path}/o.tar").returncode == 0
+    for what in ("manifest", "config", "layer"):
+        for wrong in (1, -1):
+            rewrite(tmp_path / "o", "sha256", {what: wrong})
+            done = cmd("cafs-index", "create", f"oci:{tmp_path}/o")
+            assert done.returncode == 5 and b"descriptor says" in done.stderr, done.stderr
+
+
+def test_a_path_of_a_layer_is_found_however_it_is_spelled(home: Path, tmp_path: Path, cmd: Run) -> None:
+    (tmp_path / "tree" / "etc").mkdir(parents=True)
+    cmd("cafs-index", "create", tmp_path / "tree", "-t", "a:1")
+    (tmp_path / "tree" / "etc" / "new").touch()
+    layer = json.loads(cmd("cafs-index", "create", tmp_path / "tree", "--base", "a:1", "-t", "a:2", "--json").stdout)["digest"]
+    manifest = json.loads((tmp_path / "store" / "meta" / layer[:2] / f"{layer[2:]}.image").read_text())
+    top = manifest["layers"][-1]["index"]
+    (tmp_path / "l.idx").write_bytes((tmp_path / "store" / "meta" / top[:2] / f"{top[2:]}.index").read_bytes())
+    for path in ("etc/new", "/etc/new", "//etc//new/"):
+        done = cmd("cafs-index", "stat", tmp_path / "l.idx", path)
+        assert done.returncode == 0 and done.stdout.endswith(b" /etc/new\n"), (path, done.stderr)

@@ -105,7 +105,7 @@ def run(suite: str, arguments: list[str]) -> int:
         print(f"vm: {suite}: {time.monotonic() - began:.0f} s until the wheel was there: {_about(machine)}", flush=True)
         tests = arguments or [f"tests/{name}" for name in TESTS[suite]]
         quoted = " ".join("'" + one.replace("'", "'\\''") + "'" for one in tests)
-        environment = f"CI=1 CAFS_TEST_SLOW={SLOWER} PATH=/opt/tests/bin:$PATH"
+        environment = f"CI=1 PYTHONUNBUFFERED=1 CAFS_TEST_SLOW={SLOWER} PATH=/opt/tests/bin:$PATH"
         script = f"cd /root/tree && {environment} {PYTHON} -m pytest -q -p no:cacheprovider --color=no {quoted} 2>&1"
         code = subprocess.run(machine.command(script), stdin=subprocess.DEVNULL, check=False).returncode
     finally:
