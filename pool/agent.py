@@ -185,7 +185,7 @@ class Agent:
         if found["out_size"] + found["err_size"] <= keep and not found["left_out"]:
             for stream in ("out", "err"):
                 found[stream] = base64.b64encode(job.read(stream, 0, keep)[0]).decode() if found[f"{stream}_size"] else ""
-        self.peers.say("done", **found)
+        self.peers.say("done", **found, unable=job.inability())
 
     def _mind_time(self) -> None:
         now = time.monotonic()

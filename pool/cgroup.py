@@ -15,6 +15,16 @@ _LIMITS = {"memory.max": "memory.swap.max", "memory.limit_in_bytes": "memory.mem
 _PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
 
 
+def may_limit(controller: str) -> bool:
+    """Whether crun can set limits of cpu or memory here: it needs root, and the controller."""
+    try:
+        with open(os.path.join(_TOP, "cgroup.controllers"), encoding="ascii") as file:
+            known = controller in file.read().split()
+    except OSError:
+        known = os.path.isdir(os.path.join(_TOP, controller))
+    return known and os.geteuid() == 0
+
+
 def make(name: str, memory: int) -> str:
     """A new one for a job; '' where none may be made.  memory: bytes that it may have, 0: as many as there are."""
     for hierarchy in ("memory", ""):

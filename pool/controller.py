@@ -37,6 +37,7 @@ _TICK_S = 1.0
 _LOSSES_MAX = 3
 _BACK_OFF_S, _BACK_OFF_MAX_S = 1.0, 60.0
 _LOOKED_AT = 100
+_FAILED_MANY = 5
 _STARTED_AT_ONCE = 30
 """In one frame: as each job is bounded, so is that."""
 
@@ -250,7 +251,8 @@ class Controller:
         elif kind == "running":
             job = self._current(remote, said)
             if job and job.state == STARTING:
-                remote.has_started()
+                if remote.failed_in_a_row < _FAILED_MANY:
+                    remote.has_started()
                 self.state.change(job, state=RUNNING, started_s=time.time())
         elif kind == "refused":
             job = self._current(remote, said)
@@ -359,8 +361,15 @@ class Controller:
             usage["left_out"] = outputs.gaps_of(said)
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
+        self._judge(remote, job, usage.get("wall_s", 0))
         if job.reason == requests.CANCEL_ASKED:
             self.finish(job, state.CANCELLED, "cancelled")
+        elif said.get("unable") and self._others(remote, lambda other: other.free().images):
+            remote.cannot_run_images(str(said["unable"])[:200])
+            self.state.change(job, reason=f"worker {remote.name} cannot run images: {remote.unable}")
+            self._again(job)
+            self.forget(remote, number, attempt)
+            return
         elif code < 0 and self._may_be_lost(job):
             self.lose(job, f"worker {remote.name} was booted, or what ran there was killed")
             self.forget(remote, number, attempt)
@@ -373,6 +382,17 @@ class Controller:
         else:
             self.finish(job, state.FINISHED, _in_words(code))
         self.outputs.fetch_or_forget(remote, number, attempt, said)
+
+    def _others(self, remote: Remote, are_such: Callable[[Remote], bool]) -> bool:
+        """Whether there is another worker that takes jobs now and is such."""
+        return any(one is not remote and not one.reason and are_such(one) for one in self.remotes.values())
+
+    def _judge(self, remote: Remote, job: Job, wall_s: float) -> None:
+        """By how a job has ended there: where everything fails at once, and elsewhere it does not, no more go for a while."""
+        remote.has_ended(job, wall_s)
+        many = remote.failed_in_a_row
+        if many >= _FAILED_MANY and self._others(remote, lambda other: other.failed_in_a_row < _FAILED_MANY):
+            remote.refused(f"the last {many} have failed at once")
 
     @staticmethod
     def _back_off(failures: int) -> float:

@@ -63,10 +63,12 @@ def why_no_images() -> str:
     if not runner():
         return NO_CRUN
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/local/sbin"])
-    return "" if shutil.which("runc", path=path) else NO_RUNC
+    if not shutil.which("runc", path=path):
+        return NO_RUNC
+    return NO_IDS if os.geteuid() and not shutil.which("newuidmap", path=path) else ""
 
 
-NO_CRUN, NO_RUNC = "no crun", "no runc"
+NO_CRUN, NO_RUNC, NO_IDS = "no crun", "no runc", "no newuidmap, which is needed without root"
 
 
 def start_time(pid: int) -> int:

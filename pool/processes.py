@@ -41,6 +41,9 @@ _LENT = "lent"
 _SECRETS, _IN_IMAGE = "CPOOL_SECRETS", "/run/secrets"
 _KILL_S = 0.05
 _GUARD, _GUARD_S = "cafs-guard", 5.0
+_UNABLE, _CRUN = 8, "crun: "
+"""Exit code and beginning of what it says where a privilege, a feature of the kernel or a program is missing."""
+
 _BLOCK = 4096
 _STREAMS = ("out", "err")
 _PUNCH_HOLE = 0x03
@@ -164,11 +167,12 @@ class Job:
         asked = self.asked
         if not asked["image"]:
             return list(asked["command"])
-        words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host", "--cpus", f"{asked['cpus']:g}"]
+        words = [machine.runner() or "cafs-run", "run", "--rm", "--network", "host"]
+        words += ["--cpus", f"{asked['cpus']:g}"] if cgroup.may_limit("cpu") else []
         words += ["--name", container_of(self.pool, self.id, self.attempt)]
         if asked.get("gpu_ids"):
             words += ["--gpus", "device=" + ",".join(map(str, asked["gpu_ids"]))]
-        words += ["--memory", str(asked["memory"])] if asked["memory"] else []
+        words += ["--memory", str(asked["memory"])] if asked["memory"] and cgroup.may_limit("memory") else []
         if asked.get("has_work"):
             words += ["-v", f"{self.path(staging.WORK)}:{staging.IN_IMAGE}"]
         where = asked["cwd"] or (staging.IN_IMAGE if asked.get("has_work") else "")
@@ -210,6 +214,15 @@ class Job:
         if self.asked.get("has_work"):
             left = staging.look(self.path(staging.WORK), self.asked.get("out", []))
             self.ended["files"], self.ended["modes"] = [size for size, _ in left], [mode for _, mode in left]
+
+    def inability(self) -> str:
+        """Why no job in an image can run on this machine, as crun has said, and nothing else was written; '' if one can."""
+        assert self.ended
+        if not self.asked.get("image") or self.ended["code"] != _UNABLE or self.ended["out_size"]:
+            return ""
+        lines = self.read("err", 0, 1 << 16)[0].decode(errors="replace").splitlines()
+        is_all = bool(lines) and all(line.startswith(_CRUN) for line in lines)
+        return lines[0][len(_CRUN) :] if is_all else ""
 
     def read(self, stream: str, offset: int, size: int) -> tuple[bytes, int]:
         """(what it has written so far, where the rest of it begins: further on than that is long if some was left out).

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from cafs import atomic, stopping
 from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
 from cafs.extras import extra
-from pool import calls, links, program
+from pool import calls, frames, links, program
 
 with extra("ssh"):
     import paramiko
@@ -229,7 +229,8 @@ class There:
     def run(self, command: str, data: bytes = b"") -> tuple[int, str, str]:
         """(exit code, output, errors) of a shell command that is given DATA.  Raises OSError, CafsError."""
         try:
-            channel = _run(self._transport, command)
+            mark, marked = _marked(command)
+            channel = _run(self._transport, marked)
             channel.sendall(data)
             channel.shutdown_write()
             errors: list[bytes] = []
@@ -237,7 +238,8 @@ class There:
             reader.start()
             out = _all(channel.recv)
             reader.join()
-            return channel.recv_exit_status(), out.decode(errors="replace"), errors[0].decode(errors="replace")
+            said, error = (_after(mark, one).decode(errors="replace") for one in (out, errors[0]))
+            return channel.recv_exit_status(), said, error
         except paramiko.SSHException as error:
             raise RemoteError(f"cannot run a command there: {error}") from error
 
@@ -249,11 +251,12 @@ class There:
                 size = os.get_terminal_size(0)
                 channel.get_pty(os.environ.get("TERM", "vt100"), size.columns, size.lines)
                 stopping.on_signals([signal.SIGWINCH], lambda _: channel.resize_pty(*os.get_terminal_size(0)))
-            channel.exec_command(f"/bin/sh -c {shlex.quote(command)}")
+            mark, marked = _marked(command, is_once=has_terminal)
+            channel.exec_command(f"/bin/sh -c {shlex.quote(marked)}")
             threading.Thread(target=_pass_input, args=(channel,), daemon=True).start()
-            errors = threading.Thread(target=_pass_output, args=(channel.recv_stderr, 2), daemon=True)
+            errors = threading.Thread(target=_pass_output, args=(channel.recv_stderr, 2, mark), daemon=True)
             errors.start()
-            _pass_output(channel.recv, 1)
+            _pass_output(channel.recv, 1, mark)
             errors.join()
             return int(channel.recv_exit_status())
         except paramiko.SSHException as error:
@@ -269,9 +272,28 @@ def _pass_input(channel: paramiko.Channel) -> None:
         pass  # it has ended
 
 
-def _pass_output(receive: Any, fd: int) -> None:
+def _pass_output(receive: Any, fd: int, mark: bytes) -> None:
+    """What comes after the mark; if none comes, all."""
+    held = b""
+    while mark not in held or b"\n" not in held.partition(mark)[2]:
+        data = receive(_PIECE)
+        held += data
+        if not data or len(held) > frames.GREETING_WITHIN:
+            break
+    atomic.write_all(fd, _after(mark, held))
     while data := receive(_PIECE):
         atomic.write_all(fd, data)
+
+
+def _marked(command: str, *, is_once: bool = False) -> tuple[bytes, str]:
+    """(a mark, a command that prints it first): what a login shell says before that is not the command's."""
+    mark = f"cpool-{os.urandom(8).hex()}"
+    return mark.encode(), f"echo {mark}; {'' if is_once else f'echo {mark} >&2; '}{command}"
+
+
+def _after(mark: bytes, data: bytes) -> bytes:
+    _, found, rest = data.partition(mark)
+    return rest.partition(b"\n")[2] if found else data
 
 
 def _all(receive: Any) -> bytes:

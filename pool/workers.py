@@ -21,6 +21,8 @@ _IMAGES_MAX = 200
 _SLACK = 512 << 20
 _GRACE_S = 15.0
 _ASIDE_S, _ASIDE_MAX_S = 1.0, 30.0
+_UNABLE_S = 300.0
+_AT_ONCE_S = 1.0
 STRICT_S = 60.0
 """A job that is never to run twice at once ends itself when no controller was heard for so long."""
 
@@ -54,6 +56,9 @@ class Remote:
         self.setup_after, self.setup_failures = 0.0, 0
         """When what runs images is to be brought there, if it is not there then."""
         self.setup_problem = ""
+        self.unable, self._unable_until = "", 0.0
+        """Why a job in an image could not run there, whatever it was, and until when none goes there."""
+        self.failed_in_a_row = 0
         self.aside, self._aside_until, self._refusals = "", 0.0, 0
         """Why nothing could be started there the last time, and until when nothing is tried."""
         self.boot_id = ""
@@ -88,14 +93,29 @@ class Remote:
             return "is drained"
         if self.report.get("notice"):
             return "is about to be taken away by its cloud"
-        if time.monotonic() < self._aside_until:
+        if self.is_aside:
             return f"cannot start jobs: {self.aside}"
         return "" if self.state == READY else f"is {self.state}" + (f" ({self.problem})" if self.problem else "")
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether it is passed over for a while."""
+        return time.monotonic() < self._aside_until
 
     def refused(self, problem: str) -> None:
         """It cannot start a job, whatever that is: others get them, and it is tried again, later each time."""
         self.aside, self._refusals = problem, self._refusals + 1
         self._aside_until = time.monotonic() + min(_ASIDE_S * 2 ** (self._refusals - 1), _ASIDE_MAX_S)
+
+    def cannot_run_images(self, problem: str) -> None:
+        """As a job has shown."""
+        self.unable, self._unable_until = problem, time.monotonic() + _UNABLE_S
+
+    def has_ended(self, job: Job, wall_s: float) -> None:
+        """A job, there."""
+        code = job.code
+        self.unable = self.unable if code or not job.spec["image"] else ""
+        self.failed_in_a_row = self.failed_in_a_row + 1 if code and wall_s < _AT_ONCE_S else 0
 
     def has_started(self) -> None:
         """A job, well."""
@@ -157,7 +177,8 @@ class Remote:
         """
         report = self.report or {"cpus": 0, "memory": 0, "gpus": 0, "images": ""}
         every = report["cpus"] * overcommit, int(report["memory"]), int(report["gpus"])
-        found = Worker(self.name, *every, *every, images=not report["images"], labels=self.labels, reason=self.reason)
+        images = not report["images"] and time.monotonic() >= self._unable_until
+        found = Worker(self.name, *every, *every, images=images, labels=self.labels, reason=self.reason)
         found.has, found.load = frozenset(self.images), report.get("load", 0.0) / (report["cpus"] or 1)
         for job in self.jobs.values():
             found.take(need_of(job.spec))
@@ -172,7 +193,8 @@ class Remote:
     def shown(self) -> dict[str, Any]:
         """As `cpool nodes` prints it."""
         free = self.free()
-        state = "draining" if self.is_draining else self.state
+        state = "draining" if self.is_draining else "failing" if self.is_aside else self.state
+        problem = f"cannot start jobs: {self.aside}" if self.aside else self.setup_problem
         return {
             "name": self.name,
             "address": self.address or "local",
@@ -180,8 +202,9 @@ class Remote:
             "jobs": len(self.jobs),
             "labels": sorted(self.labels),
             "free_cpus": round(free.cpus, 3),
-            "reason": self.problem or (f"cannot start jobs: {self.aside}" if self.aside else self.setup_problem),
+            "reason": self.problem or problem or (f"cannot run images: {self.unable}" if self.unable else ""),
             **{name: value for name, value in self.report.items() if name != "running"},
+            **({"images": self.unable} if self.unable and self.report else {}),
         }
 
 

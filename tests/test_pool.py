@@ -619,6 +619,23 @@ def test_jobs_go_to_machines_that_are_reached_by_ssh(servers: list[int], pool: P
 
 
 @pytest.mark.needs("root", "sshd", "ssh-keygen")
+def test_what_a_login_shell_says_is_not_what_a_command_says(servers: list[int], pool: Path, tmp_path: Path) -> None:
+    from pool import ssh
+
+    (tmp_path / "server0" / ".bashrc").write_text("echo you have mail; echo there is news >&2\n")
+    address = f"root@127.0.0.1:{servers[0]}"
+    ok("host", "add", "w0", address, "--identity", tmp_path / "key", "--yes")
+    with ssh.connected(str(pool), "w0", f"{address}?{tmp_path}/key") as there:
+        assert there.run("cat; echo oh >&2; exit 3", b"in\n") == (3, "in\n", "oh\n")
+    with serving():
+        number = ok("submit", *PLAIN, "--workdir", "/", "--", "sleep", "60").strip()
+        wait_until(lambda: job(number)["state"] == "running")
+        beside = cp("exec", "-i", number, "--", "sh", "-c", "cat; echo err >&2", input="in\n")
+        assert (beside.stdout, beside.stderr) == ("in\n", "err\n")
+        ok("down", "--grace", "0")
+
+
+@pytest.mark.needs("root", "sshd", "ssh-keygen")
 def test_another_host_key_and_no_host_key_are_refused(servers: list[int], pool: Path, tmp_path: Path) -> None:
     address = f"root@127.0.0.1:{servers[0]}"
     refused = cp("host", "add", "w0", address, "--identity", tmp_path / "key", stdin=subprocess.DEVNULL)
@@ -919,6 +936,64 @@ def test_a_controller_that_is_being_started_is_waited_for(pool: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             serve.wait(2)  # a command may have the lock for a moment
         serve.terminate()
+
+
+def test_a_worker_that_cannot_run_images_or_fails_at_once_leaves_jobs_to_others(pool: Path) -> None:
+    from pool.controller import Controller
+
+    report = dict.fromkeys(("free_memory", "free_disk", "load", "gpus", "running", "memory"), 1 << 40)
+    end = {"is": "done", "attempt": 1, "wall_s": 0.1, "cpu_s": 0, "memory": 0, "out_size": 0, "err_size": 0, "left_out": {}}
+    with state.locked(str(pool)):
+        held = Controller(str(pool), Settings())
+        for name in ("bad", "good"):
+            held.state.put_host(name, "x@127.0.0.1:1")
+        held.look_at_hosts()
+        bad, good = (held.remotes[name] for name in ("bad", "good"))
+        for remote in (bad, good):
+            remote.has_greeted = True
+            remote.reported({**report, "cpus": 64, "images": "", "arch": "x"})
+
+        def ended(image: str, code: int, **more: object) -> state.Job:
+            job = held.state.job(held.state.submit(specs.check({"command": ["x"], "image": image})))
+            held.add(job)
+            held.state.change(job, state=state.RUNNING, worker="bad", attempt=1)
+            bad.took(job)
+            held._heed(bad, {**end, "id": job.id, "code": code, "out": "", "err": "", **more})
+            return job
+
+        again = ended("f" * 64, 8, unable="cannot mount without root")
+        assert (again.state, bad.free().images, bad.shown()["images"]) == (state.QUEUED, False, "cannot mount without root")
+        assert bad.shown()["reason"] == "cannot run images: cannot mount without root"
+        assert held.waiting.place().keys() == {"good"}
+        assert ended("f" * 64, 8).state == state.FINISHED, "a command may say 8 too"
+        while not bad.is_aside:
+            assert ended("", 1).state == state.FINISHED and bad.failed_in_a_row <= 5
+        assert bad.shown()["state"] == "failing" and "have failed at once" in bad.shown()["reason"]
+        good.failed_in_a_row, bad._aside_until = 5, 0.0
+        ended("", 1)
+        assert not bad.is_aside, "where all fail it is the jobs"
+        held.state.close()
+
+
+def test_what_crun_cannot_do_is_told_from_what_its_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "p.w" / "jobs" / "1.1"
+    place.mkdir(parents=True)
+    one = processes.Job(
+        str(place), {"id": 1, "attempt": 1, "image": "f" * 64, "cpus": 1, "memory": 1 << 30, "cwd": "", "env": {}}
+    )
+    one.asked |= {"command": ["true"]}
+    for err, code, wanted in (
+        ("crun: cannot mount\ncrun: hint: x\n", 8, "cannot mount"),
+        ("crun: cannot mount\n", 7, ""),
+        ("mine\ncrun: cannot mount\n", 8, ""),
+        ("", 8, ""),
+    ):
+        (place / "err").write_text(err)
+        (place / "status").write_text(f"{code}\n")
+        one.finish()
+        assert one.inability() == wanted, err
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert not {"--cpus", "--memory"} & set(one._command()), "limits need root"
 
 
 def test_two_maps_at_once_share_a_controller(pool: Path, tmp_path: Path) -> None:
