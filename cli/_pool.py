@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from pool.client import Client
+    from pool.client import Client, Stored
     from pool.state import State
 
 _ARRAY_MAX = 1_000_000
@@ -41,7 +41,7 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
     """Of the controller; if none runs, of its state, for what can be done without.  Raises CafsError."""
     from pool.client import NoController
 
-    can_do_without = do in ("jobs", "job")
+    can_do_without = do in ("jobs", "job", "nodes")
     try:
         with client(wait_s=0 if can_do_without else _WAIT_S) as connection:
             return connection.ask(do, **fields)
@@ -51,9 +51,42 @@ def ask(do: str, **fields: Any) -> dict[str, Any]:
     from pool.state import State
 
     state = State(directory())
+    if do == "nodes":
+        return {"nodes": _known_nodes(state)}
     if do == "job":
         return {"job": state.job(fields["id"]).shown()}
     return {"jobs": [one.shown() for one in state.jobs(fields["limit"], all_of_them=fields["all"])]}
+
+
+def _known_nodes(state: State) -> list[dict[str, Any]]:
+    """Workers as they are known where no controller runs: not what is free there now."""
+    rows = state.hosts() + [row for row in state.machines() if row["address"]]
+    rows = rows or [{"name": "local", "address": ""}]
+    here = [job.worker for job in state.open_jobs()]
+    return [
+        {
+            "name": row["name"],
+            "address": row["address"] or "local",
+            "state": "unknown",
+            "jobs": here.count(row["name"]),
+            "labels": row.get("labels", []),
+            "reason": "no controller runs",
+        }
+        for row in rows
+    ]
+
+
+def ended(numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Jobs, if no controller runs and all of them have ended; else none.  Raises CafsError."""
+    from pool.client import NoController
+    from pool.state import ENDED, State
+
+    try:
+        client(wait_s=0).__exit__()
+        return []
+    except NoController:
+        jobs = [State(directory()).job(number) for number in numbers]
+        return [job.shown() for job in jobs] if all(job.state in ENDED for job in jobs) else []
 
 
 def submit(jobs: list[dict[str, Any]], files: dict[str, str] | None = None) -> list[int]:
@@ -85,7 +118,10 @@ def change_host(**fields: Any) -> None:
     from pool.client import by_either
 
     def alone(found: State) -> None:
-        if fields["what"] != "remove":
+        if fields["what"] == "state":
+            if not found.set_worker_state(fields["name"], fields["state"]):
+                raise NotFound(f"no worker {fields['name']!r}", hint="cpool nodes")
+        elif fields["what"] != "remove":
             found.put_host(fields["name"], fields["address"], fields["state"], fields["labels"])
         elif not found.remove_host(fields["name"]):
             raise NotFound(f"no host {fields['name']!r}", hint="cpool host ls")
@@ -188,12 +224,7 @@ def show_events(*, is_followed: bool) -> None:
 
 def set_host_state(name: str, state: str) -> None:
     """Raises NotFound."""
-    from cafs.errors import NotFound
-
-    row = next((one for one in hosts() if one["name"] == name), {"address": "", "labels": []} if name == "local" else None)
-    if row is None:
-        raise NotFound(f"no host {name!r}", hint="cpool host ls")
-    change_host(what="put", name=name, address=row["address"], state=state, labels=row["labels"])
+    change_host(what="state", name=name, state=state)
 
 
 def set_up_host(name: str, *, is_quiet: bool) -> None:
@@ -328,16 +359,20 @@ def run_beside(number: int, words: tuple[str, ...], flags: str) -> int:
 
 def fetch(number: int, place: str) -> int:
     """Wait for a job, and write the files that it was to leave below a directory; how many there are not.  Raises CafsError."""
-    with client() as connection:
-        connection.wait_for([number])
-        connection.event()
+    from pool.client import Client, reading
+
+    with reading(directory(), number) as connection:
+        if isinstance(connection, Client):
+            connection.wait_for([number])
+            connection.event()
         return bring(connection, connection.ask("job", id=number)["job"], place)
 
 
-def bring(connection: Client, job: dict[str, Any], place: str = ".") -> int:
+def bring(connection: Client | Stored, job: dict[str, Any], place: str = ".") -> int:
     """Write the files of an ended job; how many there are not, which is said.  Raises CafsError."""
     from cafs import atomic
     from cafs.errors import IncompleteError, os_error
+    from pool.client import output
 
     absent, umask, number = 0, os.umask(0), job["id"]
     os.umask(umask)
@@ -351,7 +386,7 @@ def bring(connection: Client, job: dict[str, Any], place: str = ".") -> int:
             path = os.path.abspath(os.path.join(place, name))
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with atomic.replacing(path, modes[at] & ~umask) as file:
-                file.writelines(connection.output(number, f"file{at}"))
+                file.writelines(output(connection, number, f"file{at}"))
                 missing = sizes[at] - file.tell()
                 if missing:
                     raise IncompleteError(f"job {number}: {missing} bytes of {name!r} are not there any more")

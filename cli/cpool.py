@@ -150,8 +150,9 @@ def tick(seconds: float, config: str | None) -> int:
 @quiet_option(used=False)
 def down(grace_s: float) -> int:
     """Cancel all jobs, then end agents and controller."""
-    with asking.client() as client:
-        client.ask("end", jobs=True, grace_s=grace_s)
+    from pool import client
+
+    client.down(asking.directory(), grace_s)
     return 0
 
 
@@ -271,10 +272,11 @@ def logs(number: int, follow: bool) -> int:
     import base64
 
     from cafs import atomic, stopping
+    from pool.client import reading
 
     offsets = {"out": 0, "err": 0}
     left_out = 0
-    with asking.client() as client:
+    with reading(asking.directory(), number) as client:
         while True:
             over, has_moved = 0, False
             for stream, fd in (("out", 1), ("err", 2)):
@@ -320,6 +322,9 @@ def fetch(number: int, directory: str) -> int:
 def wait(numbers: tuple[int, ...]) -> int:
     """Wait for jobs to end; the exit code is the last one's."""
     code = 0
+    jobs = asking.ended(numbers)
+    if jobs:
+        return asking.exit_code(jobs[-1])
     with asking.client() as client:
         client.wait_for(list(numbers))
         for _ in set(numbers):
@@ -335,7 +340,9 @@ def wait(numbers: tuple[int, ...]) -> int:
 @quiet_option(used=False)
 def cancel(numbers: tuple[int, ...], grace_s: float) -> int:
     """End jobs, with all of their processes."""
-    asking.ask("cancel", ids=numbers, grace_s=grace_s)
+    from pool import client
+
+    client.cancel(asking.directory(), list(numbers), grace_s)
     return 0
 
 

@@ -60,6 +60,52 @@ class NoController(RemoteError):
     """None runs: what can be done without one, may be."""
 
 
+class Stored:
+    """What is on this disk of ended jobs, where no controller runs: asked as one is."""
+
+    def __init__(self, directory: str) -> None:
+        self._state = state.State(directory)
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state.close()
+
+    def has(self, number: int) -> bool:
+        """Whether a job has ended, and all that it has written is here.  Raises NotFound."""
+        from pool import outputs
+
+        job = self._state.job(number)
+        streams = outputs.streams_of(job)
+        return job.state in state.ENDED and all(outputs.stored(self._state, job, one, 0) is not None for one in streams)
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """job, read."""
+        from pool import outputs
+
+        job = self._state.job(fields["id"])
+        if do == "job":
+            return {"job": job.shown()}
+        data, following = outputs.stored(self._state, job, fields["stream"], fields["offset"]) or (b"", fields["offset"])
+        end = following == fields["offset"]
+        return {"data": base64.b64encode(data).decode(), "next": following, "end": end, "job": job.shown()}
+
+
+def output(client: Client | Stored, number: int, stream: str) -> Iterator[bytes]:
+    """All that an ended job has written, a piece at a time.  Raises CafsError."""
+    offset = 0
+    while True:
+        found = client.ask("read", id=number, stream=stream, offset=offset)
+        if found["data"]:
+            yield base64.b64decode(found["data"])
+        elif found["end"]:
+            return
+        elif found["next"] == offset:
+            stopping.wait(seconds=_LOOK_S)  # its agent has it, and it is on its way
+        offset = found["next"]
+
+
 class Client:
     """A connection.  wait_s: for a controller that nobody has seen yet; one that begins is waited for.  Raises NoController."""
 
@@ -68,6 +114,11 @@ class Client:
         self._tag = 0
         self._events: deque[dict[str, Any]] = deque()
         self._socket = _connected(directory, wait_s)
+        self.is_ours = False
+
+    def fileno(self) -> int:
+        """Of the connection."""
+        return self._socket.fileno()
 
     def __enter__(self) -> Client:
         return self
@@ -98,18 +149,14 @@ class Client:
                 return found
             self._sort(found)
 
-    def output(self, number: int, stream: str) -> Iterator[bytes]:
-        """All that an ended job has written, a piece at a time.  Raises CafsError."""
-        offset = 0
-        while True:
-            found = self.ask("read", id=number, stream=stream, offset=offset)
-            if found["data"]:
-                yield base64.b64decode(found["data"])
-            elif found["end"]:
+    def settle(self) -> None:
+        """Wait until each worker was reached, or cannot be; not for long."""
+        deadline = time.monotonic() + _BEGIN_S
+        while time.monotonic() < deadline:
+            nodes = self.ask("nodes")["nodes"]
+            if all(one["state"] != "connecting" or one["reason"] for one in nodes):
                 return
-            elif found["next"] == offset:
-                stopping.wait(seconds=_LOOK_S)  # its agent has it, and it is on its way
-            offset = found["next"]
+            stopping.wait(seconds=_LOOK_S)
 
     def _sort(self, found: dict[str, Any]) -> None:
         if "job" in found and found.get("tag") is None:
@@ -218,6 +265,7 @@ def controlled(directory: str) -> Iterator[Client]:
             yield client
         return
     found, child = _begin(directory)
+    found.is_ours = True
     try:
         with found:
             yield found
@@ -231,6 +279,49 @@ def controlled(directory: str) -> Iterator[Client]:
     finally:
         if child:
             _end(child)
+
+
+@contextmanager
+def reading(directory: str, number: int) -> Iterator[Client | Stored]:
+    """Whom to ask what a job has written: the controller; else the disk, if all is there; else one of ours for a moment."""
+    try:
+        client: Client | Stored = Client(directory)
+    except NoController:
+        client = Stored(directory)
+        if not client.has(number):
+            with controlled(directory) as ours:
+                ours.settle()
+                yield ours
+            return
+    with client:
+        yield client
+
+
+def cancel(directory: str, ids: list[int], grace_s: float) -> None:
+    """By the controller, or by one of ours that ends when they have."""
+    with controlled(directory) as client:
+        client.ask("cancel", ids=ids, grace_s=grace_s)
+        if client.is_ours:
+            client.wait_for(ids)
+            for _ in set(ids):
+                client.event()
+
+
+def down(directory: str, grace_s: float) -> None:
+    """Cancel all jobs and end agents and controller; where none runs, by one of ours."""
+    try:
+        with Client(directory, wait_s=_LOOK_S) as client:
+            client.ask("end", jobs=True, grace_s=grace_s)
+            return
+    except NoController:
+        found, child = _begin(directory)
+    try:
+        with found:
+            found.settle()
+            found.ask("end", jobs=True, grace_s=grace_s)
+            stopping.wait(found)  # it closes the connection when it has ended
+    finally:
+        os.waitpid(child, 0)
 
 
 def _begin(directory: str) -> tuple[Client, int]:

@@ -84,7 +84,8 @@ class Fleet:
         found = []
         for row in self.machines.values():
             if row["address"] and row["state"] in (BOOTING, READY, ENDING):
-                state = "drain" if row["state"] == ENDING else "ready"
+                said = self._controller.state.meta(f"state.{row['name']}") or "ready"  # by cpool node
+                state = "drain" if row["state"] == ENDING else said
                 kind = self.market.kinds.get(row["kind"])
                 found.append(
                     {"name": row["name"], "address": row["address"], "state": state, "labels": kind.labels if kind else ()}
@@ -435,7 +436,7 @@ class Fleet:
         kind = self.market.kinds.get(row["kind"]) or scaling.Kind(row["kind"], 0.0, price=row["price"])
         remote = self._controller.remotes.get(row["name"])
         is_ready = row["state"] == READY and remote is not None and bool(remote.report)
-        is_idle = is_ready and not (remote and remote.jobs)
+        is_idle = is_ready and not (remote and (remote.jobs or self._controller.outputs.is_fetching(remote)))
         if is_idle != (row["idle_s"] is not None):
             self._note(row, idle_s=time.time() if is_idle else None)
         idle_s = now - max(time.time() - row["idle_s"], 0) if is_idle else math.inf

@@ -15,7 +15,7 @@ from cafs import atomic
 from cafs.errors import DIFFERS, CafsError, IncompleteError, UsageError
 from pool import results
 from pool.arguments import expand
-from pool.client import incomplete
+from pool.client import incomplete, output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Map:
             yield small[stream]
             return
         try:
-            yield from self._client.output(job, stream)
+            yield from output(self._client, job, stream)
         except IncompleteError as error:
             self._lack([str(error)])
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pool.controller import Controller
-    from pool.state import Job
+    from pool.state import Job, State
     from pool.workers import Remote
 
 _PIECE = 1 << 18
@@ -88,7 +88,11 @@ class Outputs:
 
     def path(self, number: int, stream: str) -> str:
         """Of a file that has all of it."""
-        return os.path.join(self._controller.directory, "logs", f"{number}.{stream}")
+        return path_of(self._controller.directory, number, stream)
+
+    def is_fetching(self, remote: Remote) -> bool:
+        """Whether what jobs have written is still to come from a worker."""
+        return any(one.remote is remote for one in self._fetching.values())
 
     def ask(
         self,
@@ -212,15 +216,28 @@ class Outputs:
         if remote.state == workers.LOST:
             raise RemoteError(f"what job {job.id} has written is on worker {job.worker}, which is lost")
 
-    def read(self, job: Job, stream: str, offset: int, size: int) -> tuple[bytes, int]:
-        """(a piece of a file that is here, where the next begins); offsets are the agent's."""
-        start, end = job.usage.get("left_out", {}).get(stream, (1 << 62, 1 << 62))
-        if start <= offset < end:
-            return b"", end
-        with open(self.path(job.id, stream), "rb") as file:
-            file.seek(offset if offset < start else offset - (end - start))
-            data = file.read(min(size, start - offset) if offset < start else size)
+
+def path_of(directory: str, number: int, stream: str) -> str:
+    """Of a file, in a pool's directory, that has all that a job has written."""
+    return os.path.join(directory, "logs", f"{number}.{stream}")
+
+
+def stored(known: State, job: Job, stream: str, offset: int) -> tuple[bytes, int] | None:
+    """(a piece of what is on this disk of an ended job, where the next begins, as its agent counts); None if it is not here."""
+    kept = known.output(job.id) if stream in _STREAMS else None
+    if kept is not None:
+        data = kept[stream == "err"][offset : offset + _PIECE]
         return data, offset + len(data)
+    start, end = job.usage.get("left_out", {}).get(stream, (1 << 62, 1 << 62))
+    try:
+        with open(path_of(known.directory, job.id, stream), "rb") as file:
+            if start <= offset < end:
+                return b"", end
+            file.seek(offset if offset < start else offset - (end - start))
+            data = file.read(min(_PIECE, start - offset) if offset < start else _PIECE)
+            return data, offset + len(data)
+    except FileNotFoundError:
+        return None
 
 
 def name_of(job: Job, stream: str) -> str:

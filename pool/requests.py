@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 
 from cafs.errors import BusyError, NotFound, UnsupportedError, UsageError, os_error, quote
 from pool import inputs, instance, links, metrics, outputs, secrets, specs, staging, state
@@ -128,6 +127,9 @@ def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None
     if said["what"] == "remove":
         if not controller.state.remove_host(said["name"]):
             raise NotFound(f"no host {quote(said['name'])}", hint="cpool nodes")
+    elif said["what"] == "state":
+        if not controller.state.set_worker_state(said["name"], said["state"]):
+            raise NotFound(f"no worker {quote(said['name'])}", hint="cpool nodes")
     else:
         labels = [str(label) for label in said.get("labels", [])]
         controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"), labels)
@@ -147,14 +149,9 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         text = base64.b64encode(data).decode()
         client.answer({"data": text, "next": following, "end": is_end, "job": job.shown()}, tag)
 
-    kept = controller.state.output(number)
-    path = controller.outputs.path(number, stream)
-    if kept is not None:
-        data = kept[stream == "err"][offset : offset + _PIECE]
-        return reply(data, offset + len(data), is_end=not data)
-    if os.path.exists(path):
-        data, following = controller.outputs.read(job, stream, offset, _PIECE)
-        return reply(data, following, is_end=following == offset)
+    found = outputs.stored(controller.state, job, stream, offset)
+    if found is not None:
+        return reply(*found, is_end=found[1] == offset)
     if is_over:
         controller.outputs.expect(job)
     remote = controller.remotes.get(job.worker)

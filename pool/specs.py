@@ -21,6 +21,7 @@ _KEEP = 64 << 10
 """Output of a job up to so many bytes comes with its end."""
 
 _SPEC_MAX = 128 << 10
+_AFTER_MAX = 100_000
 _LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn", "attended")
 """What is in a job only if it has it."""
 
@@ -78,12 +79,15 @@ def check_one(known: state.State, one: dict[str, Any]) -> dict[str, Any]:
     spec = check(one["spec"])
     for name in spec.get("secrets", ()):
         secrets.get(known.directory, spec.get("tenant", OWNER), name)
-    if len(json.dumps(spec)) > _SPEC_MAX:
+    if len(json.dumps({**spec, "after": []})) > _SPEC_MAX:
         raise UsageError(f"a job is larger than {_SPEC_MAX} bytes")
+    if len(spec["after"]) > _AFTER_MAX:
+        raise UsageError(f"a job comes after at most {_AFTER_MAX} jobs")
     if abs(int(one.get("priority", 0))) >= 1 << 31:
         raise UsageError(f"priority {one['priority']} is out of range")
-    for number in spec["after"]:
-        known.job(number)  # it has to be there
+    absent = next((number for number in spec["after"] if not known.has_job(number)), None)
+    if absent is not None:
+        known.job(absent)  # raises NotFound
     known.with_key(spec, one.get("key"))
     return spec
 

@@ -185,6 +185,17 @@ class State:
         values = [name, address, state, json.dumps(sorted(labels)), time.time()]
         self._do("INSERT OR REPLACE INTO hosts VALUES (?, ?, ?, ?, ?)", values)
 
+    def set_worker_state(self, name: str, state: str) -> bool:
+        """Of a host, of a machine that was launched, or of this machine where there are no hosts; False if there is none."""
+        if self._do("UPDATE hosts SET state = ? WHERE name = ?", [state, name]).rowcount > 0:
+            return True
+        if self._do("SELECT 1 FROM machines WHERE name = ? AND state != 'ended'", [name]).fetchone():
+            self.set_meta(f"state.{name}", state)
+            return True
+        if name == "local":
+            self.put_host(name, "", state)
+        return name == "local"
+
     def remove_host(self, name: str) -> bool:
         return self._do("DELETE FROM hosts WHERE name = ?", [name]).rowcount > 0
 

@@ -64,7 +64,7 @@ class Turns:
     def failed_before(self, job: Job) -> int:
         """The job that it comes after and that has failed; 0 if none has; negative: there is none of that number."""
         for number in job.spec.get("after", ()):
-            if number not in self._good and number not in self._open:
+            if not self._is_good(number) and number not in self._open:  # which is looked up once
                 if not self._state.has_job(number):
                     return -int(number)
                 other = self._state.job(number)

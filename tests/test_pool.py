@@ -172,6 +172,47 @@ def test_jobs_come_after_others_and_end_if_those_fail(controller: object, tmp_pa
     assert cp("submit", *PLAIN, "--after", "99", "--", "true").returncode == 4
 
 
+def test_a_job_comes_after_very_many_and_each_is_looked_up_once(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pool.controller import Controller
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool), Settings())
+        before = [held.state.submit(specs.check({"command": ["true"]})) for _ in range(25_000)]
+        for number in before:
+            held.state._do("UPDATE jobs SET state = 'finished', code = 0 WHERE id = ?", [number])
+        last = held.state.submit(specs.check({"command": ["true"]}))
+        held.add(held.state.job(last))
+        spec = specs.check_one(held.state, {"spec": {"command": ["true"], "after": [last, *before]}})
+        held.add(held.state.job(held.state.submit(spec)))
+        looked_up, has_job = [0], state.State.has_job
+
+        def counted(self: state.State, number: int) -> bool:
+            looked_up[0] += 1
+            return has_job(self, number)
+
+        monkeypatch.setattr(state.State, "has_job", counted)
+        one = held.remotes["local"]
+        one.has_greeted = True
+        one.reported(
+            {
+                "cpus": 0,
+                "memory": 1,
+                "free_memory": 1,
+                "free_disk": 1,
+                "load": 0,
+                "gpus": 0,
+                "running": 0,
+                "images": "",
+                "arch": "x",
+            }
+        )
+        for _ in range(3):
+            held.waiting.may_place = True
+            held.waiting.place()
+        assert looked_up[0] <= 25_000
+        held.state.close()
+
+
 def test_only_so_many_of_an_array_run_at_once(controller: object, tmp_path: Path) -> None:
     """The first two stay until two are seen; whoever comes counts."""
     stay = f"until test -f {tmp_path}/go; do sleep 0.01; done"
@@ -241,6 +282,52 @@ def test_a_step_for_cron_starts_and_records_and_judges_slowly(pool: Path, tmp_pa
 def is_all_done() -> bool:
     done = cp("jobs", "--json")
     return done.returncode == 0 and not done.stdout
+
+
+def test_where_only_cron_is_the_controller_all_can_be_asked_and_ended(pool: Path, tmp_path: Path) -> None:
+    first = cp(
+        "submit", *PLAIN, "--out", "file", "--", "sh", "-c", "head -c 300000 /dev/zero | tee file; exit 3"
+    ).stdout.strip()
+    wait_until(lambda: ok("tick") == "" and job(first)["state"] == "finished", 30)
+    ok("tick")  # what it has written comes after its end
+    assert cp("wait", first).returncode == 3 and len(ok("logs", first)) == 300_000
+    ok("fetch", first, "got")
+    assert (tmp_path / "got" / "file").stat().st_size == 300_000
+    (known,) = [json.loads(line) for line in ok("nodes", "--json").splitlines()]
+    assert (known["name"], known["state"], known["reason"]) == ("local", "unknown", "no controller runs")
+    second = cp("submit", *PLAIN, "--", "sh", "-c", "echo begun; exec sleep 1000").stdout.strip()
+    ok("tick")
+    assert job(second)["state"] == "running" and ok("logs", second) == "begun\n", "its agent is asked"
+    ok("cancel", second, "--grace", "0")
+    assert job(second)["state"] == "cancelled"
+    third = cp("submit", *PLAIN, "--", "sleep", "1000").stdout.strip()
+    ok("tick")
+    assert agents(tmp_path)
+    ok("down", "--grace", "0")
+    assert job(third)["state"] == "cancelled"
+    wait_until(lambda: not agents(tmp_path))
+
+
+def test_a_machine_that_was_launched_is_drained_as_any_worker_is(pool: Path) -> None:
+    row = {
+        "name": "m-1",
+        "kind": "k",
+        "zone": "z",
+        "price": 1.0,
+        "state": "ready",
+        "address": "x@127.0.0.1:1",
+        "intended_s": 1.0,
+    }
+    with state.locked(str(pool)):
+        held = state.State(str(pool))
+        held.put_machine(row)
+        held.commit()
+        ok_now = held.set_worker_state("m-1", "drain")
+        held.commit()
+        assert ok_now and held.meta("state.m-1") == "drain" and not held.set_worker_state("m-2", "drain")
+        held.close()
+    ok("node", "resume", "m-1")
+    assert cp("node", "drain", "m-2").returncode == 4
 
 
 def test_a_controller_that_is_killed_at_each_durable_step_loses_and_doubles_nothing(pool: Path, tmp_path: Path) -> None:
@@ -477,8 +564,8 @@ def test_map_goes_on_where_its_log_ends(pool: Path, tmp_path: Path) -> None:
         (("host", "rm", "none"), 4, "no host"),
         (("host", "add", "x/y"), 2, "not a name"),
         (("host", "add", "x"), 2, "where is"),
-        (("node", "drain", "none"), 4, "no host"),
-        (("nodes",), 7, "no controller runs"),
+        (("node", "drain", "none"), 4, "no worker"),
+        (("top", "--once"), 7, "no controller runs"),
         (("init",), 6, "there is a pool"),
     ],
 )
