@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
-from cafs import oci, paths
+from cafs import oci, paths, stopping
 from cafs.blobs import ArchiveBlobs, DirectoryBlobs, blob_name, digest_in
 from cafs.errors import CafsError, CorruptError, RemoteError, UnsupportedError, UsageError, os_error, quote
 from cafs.vtree import VirtualTree
@@ -180,10 +180,19 @@ def _copied(reference: str, platform: oci.Platform | None) -> Iterator[str]:
             reference,
             f"oci:{directory}:image",
         ]
-        # On any exception `run` kills the child before the directory goes.
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-        if done.returncode:
-            raise RemoteError(f"cannot copy {quote(reference)}: {_reason(done.stderr)}")
+        null = subprocess.DEVNULL
+        with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdin=null, stdout=null, stderr=said) as child:
+            ended = os.pidfd_open(child.pid)
+            try:
+                stopping.wait(ended)
+            except BaseException:
+                child.kill()  # before the directory goes
+                raise
+            finally:
+                os.close(ended)
+            if child.wait():
+                said.seek(0)
+                raise RemoteError(f"cannot copy {quote(reference)}: {_reason(said.read(65536))}")
         yield directory
 
 

@@ -37,6 +37,7 @@ class _Noted:
     def __init__(self) -> None:
         self.number = 0
         self.is_obeyed = False
+        self.has_alarm = False
         self.reads = self.writes = -1
 
 
@@ -53,11 +54,16 @@ def heed(numbers: Iterable[int] = NUMBERS) -> None:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _note)
     signal.set_wakeup_fd(_noted.writes, warn_on_full_buffer=False)
-    _thread.start_new_thread(_end_late, (_noted.reads,))
+    if os.geteuid():
+        _noted.has_alarm = True  # no threads: an ordinary user's commands enter a user namespace, which only a lone thread may
+    else:
+        _thread.start_new_thread(_end_late, (_noted.reads,))
 
 
 def _note(number: int, _frame: object) -> None:
     _noted.number = number
+    if _noted.has_alarm and not _noted.is_obeyed:
+        signal.alarm(int(LATE_S))  # SIGALRM ends us
 
 
 def _forget() -> None:
@@ -69,6 +75,7 @@ def _forget() -> None:
         signal.set_wakeup_fd(-1)
         os.close(_noted.reads)
         os.close(_noted.writes)
+    _noted.has_alarm = False
     _noted.number, _noted.is_obeyed, _noted.reads, _noted.writes = 0, False, -1, -1
 
 
@@ -97,6 +104,8 @@ def check() -> None:
     """Raises Ended, once and in the main thread, if we were told to."""
     if _noted.number and not _noted.is_obeyed and _thread.get_ident() == _MAIN:
         _noted.is_obeyed = True
+        if _noted.has_alarm:
+            signal.alarm(0)
         raise Ended(_noted.number)
 
 

@@ -45,6 +45,7 @@ class Spawned:
     """directory: of the router."""
 
     def __init__(self, directory: str) -> None:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
         self._path = os.path.join(directory, "calls.db")
         try:
             self._db = self._opened()

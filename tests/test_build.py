@@ -187,7 +187,6 @@ def test_what_was_made_before_is_not_made_again_and_the_digest_is_the_same(tmp_p
         ("arg", ["cached", "made", "made", "made", "made"]),
         ("no cache", ["made"] * 5),
         ("no cache of a stage", ["made"] * 5),
-        ("no cache of another", ["cached"] * 5),
     ],
 )
 def test_what_has_changed_is_made_again_and_what_comes_after_it(tmp_path: Path, change: str, wanted: list[str]) -> None:

@@ -126,7 +126,7 @@ def test_an_exception_is_data_with_its_traceback_and_the_exit_code_says_which_ki
     deploy("bad", "python:h:bad")
     done = call("bad", 5)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "raise Odd" in done.stderr and "shim.py" not in done.stderr and done.stderr.endswith("cpool: Odd: no 5\n")
+    assert "raise Odd" in done.stderr and "shim.py" not in done.stderr and "\ncpool: Odd: no 5\n" in done.stderr
     with Function("bad") as bad, pytest.raises(CallError) as caught:
         bad.call(6)
     assert (caught.value.kind, caught.value.type, caught.value.message) == ("raised", "Odd", "no 6")
