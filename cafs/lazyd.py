@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _STAND_IN_S = 5.0
 _RETRY_S = 1.0
-_SUPERVISOR_NICE = -15
 _BEGIN_WAIT_S = 10.0
 _UPGRADED = "upgraded"
 _WORKER_LOADS = ("concurrent.futures.thread", "cafs.store", "cafs.worker")
@@ -124,7 +123,7 @@ class Supervisor:
     def run(self, *, has_just_begun: bool = False, is_upgraded: bool = False) -> NoReturn:
         """Keep all slots filled until the file system is unmounted, then remove STATE."""
         try:
-            _set_priority(_SUPERVISOR_NICE)
+            _go_first()
             self._signals = _on_signal()
             if self._served.slot == slots.SUPERVISORS[0]:
                 note_pid(self._served.state, PID_FILE)
@@ -203,7 +202,7 @@ class Supervisor:
             os.write(writer, b"x")
             os.close(writer)
             if slot == slots.WORKER:
-                _set_priority(0)
+                _go_as_others()
                 _work(mine, answers)
             if answers >= 0:
                 os.close(answers)
@@ -248,12 +247,20 @@ def _end(state: str) -> None:
     remove_state(state)
 
 
-def _set_priority(nice: int) -> None:
-    """A supervisor does next to nothing, and that before all others: on a busy host two could die before one has run."""
+def _go_first() -> None:
+    """A supervisor does next to nothing, and that before all others: on a busy host all could die before one has run.
+
+    A nice value would not do: it counts within a session only (sched(7), autogroup).
+    """
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-    except PermissionError:
-        pass  # for root alone
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except OSError:
+        pass  # for root alone, and not in every cgroup
+
+
+def _go_as_others() -> None:
+    """A worker works."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _reap() -> None:

@@ -177,7 +177,7 @@ def test_each_job_that_asks_for_gpus_gets_its_own(
         one._start({**asked, "id": number, "gpus": gpus})
     assert [one.jobs[number, 1].asked["gpu_ids"] for number in (1, 2, 3)] == [[0, 1], [], [2]]
     one._start({**asked, "id": 4, "gpus": 2})
-    assert said[-1][0] == "done" and said[-1][1]["code"] == 126, "only one is left"
+    assert said[-1][0] == "refused", "only one is left: it goes back into the queue"
     wait_until(lambda: (tmp_path / "seen").exists() and len((tmp_path / "seen").read_text().splitlines()) == 3)
     assert sorted((tmp_path / "seen").read_text().splitlines()) == ["", "0,1", "2"]
     image = Job(str(tmp_path / "a.b" / "jobs" / "9.1"), {**asked, "id": 9, "image": "f" * 64, "gpu_ids": [1, 2]})
