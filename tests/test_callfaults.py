@@ -191,7 +191,7 @@ def test_why_a_container_does_not_start_is_said_and_not_only_what_to_do(base: Pa
     (tmp_path / "odd" / "dev").rmdir()
     (tmp_path / "odd" / "dev").symlink_to("/etc")
     subprocess.run([BIN / "cafs-index", "create", tmp_path / "odd", "-t", "odd:1"], capture_output=True, check=True)
-    done = cp("fn", "deploy", "no", "--image", "odd:1", "--handler", "jsonl:/bin/cat")
+    done = cp("fn", "deploy", "no", "--image", "odd:1", "--handler", "python:h:echo")
     assert done.returncode == 1 and "crun: the image's '/dev' is not a directory" in done.stderr, done.stderr
 
 
@@ -222,7 +222,7 @@ def test_calls_go_on_without_a_controller(base: Path) -> None:
     )
     os.kill(pid, signal.SIGKILL)
     assert running.end()[:2] == (0, '"a"\n')
-    assert cp("nodes").returncode == 7
+    assert "no controller runs" in ok("nodes", "--json")
     assert answer("mark", {"name": "b", "s": 0}) == "b", "the instance that there is serves on"
     with serving() as controller:
         assert answer("mark", {"name": "c", "s": 0}) == "c" and len(instances("mark")) == 1
