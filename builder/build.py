@@ -94,6 +94,7 @@ class Build:
             request = replace(self.request, cache_from=others)
             build = Build(writer, self.dockerfile, context, request, progress)
             build.states, build._first = self.states, self._first
+            build.places.pulled_now = self.places.pulled_now
             state = build._stage(build.plan.stages[stage.number])
             build.places.save()
             return state, build.places.read_files(), build.records

@@ -86,7 +86,7 @@ def _start(stage: Stage, work: Work, others: list[Pipe]) -> tuple[Pipe, int]:
         theirs.close()
         return ours, pid
     try:
-        stopping.heed([signal.SIGTERM])  # what was made for a while is removed on the way out
+        stopping.heed()  # a terminal's Ctrl-C comes to us, too: what was made for a while is removed on the way out
         for one in (ours, *others):
             one.close()
         theirs.send(("outcome", work(stage, _Told(theirs))))

@@ -34,7 +34,8 @@ class Places:
         self._opened: dict[bytes, MappedIndex] = {}
         self._contexts: dict[str, Context] = {}
         self._read: set[str] = set()
-        self._pulled_now: set[str] = set()
+        self.pulled_now: set[str] = set()
+        """What was brought for this build, by whichever of its processes: one build has one version of it."""
 
     def tree(self, layers: tuple[bytes, ...]) -> Node:
         """The root of the tree that layers make."""
@@ -78,8 +79,8 @@ class Places:
     def _pulled(self, where: str) -> Image:
         from runner import pull
 
-        is_new = self._build.request.pulls and where not in self._pulled_now
-        self._pulled_now.add(where)
+        is_new = self._build.request.pulls and where not in self.pulled_now
+        self.pulled_now.add(where)
         return pull.get(self._build.store.root, where, "always" if is_new else "missing")
 
     def _imported(self, source: str) -> Image:

@@ -53,4 +53,6 @@ def depfile(target: str, files: set[str]) -> bytes:
 
 
 def _for_make(name: bytes) -> bytes:
-    return name.replace(b"\\", b"\\\\").replace(b" ", b"\\ ").replace(b"#", b"\\#").replace(b"$", b"$$")
+    for letter in b"\\", b" ", b"#", b":", b"%":
+        name = name.replace(letter, b"\\" + letter)
+    return name.replace(b"$", b"$$")

@@ -11,7 +11,7 @@ from cafs.backend import CannotList
 from cafs.bulk import read_frames
 from cafs.digest import CHUNK_LIST, PLAIN, object_name
 from cafs.directory import DirectoryBackend
-from cafs.errors import CafsError, CorruptError, UnsupportedError, quote
+from cafs.errors import CafsError, CorruptError, RemoteError, UnsupportedError, quote
 from cafs.packs import PACK_LIST, parse_pack_list
 
 TYPE_CHECKING = False
@@ -81,6 +81,8 @@ def check(store: Store, *, repair: bool = False) -> Iterator[Finding]:
             data = store.get_meta(digest, kind)
             if kind == "image":
                 images[digest] = image.decode(data, digest)
+        except RemoteError:
+            raise  # it says nothing of the store
         except CafsError:
             yield Finding("damaged-meta", f"{kind} {digest.hex()}")
         yield from _permissions(store, store.meta_name(digest, kind), repair)
@@ -128,7 +130,12 @@ def _permissions(store: Store, name: str, repair: bool) -> Iterator[Finding]:
 def _check_pack(store: Store, name: str, good: set[Key], repair: bool) -> Iterator[Finding]:
     try:
         records = store.read_footer(name)
-    except (CafsError, OSError) as error:
+    except RemoteError:
+        raise
+    except OSError as error:
+        yield Finding("unreadable-pack", f"{name}: {error.strerror}")
+        return
+    except CafsError as error:
         saved = _salvage(store, _path(store, f"packs/{name}")) if repair else []
         good.update((digest, kind) for digest, kind, _, _ in saved)
         yield Finding("damaged-pack", f"{name}: {error}", repair and _set_aside(store, name, saved))
@@ -206,6 +213,8 @@ def _check_refs(store: Store, images: set[bytes]) -> Iterator[Finding]:
     for ref in store.refs():
         try:
             digest = store.get_ref(ref)
+        except RemoteError:
+            raise
         except CafsError:
             yield Finding("damaged-ref", ref)
             continue
@@ -229,6 +238,8 @@ def _check_index(store: Store, layer: bytes, metadata: bytes, owner: bytes, good
     """The index of an image, and every object that it needs."""
     try:
         index = image.load_layer(store, layer)
+    except RemoteError:
+        raise
     except CafsError as error:
         yield Finding("missing-meta", f"index {layer.hex()} of image {owner.hex()}: {error}")
         return

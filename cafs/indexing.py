@@ -131,7 +131,8 @@ def create_image(options: Options, store_root: str, tag: str | None, base: str |
             index = load(io.BytesIO(data))
             is_over = below is not None and len(below.layers) < FOLD_AT
             made = _put_over(store, below, index, config) if below and is_over else put_layer(store, data, index, config)
-            if isinstance(source, ImageSource) and source.pin:
+            is_itself = not (options.exclude or options.platform or base)
+            if isinstance(source, ImageSource) and source.pin and is_itself:
                 store.set_ref(pinned_ref(source.pin), made.digest)
             if tag is not None:
                 store.set_ref(tag, made.digest)

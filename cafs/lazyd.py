@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _STAND_IN_S = 5.0
 _RETRY_S = 1.0
+_AGAIN_MS = 100
 _BEGIN_WAIT_S = 10.0
 _UPGRADED = "upgraded"
 _WORKER_LOADS = ("concurrent.futures.thread", "cafs.store", "cafs.worker")
@@ -152,7 +153,8 @@ class Supervisor:
             poll.register(pidfd, select.POLLIN)
         if not is_over(self._served.state, self._served.fd):
             poll.register(self._served.fd, 0)  # POLLERR when it is unmounted
-        ready = dict(poll.poll())
+        is_whole = len(self._watched) == len(slots.ALL) - 1
+        ready = dict(poll.poll(None if is_whole or is_over(self._served.state, self._served.fd) else _AGAIN_MS))
         for slot, pidfd in list(self._watched.items()):
             if pidfd in ready:
                 os.close(self._watched.pop(slot))
@@ -176,7 +178,10 @@ class Supervisor:
             for slot in lost:
                 pidfd = slots.watch(self._served.table, slot)
                 if pidfd < 0 and not is_over(self._served.state, self._served.fd):
-                    self.fork(slot)
+                    try:
+                        self.fork(slot)
+                    except OSError:
+                        continue  # no process can be had now, as under pids.max: `_wait` does not wait long then
                     pidfd = slots.watch(self._served.table, slot)
                 if pidfd >= 0:
                     self._watched[slot] = pidfd
@@ -187,12 +192,18 @@ class Supervisor:
         """Fork the process of a slot; returns when it has taken the slot, or has died.  answers: of `begin`, for a worker."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a signal of ours must not be noted by the child, nor the reverse
-        if os.fork():
-            os.close(writer)
-            os.read(reader, 1)
-            os.close(reader)
-            if self._signals >= 0:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        child = -1
+        try:
+            child = os.fork()
+        finally:
+            if child:
+                os.close(writer)
+                if child > 0:
+                    os.read(reader, 1)
+                os.close(reader)
+                if self._signals >= 0:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if child:
             return
         try:
             os.close(reader)
@@ -259,8 +270,9 @@ def _go_first() -> None:
 
 
 def _go_as_others() -> None:
-    """A worker works."""
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    """A worker works.  An ordinary user's class was never changed, and may not be: none may leave SCHED_IDLE."""
+    if os.sched_getscheduler(0) == os.SCHED_RR:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _reap() -> None:
@@ -321,7 +333,10 @@ def _watch(served: Served) -> None:
             for pidfd in watched:
                 os.close(pidfd)
         elif not is_over(served.state, served.fd):
-            _start_supervisor(served)
+            try:
+                _start_supervisor(served)
+            except OSError:
+                pass  # no process can be had now
         time.sleep(0.05)  # the others have filled the slot by then
 
 

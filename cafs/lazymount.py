@@ -118,23 +118,26 @@ def _start(state: str) -> LazyMount:
         os.close(fd)
 
 
-def end(state: str) -> None:
+def end(state: str, *, is_forced: bool = False) -> None:
     """Unmount a LAZY that no mount here needs; it goes on as long as a container in another mount namespace stands on it.
 
-    Else its connection is aborted (MNT_FORCE): a namespace that was copied would keep the servers for ever.
+    is_forced: else its connection is aborted (MNT_FORCE), as a namespace that was copied would keep the servers for ever.
     """
-    force = 0 if is_used_elsewhere(state) else linux.MNT_FORCE
+    force = linux.MNT_FORCE if is_forced and not is_used_elsewhere(state) else 0
     linux.umount(os.path.join(state, serving.MOUNT_POINT), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW | force)
 
 
 def is_used_elsewhere(state: str) -> bool:
     """Whether an overlay in another mount namespace, such as a container's, stands on a LAZY.
 
-    Mounts of cafs-mount that were taken away do not count: a namespace that was copied before has them still, for nobody.
+    A mount that was unmounted here does not count where it was mounted: a copied namespace still has it, for nobody.  Elsewhere
+    it is a bind mount, which somebody made and may use.
     """
     point, gone = os.path.join(state, serving.MOUNT_POINT), serving.gone(state)
-    others = (mount for pid, found in mountinfo.namespaces() if pid != "self" for mount in found)
-    return any(one.has_data(point) and not (mountinfo.is_kernel(one) and one.device in gone) for one in others)
+    return any(
+        mount.has_data(point) and not (mountinfo.is_kernel(mount) and gone.get(mount.device) == mount.point)
+        for mount in mountinfo.elsewhere()
+    )
 
 
 def states(run: str) -> list[str]:

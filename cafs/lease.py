@@ -46,6 +46,14 @@ def is_dead(data: bytes, age_s: float) -> bool:
     return age_s > DEAD_AFTER_S
 
 
+def kind(data: bytes) -> str:
+    """What a lease is for, '' if nobody of ours wrote it."""
+    try:
+        return str(json.loads(data)["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def boot_id() -> str:
     """Of this boot of the machine."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

@@ -14,24 +14,28 @@ if TYPE_CHECKING:
     from cafs.backend import Backend
 
 LEASE, FILE = "dead-lease", "leftover"
+OLD_S = 3600
 
 
 def find(backend: Backend, mine: str = "") -> Iterator[tuple[str, str]]:
-    """(LEASE or FILE, name); files in a directory only, and only when no writer is alive anywhere.
+    """(LEASE or FILE, name); files in a directory only, old ones only, and only when no writer is alive anywhere.
+
+    A tag and a profile are written without a lease, within the hour.
 
     mine: the name of a lease that does not count.
     """
     # Files before leases: whoever begins in between has a lease that is seen.
-    files = [one.name for one in backend.list("")] if backend.is_local else []
+    files = [one.name for one in backend.list("") if time.time() - one.mtime_s > OLD_S] if backend.is_local else []
     alive = False
     for one in backend.list("leases"):
         try:
-            is_dead = lease.is_dead(backend.read(f"leases/{one.name}", 65536), time.time() - one.mtime_s)
+            data = backend.read(f"leases/{one.name}", 65536)
         except OSError:
             continue
+        is_dead = lease.is_dead(data, time.time() - one.mtime_s)
         if is_dead:
             yield LEASE, f"leases/{one.name}"
-        alive = alive or not (is_dead or one.name == mine)
+        alive = alive or not (is_dead or one.name == mine or lease.kind(data) == "mount")
     for name in files if not alive else []:
         if os.path.basename(name).startswith("tmp.") and not name.startswith("scopes/"):
             yield FILE, name

@@ -227,6 +227,12 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc.setns(fd, flags), "setns")
 
 
+def mount_id(fd: int) -> int:
+    """The number of the mount in which a file was opened (proc(5), fdinfo)."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
+
+
 def in_user_namespace() -> bool:
     """Whether root here is not the host's (user_namespaces(7))."""
     with open("/proc/self/uid_map", "rb") as file:

@@ -196,8 +196,11 @@ def unmount(point: str) -> None:
     record = requests.read_record(point, here.digest)
     if isinstance(record.get("state"), str):
         _unmount(point)
-        others = (mount for pid, found in mountinfo.namespaces() if pid != "self" for mount in found)
-        if not any(one.stands_on_tree(point) for one in others):
+        is_used = any(
+            mount.stands_on_tree(point) or (mount.device == here.device and os.fsdecode(mount.point) != point)
+            for mount in mountinfo.elsewhere()
+        )
+        if not is_used:
             serving.end(str(record["state"]))  # a copied mount namespace would keep the servers for ever
         serving.wait_for_end(str(record["state"]))
         if not serving.is_alive(str(record["state"])):

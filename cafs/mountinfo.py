@@ -110,6 +110,11 @@ def namespaces() -> Iterator[tuple[str, list[Mount]]]:
             continue  # it ended
 
 
+def elsewhere() -> Iterator[Mount]:
+    """The mounts of all other mount namespaces."""
+    return (mount for pid, found in namespaces() if pid != "self" for mount in found)
+
+
 def mounts(pid: str = "self") -> list[Mount]:
     """All mounts of a process's namespace, in the order in which they were made."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:

@@ -60,8 +60,9 @@ class Platform:
         return found + [Platform(self.os, self.architecture, one) for one in older]
 
     def matches(self, found: dict[str, Any]) -> bool:
-        """Whether an image of a config or a descriptor runs on this one; an image that does not say does."""
-        return read_platform(found, self) in self.fitting()
+        """Whether an image of a config runs on this one; one that does not say, as builders leave out the variant, does."""
+        has_all = found.get("variant") or found.get("architecture") != self.architecture
+        return read_platform(found if has_all else {**found, "variant": self.variant}, self) in self.fitting()
 
 
 _ARCHITECTURES = {

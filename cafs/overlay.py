@@ -62,12 +62,16 @@ def mount(request: Request, found: Image, store: Store) -> str | None:
             lazy.add(found.digest, locators, request.rate if request.prefetch == profile.ALL else -1)
             # Without the cache LAZY sees every first read.
             _mount_overlay(request, found, points, [lazy.point] if request.record else [paths.data(cache), lazy.point])
-            names = [os.path.basename(path) for path in layers]
-            here = mountinfo.at(request.point)
-            device = here.device if here else ""
-            serving.note_gone(lazy.state, device, is_gone=False)
-            notes: dict[str, object] = {"lazy": lazy.state, "layers": names, "point": request.point, "device": device}
-            requests.write_record(request, found.digest.hex(), ENGINE, 0, **notes)
+            try:
+                names = [os.path.basename(path) for path in layers]
+                here = mountinfo.at(request.point)
+                device = here.device if here else ""
+                serving.note_mounted(lazy.state, device)
+                notes: dict[str, object] = {"lazy": lazy.state, "layers": names, "point": request.point, "device": device}
+                requests.write_record(request, found.digest.hex(), ENGINE, 0, **notes)
+            except BaseException:  # an interrupt, too: nobody would know what it stands on
+                linux.umount(request.point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+                raise
     except BaseException as error:
         with _lock():
             tidy()
@@ -89,7 +93,7 @@ def unmount(point: str) -> None:
         linux.umount(point, linux.UMOUNT_NOFOLLOW)
         before = lazymount.states(run_directory("lazy"))
         try:
-            tidy()
+            tidy(unmounted=point)
             if here:
                 _let_go(here.digest)
         except OSError as error:
@@ -119,16 +123,19 @@ def end_if_unused(state: str) -> None:
             tidy()
 
 
-def tidy() -> None:
-    """Unmount what no mount uses, as a crash at any step may leave it."""
-    used = _used()
+def tidy(*, unmounted: str = "") -> None:
+    """Unmount what no mount uses, as a crash at any step may leave it.
+
+    unmounted: a mount point that was unmounted just now, and not lazily: no file of it is open.
+    """
+    used = _used(unmounted)
     for mount in mountinfo.mounts():
         point = os.fsdecode(mount.point)
         if os.path.dirname(point) == run_directory("erofs") and point not in used:
             _quietly(point)
     for state in lazymount.states(run_directory("lazy")):
         if state not in used:
-            lazymount.end(state)
+            lazymount.end(state, is_forced=bool(unmounted) and not serving.may_be_open(state))
     for name in _listed(run_directory("erofs")):
         if mountinfo.at(os.path.join(run_directory("erofs"), name)) is None:
             _remove_quietly(os.path.join(run_directory("erofs"), name))
@@ -138,7 +145,7 @@ def tidy() -> None:
             serving.remove_state(state)
 
 
-def _used() -> set[str]:
+def _used(unmounted: str) -> set[str]:
     """Directories of the EROFS and LAZY mounts that live mounts need; records of mounts that are gone go."""
     found = set()
     live = {(mount.point, mount.digest) for mount in mountinfo.mounts() if mount.fstype == b"overlay"}
@@ -155,7 +162,9 @@ def _used() -> set[str]:
         if is_live:
             found |= needs
         else:
-            serving.note_gone(record["lazy"], device)
+            serving.note_gone(record["lazy"], device, record["point"])
+            if record["point"] != unmounted:
+                serving.note_detached(record["lazy"])
             atomic.unlink_quietly(os.path.join(run_directory("mounts"), name))
     return found
 

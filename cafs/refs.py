@@ -18,6 +18,14 @@ def ref_name(ref: str) -> str:
     return f"refs/{name.replace('/', '+')}/{tag}"
 
 
+def literal_name(ref: str) -> str:
+    """Name of the file of a ref as it is spelt: an old store may hold docker.io/library/NAME.  Raises UsageError."""
+    _, tag = split_ref(ref)
+    head, _, last = ref.rpartition("/")
+    name = f"{head}/{last.partition(':')[0]}" if head else last.partition(":")[0]
+    return f"refs/{name.replace('/', '+')}/{tag}"
+
+
 def split_ref(ref: str) -> tuple[str, str]:
     """NAME[:TAG] -> (name, tag), 'latest' where no tag is given.  Raises UsageError on anything that is no ref.
 

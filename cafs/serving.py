@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PID_FILE, WORKER_FILE, ALIVE = "supervisor", "worker", "alive"
 LEASES, IMAGES, LOCATORS, PREFETCH, MOUNT_POINT = "leases", "images", "locators", "prefetch", "mnt"
-_DEVICE, _ENDED, _GONE = "device", "ended", "gone."
+_DEVICE, _ENDED, _GONE, _DETACHED = "device", "ended", "gone.", "detached"
+_PATH_MAX = 4096
 _END_WAIT_S = 2.0
 
 
@@ -103,18 +104,38 @@ def note_device(state: str, device: str) -> None:
     atomic.replace_hint(os.path.join(state, _DEVICE), device.encode())
 
 
-def note_gone(state: str, device: str, *, is_gone: bool = True) -> None:
-    """Note that a mount which stands on a LAZY, MAJOR:MINOR, was taken away, or that there is a new one of that number."""
-    path = os.path.join(state, _GONE + device)
-    if not is_gone:
-        atomic.unlink_quietly(path)
-    elif os.path.isdir(state):
-        atomic.replace_hint(path, b"")
+def note_gone(state: str, device: str, point: str) -> None:
+    """Note that a mount on POINT which stands on a LAZY, MAJOR:MINOR, was unmounted."""
+    if os.path.isdir(state):
+        atomic.replace_hint(os.path.join(state, _GONE + device), os.fsencode(point))
 
 
-def gone(state: str) -> set[str]:
-    """What `note_gone` has noted."""
-    return {name.removeprefix(_GONE) for name in paths.listed(state) if name.startswith(_GONE)}
+def note_detached(state: str) -> None:
+    """Note that a mount which stands on a LAZY was unmounted by somebody else, as by umount -l: files of it may be open."""
+    if os.path.isdir(state):
+        atomic.replace_hint(os.path.join(state, _DETACHED), b"")
+
+
+def may_be_open(state: str) -> bool:
+    """Whether `note_detached` was called."""
+    return os.path.exists(os.path.join(state, _DETACHED))
+
+
+def note_mounted(state: str, device: str) -> None:
+    """Note that there is a new mount of that number."""
+    atomic.unlink_quietly(os.path.join(state, _GONE + device))
+
+
+def gone(state: str) -> dict[str, bytes]:
+    """What `note_gone` has noted: MAJOR:MINOR to mount point."""
+    found = {}
+    for name in paths.listed(state):
+        if name.startswith(_GONE):
+            try:
+                found[name.removeprefix(_GONE)] = atomic.read_file(os.path.join(state, name), _PATH_MAX)
+            except OSError:
+                continue  # there is a new mount of that number
+    return found
 
 
 def device(state: str) -> str:

@@ -32,11 +32,12 @@ class Ended(BaseException):
 
 
 class _Noted:
-    """number: of the signal that has come, 0 for none; is_obeyed: Ended was raised for it."""
+    """number: of the signal that has come, 0 for none; is_obeyed: Ended was raised for it, at obeyed_s (monotonic clock)."""
 
     def __init__(self) -> None:
         self.number = 0
         self.is_obeyed = False
+        self.obeyed_s = 0.0
         self.has_alarm = False
         self.reads = self.writes = -1
 
@@ -61,6 +62,8 @@ def heed(numbers: Iterable[int] = NUMBERS) -> None:
 
 
 def _note(number: int, _frame: object) -> None:
+    if _noted.is_obeyed and time.monotonic() - _noted.obeyed_s > LATE_S:
+        os._exit(128 + number)  # told again, while tidying up takes too long
     _noted.number = number
     if _noted.has_alarm and not _noted.is_obeyed:
         signal.alarm(int(LATE_S))  # SIGALRM ends us
@@ -103,7 +106,7 @@ def number() -> int:
 def check() -> None:
     """Raises Ended, once and in the main thread, if we were told to."""
     if _noted.number and not _noted.is_obeyed and _thread.get_ident() == _MAIN:
-        _noted.is_obeyed = True
+        _noted.is_obeyed, _noted.obeyed_s = True, time.monotonic()
         if _noted.has_alarm:
             signal.alarm(0)
         raise Ended(_noted.number)
@@ -114,7 +117,9 @@ def wait(*files: Any, seconds: float | None = None) -> list[Any]:
     check()
     known = {one if isinstance(one, int) else one.fileno(): one for one in files}
     poll = select.poll()
-    for fd in [*known, *([_noted.reads] if _noted.reads >= 0 and not _noted.is_obeyed else [])]:
+    # In the main thread alone: another one would take the byte away that wakes it.
+    hears = _thread.get_ident() == _MAIN and _noted.reads >= 0 and not _noted.is_obeyed
+    for fd in [*known, *([_noted.reads] if hears else [])]:
         poll.register(fd, select.POLLIN)
     while True:
         ready = poll.poll(None if seconds is None else seconds * 1000)

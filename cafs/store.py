@@ -14,7 +14,7 @@ from cafs import atomic, paths
 from cafs.digest import CHUNK_SIZE, DIGEST_SIZES, hash_function
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
 from cafs.packs import FORMAT_FILE, Packs, open_place
-from cafs.refs import is_ref, ref_name
+from cafs.refs import is_ref, literal_name, ref_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,12 +147,17 @@ class Store(Packs):
 
     def get_ref(self, ref: str) -> bytes | None:
         """Digest that a ref names, None if there is no such ref.  Raises FormatError."""
-        try:
-            data = self.backend.read(ref_name(ref), 4096)
-        except (FileNotFoundError, NotADirectoryError):
+        data = b""
+        for name in self._ref_names(ref):
+            try:
+                data = self.backend.read(name, 4096)
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise os_error(f"cannot read ref {quote(ref)}", error) from error
+        else:
             return None
-        except OSError as error:
-            raise os_error(f"cannot read ref {quote(ref)}", error) from error
         text = data.decode("latin-1").removesuffix("\n")
         if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * DIGEST_SIZES[self.hash_name]), text):
             raise FormatError(f"ref {quote(ref)} is damaged", hint="cafs-store fsck")
@@ -160,14 +165,28 @@ class Store(Packs):
 
     def set_ref(self, ref: str, digest: bytes) -> None:
         """Make a ref name an image, durably; the only thing in a store that is ever overwritten."""
-        self.backend.swap(ref_name(ref), lambda before: digest.hex().encode() + b"\n")
+        *literal, name = self._ref_names(ref)
+        self.backend.swap(name, lambda before: digest.hex().encode() + b"\n")
+        for old in literal:
+            self._remove_file(old)
 
     def remove_ref(self, ref: str) -> None:
         """Remove a ref.  Raises NotFound."""
+        if not any([self._remove_file(name) for name in self._ref_names(ref)]):
+            raise NotFound(f"no ref {quote(ref)}")
+
+    def _remove_file(self, name: str) -> bool:
+        """Remove a file of the backend; return whether there was one."""
         try:
-            self.backend.remove(ref_name(ref))
+            self.backend.remove(name)
         except FileNotFoundError:
-            raise NotFound(f"no ref {quote(ref)}") from None
+            return False
+        return True
+
+    @staticmethod
+    def _ref_names(ref: str) -> list[str]:
+        """The files in which a ref may be: as it is spelt, which `refs` may have listed, and under its short name."""
+        return list(dict.fromkeys((literal_name(ref), ref_name(ref))))
 
     def refs(self) -> list[str]:
         """All refs, sorted, as NAME:TAG.  What is no ref, as `strays` lists, does not count.  Raises CannotList."""

@@ -42,7 +42,8 @@ def work(state: str, fd: int, columns: int, ready: Callable[[], None]) -> None:
     files = _files(state, config, cache, recorder, columns, holder.poke)
     server = fusedev.Server(fd, files, config["limit_s"])
     is_foreground = bool(config["foreground"])
-    stopping.on_signals((signal.SIGINT, signal.SIGTERM), lambda _: unmount(state) if is_foreground else server.stop())
+    numbers = stopping.NUMBERS if is_foreground else (signal.SIGINT, signal.SIGTERM)  # a supervisor heeds SIGHUP
+    stopping.on_signals(numbers, lambda _: unmount(state) if is_foreground else server.stop())
     note_pid(state, WORKER_FILE)
     files.brought = cache.evicted = lambda: look_anew(cache.root)
     is_lazy = columns < 0

@@ -65,7 +65,8 @@ def write_reports(progress: Progress, title: str, read: set[str], given: dict[st
         target = str(given["iidfile"] or given["depfile"])
         read = read - {os.path.normpath(one) for one in (target, str(given["depfile"]))}  # they may lie in the context
         _put(str(given["depfile"]), report.depfile(target, read))
-        os.utime(target)  # what was just written may have changed the time of a directory that it depends on
+        if target != "-":
+            os.utime(target)  # what was just written may have changed the time of a directory that it depends on
 
 
 def explain(progress: Progress) -> None:

@@ -11,7 +11,7 @@ import click
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from pool.client import Client, Stored
@@ -296,19 +296,23 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
         "strict": given["strict"],
         "start_s": given["start_timeout"],
         **({"secrets": sorted(set(given["secrets"]))} if given["secrets"] else {}),
+        **({"is_here": True} if is_plain and not given["workdir"] and not given.get("has_files") else {}),
         **({"tenant": given["tenant"]} if given["tenant"] is not None else {}),
     }
 
 
 def in_its_place(path: str) -> str:
-    """FILE as FILE:NAME, where it has that name below the directory of the job too, if that can be."""
+    """The name that FILE has below the directory of a job too, '' if there can be none."""
     from pool import staging
 
-    return f"{path}:{os.path.normpath(path)}" if staging.is_name(os.path.normpath(path)) else path
+    return os.path.normpath(path) if staging.is_name(os.path.normpath(path)) else ""
 
 
-def files(given: Sequence[str], back: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(what a job says of --in FILE[:NAME] and --out NAME, as of inputs.keep).  Raises CafsError, click.UsageError."""
+def files(given: Iterable[tuple[str, str]], back: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what a job says of its files, as of inputs.keep).  Raises CafsError, click.UsageError.
+
+    given: (FILE, NAME), '' for that of the file, of each --in.  back: the name of each --out.
+    """
     import base64
     import hashlib
 
@@ -316,8 +320,7 @@ def files(given: Sequence[str], back: Sequence[str]) -> tuple[dict[str, Any], di
     from pool import staging
 
     entries, contents, size = [], {}, 0
-    for text in given:
-        path, _, name = text.partition(":")
+    for path, name in given:
         try:
             with open(path, "rb") as file:
                 data, mode = file.read(staging.SIZE_MAX + 1), os.fstat(file.fileno()).st_mode & 0o777
@@ -385,7 +388,7 @@ def bring(connection: Client | Stored, job: dict[str, Any], place: str = ".") ->
         try:
             path = os.path.abspath(os.path.join(place, name))
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with atomic.replacing(path, modes[at] & ~umask) as file:
+            with atomic.replacing(path, (modes[at] if at < len(modes) else 0o644) & ~umask) as file:
                 file.writelines(output(connection, number, f"file{at}"))
                 missing = sizes[at] - file.tell()
                 if missing:

@@ -79,7 +79,8 @@ def main(context: str, **given: object) -> int:
     Exit status: 0 done, 1 failed, 2 usage, 4 no such thing, 7 network, 8 missing
     program.  Full manual: man cbuild
     """
-    from builder.output import is_stdout
+    from builder.output import is_stdout, read
+    from cafs import stopping
     from cafs.errors import CafsError
     from cafs.refs import split_ref
 
@@ -90,6 +91,9 @@ def main(context: str, **given: object) -> int:
             rootless.enter()
         for ref in [*built.texts(given["tags"]), *_pairs(given["cache_images"], "--cache-mount-to").values()]:
             split_ref(ref)
+        for one in built.texts(given["outputs"]):
+            for ref in read(one, tuple(built.texts(given["tags"]))).names:
+                split_ref(ref)
         if given["check"]:
             return _check(context, None if given["file"] is None else str(given["file"]), _request(given), given["store"])
         with ExitStack() as stack:
@@ -101,7 +105,7 @@ def main(context: str, **given: object) -> int:
         if not any(is_stdout(one) for one in built.texts(given["outputs"])):
             click.echo(digest)
         return 0
-    except KeyboardInterrupt:
+    except stopping.Ended:
         sys.stderr.write(f"{PROGRAM}: interrupted\n")
         raise
     except CafsError as error:

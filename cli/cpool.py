@@ -169,7 +169,7 @@ def down(grace_s: float) -> int:
 def submit(key: str | None, hold: bool, array: str | None, **given: Any) -> int:
     """Put a job into the queue, and print its number."""
     given = _with_code(given)
-    said, files = asking.files(given.pop("given_files"), given.pop("back"))
+    said, files = asking.files([one.partition(":")[::2] for one in given.pop("given_files")], given.pop("back"))
     numbers, spec = asking.numbers(array), asking.spec(**given, has_files=bool(said)) | said
     if array:
         spec |= {"array": int.from_bytes(os.urandom(6), "big"), "at_once": asking.at_once(array)}
@@ -226,8 +226,12 @@ def map_(**given: Any) -> int:
     names, back = given.pop("given_files"), given.pop("back")
 
     def files(words: list[str], number: int) -> tuple[dict[str, Any], dict[str, str]]:
-        named, wanted = ([arguments.filled(one, words, number) for one in some] for some in (names, back))
-        return asking.files([one if ":" in one else asking.in_its_place(one) for one in named], wanted)
+        def filled(text: str) -> str:
+            return arguments.filled(text, words, number)
+
+        parts = [one.partition(":") for one in names]  # before a colon of an argument is in it
+        named = [(filled(path), filled(name) if colon else asking.in_its_place(filled(path))) for path, colon, name in parts]
+        return asking.files(named, [filled(one) for one in back])
 
     spec = asking.spec(**given, has_files=bool(names or back))
     how |= {"files": files if names or back else None, "bring": asking.bring if back else None}
@@ -266,8 +270,9 @@ def job(number: int, as_json: bool) -> int:
 @main.command()
 @click.argument("number", metavar="JOB", type=int)
 @click.option("-f", "--follow", is_flag=True, help="Go on until it has ended.")
+@click.option("--attempt", type=click.IntRange(1), metavar="N", help="What an earlier try has written.")
 @quiet_option(used=False)
-def logs(number: int, follow: bool) -> int:
+def logs(number: int, follow: bool, attempt: int | None) -> int:
     """Print what a job has written."""
     import base64
 
@@ -280,7 +285,7 @@ def logs(number: int, follow: bool) -> int:
         while True:
             over, has_moved = 0, False
             for stream, fd in (("out", 1), ("err", 2)):
-                found = client.ask("read", id=number, stream=stream, offset=offsets[stream])
+                found = client.ask("read", id=number, stream=stream, offset=offsets[stream], attempt=attempt or 0)
                 data, is_running = base64.b64decode(found["data"]), not found["job"]["finished_s"]
                 atomic.write_all(fd, data)
                 left_out += found["next"] - offsets[stream] - len(data)

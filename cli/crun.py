@@ -111,7 +111,7 @@ def _version() -> str:
         if version < (same[0] if same else OLDEST_RUNC[0] if version < OLDEST_RUNC[0] else version):
             sys.stderr.write(
                 "crun: warning: this runc is older than 1.3.6 and 1.4.3: a hostile image may get out of its container"
-                " (CVE-2025-31133, -52565, -52881), unless your distribution has mended it\n"
+                " (CVE-2025-31133, -52565, -52881, CVE-2026-41579), unless your distribution has mended it\n"
             )
     return f"crun (cafs tools) {__version__}\n{said}\n"
 

@@ -90,18 +90,16 @@ class Agent:
     def _adopt(self, job: Job) -> None:
         """One of an agent before us: watch it, or note that it has ended."""
         if not job.is_alive():
-            job.finish()
-            return
+            return self._ended(job)
+        if job.asked.get("timeout_s"):
+            job.deadline = time.monotonic() + job.asked["started_s"] + job.asked["timeout_s"] - time.time()
         if _is_child(job.pid):  # this process was an agent of another build before
             self.by_pid[job.pid] = job
             return
-        if job.asked.get("timeout_s"):
-            job.deadline = time.monotonic() + job.asked["started_s"] + job.asked["timeout_s"] - time.time()
         try:
             fd = os.pidfd_open(job.pid)
         except OSError:
-            job.finish()
-            return
+            return self._ended(job)
 
         def ended(_: int) -> None:
             self.selector.unregister(fd)
@@ -171,6 +169,8 @@ class Agent:
             self._ended(job, *job.outcome)  # type: ignore[misc]
 
     def _ended(self, job: Job, code: int | None = None, cpu_s: float = 0.0, memory: int = 0) -> None:
+        if not job.has_code():  # its shell was killed: nobody looks after what is left of it, and it may be done again
+            job.kill_at = min(job.kill_at, time.monotonic())
         if job.kill_at < float("inf") and job.processes():
             job.outcome = code, cpu_s, memory  # it has ended when nothing of it is left
             return
@@ -203,7 +203,8 @@ class Agent:
             for job in [one for one in self.jobs.values() if not one.ended]:
                 job.shorten()
         if self.is_to_leave and all(job.ended for job in self.jobs.values()):
-            self.is_leaving = True
+            is_wanted = self.is_to_be_removed and self.jobs and self.peers.all  # what jobs have written is still fetched
+            self.is_leaving = not is_wanted
         if self.peers.all or any(not job.ended for job in self.jobs.values()):
             self._alone_since = now
         elif now >= self._alone_since + ALONE_S:

@@ -122,6 +122,9 @@ class Callers:
         now = self._router.loop.now
         if any(call in link.known for link in self._router.links.values()):
             return self._take_up(caller, call, flags, fn, body, now)
+        noted = self._router.spawned.answer(call) if flags & (calls.SPAWN | calls.LAST) else None
+        if noted:
+            return self._same_again_noted(caller, call, flags, *noted)
         is_again = bool(flags & calls.LAST)
         flags &= ~calls.LAST
         if is_again and not flags & calls.IDEMPOTENT and not all(link.has_ever_greeted for link in self._router.links.values()):
@@ -175,6 +178,15 @@ class Callers:
         else:
             known.takers += 1
             caller.wire.say(known.frame)
+
+    def _same_again_noted(self, caller: Caller, call: bytes, flags: int, tenant: str, frame: bytes) -> None:
+        """As `_same_again`, of one that was spawned and has its answer on disk."""
+        if not caller.is_owner and tenant != caller.tenant:
+            return caller.wire.say(calls.failed(call, "function", "that id is another call's"))
+        if flags & calls.SPAWN:
+            caller.wire.say(calls.frame(calls.BEGUN, call))
+        if not flags & calls.SPAWN or flags & calls.REFERENCE:
+            caller.wire.say(_kept(call, frame))
 
     def _take_up(self, caller: Caller, call: bytes, flags: int, fn: Routed, body: bytes, now: float) -> None:
         """A call that a host knows from the router before us."""
@@ -238,9 +250,7 @@ class Callers:
         whose, frame = self._router.spawned.answer(call) or ("", b"")
         if not frame or (not caller.is_owner and whose != caller.tenant) or tenant_asked not in ("", whose):
             return caller.wire.say(calls.control("state", call=call.hex(), state="unknown"))
-        if calls.HEAD.unpack_from(frame)[2] & calls.REFERENCE:
-            frame = calls.failed(call, "unknown", "its answer is not kept any more")
-        caller.wire.say(frame)
+        caller.wire.say(_kept(call, frame))
 
     def asked(self) -> set[HostLink]:
         """Of what somebody waits for that only these know."""
@@ -320,3 +330,10 @@ class Callers:
             self._is_listening = True
             listen(self._router.loop, sockets.listen(os.path.join(self._router.directory, PLACE)), self._accept)
             self._share()
+
+
+def _kept(call: bytes, frame: bytes) -> bytes:
+    """An answer that is on disk; of a large one only its name is."""
+    if calls.HEAD.unpack_from(frame)[2] & calls.REFERENCE:
+        return calls.failed(call, "unknown", "its answer is not kept any more")
+    return frame

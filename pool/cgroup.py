@@ -146,6 +146,11 @@ def noted_kills(fd: int) -> int:
         return 0
 
 
+def has_run_out(directory: str) -> bool:
+    """Whether the kernel has ended something in it as its memory was used up."""
+    return any(kills(os.path.join(directory, name)) for name in ("memory.events", "memory.oom_control"))
+
+
 def remove(directory: str) -> None:
     """If nothing is in it any more."""
     for place, _, _ in os.walk(directory, topdown=False) if directory else ():

@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import contextmanager
 
 from cafs import atomic, linux, stopping
-from cafs.errors import BusyError, CafsError, RemoteError, of_code
+from cafs.errors import BusyError, CafsError, NotFound, RemoteError, of_code
 from pool import sockets, state
 
 TYPE_CHECKING = False
@@ -52,8 +52,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def _ended() -> RemoteError:
-    return RemoteError("the controller has ended", hint="cpool serve &")
+def _ended() -> NoController:
+    return NoController("the controller has ended", hint="cpool serve &")
 
 
 class NoController(RemoteError):
@@ -87,9 +87,14 @@ class Stored:
         job = self._state.job(fields["id"])
         if do == "job":
             return {"job": job.shown()}
-        data, following = outputs.stored(self._state, job, fields["stream"], fields["offset"]) or (b"", fields["offset"])
-        end = following == fields["offset"]
-        return {"data": base64.b64encode(data).decode(), "next": following, "end": end, "job": job.shown()}
+        offset, attempt = fields["offset"], fields.get("attempt", 0)
+        found = outputs.stored(self._state, job, fields["stream"], offset, 0 if attempt == job.attempt else attempt)
+        if attempt and found is None:
+            raise NotFound(f"nothing is kept of attempt {attempt} of job {job.id}")
+        data, following = found or (b"", offset)
+        return {
+            "data": base64.b64encode(data).decode(), "next": following, "end": following == offset, "job": job.shown()
+        }  # fmt: skip
 
 
 def output(client: Client | Stored, number: int, stream: str) -> Iterator[bytes]:
@@ -232,15 +237,20 @@ def _is_there(directory: str) -> bool:
         return False
 
 
-def serve(directory: str, config: str | None = None) -> None:
-    """Be the controller.  config: instead of pool.toml.  Raises BusyError if there is one."""
+def serve(directory: str, config: str | None = None, *, places: bool = True) -> None:
+    """Be the controller.  config: instead of pool.toml.  Raises BusyError if there is one.
+
+    places: start jobs from the beginning; else not before a job comes that somebody waits for.
+    """
     from pool import settings
     from pool.controller import Controller
 
     found = settings.read_file(config) if config else settings.read(directory)
     linux.raise_descriptor_limit()
     with state.locked(directory, wait_s=_BEGIN_S, unless=lambda: _is_there(directory)):  # a command may have it for a moment
-        Controller(directory, found).run()
+        controller = Controller(directory, found)
+        controller.waiting.is_open = places
+        controller.run()
 
 
 def tick(directory: str, seconds: float, config: str | None = None) -> None:
@@ -255,7 +265,10 @@ def tick(directory: str, seconds: float, config: str | None = None) -> None:
 
 @contextmanager
 def controlled(directory: str) -> Iterator[Client]:
-    """A connection to the controller; if there is none, to one of ours that ends with us, and jobs that run go on."""
+    """A connection to the controller; if there is none, to one of ours that ends with us, and jobs that run go on.
+
+    Ours starts no job that is queued, before one is submitted by somebody who waits for it.
+    """
     try:
         client = Client(directory)
     except NoController:
@@ -320,8 +333,11 @@ def down(directory: str, grace_s: float) -> None:
             found.settle()
             found.ask("end", jobs=True, grace_s=grace_s)
             stopping.wait(found)  # it closes the connection when it has ended
-    finally:
         os.waitpid(child, 0)
+        child = 0
+    finally:
+        if child:
+            _end(child)
 
 
 def _begin(directory: str) -> tuple[Client, int]:
@@ -352,7 +368,7 @@ def _be_controller(directory: str) -> None:
     try:
         linux.die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends us
-        serve(directory)
+        serve(directory, places=False)
     except BusyError:
         os._exit(0)
     except CafsError as error:

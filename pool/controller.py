@@ -42,6 +42,8 @@ _STARTED_AT_ONCE = 30
 """In one frame: as each job is bounded, so is that."""
 
 GRACE_S = 10.0
+_TIMED_OUT = 124
+_LEAVING_S = 60.0
 _UNATTENDED = "who waited for it has gone"
 
 
@@ -56,6 +58,8 @@ class Controller:
         self.selector = selectors.DefaultSelector()
         self.jobs: dict[int, Job] = {job.id: job for job in self.state.open_jobs()}
         self.remotes: dict[str, Remote] = {}
+        self._gone: dict[Remote, float] = {}
+        """Workers that were removed, and until when they may end what they have begun."""
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
         self.store, self.tenants, self._output_max = settings.store, Tenants(settings.tenants), settings.output_max
@@ -217,9 +221,12 @@ class Controller:
             self.lose(job, why)
         self.send(gone, frames.message("leave", remove=is_for_good))
         gone.is_gone = True
-        self.say(lambda: self.wires.drop(gone, "removed"))
+        self._gone[gone] = time.monotonic() + _LEAVING_S  # its agent ends the connection when it has done all that
 
     def _mind_workers(self) -> None:
+        for gone in [one for one, until in self._gone.items() if one.link is None or until < time.monotonic()]:
+            del self._gone[gone]
+            self.wires.drop(gone, "removed")
         for remote in self.remotes.values():
             if remote.state == workers.LOST and remote.jobs:
                 for job in [one for one in remote.jobs.values() if remote.is_lost_for(one)]:
@@ -243,10 +250,13 @@ class Controller:
             raise ValueError("another controller has it, or its agent is of another version")
         if kind == "hello":
             remote.has_greeted, remote.boot_id = True, str(said["boot_id"])[:64]
-            self._reconcile(remote, {(_number(one["id"]), _number(one["attempt"])): bool(one["ended"]) for one in said["jobs"]})
+            known = {(_number(one["id"]), _number(one["attempt"])): bool(one["ended"]) for one in said["jobs"]}
+            remote.known = frozenset(known)
+            self._reconcile(remote, known)
         elif kind == "report":
             was_ready = not remote.reason
             remote.reported(said)
+            self.send(remote, frames.message("heard"))
             self.waiting.may_place = self.waiting.may_place or not was_ready
         elif kind == "running":
             job = self._current(remote, said)
@@ -361,7 +371,8 @@ class Controller:
             usage["left_out"] = outputs.gaps_of(said)
         self.state.change(job, code=code, usage=usage, started_s=job.started_s or time.time() - usage.get("wall_s", 0))
         del remote.jobs[job.id]
-        self._judge(remote, job, usage.get("wall_s", 0))
+        if job.reason != requests.CANCEL_ASKED and code != _TIMED_OUT:
+            self._judge(remote, job, usage.get("wall_s", 0))
         if job.reason == requests.CANCEL_ASKED:
             self.finish(job, state.CANCELLED, "cancelled")
         elif said.get("unable") and self._others(remote, lambda other: other.free().images):
@@ -377,10 +388,11 @@ class Controller:
         elif code and job.failures < int(job.spec["retries"]):
             self.state.change(job, failures=job.failures + 1)
             self._again(job, self._back_off(job.failures))
-            self.forget(remote, number, attempt)
+            self.outputs.fetch_earlier(remote, number, attempt, said)
             return
         else:
-            self.finish(job, state.FINISHED, _in_words(code))
+            more = ": it had no memory left, of --memory" if code and said.get("oom") else ""
+            self.finish(job, state.FINISHED, _in_words(code) + more)
         self.outputs.fetch_or_forget(remote, number, attempt, said)
 
     def _others(self, remote: Remote, are_such: Callable[[Remote], bool]) -> bool:
@@ -391,7 +403,7 @@ class Controller:
         """By how a job has ended there: where everything fails at once, and elsewhere it does not, no more go for a while."""
         remote.has_ended(job, wall_s)
         many = remote.failed_in_a_row
-        if many >= _FAILED_MANY and self._others(remote, lambda other: other.failed_in_a_row < _FAILED_MANY):
+        if many >= _FAILED_MANY and self._others(remote, lambda other: other.did_well_s > remote.fails_since_s):
             remote.refused(f"the last {many} have failed at once")
 
     @staticmethod

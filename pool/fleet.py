@@ -107,9 +107,14 @@ class Fleet:
         if begun:
             oldest_s = time.time() - min(row["intended_s"] for row in begun)
             return f"launching, about {max(self.market.policy.launch_s - oldest_s, 1):.0f} s"
-        return self.problem or (
-            "" if self.market.open_policy().kinds else "no machine may be launched now: what it would cost is over a cap"
-        )
+        policy, price = self.market.open_policy(), sum(row["price"] for row in self.machines.values())
+        able = [kind for kind in policy.kinds if kind.worker("new").could_fit(need)]
+        if len(self.machines) >= policy.machines:
+            return f"there are {len(self.machines)} machines, which is the most that may be"
+        if not any(price + kind.price <= policy.price for kind in able):
+            cap = "price_day" if policy.price < self.market.policy.price else "price"
+            return self.problem or f"no machine may be launched now: what it would cost is over {cap}"
+        return self.problem
 
     def shown(self) -> dict[str, Any]:
         """As `cpool cloud ls` prints it."""
@@ -162,7 +167,7 @@ class Fleet:
             self._call("", self._cloud.instances, self._listed)
         for row in list(self.machines.values()):
             self._mind(row, now)
-        if self._is_known and not self._misses and not self._controller.is_leaving:
+        if self._is_known and not self._misses and not self._controller.is_leaving and self._controller.waiting.is_open:
             self._scale(now)
             self._has_decided = True
 

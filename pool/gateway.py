@@ -151,10 +151,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """/healthz, and /calls/ID for the answer of a call that was begun before."""
+        if not self._is_framed():
+            return
         if self._place() == "/healthz":
             return self._json(200, {"ok": True})
         tenant = self._tenant()
-        if tenant is None or not self._is_framed():
+        if tenant is None:
             return
         match = re.fullmatch("/calls/([0-9a-f]{32})", self._place())
         if not match:
@@ -248,7 +250,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.heads[self] = time.monotonic() + _HEAD_S
         self._call = b""
         try:
-            return super().parse_request()
+            if not super().parse_request():
+                return False
+            if self.headers.defects:  # what follows a line that is no header was dropped, Content-Length too
+                self.send_error(400, "a line of the head is no header")
+            return not self.headers.defects
         finally:
             self.server.heads.pop(self, None)
 

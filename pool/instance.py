@@ -52,7 +52,6 @@ def words(directory: str, asked: dict[str, Any], run: Sequence[str]) -> list[str
     place = os.path.join(directory, PLACE)
     host = os.path.join(os.path.dirname(os.path.dirname(directory)), PLACE, "in")
     many_gpus = len(asked.get("gpu_ids", ()))
-    run = [*run, "--outcome", os.path.join(directory, OUTCOME)]
     run = [*run, "-e", "CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(many_gpus)))]  # it sees its own, numbered from 0
     if asked["fn"].get("record") and asked["fn"].get("is_first"):
         run = [*run, "--record", os.path.join(directory, RECORD)]

@@ -46,7 +46,8 @@ def open_link(pool: Pool, name: str, address: str) -> socket.socket:
     if not os.path.exists(path):
         atomic.replace_file(path, data, 0o600)
     ours, theirs = socket.socketpair()
-    with theirs, open(os.path.join(place, "log"), "ab") as log:
+    with theirs, open(os.path.join(place, "log"), "ab+") as log:
+        begin = log.seek(0, os.SEEK_END)
         environment = {**os.environ, "CPOOL_CRUN": os.path.join(os.path.dirname(sys.executable), "cafs-run")}
         subprocess.Popen(
             [sys.executable, path, "attach", place], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, env=environment
@@ -54,7 +55,7 @@ def open_link(pool: Pool, name: str, address: str) -> socket.socket:
     try:
         poll = select.poll()
         poll.register(ours, select.POLLIN)
-        skip_greeting(ours.recv, lambda left_s: bool(poll.poll(left_s * 1000)))
+        skip_greeting(ours.recv, lambda left_s: bool(poll.poll(left_s * 1000)), errors=lambda: _tail(place, begin))
         return ours
     except BaseException:
         ours.close()
@@ -68,8 +69,23 @@ def finish() -> None:
         ssh.finish()
 
 
-def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool], greeting: bytes = frames.GREETING) -> None:
-    """Read up to the line with which the protocol begins, a byte at a time: the rest is for others.  Raises RemoteError."""
+def _tail(place: str, begin: int) -> bytes:
+    """Of the log of a local agent."""
+    with open(os.path.join(place, "log"), "rb") as log:
+        log.seek(begin)
+        return log.read(1 << 16)
+
+
+def skip_greeting(
+    receive: Callable[[int], bytes],
+    wait: Callable[[float], bool],
+    greeting: bytes = frames.GREETING,
+    errors: Callable[[], bytes] = bytes,
+) -> None:
+    """Read up to the line with which the protocol begins, a byte at a time: the rest is for others.
+
+    errors: what came on standard error, asked if there is no such line.  Raises RemoteError.
+    """
     said = b""
     deadline = time.monotonic() + _GREETING_S
     while not said.endswith(greeting):
@@ -77,7 +93,7 @@ def skip_greeting(receive: Callable[[int], bytes], wait: Callable[[float], bool]
             raise RemoteError("the agent does not answer")
         data = receive(1)
         if not data:
-            last = said.decode(errors="replace").strip().splitlines()
+            last = (said.strip() + b"\n" + errors()).decode(errors="replace").strip().splitlines()
             raise RemoteError(f"the agent has not begun: {last[-1] if last else 'it said nothing'}")
         said += data
         if len(said) > frames.GREETING_WITHIN:

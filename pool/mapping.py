@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass, field
 
 from cafs import atomic
-from cafs.errors import DIFFERS, CafsError, IncompleteError, UsageError
+from cafs.errors import DIFFERS, CafsError, IncompleteError, RemoteError, UsageError
 from pool import results
 from pool.arguments import expand
-from pool.client import incomplete, output
+from pool.client import NoController, incomplete, output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ def _tagged(data: bytes, tag: bytes, *, is_new: bool) -> bytes:
     """With the tag before each line that begins in it.  is_new: one begins with it."""
     body, end = (data[:-1], b"\n") if data.endswith(b"\n") else (data, b"")
     return (tag if is_new and data else b"") + body.replace(b"\n", b"\n" + tag) + end
+
+
+def _raise_if_alone(error: CafsError) -> None:
+    """A worker that is lost is one job's trouble, a controller that has ended that of all."""
+    if isinstance(error, NoController):
+        raise error
 
 
 class Eta:
@@ -214,8 +220,12 @@ class Map:
             out, err = (self._pieces(job["id"], name, small) for name in _STREAMS)
             results.keep(self._options.results, number, arguments, out, err)
         if self._options.bring and job["state"] == "finished":
-            absent = self._options.bring(self._client, self._client.ask("job", id=job["id"])["job"])
-            self._lacking |= dict.fromkeys([f"job {job['id']}: files"] if absent else [])
+            try:
+                absent = self._options.bring(self._client, self._client.ask("job", id=job["id"])["job"])
+                self._lacking |= dict.fromkeys([f"job {job['id']}: files"] if absent else [])
+            except (IncompleteError, RemoteError) as error:
+                _raise_if_alone(error)
+                self._lack([str(error)])
         if self._eta:
             self._eta.one_done()
         self._ready[number] = lambda: self._write(job, arguments, small)
@@ -243,7 +253,8 @@ class Map:
             return
         try:
             yield from output(self._client, job, stream)
-        except IncompleteError as error:
+        except (IncompleteError, RemoteError) as error:
+            _raise_if_alone(error)
             self._lack([str(error)])
 
     def _write(self, job: dict[str, Any], arguments: list[str], small: dict[str, bytes]) -> None:

@@ -17,7 +17,7 @@ from pool.state import ENDED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from pool.controller import Controller
@@ -63,7 +63,8 @@ def _size(said: dict[str, Any], stream: str) -> int:
 class _Fetch:
     """Of one attempt at a job.  left: streams that are not here yet, each with its size and what was left out of it.
 
-    offset, kept: how far the first of them is, there and here.  problem: why it stands still; again: until when.
+    offset, kept: how far the first of them is, there and here.  is_earlier: it was not the last attempt.
+    problem: why it stands still; again: until when.  is_asking: the next piece is on its way.
     """
 
     remote: Remote
@@ -72,8 +73,16 @@ class _Fetch:
     left: list[tuple[str, int, tuple[int, int]]]
     offset: int = 0
     kept: int = 0
+    is_earlier: bool = False
     problem: str = ""
     again: float = 0.0
+    is_asking: bool = False
+
+
+def _wanted(said: dict[str, Any], streams: Iterable[str]) -> list[tuple[str, int, tuple[int, int]]]:
+    """As of _Fetch.left.  Raises ValueError, TypeError, LookupError."""
+    gaps = gaps_of(said)
+    return [(name, _size(said, name), (*gaps.get(name, (0, 0)),)) for name in streams]
 
 
 class Outputs:
@@ -83,7 +92,7 @@ class Outputs:
         self._controller = controller
         self._asked: dict[int, tuple[Remote, Callable[[bytes, int], None], Callable[[], None]]] = {}
         self._number = 0
-        self._fetching: dict[int, _Fetch] = {}
+        self._fetching: dict[tuple[int, int], _Fetch] = {}
         os.makedirs(os.path.join(controller.directory, "logs"), mode=0o700, exist_ok=True)
 
     def path(self, number: int, stream: str) -> str:
@@ -124,7 +133,7 @@ class Outputs:
             if other is remote:
                 del self._asked[request]
                 lost()
-        self._fetching = {number: one for number, one in self._fetching.items() if one.remote is not remote}
+        self._fetching = {key: one for key, one in self._fetching.items() if one.remote is not remote}
 
     def fetch_or_forget(self, remote: Remote, number: int, attempt: int, said: dict[str, Any]) -> None:
         """After an end was recorded, or was refused: what is still to be had of it."""
@@ -138,11 +147,18 @@ class Outputs:
             out, err = (base64.b64decode(said[stream], validate=True) for stream in _STREAMS)
             controller.state.keep_output(number, out, err)
             controller.forget(remote, number, attempt)
-        elif number not in self._fetching:
-            gaps = gaps_of(said)
-            left = [(name, _size(said, name), (*gaps.get(name, (0, 0)),)) for name in streams_of(known)]
-            self._fetching[number] = _Fetch(remote, number, attempt, left)
-            self._go_on(self._fetching[number])
+        else:
+            self._begin(_Fetch(remote, number, attempt, _wanted(said, streams_of(known))))
+
+    def fetch_earlier(self, remote: Remote, number: int, attempt: int, said: dict[str, Any]) -> None:
+        """What an attempt has written that was not the last; no files."""
+        self._begin(_Fetch(remote, number, attempt, _wanted(said, _STREAMS), is_earlier=True))
+
+    def _begin(self, fetch: _Fetch) -> None:
+        key = fetch.number, fetch.attempt
+        if key not in self._fetching:
+            self._fetching[key] = fetch
+            self._go_on(fetch)
 
     def _go_on(self, fetch: _Fetch) -> None:
         """Ask for the next piece, or be done."""
@@ -151,16 +167,18 @@ class Outputs:
                 stream, size, (start, end) = fetch.left[0]
                 fetch.offset = end if start <= fetch.offset < end else fetch.offset
                 if fetch.offset < size:
-                    then = lambda data, following: self._came(fetch, data)  # noqa: E731
+                    fetch.is_asking = True
+                    then = lambda data, _: self._came(fetch, data)  # noqa: E731
                     return self.ask(fetch.remote, fetch.number, fetch.attempt, stream, fetch.offset, then, lambda: None)
                 self._keep(fetch)
         except OSError as error:
             return self._stand_still(fetch, error)
-        del self._fetching[fetch.number]
+        del self._fetching[fetch.number, fetch.attempt]
         self._controller.forget(fetch.remote, fetch.number, fetch.attempt)
 
     def _came(self, fetch: _Fetch, data: bytes) -> None:
         """A piece has; none: there is less than its agent has said."""
+        fetch.is_asking = False
         stream, size, (start, _) = fetch.left[0]
         data = data[: (start if fetch.offset < start else size) - fetch.offset]
         try:
@@ -181,15 +199,19 @@ class Outputs:
         fetch.offset, fetch.kept, fetch.problem = fetch.offset + len(data), fetch.kept + len(data), ""
         self._go_on(fetch)
 
+    def _place(self, fetch: _Fetch) -> str:
+        attempt = fetch.attempt if fetch.is_earlier else 0
+        return path_of(self._controller.directory, fetch.number, fetch.left[0][0], attempt)
+
     def _part(self, fetch: _Fetch) -> str:
-        return self.path(fetch.number, fetch.left[0][0]) + ".part"
+        return self._place(fetch) + ".part"
 
     def _keep(self, fetch: _Fetch) -> None:
         """The first stream is here.  Raises OSError."""
         part = self._part(fetch)
         with open(part, "ab" if fetch.kept else "wb") as file:
             os.fsync(file.fileno())
-        os.rename(part, self.path(fetch.number, fetch.left[0][0]))
+        os.rename(part, self._place(fetch))
         atomic.fsync_directory(os.path.dirname(part))
         del fetch.left[0]
         fetch.offset = fetch.kept = 0
@@ -201,36 +223,38 @@ class Outputs:
 
     def mind(self) -> None:
         """Once a second."""
-        for fetch in [one for one in self._fetching.values() if one.problem and one.again <= time.monotonic()]:
+        now = time.monotonic()
+        for fetch in [one for one in self._fetching.values() if one.problem and one.again <= now and not one.is_asking]:
             fetch.again = time.monotonic() + _AGAIN_S
             self._go_on(fetch)
 
     def expect(self, job: Job) -> None:
         """That what an ended job has written, and is not here, still comes.  Raises CafsError if it does not now."""
-        fetch = self._fetching.get(job.id)
+        fetch = self._fetching.get((job.id, job.attempt))
         if fetch and fetch.problem:
             raise CafsError(fetch.problem, hint="it is fetched when there is room")
         remote = self._controller.remotes.get(job.worker)
-        if remote is None:
+        is_gone = remote and remote.has_greeted and fetch is None and (job.id, job.attempt) not in remote.known
+        if remote is None or is_gone:
             raise IncompleteError(f"what job {job.id} has written was lost with worker {job.worker}")
         if remote.state == workers.LOST:
             raise RemoteError(f"what job {job.id} has written is on worker {job.worker}, which is lost")
 
 
-def path_of(directory: str, number: int, stream: str) -> str:
-    """Of a file, in a pool's directory, that has all that a job has written."""
-    return os.path.join(directory, "logs", f"{number}.{stream}")
+def path_of(directory: str, number: int, stream: str, attempt: int = 0) -> str:
+    """Of a file, in a pool's directory, that has all that a job has written.  attempt: an earlier one, 0 for the last."""
+    return os.path.join(directory, "logs", f"{number}.{attempt}.{stream}" if attempt else f"{number}.{stream}")
 
 
-def stored(known: State, job: Job, stream: str, offset: int) -> tuple[bytes, int] | None:
+def stored(known: State, job: Job, stream: str, offset: int, attempt: int = 0) -> tuple[bytes, int] | None:
     """(a piece of what is on this disk of an ended job, where the next begins, as its agent counts); None if it is not here."""
-    kept = known.output(job.id) if stream in _STREAMS else None
+    kept = known.output(job.id) if stream in _STREAMS and not attempt else None
     if kept is not None:
         data = kept[stream == "err"][offset : offset + _PIECE]
         return data, offset + len(data)
-    start, end = job.usage.get("left_out", {}).get(stream, (1 << 62, 1 << 62))
+    start, end = job.usage.get("left_out", {}).get(stream, (1 << 62, 1 << 62)) if not attempt else (1 << 62, 1 << 62)
     try:
-        with open(path_of(known.directory, job.id, stream), "rb") as file:
+        with open(path_of(known.directory, job.id, stream, attempt), "rb") as file:
             if start <= offset < end:
                 return b"", end
             file.seek(offset if offset < start else offset - (end - start))

@@ -45,7 +45,7 @@ class Peers:
         self._selector = selector
         self._obey = obey
         self.all: list[Peer] = []
-        self._left = time.monotonic()
+        self._heard_s = time.monotonic()
         listener = sockets.listen(directory)
         selector.register(listener, selectors.EVENT_READ, lambda _: self._accept(listener))
 
@@ -67,6 +67,7 @@ class Peers:
                 data = peer.socket.recv(_PIECE)
                 if not data:
                     raise ConnectionResetError
+                self._heard_s = time.monotonic() if peer.is_trusted else self._heard_s
                 for kind, body in peer.reader.feed(data):
                     if kind == frames.JSON:
                         self._obey(peer, body)
@@ -79,13 +80,12 @@ class Peers:
 
     @property
     def heard(self) -> float:
-        """Until when somebody was connected who commands."""
-        return time.monotonic() if any(peer.is_trusted for peer in self.all) else self._left
+        """When somebody who commands was heard last: a connection may be up long after its other end was cut off."""
+        return self._heard_s
 
     def drop(self, peer: Peer) -> None:
         """Let it go.  May be done twice."""
         if peer in self.all:
-            self._left = self.heard
             self.all.remove(peer)
             self._selector.unregister(peer.socket)
             peer.socket.close()

@@ -16,6 +16,7 @@ import time
 from cafs.removing import remove_tree
 from pool import cgroup, forking, hiding, instance, machine, staging, streams
 from pool.entering import container_of
+from pool.hosted import OUTCOME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Job:
         ]
         home = self.path(staging.WORK) if asked.get("has_work") else os.path.expanduser("~")
         place = "/" if asked["image"] else asked["cwd"] or home
+        if asked.get("is_here") and not os.path.isdir(place):
+            place = home  # nobody has asked for it: it is only where the job was submitted, on another machine
         if asked.get("memory") and not asked["image"]:  # to be put into one takes 10 ms: others go without
             agent = os.path.basename(os.path.dirname(os.path.dirname(self.directory)))
             asked["cgroup"] = cgroup.make(f"{agent}/{self.id}.{self.attempt}", int(asked["memory"]))
@@ -183,16 +186,20 @@ class Job:
         words += ["--store", store] if store else []
         if asked.get("has_secrets"):
             words += ["-v", f"{hiding.place_of(self.directory)}:{_IN_IMAGE}:ro", "-e", _SECRETS]
-        words += ["--env-file", self.path("env"), "-e", "CPOOL_JOB", "-e", "CPOOL_ATTEMPT"]
+        words += ["--outcome", self.path(OUTCOME), "--env-file", self.path("env"), "-e", "CPOOL_JOB", "-e", "CPOOL_ATTEMPT"]
         if asked.get("fn"):
             return instance.words(self.directory, asked, words)
         return [*words, asked["image"], *asked["command"]]
 
     def is_alive(self) -> bool:
         """Whether the shell that was started is still there, and no other process with its number."""
-        if self.asked.get("boot_id") != machine.boot_id():  # numbers and times begin anew with each boot
+        if self.asked.get("boot_id", machine.boot_id()) != machine.boot_id():  # numbers and times begin anew with each boot
             return False
         return self.pid > 0 and machine.start_time(self.pid) == self.asked.get("pid_start") != 0
+
+    def has_code(self) -> bool:
+        """Whether its shell has noted how it ended."""
+        return _read_code(self.path("status")) is not None
 
     def finish(self, code: int | None = None, cpu_s: float = 0.0, memory: int = 0) -> None:
         """It has ended.  code: of the shell, if we know."""
@@ -210,6 +217,7 @@ class Job:
             "out_size": _size(self.path("out")),
             "err_size": _size(self.path("err")),
             "left_out": {name: gap for name, gap in gaps.items() if gap[1]},
+            "oom": bool(self.asked.get("cgroup")) and cgroup.has_run_out(self.asked["cgroup"]),
         }
         if self.asked.get("has_work"):
             left = staging.look(self.path(staging.WORK), self.asked.get("out", []))
@@ -218,7 +226,8 @@ class Job:
     def inability(self) -> str:
         """Why no job in an image can run on this machine, as crun has said, and nothing else was written; '' if one can."""
         assert self.ended
-        if not self.asked.get("image") or self.ended["code"] != _UNABLE or self.ended["out_size"]:
+        is_begun = self.ended["out_size"] or _size(self.path(OUTCOME))
+        if not self.asked.get("image") or self.asked.get("fn") or self.ended["code"] != _UNABLE or is_begun:
             return ""
         lines = self.read("err", 0, 1 << 16)[0].decode(errors="replace").splitlines()
         is_all = bool(lines) and all(line.startswith(_CRUN) for line in lines)
@@ -274,7 +283,10 @@ class Job:
         half = self._kept_half
         if not half or os.fstat(fd).st_size <= 2 * half:
             return 0, 0
-        end = os.lseek(fd, half, os.SEEK_DATA)
+        try:
+            end = os.lseek(fd, half, os.SEEK_DATA)
+        except OSError:  # ENXIO: up to its end there is none
+            end = os.fstat(fd).st_size
         return (half, end) if end > half else (0, 0)
 
     def _gap_in(self, path: str) -> tuple[int, int]:
@@ -297,7 +309,10 @@ class Job:
             end = (_size(self.path(name)) - half) // _BLOCK * _BLOCK
             if end <= half:
                 continue
-            fd = os.open(self.path(name), os.O_WRONLY)
+            try:
+                fd = os.open(self.path(name), os.O_WRONLY)
+            except OSError:
+                continue  # the job has changed its mode
             try:
                 _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_long(half), ctypes.c_long(end - half))
             finally:

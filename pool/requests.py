@@ -38,6 +38,7 @@ def _submit(client: Client, controller: Controller, said: dict[str, Any]) -> Non
             controller.add(job)
         if spec.get("attended"):
             client.attended.add(number)
+            controller.waiting.is_open = True
     client.answer({"ids": ids})
 
 
@@ -149,7 +150,10 @@ def _read(client: Client, controller: Controller, said: dict[str, Any]) -> None:
         text = base64.b64encode(data).decode()
         client.answer({"data": text, "next": following, "end": is_end, "job": job.shown()}, tag)
 
-    found = outputs.stored(controller.state, job, stream, offset)
+    attempt = int(said.get("attempt", 0)) if said.get("attempt") != job.attempt else 0
+    found = outputs.stored(controller.state, job, stream, offset, attempt)
+    if attempt and found is None:
+        raise NotFound(f"nothing is kept of attempt {attempt} of job {number}")
     if found is not None:
         return reply(*found, is_end=found[1] == offset)
     if is_over:

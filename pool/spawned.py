@@ -52,21 +52,31 @@ class Spawned:
         except sqlite3.OperationalError:
             raise  # a full disk, most likely: it may be read later
         except sqlite3.DatabaseError as error:
-            os.replace(self._path, f"{self._path}.damaged")
+            for suffix in ("", "-wal", "-shm"):  # the log would be applied to the new file
+                if os.path.exists(self._path + suffix):
+                    os.replace(self._path + suffix, f"{self._path}.damaged{suffix}")
             sys.stderr.write(f"cpool: {self._path} is damaged: {error}; what it had is in {self._path}.damaged\n")
             self._db = self._opened()
         self._new: list[tuple[Call, int, Wire]] = []
         self._given: dict[bytes, str] = {}
         self._done: dict[bytes, tuple[str, str, int, bytes]] = {}
-        self._many, self._bytes = self._db.execute(
-            "SELECT count(*), coalesce(sum(length(answer)), 0) FROM calls WHERE answer IS NOT NULL"
-        ).fetchone()
+        self._many, self._bytes = self._count(self._db)
 
     def _opened(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
         db.executescript(_SCHEMA)
+        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found))
         return db
+
+    @staticmethod
+    def _count(db: sqlite3.Connection) -> tuple[int, int]:
+        """(answers, bytes of them)"""
+        text = "SELECT count(*), coalesce(sum(length(answer)), 0) FROM calls WHERE answer IS NOT NULL"
+        many, size = db.execute(text).fetchone()
+        return int(many), int(size)
 
     def without_answer(self) -> list[Noted]:
         """What a router before us has accepted, in that order."""
@@ -98,9 +108,11 @@ class Spawned:
         new, self._new = self._new, []
         if not (new or self._given or self._done):
             return [], ""
+        before = self._many, self._bytes
         try:
             self._write(new)
         except sqlite3.Error as error:
+            self._many, self._bytes = before
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             return [(call, wire) for call, _, wire in new], str(error)
@@ -111,7 +123,7 @@ class Spawned:
         execute, many = self._db.execute, self._db.executemany
         execute("BEGIN IMMEDIATE")
         rows = [(one.id, one.function.tenant, one.function.name, one.flags, ms, one.body) for one, ms, _ in new]
-        many("INSERT OR REPLACE INTO calls (id, tenant, name, flags, ms, body) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        many("INSERT INTO calls (id, tenant, name, flags, ms, body) VALUES (?, ?, ?, ?, ?, ?)", rows)
         many("UPDATE calls SET worker = ? WHERE id = ?", [(worker, call) for call, worker in self._given.items()])
         many(
             "INSERT INTO calls (id, tenant, name, flags, ms, body, answer) VALUES (?, ?, ?, ?, 0, x'', ?) "

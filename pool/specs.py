@@ -22,7 +22,7 @@ _KEEP = 64 << 10
 
 _SPEC_MAX = 128 << 10
 _AFTER_MAX = 100_000
-_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn", "attended")
+_LATER = ("tenant", "secrets", "disk", "strict", "start_s", "in", "out", "fn", "attended", "is_here")
 """What is in a job only if it has it."""
 
 LENT = "lent"
@@ -53,6 +53,7 @@ def asked(job: Job, pool: str, worker: str, store: str, output_max: int = 0) -> 
         "alone_s": STRICT_S if spec.get("strict") else 0,
         "keep": _KEEP,
         "output_max": output_max,
+        "is_here": bool(spec.get("is_here")),
         **({"fn": spec["fn"]} if "fn" in spec else {}),
     }
 
@@ -101,6 +102,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         "tenant": (str, OWNER), "after": (list, []), "constraint": (list, []), "exclude": (list, []),
         "disk": (int, 0), "strict": (bool, False), "start_s": ((int, float), 0), "secrets": (list, []),
         "in": (list, []), "out": (list, []), "fn": (dict, {}), "attended": (bool, False),
+        "is_here": (bool, False),
     }  # fmt: skip
     unknown = set(spec) - set(kinds)
     if unknown:

@@ -177,13 +177,13 @@ def open_link(pool: Pool, name: str, address: str) -> socket.socket:
         command = f'test -f "$HOME/{path}" || exit {_ABSENT}; exec python3 "$HOME/{path}" attach "$HOME/{place}"'
         channel = _run(transport, command)
         try:
-            links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+            _skip_greeting(channel)
         except RemoteError:
             if not channel.status_event.wait(_STATUS_S) or channel.recv_exit_status() != _ABSENT:
                 raise
             _bring(transport, path, data)
             channel = _run(transport, command)
-            links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+            _skip_greeting(channel)
         if pool.lend:
             _lend(transport, f'exec python3 "$HOME/{path}" lend "$HOME/{place}"', pool.lend)
         return channel
@@ -196,7 +196,7 @@ def open_calls(pool: Pool, name: str, address: str) -> socket.socket:
 
     def begin(transport: paramiko.Transport, place: str) -> paramiko.Channel:
         channel = _run(transport, f'exec python3 "$HOME/{place}/agent-{program.make()[0]}.pyz" calls "$HOME/{place}"')
-        links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), calls.GREETING)
+        _skip_greeting(channel, calls.GREETING)
         return channel
 
     return _open(pool, name, address, begin, "reach the function host")
@@ -319,7 +319,7 @@ def _lend(transport: paramiko.Transport, command: str, store: str) -> None:
     from pool.lending import Lender
 
     channel = _run(transport, command)
-    links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s))
+    _skip_greeting(channel)
     channel.settimeout(None)
 
     def lend() -> None:
@@ -327,6 +327,19 @@ def _lend(transport: paramiko.Transport, command: str, store: str) -> None:
         transport.close()  # so that all is begun anew
 
     threading.Thread(target=lend, daemon=True).start()
+
+
+def _skip_greeting(channel: paramiko.Channel, greeting: bytes = frames.GREETING) -> None:
+    """Raises RemoteError, with what was said on standard error."""
+
+    def errors() -> bytes:
+        channel.settimeout(_STATUS_S)
+        try:
+            return bytes(channel.recv_stderr(_PIECE))
+        except OSError:
+            return b""
+
+    links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), greeting, errors)
 
 
 def _readable(channel: paramiko.Channel, left_s: float) -> bool:

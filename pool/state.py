@@ -110,6 +110,8 @@ class State:
         path = os.path.join(directory, "state.db")
         if not os.path.exists(path):
             raise NotFound(f"no pool in {quote(directory)}", hint="cpool init")
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise UnsupportedError(f"only the owner of the pool in {quote(directory)} may do that")
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.row_factory = sqlite3.Row
@@ -192,9 +194,10 @@ class State:
         if self._do("SELECT 1 FROM machines WHERE name = ? AND state != 'ended'", [name]).fetchone():
             self.set_meta(f"state.{name}", state)
             return True
-        if name == "local":
-            self.put_host(name, "", state)
-        return name == "local"
+        if name != "local" or self.hosts() or self.machines():
+            return False
+        self.put_host(name, "", state)
+        return True
 
     def remove_host(self, name: str) -> bool:
         return self._do("DELETE FROM hosts WHERE name = ?", [name]).rowcount > 0

@@ -29,6 +29,8 @@ class Waiting:
         self._overcommit, self._is_one_per_boot = settings.overcommit, settings.one_per_boot
         self.jobs: list[Job] = []
         self.may_place = True
+        self.is_open = True
+        """Whether jobs are started: not by a controller that is there for one question."""
         self._place_from = 0
         self._is_unordered = False
 
@@ -63,7 +65,7 @@ class Waiting:
         """
         controller, turns = self._controller, self._controller.turns
         started: dict[str, list[Job]] = {}
-        if not self.may_place and not turns.is_due():
+        if not self.is_open or (not self.may_place and not turns.is_due()):
             return started
         turns.seen()
         if self._is_unordered:

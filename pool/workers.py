@@ -58,7 +58,11 @@ class Remote:
         self.setup_problem = ""
         self.unable, self._unable_until = "", 0.0
         """Why a job in an image could not run there, whatever it was, and until when none goes there."""
+        self.known: frozenset[tuple[int, int]] = frozenset()
+        """(id, attempt) of all jobs that it knew when it was connected."""
         self.failed_in_a_row = 0
+        self.fails_since_s = self.did_well_s = -1.0
+        """When the first of these has ended, and the last job that did not fail."""
         self.aside, self._aside_until, self._refusals = "", 0.0, 0
         """Why nothing could be started there the last time, and until when nothing is tried."""
         self.boot_id = ""
@@ -104,8 +108,10 @@ class Remote:
 
     def refused(self, problem: str) -> None:
         """It cannot start a job, whatever that is: others get them, and it is tried again, later each time."""
-        self.aside, self._refusals = problem, self._refusals + 1
-        self._aside_until = time.monotonic() + min(_ASIDE_S * 2 ** (self._refusals - 1), _ASIDE_MAX_S)
+        self.aside = problem
+        if not self.is_aside:  # those that were under way together count once
+            self._refusals += 1
+            self._aside_until = time.monotonic() + min(_ASIDE_S * 2 ** (self._refusals - 1), _ASIDE_MAX_S)
 
     def cannot_run_images(self, problem: str) -> None:
         """As a job has shown."""
@@ -114,8 +120,14 @@ class Remote:
     def has_ended(self, job: Job, wall_s: float) -> None:
         """A job, there."""
         code = job.code
-        self.unable = self.unable if code or not job.spec["image"] else ""
-        self.failed_in_a_row = self.failed_in_a_row + 1 if code and wall_s < _AT_ONCE_S else 0
+        if not code and job.spec["image"]:
+            self.unable, self._unable_until = "", 0.0
+        if not code:
+            self.did_well_s = time.monotonic()
+        is_failure = code and wall_s < _AT_ONCE_S
+        if is_failure and not self.failed_in_a_row:
+            self.fails_since_s = time.monotonic()
+        self.failed_in_a_row = self.failed_in_a_row + 1 if is_failure else 0
 
     def has_started(self) -> None:
         """A job, well."""

@@ -10,7 +10,7 @@ import re
 import socket
 
 from cafs import atomic, linux, paths
-from cafs.errors import BusyError, CafsError, UnsupportedError, UsageError, quote
+from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
 from runner import conntrack, containers, firewall, networks
 from runner.netlink import Netlink
 
@@ -270,10 +270,14 @@ def tell_neighbours(network: str, *, but: str) -> None:
     """Write the hosts files of all who are on a network anew, in place, for they are mounted."""
     from runner.etc import hosts
 
-    for _, one in neighbours(network, but=but):
+    try:
+        known = neighbours(network, but=but)
+    except NotFound:
+        return  # it was removed meanwhile
+    for _, one in known:
         try:
             atomic.overwrite(one.path("hosts"), hosts(one))
-        except OSError:
+        except (CafsError, OSError):
             continue
 
 

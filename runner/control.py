@@ -54,8 +54,11 @@ def stop(container: Container, seconds: int | None, text: str | None = None) -> 
     """Ask it to end, kill it after a while, and wait until all of it is given back.  Raises CafsError."""
     number = containers.signal_number(text) if text else int(container.asked["stop_signal"])
     wait_s = container.asked["stop_timeout_s"] if seconds is None else seconds
-    with open(container.path("stopped"), "wb"):
-        pass  # not to be started again by its monitor
+    try:
+        with open(container.path("stopped"), "wb"):
+            pass  # not to be started again by its monitor
+    except FileNotFoundError:
+        return  # it has ended just now, and was removed then
     deadline = time.monotonic() + _SETTLE_S
     while (fd := container.pidfd()) is not None or alive.is_watched(container.id):
         if fd is None:

@@ -170,10 +170,10 @@ def _copy_in(root: int, source: str, path: str, archive: IO[bytes], first: int, 
         except OSError as error:
             raise os_error(f"cannot extract to {quote(path)}", error) from error
         try:
-            extract_tar(archive, top, first)
+            lost = extract_tar(archive, top, first)
         finally:
             os.close(top)
-        return
+        return _warn(lost.weakened, lost.left_out)
     wants_content = source.endswith("/.") or source == "."
     real = os.path.realpath(source) if follow or wants_content else os.path.abspath(source)
     try:
@@ -184,7 +184,7 @@ def _copy_in(root: int, source: str, path: str, archive: IO[bytes], first: int, 
     try:
         if source.endswith("/") and not os.path.isdir(source):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        is_directory, new = _is_directory(parent, name), os.path.basename(os.path.abspath(source))
+        is_directory, new = _is_directory(parent, name), os.path.basename(os.path.abspath(source)) or "."
         where = _container_target(root, path, "." if wants_content else new, is_directory=is_directory)
         _copy(parent, name, where, keep=keep, keep_power=True, shift=first)
     except OSError as error:
@@ -200,9 +200,13 @@ def _copy(parent: int, name: str, target: tuple[int, str], *, keep: bool, keep_p
         copier.copy(parent, name, *target)
     finally:
         os.close(target[0])
+    _warn(copier.weakened, copier.left_out)
+
+
+def _warn(weakened: list[str], left_out: list[str]) -> None:
     for names, what in (
-        (copier.weakened, "have lost set-user-id bits or capabilities, which -a keeps"),
-        (copier.left_out, "were not copied: sockets, or devices, which root copies, out of a container with -a"),
+        (weakened, "have lost set-user-id bits or capabilities, which -a keeps"),
+        (left_out, "were not copied: sockets, or devices, which root copies, out of a container with -a"),
     ):
         if names:
             shown = ", ".join(quote(os.path.normpath(one)) for one in names[:3])

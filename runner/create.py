@@ -69,6 +69,8 @@ def create(
             if when_held:
                 when_held(container)
             _write(container, options)
+            if not (options.has("rm") or is_volatile):
+                _make_durable(container)
         except BaseException:
             discard(container)
             raise
@@ -95,6 +97,17 @@ def _write(container: Container, options: Options) -> None:
     for one in container.asked["mounts"]:
         if one["type"] == "volume":
             volumes.create(one["name"], one.get("labels"), is_anonymous=one["anonymous"])
+
+
+def _make_durable(container: Container) -> None:
+    """Make what is acknowledged outlive a crash of the machine; the first fsync(2) costs, the others find all done."""
+    fd = os.open(container.path("container.json"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    for directory in (container.directory, containers.root(), os.path.join(paths.state(), "names")):
+        atomic.fsync_directory(directory)
 
 
 def _write_cidfile(path: str | None, identity: str) -> None:
@@ -234,7 +247,7 @@ def _asked(options: Options, config: dict[str, Any], *, is_foreground: bool) -> 
         "labels": spec.labels(options, config),
         "mounts": mounts.asked(options, config),
         "foreground": is_foreground,
-        "outcome": os.path.abspath(options.value("outcome") or "") if options.value("outcome") else "",
+        "outcome": os.path.realpath(options.value("outcome") or "") if options.value("outcome") else "",
         "ports": _ports(options, config),
         "restart": _restart(options, is_foreground=is_foreground),
         "stop_signal": containers.signal_number(options.value("stop-signal") or spec.text(config, "StopSignal") or "TERM"),

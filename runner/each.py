@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from cafs.errors import FAILED, NO_SUCH, CafsError, NotFound
+from cafs import linux
+from cafs.errors import FAILED, NO_SUCH, CafsError, NotFound, describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def _try(word: str, what: What, missing_ok: bool) -> int:
         if not (missing_ok and isinstance(error, NotFound)):
             sys.stderr.write(f"crun: {error}\n" + (f"crun: hint: {error.hint}\n" if error.hint else ""))
         return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"crun: {describe(error)}\n")
+        return FAILED
 
 
 def _in_children(words: list[str], what: What, missing_ok: bool) -> Iterable[int]:
@@ -53,6 +57,7 @@ def _in_children(words: list[str], what: What, missing_ok: bool) -> Iterable[int
         if not child:
             code = FAILED
             try:
+                linux.die_with_parent()  # as it would end with it, were it done there
                 code = _try(word, what, missing_ok)
             except BaseException:
                 import traceback

@@ -31,10 +31,12 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
     holding.let_go(container)
     cgroup = cgroups.path_for(container, container.id)
     found: dict[str, Any] = {}
-    kills = cgroups.oom_kills(cgroup)
-    if kills is not None:  # else this was done before, and noted
-        found = {"oom_killed": kills > 0, "usage": cgroups.usage(cgroup)}
-        _note_outcome(container, {"oom_kills": kills, **found["usage"]})
+    kills, used = cgroups.oom_kills(cgroup), cgroups.usage(cgroup)
+    if kills is not None or used:  # else this was done before, and noted
+        found = {"oom_killed": bool(kills), "usage": used}
+        _note_outcome(container, {"oom_kills": kills or 0, **used})
+    elif container.state().get("started_ns") and _is_unnoted(container):  # it had no cgroup
+        _note_outcome(container, {"oom_kills": 0})
     state = os.path.join(starting.runtime_root(), container.id)
     for _ in range(_DELETE_TRIES):
         if not os.path.exists(state):
@@ -59,6 +61,13 @@ def take_down(container: Container, *, has_ended: bool) -> dict[str, Any]:
         except OSError:
             continue  # never mounted, or in another namespace that is gone
     return found
+
+
+def _is_unnoted(container: Container) -> bool:
+    try:
+        return bool(container.asked.get("outcome")) and not os.path.getsize(container.asked["outcome"])
+    except OSError:
+        return False
 
 
 def _note_outcome(container: Container, found: dict[str, int]) -> None:

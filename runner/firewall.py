@@ -79,7 +79,9 @@ def is_there() -> bool:
 def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
     """Translate what leaves a bridge.  Raises UnsupportedError if there is neither nft nor iptables."""
     if _program("nft"):
-        _nft(_TABLE * (not is_there()) + _elements("add", link, subnet))
+        if not is_there():
+            make_anew()  # with all bridges that are up, not this one alone
+        _nft(_elements("add", link, subnet))
     elif _program("iptables"):
         _make_chains()
         for closed in _CLOSED:

@@ -102,8 +102,8 @@ class Log:
             new = self._open()
         except OSError:
             return
-        os.close(self._fd)
-        self._fd = new
+        old, self._fd = self._fd, new
+        os.close(old)
 
 
 def say_lost(container: Container, lost: int, why: str = "no room on the disk") -> None:

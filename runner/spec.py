@@ -147,6 +147,28 @@ def bind(source: str, destination: str, *options: str) -> dict[str, Any]:
     return {"destination": destination, "type": "bind", "source": source, "options": [*kind, *propagation, *kept, *deep]}
 
 
+_LOCKED = (
+    ("ro", "rw", os.ST_RDONLY),
+    ("nosuid", "suid", os.ST_NOSUID),
+    ("nodev", "dev", os.ST_NODEV),
+    ("noexec", "exec", os.ST_NOEXEC),
+)
+"""Flags of a mount that cannot be removed in a user namespace below its own: option, opposite, bit of statvfs(3)."""
+
+
+def keep_locked_flags(mounts: list[dict[str, Any]]) -> None:
+    """Add to each bind mount the flags that its source has, as the runtime must keep them in a user namespace.
+
+    To set one flag runc remounts with those that it was given alone; the kernel refuses that with EPERM where it would remove
+    another, such as nosuid of a systemd host's /tmp.  Where the opposite was asked for, that error is the answer.
+    """
+    for one in mounts:
+        options = one["options"]
+        if one["type"] == "bind" and not {"ro", "nosuid", "nodev", "noexec"}.isdisjoint(options):
+            flags = os.statvfs(one["source"]).f_flag
+            options += [name for name, opposite, bit in _LOCKED if flags & bit and not {name, opposite} & set(options)]
+
+
 def namespaces(options: Container, joined: dict[str, str]) -> list[dict[str, str]]:
     """Those of its own, and those of others.  joined: kind -> path of another's namespace."""
     from runner import cgroups

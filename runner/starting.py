@@ -172,6 +172,8 @@ def _write_bundle(container: Container, rootfs: int, image: int, ids: Ids | None
         from runner import connecting
 
         connecting.tell_neighbours(container.network, but=container.id)
+    if ids or linux.in_user_namespace():
+        spec.keep_locked_flags(everything)
     document = spec.build(
         container,
         arguments=arguments,

@@ -70,9 +70,13 @@ class Streams(Given):
 
         The runtime would see to that, but not in a user namespace, where the pipes' owner is nobody.
         """
+        from threading import Lock
+
         super().__init__()
         self._owner = owner
         self._log = log
+        self._lock = Lock()
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         self._outputs: list[Thread] = []
         self._failures: list[OSError] = []
         for fd in (0, 1, 2):
@@ -93,14 +97,23 @@ class Streams(Given):
         if fd == 0:
             Thread(target=_copy, args=(0, writer, True, [], None), daemon=True).start()
             return self._own(reader)
-        write = None if self._log is None else partial(self._log.write, "stderr" if fd == 2 else "stdout")
-        thread = Thread(target=_copy, args=(reader, fd, False, self._failures, write), daemon=True)
+        write = None if self._log is None else partial(self._note, "stderr" if fd == 2 else "stdout")
+        thread = Thread(target=_copy, args=(reader, fd, False, self._failures, write, self._ended), daemon=True)
         thread.start()
         self._outputs.append(thread)
         return self._own(writer)
 
+    def _note(self, stream: str, data: bytes) -> None:
+        assert self._log
+        with self._lock:  # both streams share the file, and its rotation
+            self._log.write(stream, data)
+
     def drain(self) -> None:
-        """After the container's end: wait until all that it wrote is written.  Raises OSError if it could not be."""
+        """After the command's end: wait until all that it wrote is written.  Raises OSError if it could not be.
+
+        Nothing else is waited for: a process that it left in the background may hold the pipes for ever.
+        """
+        os.eventfd_write(self._ended, 1)
         for thread in self._outputs:
             thread.join()
         for error in self._failures:
@@ -128,9 +141,16 @@ def _nothing() -> int:
     return reader
 
 
-def _copy(source: int, target: int, close_target: bool, failures: list[OSError], log: Callable[[bytes], None] | None) -> None:
+def _copy(
+    source: int,
+    target: int,
+    close_target: bool,
+    failures: list[OSError],
+    log: Callable[[bytes], None] | None,
+    ended: int = -1,
+) -> None:
     try:
-        while data := _when_ready(source, select.POLLIN, lambda: os.read(source, _PIECE)):
+        while data := _when_ready(source, select.POLLIN, lambda: _piece(source, ended)):
             if log:
                 log(data)
             view = memoryview(data)
@@ -140,6 +160,17 @@ def _copy(source: int, target: int, close_target: bool, failures: list[OSError],
         failures.append(error)
     finally:
         os.close(target if close_target else source)
+
+
+def _piece(source: int, ended: int) -> bytes:
+    """What can be read, b'' at the end.  ended: an event after which what cannot be read at once is the end, -1 for none."""
+    if ended >= 0:
+        poll = select.poll()
+        poll.register(source, select.POLLIN)
+        poll.register(ended, select.POLLIN)
+        if source not in dict(poll.poll()):
+            return b""
+    return os.read(source, _PIECE)
 
 
 def _when_ready(fd: int, event: int, call: Callable[[], _Result]) -> _Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -131,14 +132,15 @@ class Copier:
         os.fchmod(target, mode)
         for name in names:
             if name == CAPABILITY:
-                is_strong = is_strong and _set(target, name, os.getxattr(source, name))
+                is_strong = is_strong and set_attribute(target, name, os.getxattr(source, name))
             elif self._keep_attributes and not name.startswith("trusted.overlay."):
                 os.setxattr(target, name, os.getxattr(source, name))
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
         return is_strong
 
 
-def _set(fd: int, name: str, value: bytes) -> bool:
+def set_attribute(fd: int, name: str, value: bytes) -> bool:
+    """Set an extended attribute; return whether that could be."""
     try:
         os.setxattr(fd, name, value)
         return True
@@ -156,8 +158,17 @@ def shifted(number: int, shift: int) -> int:
 
 
 def clear(directory: int, name: str) -> None:
-    """Make room for a new file: what has its name goes, unless it is a directory."""
+    """Make room for a new file: what has its name goes, unless it is a directory, or something is mounted on it.
+
+    unlink(2) knows the mount points of our own namespace alone, and would take away what is mounted in a container's.
+    """
     try:
-        os.unlink(name, dir_fd=directory)
+        fd = os.open(name, os.O_PATH | FLAGS, dir_fd=directory)
     except FileNotFoundError:
-        pass
+        return
+    try:
+        if linux.mount_id(fd) != linux.mount_id(directory):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name)
+    finally:
+        os.close(fd)
+    os.unlink(name, dir_fd=directory)

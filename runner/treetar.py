@@ -8,7 +8,7 @@ import tarfile
 
 from cafs import acl, atomic, linux
 from cafs.errors import CafsError, FormatError, quote
-from runner.treecopy import CAPABILITY, FLAGS, PIECE, clear, shifted
+from runner.treecopy import CAPABILITY, FLAGS, PIECE, clear, set_attribute, shifted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,20 +70,30 @@ def _access_list(path: str) -> list[tuple[bytes, bytes]]:
         return []
 
 
-def extract_tar(stream: IO[bytes], top: int, first: int = 0) -> None:
+class Lost:
+    """What an ordinary user cannot extract: names of files without their capabilities, and of devices."""
+
+    def __init__(self) -> None:
+        self.weakened: list[str] = []
+        self.left_out: list[str] = []
+
+
+def extract_tar(stream: IO[bytes], top: int, first: int = 0) -> Lost:
     """Below the directory TOP; '..' and links never lead out of it.  first: the id that is 0 there.
 
     Raises CafsError, FormatError.
     """
+    lost = Lost()
     try:
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
-                _extract(tar, member, top, first)
+                _extract(tar, member, top, first, lost)
     except tarfile.TarError as error:
         raise FormatError(f"the archive is not a tar: {error}") from None
+    return lost
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int) -> None:
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int, lost: Lost) -> None:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise CafsError(f"the archive has the name {quote(member.name)}")
@@ -121,14 +131,19 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, first: int
             if not kind:
                 raise CafsError(f"the archive has {quote(member.name)}, which is of no kind that is known")
             clear(parent, name)
-            os.mknod(name, kind | member.mode & 0o7777, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
+            try:
+                os.mknod(name, kind | member.mode & 0o7777, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
+            except PermissionError:  # an ordinary user makes no devices
+                lost.left_out.append(member.name)
+                return
             os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
             os.chmod(name, member.mode & 0o7777, dir_fd=parent)
             return
         os.fchown(fd, *owner)
         os.fchmod(fd, member.mode & 0o7777)
-        if value := member.pax_headers.get(_PAX_CAPABILITY):
-            os.setxattr(fd, CAPABILITY, value.encode("utf-8", "surrogateescape"))
+        value = member.pax_headers.get(_PAX_CAPABILITY)
+        if value and not set_attribute(fd, CAPABILITY, value.encode("utf-8", "surrogateescape")):
+            lost.weakened.append(member.name)
         os.utime(fd, (member.mtime, member.mtime))
         os.close(fd)
     except OSError as error:

@@ -46,10 +46,12 @@ def create(name: str = "", labels: dict[str, str] | None = None, *, is_anonymous
     about = {"name": name, "created_ns": time.time_ns(), "labels": labels or {}, "anonymous": is_anonymous}
     atomic.replace_file(os.path.join(new, "volume.json"), json.dumps(about, sort_keys=True).encode(), 0o600)
     os.mkdir(os.path.join(new, "_data"), 0o755)
+    atomic.fsync_directory(new)
     try:
         os.rename(new, directory)
     except OSError:  # somebody was first
         remove_tree(new)
+    atomic.fsync_directory(root())
     return name
 
 
@@ -64,10 +66,20 @@ def ready(name: str, rootfs: int, image_path: str) -> str:
             remove_tree(new)
             os.mkdir(new, 0o755)
             _seed(new, rootfs, image_path)
+            _sync(new)
             os.rename(new, data)  # over an empty directory
             with open(marker, "wb"):
                 pass
     return data
+
+
+def _sync(directory: str) -> None:
+    """A crash of the machine must not leave a volume that is called seeded and is not."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        linux.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def _seed(data: str, rootfs: int, path: str) -> None:
@@ -125,3 +137,5 @@ def remove(name: str) -> None:
     if taken := users(name):
         raise BusyError(f"volume {quote(name)} is in use by container {quote(taken[0])}")
     remove_directory(os.path.join(root(), name))
+    if os.path.lexists(os.path.join(root(), name)):
+        raise BusyError(f"volume {quote(name)} is not removed whole: something in it is in use")

@@ -320,3 +320,13 @@ def test_spawned_calls_outlive_their_router(base: Path) -> None:
     assert [ok("fn", "result", "--wait", one) for one in ids] == ['"slept"\n'] * 12
     os.kill(routers(base)[0], signal.SIGKILL)
     assert [ok("fn", "result", "--wait", one) for one in ids[:2]] == ['"slept"\n'] * 2, "nor when it has its answer"
+
+
+def test_a_key_of_a_spawned_call_is_kept_as_long_as_its_answer(base: Path) -> None:
+    deploy("dice", "python:h:dice", "--max", 1)
+    one = ok("fn", "spawn", "--key", "daily", "dice", input="1").strip()
+    first = ok("fn", "result", "--wait", one)
+    os.kill(routers(base)[0], signal.SIGKILL)
+    for _ in range(2):
+        assert ok("fn", "spawn", "--key", "daily", "dice", input="2").strip() == one
+        assert ok("fn", "result", "--wait", one) == first

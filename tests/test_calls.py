@@ -307,6 +307,36 @@ def test_a_token_is_known_by_its_digest_alone() -> None:
     assert [tenant_of(known, given_one) for given_one in ("one", "two", "", "three")] == ["", "t", None, None]
 
 
+def test_answers_that_were_noted_outlive_a_full_disk(tmp_path: Path) -> None:
+    noted = Spawned(str(tmp_path))
+    ids = [bytes([number]) * 16 for number in range(5)]
+    for one in ids[:4]:
+        noted.answered(one, "a", "f", calls.SPAWN, b"x" * 4000)
+    assert noted.commit() == ([], "")
+    (pages,) = noted._db.execute("PRAGMA page_count").fetchone()
+    noted._db.execute(f"PRAGMA max_page_count={pages}")
+    noted.answered(ids[4], "a", "f", calls.SPAWN, b"x" * (1 << 20))
+    for _ in range(400):  # more than may be kept, were each try counted
+        assert "full" in noted.commit()[1]
+    noted._db.execute("PRAGMA max_page_count=1000000")
+    assert noted.commit() == ([], "") and all(noted.answer(one) for one in ids)
+
+
+def test_a_damaged_file_of_calls_is_set_aside_whole(tmp_path: Path) -> None:
+    noted = Spawned(str(tmp_path))
+    for number in range(200):
+        noted.answered(os.urandom(16), "a", "f", calls.SPAWN, bytes(4000) + b"%d" % number)
+    noted.commit()
+    noted._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with open(tmp_path / "calls.db", "r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xff" * 40960)
+    again = Spawned(str(tmp_path))
+    assert again.without_answer() == [] and (tmp_path / "calls.db.damaged").exists()
+    again.answered(b"1" * 16, "a", "f", calls.SPAWN, b"new")
+    assert again.commit() == ([], "") and Spawned(str(tmp_path)).answer(b"1" * 16) == ("a", b"new")
+
+
 def test_what_cannot_be_noted_is_not_accepted(tmp_path: Path) -> None:
     noted, fn = Spawned(str(tmp_path)), Routed("a", "f", 1)
     small, large = (Call(bytes([size]) * 16, fn, calls.SPAWN, b"x" * (size << 16), 0, 0) for size in (0, 20))

@@ -714,18 +714,32 @@ def test_a_signal_ends_a_build_at_once_and_leaves_nothing_of_the_step(context: P
             assert not [one for one in files if secret.encode() in (Path(directory) / one).read_bytes()], directory
 
 
+def test_an_output_that_is_wrong_is_refused_before_anything_is_built(context: Path) -> None:
+    for wrong in ("type=bogus", "type=local", "type=image,name=Not:A:Ref"):
+        done = cbuild("-t", "early:1", "-o", wrong, context)
+        assert (
+            done.returncode == 2
+            and b"early:1" not in subprocess.run([BIN / "cafs-store", "ls"], capture_output=True, check=True).stdout
+        ), done
+
+
+def left_of_builds() -> list[Path]:
+    return [one for name in ("RUN", "STATE") for one in Path(os.environ[f"CAFS_{name}"]).glob("builds/*")]
+
+
 def test_what_a_killed_build_has_left_the_next_one_removes(context: Path) -> None:
     (context / "secret").write_text("quite a secret")
-    (context / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=secret,id=s echo started; sleep 1000\n")
+    (context / "Dockerfile").write_text("FROM b:1\nRUN --mount=type=secret,id=s <<E\necho started; sleep 1000\nE\n")
     with subprocess.Popen(
         [BIN / "cbuild", "--secret", f"id=s,src={context}/secret", context], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as build:
         assert build.stderr
         while b"started" not in (line := build.stderr.readline()):
             assert line
+        assert left_of_builds()
         build.kill()
     (context / "Dockerfile").write_text("FROM b:1\nENV A=1\n")
-    wait_until(lambda: cbuild("-q", context).returncode == 0 and not list((Path(os.environ["CAFS_RUN"]) / "builds").iterdir()))
+    wait_until(lambda: cbuild("-q", context).returncode == 0 and not left_of_builds())
     wait_until(lambda: not list((Path(os.environ["CAFS_STATE"]) / "containers").iterdir()))
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,6 +193,49 @@ def test_ctrl_c_is_130(home: Path, cmd: Run) -> None:
         child.send_signal(signal.SIGINT)
         assert child.wait(20 * SLOW) == 130
         assert child.stderr.read() == b""
+
+
+WAITING = """
+import os, sys, threading, time
+from cafs import stopping
+stopping.heed()
+reads, _ = os.pipe()
+for _ in range(8):
+    threading.Thread(target=stopping.wait, args=(reads,), daemon=True).start()
+print("ready", flush=True)
+try:
+    stopping.wait()
+except stopping.Ended as end:
+    print("tidying up", flush=True)
+    if sys.argv[1:]:
+        time.sleep(1000)
+    os._exit(128 + end.number)
+"""
+
+
+def waiting(*words: str) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen([sys.executable, "-c", WAITING, *words], stdout=subprocess.PIPE)
+    assert child.stdout and child.stdout.readline() == b"ready\n"
+    return child
+
+
+def test_a_signal_is_for_the_main_thread_whatever_other_threads_wait_for() -> None:
+    for _ in range(20):
+        with waiting() as child:
+            child.terminate()
+            assert child.wait(20 * SLOW) == 143
+
+
+def test_who_is_told_again_while_he_tidies_up_for_too_long_ends() -> None:
+    with waiting("long") as child:
+        child.terminate()
+        assert child.stdout and child.stdout.readline() == b"tidying up\n"
+        child.terminate()  # at once: as a whole process group may be told
+        deadline = time.monotonic() + 20 * SLOW
+        while child.poll() is None and time.monotonic() < deadline:
+            child.terminate()
+            time.sleep(0.1)
+        assert child.wait(0) == 143
 
 
 ALLOWED = {"_note", "write", "end"}

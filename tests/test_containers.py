@@ -501,6 +501,24 @@ def test_cp_follows_no_link_out_of_the_container(image: Path, tmp_path: Path) ->
     ok("rm", "-f", "evil")
 
 
+def test_cp_takes_nothing_away_that_is_mounted(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf").write_text("of the host")
+    (tmp_path / "new").write_text("new")
+    ok("run", "-d", "--name", "c1", "-v", f"{tmp_path}/conf:/etc/conf", "b:1", "sleep", "1000")
+    for name in ("/etc/conf", "/etc/hosts"):
+        done = cr("cp", f"{tmp_path}/new", f"c1:{name}")
+        assert done.returncode and "busy" in done.stderr, done
+    assert ok("exec", "c1", "cat", "/etc/conf") == "of the host"
+    ok("rm", "-f", "c1")
+
+
+def test_exec_does_not_wait_for_what_was_left_in_the_background(image: Path) -> None:
+    ok("run", "-d", "--name", "c1", "b:1", "sleep", "1000")
+    done = cr("exec", "c1", "sh", "-c", "sleep 900 & head -c 300000 /dev/zero; echo; echo said", timeout=60 * SLOW)
+    assert done.returncode == 0 and done.stdout.endswith("\nsaid\n") and len(done.stdout) == 300_000 + 6
+    ok("rm", "-f", "c1")
+
+
 def test_volumes_are_kept_seeded_shared_and_removed(image: Path) -> None:
     def run(*words: object) -> str:
         return ok("run", "--rm", "--network", "none", *words)
@@ -612,21 +630,21 @@ def test_filters_choose_what_is_listed(image: Path) -> None:
     ok("volume", "create", "keep")
     ok("volume", "create", "--label", "x=1", "temporary")
     assert ok("volume", "ls", "-qf", "label=x") == "temporary\n"
-    ok("create", "--name", "aa", "--label", "p", "--label", "q", "-v", "temporary:/v", "b:1", "true")
-    ok("create", "--name", "aab", "--label", "p", "b:1", "true")
+    ok("create", "--name", "qq", "--label", "p", "--label", "q", "-v", "temporary:/v", "b:1", "true")
+    ok("create", "--name", "qqb", "--label", "p", "b:1", "true")
     assert ok("volume", "ls", "-q", "-f", "dangling=true") == "keep\n"
 
     def names(*filters: str) -> list[str]:
         words = [word for text in filters for word in ("--filter", text)]
         return sorted(json.loads(line)["Names"] for line in ok("ps", "-a", "--format", "json", *words).splitlines())
 
-    assert names("name=aa") == ["aa", "aab"] and names("name=^/?aa$") == ["aa"]
-    assert names("name=^aa$", "name=aab") == ["aa", "aab"], "values of one key are alternatives"
-    assert names("label=p", "label=q") == ["aa"], "but labels"
-    assert names("name=aa", "status=created", "volume=temporary") == ["aa"]
-    events = ok("events", "-f", "container=aa", "-f", "container=aab", "-f", "event=create").splitlines()
-    assert [json.loads(line)["name"] for line in events] == ["aa", "aab"]
-    ok("rm", "aa", "aab")
+    assert names("name=qq") == ["qq", "qqb"] and names("name=^/?qq$") == ["qq"]
+    assert names("name=^qq$", "name=qqb") == ["qq", "qqb"], "values of one key are alternatives"
+    assert names("label=p", "label=q") == ["qq"], "but labels"
+    assert names("name=qq", "status=created", "volume=temporary") == ["qq"]
+    events = ok("events", "-f", "container=qq", "-f", "container=qqb", "-f", "event=create").splitlines()
+    assert [json.loads(line)["name"] for line in events] == ["qq", "qqb"]
+    ok("rm", "qq", "qqb")
     ok("volume", "prune", "-a", "--filter", "label=x")
     assert ok("volume", "ls", "-q") == "keep\n"
     ok("volume", "rm", "keep")

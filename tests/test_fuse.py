@@ -119,6 +119,29 @@ def test_a_tree_ends_when_the_mount_does_and_leaves_nothing(home: Path, point: P
     assert list((home / "store" / "leases").iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unmounts_what_is_mounted_in_the_foreground(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, number: signal.Signals
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tmp_path / "f").mkdir()
+    command = [BIN / "cafs-mount", "--foreground", "--engine", "fuse", "x:1", tmp_path / "f"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as mount:
+        wait_until(lambda: (tmp_path / "f" / "9").exists())
+        mount.send_signal(number)
+        mount.wait(20 * SLOW)
+        assert not os.path.ismount(tmp_path / "f") and list((home / "run" / "mounts").iterdir()) == []
+
+
+def test_a_mount_can_be_made_by_an_idle_task(home: Path, tmp_path: Path, tree: Path, cmd: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    (tmp_path / "f").mkdir()
+    idle = ["setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "chrt", "-i", "0"]
+    subprocess.run([*idle, BIN / "cafs-mount", "--engine", "fuse", "x:1", tmp_path / "f"], check=True)
+    assert (tmp_path / "f" / "9").read_bytes() == (tree / "9").read_bytes()
+    assert cmd("cafs-mount", "--unmount", tmp_path / "f").returncode == 0
+
+
 def _is_live(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()

@@ -178,6 +178,33 @@ def test_a_copied_mount_namespace_keeps_no_servers(
             other.kill()
 
 
+@pytest.mark.parametrize("engine", ["kernel", "fuse"])
+def test_a_bind_mount_in_another_namespace_outlives_the_mount(
+    home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run, engine: str
+) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    point, bound = tmp_path / "k", tmp_path / "bound"
+    bound.mkdir()
+    assert kernel("x:1", point, "--engine", engine, "--prefetch", "none").returncode == 0
+    script = f"mount --bind {point} {bound} && umount {point} && echo && read go && exec cat {bound}/9"
+    other = ["unshare", "-m", "--propagation", "private", "sh", "-c", script]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout and user.stdout.readline() == b"\n"
+        assert cmd("cafs-mount", "--unmount", point).returncode == 0
+        assert user.communicate(b"go\n", timeout=60 * SLOW)[0] == (tree / "9").read_bytes()
+
+
+def test_an_open_file_outlives_a_lazy_unmount(home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run) -> None:
+    cmd("cafs-index", "create", tree, "-t", "x:1")
+    assert kernel("x:1", tmp_path / "k", "--prefetch", "none").returncode == 0
+    with open(tmp_path / "k" / "9", "rb") as file:
+        subprocess.run(["umount", "-l", tmp_path / "k"], check=True)
+        (tmp_path / "other").mkdir()
+        assert kernel("x:1", tmp_path / "other").returncode == 0  # which takes away what nobody uses
+        assert cmd("cafs-mount", "--unmount", tmp_path / "other").returncode == 0
+        assert file.read() == (tree / "9").read_bytes()
+
+
 def test_no_server_shows_the_arguments_of_the_command_that_started_it(
     home: Path, tmp_path: Path, tree: Path, cmd: Run, kernel: Run
 ) -> None:

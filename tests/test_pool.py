@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cafs.errors import RemoteError
 from pool import frames, links, mapping, processes, scaling, simulation, specs, state
 from pool import machine as machine_of
 from pool.placement import Need, Placement, Worker, why_not
@@ -93,6 +94,79 @@ def test_of_too_much_output_the_first_and_the_last_is_kept_and_that_is_said(pool
         ok("down")
 
 
+def test_an_output_with_a_hole_ends_no_agent(pool: Path, tmp_path: Path) -> None:
+    (pool / "pool.toml").write_text(f"[pool]\noutput_max = {1 << 20}\n")
+    with serving():
+        hole = ok("submit", *PLAIN, "--", "sh", "-c", "truncate -s 1G /proc/self/fd/1; chmod 400 /proc/self/fd/2").strip()
+        assert cp("wait", hole).returncode == 0
+        assert cp("logs", hole).returncode == 3 and job(hole)["attempt"] == 1
+        assert ok("map", *PLAIN, "echo", ":::", "alive") == "alive\n"
+        ok("down")
+
+
+def test_down_cancels_what_waits_without_starting_it(pool: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        number = ok("submit", *PLAIN, "--", "sh", "-c", f"echo begun >>{tmp_path}/ran; sleep 20").strip()
+    cp("logs", number)
+    ok("down")
+    assert not (tmp_path / "ran").exists() and job(number)["state"] == "cancelled" and job(number)["attempt"] == 0
+
+
+def test_pieces_of_an_output_come_once_each_also_after_a_full_disk(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pool.controller import Controller
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool), Settings())
+        held.state.put_host("local", "")
+        held.look_at_hosts()
+        number = held.state.submit(specs.check({"command": ["true"]}))
+        held.state.change(held.state.job(number), state=state.FINISHED, worker="local", attempt=1, code=0)
+        remote, asked = held.remotes["local"], []
+        monkeypatch.setattr(held, "send", lambda _, frame: asked.append(frame))
+        end = {"id": number, "attempt": 1, "code": 0, "out_size": 6, "err_size": 0}
+        held.outputs.fetch_or_forget(remote, number, 1, end)
+        (fetch,) = held.outputs._fetching.values()
+        held.outputs._stand_still(fetch, OSError(28, "No space left on device"))
+        for _ in range(3):
+            fetch.again = 0.0
+            held.outputs.mind()
+        requests = list(held.outputs._asked)
+        assert len(requests) == 1 == len(asked)
+        held.outputs.answered(remote, requests[0], 2, b"AB")
+        for data in (b"CD", b"EF"):
+            (request,) = held.outputs._asked
+            held.outputs.answered(remote, request, 0, data)
+        assert (pool / "logs" / f"{number}.out").read_bytes() == b"ABCDEF"
+        held.state.commit()
+        held.state.close()
+
+
+def test_a_worker_is_not_put_aside_for_what_was_cancelled_or_fails_everywhere(pool: Path) -> None:
+    from pool.controller import Controller
+
+    with state.locked(str(pool)):
+        held = Controller(str(pool), Settings())
+        for name in ("a", "b"):
+            held.state.put_host(name, f"{name}@127.0.0.1:1")
+        held.look_at_hosts()
+        first = held.remotes["a"]
+        job_of_image = held.state.job(held.state.submit(specs.check({"command": ["true"], "image": "x:1"})))
+        first.cannot_run_images("no runc")
+        held.state.change(job_of_image, code=0)
+        first.has_ended(job_of_image, 5.0)
+        assert not first.unable and first._unable_until == 0.0
+        failed = held.state.job(held.state.submit(specs.check({"command": ["false"]})))
+        held.state.change(failed, code=1)
+        for _ in range(50):
+            held._judge(first, failed, 0.01)
+        assert not first.is_aside, "nothing has gone well elsewhere since"
+        for _ in range(50):
+            first.refused("no room")
+        assert first._refusals == 1, "those that were under way together count once"
+        held.state.commit()
+        held.state.close()
+
+
 def test_what_map_prints_and_what_a_job_leaves_is_every_byte_of_it(controller: object, tmp_path: Path) -> None:
     """Also more than was ever kept: 80 MiB of a file, 64 of a stream."""
     script = "head -c 90000000 /dev/urandom >{0}; sha256sum <{0}; chmod 750 {0}"
@@ -142,6 +216,33 @@ def test_a_job_that_fails_is_tried_again_as_often_as_was_said(controller: object
     ).strip()
     assert cp("wait", number).returncode == 1
     assert (tmp_path / "tries").read_text() == "1\n2\n" and job(number)["failures"] == 1
+
+
+def test_what_each_attempt_has_written_is_kept(controller: object) -> None:
+    script = "echo $CPOOL_ATTEMPT; echo err >&2; test $CPOOL_ATTEMPT = 3"
+    number = ok("submit", *PLAIN, "--retries", "2", "--", "sh", "-c", script).strip()
+    assert cp("wait", number).returncode == 0
+    for attempt in (1, 2, 3):
+        wait_until(lambda attempt=attempt: cp("logs", "--attempt", attempt, number).returncode == 0)
+        said = cp("logs", "--attempt", attempt, number)
+        assert (said.stdout, said.stderr) == (f"{attempt}\n", "err\n")
+    assert ok("logs", number) == "3\n" and cp("logs", "--attempt", "9", number).returncode == 4
+
+
+def test_a_directory_that_nobody_has_asked_for_need_not_be_there(controller: object, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    number = ok("submit", *PLAIN, "--hold", "--", "pwd", cwd=tmp_path / "here").strip()
+    (tmp_path / "here").rmdir()
+    ok("release", number)
+    assert cp("wait", number).returncode == 0 and ok("logs", number) == os.path.expanduser("~") + "\n"
+
+
+@pytest.mark.needs("root")
+def test_what_has_used_up_its_memory_is_said_to_have(controller: object) -> None:
+    code = "x = bytearray(200 << 20); print(len(x))"
+    number = ok("submit", *PLAIN, "--memory", "32M", "--", sys.executable, "-S", "-c", code).strip()
+    assert cp("wait", number).returncode == 137
+    assert job(number)["reason"] == "exit code 137: it had no memory left, of --memory"
 
 
 def test_what_waits_says_why_and_what_is_held_waits(controller: object) -> None:
@@ -802,6 +903,11 @@ def test_a_worker_that_has_nothing_but_ssh_and_python_runs_images_of_a_store_tha
 
 
 # Parts.
+
+
+def test_what_an_agent_says_that_does_not_begin_is_said() -> None:
+    with pytest.raises(RemoteError, match="the agent has not begun: ImportError: no module named zlib"):
+        links.skip_greeting(lambda _: b"", lambda _: True, errors=lambda: b"Traceback\nImportError: no module named zlib\n")
 
 
 @given(

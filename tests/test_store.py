@@ -382,6 +382,20 @@ def test_refs_may_have_slashes_and_ports(home: Path, tree: Path, tmp_path: Path)
         image.resolve(opened, "nothing:1")
 
 
+def test_a_ref_that_was_stored_with_the_name_of_a_registry_is_found_kept_and_removed(home: Path, tree: Path, cmd: Run) -> None:
+    digest = make(tree, home / "store", "alpine:3")
+    (tree / "more").write_text("another image")
+    other = make(tree, home / "store", "other:1")
+    old = home / "store" / "refs" / "docker.io+library+alpine" / "3"
+    old.parent.mkdir()
+    (home / "store" / "refs" / "other" / "1").rename(old)  # as a store has it that is older than the short name
+    assert cmd("cafs-store", "gc", "--grace", "0").returncode == 0
+    opened = Store(str(home / "store"))
+    assert image.resolve(opened, "docker.io/library/alpine:3").digest.hex() == other
+    assert image.resolve(opened, "alpine:3").digest.hex() == digest
+    assert cmd("cafs-store", "rm", "docker.io/library/alpine:3").returncode == 0 and opened.refs() == []
+
+
 def test_contents_compressed_together_are_stored_as_if_each_were_alone(home: Path, tmp_path: Path) -> None:
     from cafs.format import Header
     from cafs.objects import ObjectMaker

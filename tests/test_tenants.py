@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cafs.errors import UnsupportedError
 from pool import state, workers
 from pool.controller import Controller
 from pool.placement import Need, Placement, Worker
@@ -133,6 +134,12 @@ def test_others_see_and_end_their_own_jobs_alone(shared_pool: Path) -> None:
         "state.db": "0o600",
         "pool.toml": "0o600",
     }
+
+
+def test_what_only_the_owner_may_is_said_to_others(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UnsupportedError, match="only the owner of the pool"):
+        state.State(str(pool))
 
 
 def test_a_quota_is_kept_and_is_the_reason_that_is_said(shared_pool: Path, tmp_path: Path) -> None:

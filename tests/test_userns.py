@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cafs import paths
+from cafs import linux, paths
 from runner import containers, idmapping
 from tests.conftest import BIN
 from tests.crunning import crun, shared_at, until
@@ -93,6 +93,17 @@ def test_a_volume_has_the_ids_of_the_image_for_all_and_a_directory_of_the_host_h
     ok("rm", "-f", "n5")
     assert crun("--network", "none", *volume, BASE, "cat", "/host/secret").stdout == "x"
     ok("volume", "rm", "owned")
+
+
+def test_what_the_source_of_a_mount_may_not_do_its_mount_may_not_either(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    linux.mount("tmpfs", str(tmp_path / "t"), "tmpfs", linux.MS_NOSUID | linux.MS_NODEV)
+    try:
+        (tmp_path / "t" / "a").write_text("a")
+        done = crun(*AUTO, "-v", f"{tmp_path}/t:/t:ro", BASE, "sh", "-c", "cat /t/a; grep ' /t ' /proc/mounts; ! touch /t/b")
+        assert done.returncode == 0 and done.stdout.startswith("atmpfs /t tmpfs ro,nosuid,nodev"), done
+    finally:
+        linux.umount(str(tmp_path / "t"), linux.MNT_DETACH)
 
 
 def test_what_is_copied_has_the_ids_of_each_side(tmp_path: Path) -> None:

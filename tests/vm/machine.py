@@ -18,7 +18,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from cafs import linux
@@ -161,22 +163,26 @@ def _configure(root: Path, place: Path) -> None:
 
 
 class Machine:
-    """A running machine.  data: a second disk, kept by the caller; memory: as qemu has it."""
+    """A running machine.  data: a second disk, kept by the caller; system: what is written to the first one, kept if it is named.
 
-    def __init__(self, place: Path, data: Path | None = None, *, memory: str = _MEMORY) -> None:
-        self._place, self._data, self._memory = place, data, memory
+    system is a qcow2 file over the disk of the suite, made if it is not there; `resume` reads it and keeps nothing of what is written.
+    """
+
+    def __init__(self, place: Path, data: Path | None = None, system: Path | None = None) -> None:
+        self._place, self._data, self._system = place, data, system
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
-    def _start(self, *more: str) -> None:
+    def _start(self, *more: str, is_kept: bool = False) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         monitor = self._place / f"monitor.{os.getpid()}"
         monitor.unlink(missing_ok=True)
-        command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", self._memory]
+        command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", _MEMORY]
         command += ["-kernel", f"{self._place}/vmlinuz", "-initrd", f"{self._place}/initrd.img"]
         command += ["-append", "root=/dev/vda rw console=ttyS0 quiet cafs.vm"]
-        command += ["-drive", f"file={self._place}/disk,if=virtio,format=raw,snapshot=on"]
+        disk, kind = (self._system, "qcow2") if self._system else (f"{self._place}/disk", "raw")
+        command += ["-drive", f"file={disk},if=virtio,format={kind},snapshot={'off' if is_kept else 'on'}"]
         if self._data:
             command += ["-drive", f"file={self._data},if=virtio,format=raw,cache=writeback"]
         command += [
@@ -191,7 +197,10 @@ class Machine:
 
     def boot(self) -> None:
         """Start it, and wait until it answers.  Raise VmError."""
-        self._start()
+        if self._system:
+            over = ["-q", "-f", "qcow2", "-b", f"{self._place}/disk", "-F", "raw"]
+            subprocess.run(["qemu-img", "create", *over, self._system], check=True)
+        self._start(is_kept=self._system is not None)
         self._wait_for_ssh()
 
     def _wait_for_ssh(self) -> None:
@@ -235,26 +244,14 @@ class Machine:
 
     def install(self) -> None:
         """Build the wheel of this tree and install it there, without the tree; the tests lie in /root/tree/tests."""
-        wheel = self._place / f"wheel.{os.getpid()}"
-        shutil.rmtree(wheel, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheel, ROOT], check=True)
-        tar = [
-            "tar",
-            "-C",
-            ROOT,
-            "-cz",
-            "--exclude=__pycache__",
-            "tests",
-            "man",
-            "examples",
-            "README.md",
-            "pyproject.toml",
-            "-C",
-            wheel,
-            ".",
-        ]
-        data = subprocess.run(tar, capture_output=True, check=True).stdout
-        shutil.rmtree(wheel)
+        with tempfile.TemporaryDirectory() as made:
+            names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+            copy = ["tar", "-C", str(ROOT), "-c", "--null", "--ignore-failed-read", "-T", "-"]
+            tree = subprocess.run(copy, input=names, capture_output=True, check=True).stdout
+            subprocess.run(["tar", "-C", made, "-x"], input=tree, check=True)
+            subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", made, made], check=True)
+            kept = ["tests", "man", "examples", "README.md", "pyproject.toml", *(one.name for one in Path(made).glob("*.whl"))]
+            data = subprocess.run(["tar", "-C", made, "-cz", *kept], capture_output=True, check=True).stdout
         unpack = "mkdir -p /root/tree && tar -C /root/tree -xzf - && chmod 755 /root /root/tree"
         self.check(unpack, given=data)
         self.check(
@@ -267,6 +264,8 @@ class Machine:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+            for name in ("monitor", "console"):
+                (self._place / f"{name}.{os.getpid()}").unlink(missing_ok=True)
 
     stop = cut
     """Nothing on its own disk is kept."""
@@ -294,7 +293,8 @@ class Machine:
                 pass
             time.sleep(0.2)
         self._wait_for_ssh()
-        self.check(f"date -s @{int(time.time())}")
+        boot = "/proc/sys/kernel/random/boot_id"  # it is another boot to who reads that
+        self.check(f"date -s @{int(time.time())}; echo {uuid.uuid4()} >/run/boot_id; mount --bind /run/boot_id {boot}")
 
     def _ask(self, command: str, **arguments: object) -> dict[str, object]:
         """One command of QMP, the control protocol of qemu."""

@@ -78,7 +78,7 @@ _REST = (
     "test_pool.py::test_map_is_a_filter",
     "test_pool.py::test_a_job_runs_in_an_image",
     "test_functions.py::test_a_program_of_lines_answers_calls_and_maps_them_in_order",
-    "test_functions.py::test_a_handler_that_leaks_is_ended_at_its_memory_and_only_its_call_fails",
+    "test_functions.py::test_a_handler_that_leaks_is_ended_at_its_memory_and_only_its_call_fails[zygote]",
     "test_functions.py::test_an_idle_function_has_no_instance_and_the_next_call_starts_one",
 )
 TESTS = {
@@ -103,10 +103,11 @@ def run(suite: str, arguments: list[str]) -> int:
     try:
         machine.install()
         print(f"vm: {suite}: {time.monotonic() - began:.0f} s until the wheel was there: {_about(machine)}", flush=True)
-        tests = arguments or [f"tests/{name}" for name in TESTS[suite]]
+        named = [one for one in arguments if not one.startswith("-")]
+        tests = [one for one in arguments if one.startswith("-")] + (named or [f"tests/{name}" for name in TESTS[suite]])
         quoted = " ".join("'" + one.replace("'", "'\\''") + "'" for one in tests)
         environment = f"CI=1 PYTHONUNBUFFERED=1 CAFS_TEST_SLOW={SLOWER} PATH=/opt/tests/bin:$PATH"
-        script = f"cd /root/tree && {environment} {PYTHON} -m pytest -q -p no:cacheprovider --color=no {quoted} 2>&1"
+        script = f"cd /root/tree && {environment} {PYTHON} -m pytest -q -n 2 --dist loadfile -p no:cacheprovider --color=no {quoted} 2>&1"
         code = subprocess.run(machine.command(script), stdin=subprocess.DEVNULL, check=False).returncode
     finally:
         machine.stop()
