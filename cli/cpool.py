@@ -217,7 +217,7 @@ def map_(**given: Any) -> int:
     template, values = arguments.given([word for at, word in enumerate(given["command"]) if at or word != "--"])
     if not template:
         raise click.UsageError("COMMAND is missing")
-    groups = arguments.arguments_of(source, separator, size) if values is None else arguments.in_groups(values, size)
+    groups = arguments.Arguments(source, separator, size) if values is None else arguments.in_groups(values, size)
     if dry_run:
         for number, one in enumerate(groups, 1):
             click.echo(shlex.join(arguments.expand(template, one, number)))
@@ -237,7 +237,7 @@ def map_(**given: Any) -> int:
     how |= {"files": files if names or back else None, "bring": asking.bring if back else None}
     options = mapping.Options(template, spec, priority=given["priority"], halt=halt, **how)
     with client.controlled(asking.directory()) as connection:
-        return mapping.Map(connection, options).run(groups, lambda: values is not None or arguments.is_at_hand(source))
+        return mapping.Map(connection, options).run(groups)
 
 
 @main.command()

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import select
+from collections import deque
 
 from cafs import stopping
 from cafs.errors import UsageError, os_error, quote
@@ -58,34 +59,52 @@ def _form(kind: str, argument: str) -> str:
     return argument
 
 
-def arguments_of(source: BinaryIO, separator: bytes, size: int) -> Iterator[list[str]]:
-    """Groups of SIZE arguments."""
-    held, group = b"", []
-    while True:
+class Arguments:
+    """Groups of SIZE arguments that come on a file, as they come."""
+
+    def __init__(self, source: BinaryIO, separator: bytes, size: int) -> None:
+        self.source = source
+        self._separator, self._size = separator, size
+        self._groups: deque[list[str]] = deque()
+        self._group: list[str] = []
+        self._rest, self._is_over = b"", False
+
+    def __iter__(self) -> Arguments:
+        return self
+
+    def __next__(self) -> list[str]:
+        while not self._groups and not self._is_over:
+            self._read()
+        if not self._groups:
+            raise StopIteration
+        return self._groups.popleft()
+
+    def _read(self) -> None:
         try:
-            stopping.wait(source)
+            stopping.wait(self.source)
         except (OSError, ValueError):
             pass  # it is no file
-        data = source.read1(1 << 16) if hasattr(source, "read1") else source.read(1 << 16)
-        held += data
-        *whole, held = held.split(separator) if data else [held, b""]
-        for one in whole if data else [one for one in whole if one]:
-            group.append(os.fsdecode(one))
-            if len(group) == size:
-                yield group
-                group = []
+        data = self.source.read1(1 << 16) if hasattr(self.source, "read1") else self.source.read(1 << 16)
+        *words, self._rest = (self._rest + data).split(self._separator)
         if not data:
-            break
-    if group:
-        yield group
+            self._is_over = True
+            words += [self._rest] if self._rest else []
+        for word in words:
+            self._group.append(os.fsdecode(word))
+            if len(self._group) == self._size:
+                self._groups.append(self._group)
+                self._group = []
+        if self._is_over and self._group:
+            self._groups.append(self._group)
 
-
-def is_at_hand(source: BinaryIO) -> bool:
-    """Whether more can be read without waiting; what is held in its buffer counts."""
-    try:
-        return bool(select.select([source], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True
+    def is_at_hand(self) -> bool:
+        """Whether one more, or the end, comes without waiting."""
+        if self._groups or self._is_over:
+            return True
+        try:
+            return bool(select.select([self.source], [], [], 0)[0])
+        except (OSError, ValueError):
+            return True
 
 
 def given(words: list[str]) -> tuple[list[str], Iterator[list[str]] | None]:

@@ -448,9 +448,10 @@ class Fleet:
         found = scaling.Machine(number, replace(kind, price=row["price"]), now if is_ready else math.inf, idle_s)
         if is_ready and remote and free:
             found.worker = free
-            is_leaving = remote.is_draining or remote.state == workers.LOST or remote.report["notice"]
+            is_leaving = remote.is_draining or remote.is_stuck or remote.state == workers.LOST or remote.report["notice"]
             found.worker.reason = "x" if is_leaving else ""
-            found.worker.images = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX
+            can_be_set_up = not remote.report["images"] or remote.setup_failures < _SETUPS_MAX
+            found.worker.images = not remote.unable and can_be_set_up
         elif row["state"] == ENDING:
             found.worker.reason = "x"
         return found

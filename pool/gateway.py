@@ -13,6 +13,7 @@ import ssl
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 BODY_MAX = 256 << 20
-_CALLS, _CONNECTIONS = 256, 2048
+_CALLS, _FEW, _CONNECTIONS = 256, 16, 2048
 """At once: calls, and connections, most of which wait for their next request."""
 
 _WAIT_S, _HEAD_S, _LINGER_S = 60.0, 20.0, 1.0
 _READ_AGAIN_S = 1.0
+_SLOWEST = 64 << 10
+"""Bytes of a body that have to come in a second, beside the time for all of it."""
+
 _STATUS = {
     "raised": 500, "died": 502, "protocol": 502, "start": 503, "cancelled": 499, "function": 404, "full": 429, "unknown": 502,
     "timeout": 504,
@@ -57,23 +61,39 @@ class Server(ThreadingHTTPServer):
         self.directory = directory
         self._context = context
         self._room = threading.BoundedSemaphore(_CONNECTIONS)
-        self.calls = threading.BoundedSemaphore(_CALLS)
-        self.heads: dict[Handler, float] = {}
-        """Connections of which a head is being read, and until when."""
+        self._calls: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self.until: dict[Handler, float] = {}
+        """Connections of which a head or a body is being read, and until when."""
 
         self._functions: dict[tuple[str, str], Function] = {}
         self._tokens: list[tokens.Token] = []
         self._read_after = 0.0
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
-        threading.Thread(target=self._mind_heads, daemon=True).start()
+        threading.Thread(target=self._mind_slow, daemon=True).start()
 
-    def _mind_heads(self) -> None:
-        """Who sends a head slowly holds no place."""
+    def take_place(self, tenant: str) -> bool:
+        """For a call, if there is one: the last quarter of them is for tenants that have few."""
+        with self._lock:
+            total = self._calls.total()
+            if total >= _CALLS or (total >= _CALLS * 3 // 4 and self._calls[tenant] >= _FEW):
+                return False
+            self._calls[tenant] += 1
+            return True
+
+    def give_back(self, tenant: str) -> None:
+        with self._lock:
+            self._calls[tenant] -= 1
+            if not self._calls[tenant]:
+                del self._calls[tenant]
+
+    def _mind_slow(self) -> None:
+        """Who sends slowly holds no place."""
         while True:
             time.sleep(1)
             now = time.monotonic()
-            for handler, until in list(self.heads.items()):
+            for handler, until in list(self.until.items()):
                 if until < now:
                     handler.give_up()
 
@@ -139,6 +159,9 @@ class Handler(BaseHTTPRequestHandler):
     _call = b""
     """The id of the call that is asked for, once it has one."""
 
+    _began, _wanted = 0.0, 0
+    """Of the body that is being read: since when, and how many bytes of it."""
+
     server_version, sys_version = "cpool", ""
     server: Server
 
@@ -186,18 +209,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """/NAME: a call, if there is room."""
-        if not self.server.calls.acquire(blocking=False):
-            self.close_connection = True  # its body is not read
-            return self._error(503, "full", f"{_CALLS} calls are under way")
-        try:
-            self._post()
-        finally:
-            self.server.calls.release()
-
-    def _post(self) -> None:
         tenant = self._tenant()
         if tenant is None or not self._is_framed():
             return
+        if not self.server.take_place(tenant):
+            self.close_connection = True  # its body is not read
+            return self._error(503, "full", "too many calls are under way")
+        try:
+            self._post(tenant)
+        finally:
+            self.server.give_back(tenant)
+
+    def _post(self, tenant: str) -> None:
         match = re.fullmatch("/([A-Za-z0-9][A-Za-z0-9_.-]{0,62})", self._place())
         value = self._value() if match else None
         if not match:
@@ -245,9 +268,21 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return found if 0 < found < 1e6 else None
 
+    def handle_one_request(self) -> None:
+        """As of http.server; from its first byte on there is a time for all of the head."""
+        try:
+            self.rfile.peek(1)  # type: ignore[attr-defined]
+        except OSError:
+            self.close_connection = True
+            return
+        self.server.until[self] = time.monotonic() + _HEAD_S
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.until.pop(self, None)
+
     def parse_request(self) -> bool:
-        """As of http.server, within a time for all of the head, so that who is slow holds no place."""
-        self.server.heads[self] = time.monotonic() + _HEAD_S
+        """As of http.server, but that what is no header is refused."""
         self._call = b""
         try:
             if not super().parse_request():
@@ -256,10 +291,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_error(400, "a line of the head is no header")
             return not self.headers.defects
         finally:
-            self.server.heads.pop(self, None)
+            self.server.until.pop(self, None)
 
     def give_up(self) -> None:
-        """Its head has not come in time."""
+        """What it sends has not come in time."""
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -267,12 +302,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _value(self) -> tuple[Any] | None:
         """The body; None, after an answer, if it cannot be taken."""
+        self._began, self._wanted = time.monotonic(), 0
+        self.server.until[self] = self._began + _WAIT_S
         try:
             data = self._body()
         except _Refused as refused:
             self.close_connection = True  # nobody knows where it ends
             self._error(refused.status, "protocol", str(refused))
             return None
+        finally:
+            self.server.until.pop(self, None)
         if self.headers.get("Content-Type", "") == _BYTES:
             return (data,)
         try:
@@ -319,6 +358,8 @@ class Handler(BaseHTTPRequestHandler):
         """So many bytes: with less it is incomplete, and never called (RFC 9112, 6.3 and 8).  Raises _Refused."""
         if size > most:
             raise _Refused(413, f"a body has at most {BODY_MAX} bytes")
+        self._wanted += size
+        self.server.until[self] = self._began + _WAIT_S + self._wanted / _SLOWEST
         try:
             data = self.rfile.read(size)
         except TimeoutError:

@@ -11,10 +11,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from cafs import atomic
+from cafs import atomic, stopping
 from cafs.errors import DIFFERS, CafsError, IncompleteError, RemoteError, UsageError
 from pool import results
-from pool.arguments import expand
+from pool.arguments import Arguments, expand
 from pool.client import NoController, incomplete, output
 
 TYPE_CHECKING = False
@@ -128,10 +128,11 @@ class Map:
         """What is not there of what jobs have written, as it was said."""
         self._log: BinaryIO | None = None
         self._eta: Eta | None = None
-        self._is_at_hand: Callable[[], bool] = lambda: True
+        self._coming: Arguments | None = None
+        """Where arguments come from, if they have to be waited for."""
 
-    def run(self, arguments: Iterable[list[str]], is_at_hand: Callable[[], bool] = lambda: True) -> int:
-        """is_at_hand: whether more arguments come without waiting.  Raises CafsError."""
+    def run(self, arguments: Iterable[list[str]]) -> int:
+        """Raises CafsError."""
         options = self._options
         if options.joblog:
             if (options.resume or options.resume_failed) and os.path.exists(options.joblog):
@@ -145,7 +146,7 @@ class Map:
             arguments = list(arguments)
             self._eta = Eta(len(arguments))
         groups = enumerate(arguments, 1)
-        self._is_at_hand = is_at_hand
+        self._coming = arguments if isinstance(arguments, Arguments) else None
         try:
             self._go_on(groups)
         except BaseException:
@@ -156,15 +157,28 @@ class Map:
     def _go_on(self, groups: Iterator[tuple[int, list[str]]]) -> None:
         is_over = False
         while not is_over or self._numbers:
-            while not is_over and len(self._numbers) < AHEAD and not self._has_to_halt():
+            while self._may_submit(is_over) and (self._is_at_hand() or not self._numbers):
                 is_over = not self._submit(groups)
-                while found := self._client.event(wait=False):
-                    self._finished(found)
+                self._hear()
             if self._has_to_halt() and not self._has_halted:
                 is_over = self._has_halted = True
                 self._client.ask("cancel", ids=list(self._numbers), grace_s=10)
-            if self._numbers and (found := self._client.event()):
+            if self._coming and self._may_submit(is_over):
+                stopping.wait(self._coming.source, self._client)  # whichever comes first: an argument, or an end
+                self._hear()
+            elif self._numbers and (found := self._client.event()):
                 self._finished(found)
+
+    def _may_submit(self, is_over: bool) -> bool:
+        return not is_over and len(self._numbers) < AHEAD and not self._has_to_halt()
+
+    def _is_at_hand(self) -> bool:
+        return self._coming is None or self._coming.is_at_hand()
+
+    def _hear(self) -> None:
+        """What has ended meanwhile."""
+        while found := self._client.event(wait=False):
+            self._finished(found)
 
     def _leave(self) -> None:
         """Before all has ended: what has not begun goes with our connection, what runs goes on, and that is said."""

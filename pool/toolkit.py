@@ -53,6 +53,9 @@ fi
 ln -sfn "@VERSION@" "$top/current"
 "$dir/bin/cafs-run" --version
 PATH="$PATH:/usr/sbin:/sbin"
+if test "$(id -u)" != 0 && ! command -v newuidmap >/dev/null; then
+  echo "newuidmap is not there, and only root can install it" >&2; exit 8
+fi
 if ! command -v runc >/dev/null; then
   test "$(id -u)" = 0 || { echo "runc is not there, and only root can install it" >&2; exit 8; }
   if command -v apt-get >/dev/null; then

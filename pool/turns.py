@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pool.state import Job, State
 
 
+_NAMED = 10
+
+
 class Turns:
     """What is known of the jobs that a job comes after, and of when one may be tried again."""
 
@@ -20,6 +23,11 @@ class Turns:
         self._state, self._open = state, open_jobs
         self._not_before: dict[int, float] = {}
         self._good: set[int] = set()
+        self._reached: dict[int, int] = {}
+        """How many of the jobs that a job comes after are known to have ended well, in their order."""
+        self._failures = 0
+        self._looked: dict[int, int] = {}
+        """Of each job that comes after others: after how many failures it was looked at last."""
         self._is_due = False
 
     def try_later(self, job: Job, wait_s: float) -> None:
@@ -28,7 +36,9 @@ class Turns:
 
     def forget(self, job: Job) -> None:
         """It has ended."""
-        self._not_before.pop(job.id, None)
+        for known in (self._not_before, self._reached, self._looked):
+            known.pop(job.id, None)
+        self._failures += job.state != "finished" or job.code != 0
 
     def is_due(self) -> bool:
         """Whether the time of one has come that had to wait; said once."""
@@ -59,10 +69,21 @@ class Turns:
         limit = job.spec.get("at_once")
         if limit and running.get(job.spec["array"], 0) >= limit:
             return True
-        return any(not self._is_good(number) for number in job.spec.get("after", ()))
+        after, at = job.spec.get("after", ()), self._reached.get(job.id, 0)
+        while at < len(after) and self._is_good(after[at]):
+            at += 1
+        if at:
+            self._reached[job.id] = at
+        return at < len(after)
 
     def failed_before(self, job: Job) -> int:
-        """The job that it comes after and that has failed; 0 if none has; negative: there is none of that number."""
+        """The job that it comes after and that has failed; 0 if none has; negative: there is none of that number.
+
+        They may be many: they are walked once, and again when some job has failed.
+        """
+        if self._looked.get(job.id) == self._failures:
+            return 0
+        self._looked[job.id] = self._failures
         for number in job.spec.get("after", ()):
             if not self._is_good(number) and number not in self._open:  # which is looked up once
                 if not self._state.has_job(number):
@@ -88,5 +109,6 @@ class Turns:
         """Why it is not its turn, in words; '' if it is."""
         open_ones = [str(number) for number in job.spec.get("after", ()) if not self._is_good(number)]
         if open_ones:
-            return f"comes after job {', '.join(open_ones)}"
+            more = f" and {len(open_ones) - _NAMED} others" if len(open_ones) > _NAMED else ""
+            return f"comes after job {', '.join(open_ones[:_NAMED])}{more}"
         return "is tried again in a moment" if job.id in self._not_before else ""

@@ -20,7 +20,7 @@ _AGAIN_S, _AGAIN_MAX_S = 0.5, 30.0
 _IMAGES_MAX = 200
 _SLACK = 512 << 20
 _GRACE_S = 15.0
-_ASIDE_S, _ASIDE_MAX_S = 1.0, 30.0
+_ASIDE_S, _ASIDE_MAX_S, _STUCK = 1.0, 30.0, 5
 _UNABLE_S = 300.0
 _AT_ONCE_S = 1.0
 STRICT_S = 60.0
@@ -105,6 +105,11 @@ class Remote:
     def is_aside(self) -> bool:
         """Whether it is passed over for a while."""
         return time.monotonic() < self._aside_until
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has been put aside again and again: it is not to be counted on."""
+        return self._refusals >= _STUCK
 
     def refused(self, problem: str) -> None:
         """It cannot start a job, whatever that is: others get them, and it is tried again, later each time."""

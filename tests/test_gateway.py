@@ -109,6 +109,28 @@ def test_functions_are_called_over_http_by_those_who_have_a_token(base: Path) ->
         wait(lambda: ask(port, "POST", "/echo", b"1", **mine)[0] == 401)
 
 
+def test_a_request_has_one_end_and_places_are_shared_by_tenants(base: Path) -> None:
+    from pool.gateway import Server
+
+    ok("fn", "token", "add", "framed")
+    with gateway() as port, socket.create_connection(("127.0.0.1", port), timeout=20 * SLOW) as one:
+        hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+        one.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(hidden) + hidden)
+        said = b"".join(iter(lambda: one.recv(1 << 16), b""))
+        assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1 ") == 1
+        with socket.create_connection(("127.0.0.1", port), timeout=20 * SLOW) as other:
+            other.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nno header\r\nContent-Length: 5\r\n\r\nhello")
+            said = b"".join(iter(lambda: other.recv(1 << 16), b""))
+            assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1 ") == 1
+    with Server(str(base / "pool"), ("127.0.0.1", 0), None) as server:
+        while server.take_place("greedy"):
+            pass
+        assert [server.take_place("modest") for _ in range(17)] == [True] * 16 + [False]
+        server.give_back("greedy")
+        assert not server.take_place("greedy") and server.take_place("third")
+    ok("fn", "token", "rm", "framed")
+
+
 def test_a_gateway_is_for_this_machine_unless_it_is_told_otherwise_and_has_tls(base: Path, tmp_path: Path) -> None:
     done = cp("fn", "serve", "--listen", "0.0.0.0:0")
     assert done.returncode == 8 and "is reached by others" in done.stderr

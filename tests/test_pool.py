@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -552,6 +553,62 @@ def test_map_is_a_filter(pool: Path) -> None:
     assert failed.returncode == 2, "as many as have failed"
     assert ok("map", "--dry-run", *PLAIN, "--", "rm", "{}", input="a b\n") == "rm 'a b'\n"
     assert ok("map", *PLAIN, "--", "cat", input="") == ""
+
+
+def test_results_of_a_map_do_not_wait_for_the_next_argument(controller: object) -> None:
+    with subprocess.Popen(
+        [BIN / "cpool", "map", *PLAIN, "echo", "{}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as mapping:
+        assert mapping.stdin and mapping.stdout
+        for word in ("one", "two"):
+            mapping.stdin.write(f"{word}\n")
+            mapping.stdin.flush()
+            assert mapping.stdout.readline() == f"{word}\n"
+        mapping.stdin.close()
+        assert mapping.wait(20 * SLOW) == 0
+
+
+def test_a_map_halts_while_it_waits_for_arguments(controller: object) -> None:
+    with subprocess.Popen([BIN / "cpool", "map", *PLAIN, "--halt", "1", "false"], stdin=subprocess.PIPE) as mapping:
+        assert mapping.stdin
+        mapping.stdin.write(b"x\n")
+        mapping.stdin.flush()
+        assert mapping.wait(20 * SLOW) == 1
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(1, 9), max_size=20), st.integers(1, 3))
+def test_arguments_are_the_lines_of_the_input_however_they_come(data: bytes, sizes: list[int], size: int) -> None:
+    from pool.arguments import Arguments
+
+    class Pieces(io.BytesIO):
+        def read1(self, most: int = -1) -> bytes:
+            return self.read(sizes.pop() if sizes else most)
+
+    lines = [os.fsdecode(line) for line in (data.removesuffix(b"\n").split(b"\n") if data else [])]
+    wanted = [lines[at : at + size] for at in range(0, len(lines), size)]
+    assert list(Arguments(Pieces(data), b"\n", size)) == wanted
+
+
+def test_a_job_after_very_many_is_looked_at_once_and_named_in_short(pool: Path) -> None:
+    from pool.turns import Turns
+
+    known = state.State(str(pool))
+    after = [known.submit(specs.check({"command": ["true"]})) for _ in range(300)]
+    waiting = known.job(known.submit(specs.check({"command": ["true"], "after": after})))
+    turns = Turns(known, {job.id: job for job in known.open_jobs()})
+    assert turns.waits(waiting, {}) and turns.failed_before(waiting) == 0
+    assert turns.why_not(waiting).endswith(f"{after[9]} and 290 others")
+    for number in after[:150]:
+        job = turns._open.pop(number)  # type: ignore[attr-defined]
+        known.change(job, state=state.FINISHED, code=0)
+        turns.forget(job)
+    assert turns.waits(waiting, {}) and turns._reached[waiting.id] == 150
+    failed = turns._open.pop(after[200])  # type: ignore[attr-defined]
+    known.change(failed, state=state.FINISHED, code=1)
+    turns.forget(failed)
+    assert turns.failed_before(waiting) == after[200]
+    known.commit()
+    known.close()
 
 
 def test_map_takes_arguments_from_its_command_line_and_keeps_results(pool: Path, tmp_path: Path) -> None:
