@@ -403,7 +403,9 @@ class Controller:
         """By how a job has ended there: where everything fails at once, and elsewhere it does not, no more go for a while."""
         remote.has_ended(job, wall_s)
         many = remote.failed_in_a_row
-        if many >= _FAILED_MANY and self._others(remote, lambda other: other.did_well_s > remote.fails_since_s):
+        if many < _FAILED_MANY:
+            return
+        if self._others(remote, lambda one: one.failed_in_a_row < _FAILED_MANY and one.did_well_s > remote.fails_since_s):
             remote.refused(f"the last {many} have failed at once")
 
     @staticmethod

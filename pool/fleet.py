@@ -113,7 +113,7 @@ class Fleet:
             return f"there are {len(self.machines)} machines, which is the most that may be"
         if not any(price + kind.price <= policy.price for kind in able):
             cap = "price_day" if policy.price < self.market.policy.price else "price"
-            return self.problem or f"no machine may be launched now: what it would cost is over {cap}"
+            return self.problem or f"no machine may be launched now: what it would cost is over a cap, {cap}"
         return self.problem
 
     def shown(self) -> dict[str, Any]:

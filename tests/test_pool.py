@@ -1216,6 +1216,10 @@ def test_a_worker_that_cannot_run_images_or_fails_at_once_leaves_jobs_to_others(
         assert bad.shown()["reason"] == "cannot run images: cannot mount without root"
         assert held.waiting.place().keys() == {"good"}
         assert ended("f" * 64, 8).state == state.FINISHED, "a command may say 8 too"
+        well = held.state.job(held.state.submit(specs.check({"command": ["true"]})))
+        held.state.change(well, code=0)
+        ended("", 1)
+        good.has_ended(well, 1.0)  # which is the evidence against the other
         while not bad.is_aside:
             assert ended("", 1).state == state.FINISHED and bad.failed_in_a_row <= 5
         assert bad.shown()["state"] == "failing" and "have failed at once" in bad.shown()["reason"]
