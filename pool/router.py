@@ -56,6 +56,9 @@ class Router:
         self._unsure: list[Call] = []
         """Accepted by a router before us and given to a host, of which is not known what that says."""
 
+        self._given: list[tuple[Call, Instance, bytes]] = []
+        """What hosts are told of spawned calls once it is on disk that they have them."""
+
         self.loop.before_sending = self._commit
         self.callers = Callers(self)
         self.instances = Instances(self)
@@ -86,6 +89,11 @@ class Router:
         """What was accepted in this turn is on disk before its caller hears so, and before it is begun."""
         for _ in range(2):  # what is accepted may be given to a host at once, which is to be noted too
             accepted, problem = self.spawned.commit()
+            if not problem:
+                given, self._given = self._given, []
+                for call, one, frame in given:
+                    if call.instance is one and one.link:  # else it was taken back meanwhile
+                        one.link.say(frame)
             for call, wire in accepted:
                 if problem:
                     call.flags &= ~calls.SPAWN
@@ -270,9 +278,11 @@ class Router:
         one.calls[call.id] = call
         ms = max(int((call.deadline - now) * 1000), 1) if call.deadline else 0
         assert one.link
-        if call.flags & calls.SPAWN:
-            self.spawned.given(call.id, one.link.worker)
-        one.link.say(calls.frame(calls.CALL, call.id, call.body, flags=call.flags & ~calls.SPAWN, a=one.number, b=ms))
+        frame = calls.frame(calls.CALL, call.id, call.body, flags=call.flags & ~calls.SPAWN, a=one.number, b=ms)
+        if not call.flags & calls.SPAWN:
+            return one.link.say(frame)
+        self.spawned.given(call.id, one.link.worker)
+        self._given.append((call, one, frame))
 
     def _tick(self) -> None:
         now = time.monotonic()
