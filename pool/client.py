@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import contextmanager
 
 from cafs import atomic, linux, stopping
-from cafs.errors import BusyError, CafsError, NotFound, RemoteError, of_code
+from cafs.errors import BusyError, CafsError, NotFound, RemoteError, describe, of_code
 from pool import sockets, state
 
 TYPE_CHECKING = False
@@ -373,6 +373,9 @@ def _be_controller(directory: str) -> None:
         os._exit(0)
     except CafsError as error:
         atomic.write_all(2, f"cpool: {error}\n".encode())
+        os._exit(1)
+    except OSError as error:
+        atomic.write_all(2, f"cpool: {describe(error)}\n".encode())
         os._exit(1)
     finally:
         os._exit(0)

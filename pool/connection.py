@@ -35,7 +35,7 @@ def connect(directory: str, wait_s: float) -> socket.socket:
                 raise RemoteError("no controller runs for this pool", hint="cpool serve &") from None
             if time.monotonic() > deadline:
                 raise RemoteError("the router does not answer", hint="is a function deployed? cpool fn ls") from None
-        time.sleep(0.02)
+        stopping.wait(seconds=0.02)
 
 
 class Connection:
@@ -67,7 +67,7 @@ class Connection:
             if self._is_deaf:
                 raise RemoteError("the router has ended the connection", hint="may this user use the pool?")
             self._is_deaf = True  # once it may have been one that was about to end
-            time.sleep(_DEAF_S)
+            stopping.wait(seconds=_DEAF_S)
         before, deadline = self._opened, time.monotonic() + _AGAIN_S
         self._is_renewing, self._has_heard = True, False
         self._renewed += 1
@@ -83,7 +83,7 @@ class Connection:
                 except OSError as error:  # that was still the one before
                     if time.monotonic() > deadline:
                         raise RemoteError("the router has ended") from error
-                    time.sleep(0.02)
+                    stopping.wait(seconds=0.02)
         finally:
             self._is_renewing = False
 

@@ -77,10 +77,14 @@ class Instance:
         outcome: str,
     ) -> None:
         self.number, self.wire, self.job, self.directory = number, wire, job, directory
-        self.pid, self.process = pid, os.pidfd_open(pid)  # a number may be another's later
         self._kills, self._kills_before = kills, 0
         # Now: it may be removed before we read it.
         self._outcome = os.open(outcome, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.pid, self.process = pid, os.pidfd_open(pid)  # a number may be another's later
+        except OSError:
+            os.close(self._outcome)
+            raise
         self.concurrency = int(about["concurrency"])
         self.timeout_s = float(about["timeout_s"])
         self.idle_s = float(about["idle_s"])

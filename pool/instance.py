@@ -29,10 +29,9 @@ PYTHON, LINES = "python", "jsonl"
 def prepare(directory: str, asked: dict[str, Any]) -> None:
     """Of a job that is an instance: what its container sees, and a function host to speak with.  Raises OSError."""
     place = os.path.join(directory, PLACE)
-    for name in ("", "in", "host", "out"):
-        os.mkdir(os.path.join(place, name), 0o755)
-    os.chmod(place, 0o755)
-    os.chmod(os.path.join(place, "out"), 0o777)
+    for name, mode in (("", 0o755), ("in", 0o755), ("host", 0o755), ("out", 0o777)):
+        os.mkdir(os.path.join(place, name))
+        os.chmod(os.path.join(place, name), mode)  # whatever our umask: runc opens them as a user of the container's
     token = os.urandom(16).hex()
     with open(os.path.join(place, "token"), "w", encoding="ascii") as file:
         file.write(f"{asked['id']}.{asked['attempt']} {token}\n")

@@ -279,6 +279,20 @@ def test_an_instance_sees_the_gpus_that_it_was_given_and_no_others() -> None:
     assert "CUDA_VISIBLE_DEVICES=" in instance.words("/x/p.w/jobs/1.1", asked, ["crun"])
 
 
+def test_what_a_container_is_to_enter_is_open_whatever_the_umask_of_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instance.hostprocess, "ensure", lambda _: None)
+    before = os.umask(0o077)
+    try:
+        instance.prepare(str(tmp_path), {"id": 1, "attempt": 1, "fn": {}})
+    finally:
+        os.umask(before)
+    (place,) = (one for one in tmp_path.iterdir() if one.is_dir())
+    modes = {one.name: one.stat().st_mode & 0o777 for one in (place, *place.iterdir()) if one.is_dir()}
+    assert modes == {place.name: 0o755, "in": 0o755, "host": 0o755, "out": 0o777}
+
+
 def test_what_instances_cost_is_their_part_of_their_machine(tmp_path: Path) -> None:
     create(str(tmp_path))
     state = State(str(tmp_path))

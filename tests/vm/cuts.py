@@ -69,18 +69,16 @@ import json, subprocess, sys
 lost = []
 def run(*words):
     return subprocess.run(words, capture_output=True, text=True)
+def said(*words):
+    return set(run(*words).stdout.split())
+images = {(one["ref"], one["digest"]) for one in map(json.loads, run("cafs-store", "ls", "--json").stdout.splitlines())}
+there = {
+    "pushed": said("cafs-store", "ls", "-q", "--store", "/data/other"),
+    "container": said("crun", "ps", "-a", "-q", "--no-trunc"),
+    "job": said("cpool", "jobs", "-a", "-q", "--limit", "100000"),
+}
 for kind, *words in filter(None, map(str.split, sys.stdin)):
-    if kind == "image":
-        done = run("cafs-store", "ls", "--json")
-        found = [json.loads(line) for line in done.stdout.splitlines()]
-        is_there = any(words[0] in (one.get("ref"), f"{one.get('name')}:{one.get('tag')}") and one.get("digest") == words[1] for one in found)
-    elif kind == "pushed":
-        is_there = words[0] in run("cafs-store", "ls", "-q", "--store", "/data/other").stdout.split()
-    elif kind == "container":
-        is_there = run("crun", "inspect", words[0]).returncode == 0
-    elif kind == "job":
-        is_there = run("cpool", "job", words[0]).returncode == 0
-    if not is_there:
+    if not (tuple(words) in images if kind == "image" else words[0] in there[kind]):
         lost.append(" ".join([kind, *words]))
 for store in ("/data/store", "/data/other"):
     run("cafs-store", "gc", "--store", store)  # takes away the leases of those who were cut off
