@@ -89,8 +89,8 @@ print(json.dumps(lost))
 """
 
 _PLANT = r"""
-printf '#include <unistd.h>\nint fsync(int f){return 0;}int fdatasync(int f){return 0;}int syncfs(int f){return 0;}void sync(void){}\n' >/run/n.c
-gcc -shared -fPIC -o /run/n.so /run/n.c
+printf '#include <unistd.h>\nint fsync(int f){return 0;}int fdatasync(int f){return 0;}int syncfs(int f){return 0;}void sync(void){}\n' >/opt/n.c
+gcc -shared -fPIC -o /opt/n.so /opt/n.c
 """
 
 
@@ -124,7 +124,7 @@ class Cuts:
         """One cut: how many acknowledgements came in it, and what of all of them is lost afterwards.  Raise VmError."""
         machine = Machine(self._place, self._disk, self._system)
         machine.resume(self._saved)
-        preload = "export LD_PRELOAD=/run/n.so;" * self._is_planted
+        preload = "export LD_PRELOAD=/opt/n.so;" * self._is_planted
         chosen = self._rng.sample(_LOOPS, 3)  # all at once are too slow in an emulator to be acknowledged much
         loops = " ".join(f"{name} {number} &" for name in chosen)
         script = f"{_MOUNT} || exit 9; {preload} {WORK} cpool serve >/dev/null 2>&1 & {loops} wait"
