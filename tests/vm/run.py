@@ -76,7 +76,6 @@ _REST = (
     "test_pool.py::test_map_is_a_filter",
     "test_pool.py::test_a_job_runs_in_an_image",
     "test_functions.py::test_a_program_of_lines_answers_calls_and_maps_them_in_order",
-    "test_functions.py::test_a_handler_that_leaks_is_ended_at_its_memory_and_only_its_call_fails[zygote]",
 )
 TESTS = {
     "bookworm": _FUSE + _ROOTLESS,  # Linux 6.1: the kernel engine needs 6.5
