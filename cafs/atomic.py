@@ -15,7 +15,7 @@ from cafs.errors import os_error, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from typing_extensions import Buffer
@@ -52,9 +52,21 @@ def write_all_parts(fd: int, parts: list[bytes]) -> None:
 
 def fsync_directory(path: str) -> None:
     """Make the names in a directory durable."""
+    _with_directory(path, os.fsync)
+
+
+def sync_file_system(path: str) -> None:
+    """Make durable all that was written to the file system of a directory (syncfs(2))."""
+    from cafs import linux
+
+    _with_directory(path, linux.syncfs)
+
+
+def _with_directory(path: str, call: Callable[[int], object]) -> None:
+    """Call CALL with a descriptor of the directory."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        call(fd)
     finally:
         os.close(fd)
 

@@ -186,14 +186,8 @@ def _is_zero(fd: int, start: int, end: int) -> bool:
 
 def sync(root: str) -> None:
     """Write the cache's file system to disk and note the time: what is older is safe from a crash of the machine."""
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        now = time.time_ns()
-        from cafs import linux
-
-        linux.syncfs(fd)
-    finally:
-        os.close(fd)
+    now = time.time_ns()
+    atomic.sync_file_system(root)
     atomic.replace_file(os.path.join(root, SYNCED), json.dumps({"boot_id": boot_id(), "time_ns": now}).encode(), 0o600)
 
 

@@ -270,7 +270,7 @@ def job(number: int, as_json: bool) -> int:
 @main.command()
 @click.argument("number", metavar="JOB", type=int)
 @click.option("-f", "--follow", is_flag=True, help="Go on until it has ended.")
-@click.option("--attempt", type=click.IntRange(1), metavar="N", help="What an earlier try has written.")
+@click.option("--attempt", type=click.IntRange(1), metavar="N", help="Print the output of attempt N, not of the last.")
 @quiet_option(used=False)
 def logs(number: int, follow: bool, attempt: int | None) -> int:
     """Print what a job has written."""

@@ -288,7 +288,7 @@ class Handler(BaseHTTPRequestHandler):
             if not super().parse_request():
                 return False
             if self.headers.defects:  # what follows a line that is no header was dropped, Content-Length too
-                self.send_error(400, "a line of the head is no header")
+                self.send_error(400, "malformed header line")
             return not self.headers.defects
         finally:
             self.server.until.pop(self, None)

@@ -132,7 +132,7 @@ class Map:
         """Where arguments come from, if they have to be waited for."""
 
     def run(self, arguments: Iterable[list[str]]) -> int:
-        """Raises CafsError."""
+        """Run a job for each group of arguments and print what it has written; return the exit code.  Raises CafsError."""
         options = self._options
         if options.joblog:
             if (options.resume or options.resume_failed) and os.path.exists(options.joblog):

@@ -60,7 +60,9 @@ class Spawned:
         self._new: list[tuple[Call, int, Wire]] = []
         self._given: dict[bytes, str] = {}
         self._done: dict[bytes, tuple[str, str, int, bytes]] = {}
-        self._many, self._bytes = self._count(self._db)
+        self._many, self._bytes = self._db.execute(
+            "SELECT count(*), coalesce(sum(length(answer)), 0) FROM calls WHERE answer IS NOT NULL"
+        ).fetchone()
 
     def _opened(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -70,13 +72,6 @@ class Spawned:
         if found != "ok":
             raise sqlite3.DatabaseError(str(found))
         return db
-
-    @staticmethod
-    def _count(db: sqlite3.Connection) -> tuple[int, int]:
-        """(answers, bytes of them)"""
-        text = "SELECT count(*), coalesce(sum(length(answer)), 0) FROM calls WHERE answer IS NOT NULL"
-        many, size = db.execute(text).fetchone()
-        return int(many), int(size)
 
     def without_answer(self) -> list[Noted]:
         """What a router before us has accepted, in that order."""

@@ -104,10 +104,11 @@ class Container:
             atomic.overwrite(self.path("state.json"), data)  # which needs no room: it may be what this container has used up
         return found
 
-    def save(self) -> None:
-        """Write container.json."""
+    def save(self, *, is_durable: bool = True) -> None:
+        """Write container.json.  is_durable: so that it outlives a crash of the machine."""
         data = json.dumps(self.asked, sort_keys=True).encode("utf-8", "surrogateescape")
-        atomic.replace_file(self.path("container.json"), data, 0o600)
+        write = atomic.replace_file if is_durable else atomic.replace_hint
+        write(self.path("container.json"), data, 0o600)
 
     def pidfd(self) -> int | None:
         """A descriptor of its process 1, None if it does not run (any more)."""

@@ -3,7 +3,6 @@ environment, paths, names.  What depends on the image's files is settled wheneve
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -68,9 +67,7 @@ def create(
         try:
             if when_held:
                 when_held(container)
-            _write(container, options)
-            if not (options.has("rm") or is_volatile):
-                _make_durable(container)
+            _write(container, options, is_durable=not (options.has("rm") or is_volatile))
         except BaseException:
             discard(container)
             raise
@@ -80,7 +77,8 @@ def create(
     return container
 
 
-def _write(container: Container, options: Options) -> None:
+def _write(container: Container, options: Options, *, is_durable: bool) -> None:
+    """Its files, name and volumes.  is_durable: what is acknowledged outlives a crash of the machine."""
     os.mkdir(container.directory, 0o700)
     for name, mode in (("rootfs", 0o700), ("upper", 0o755), ("work", 0o700)):
         os.mkdir(container.path(name), mode)
@@ -91,23 +89,14 @@ def _write(container: Container, options: Options) -> None:
         if one["type"] == "volume":
             one["anonymous"] = not one["name"]
             one["name"] = one["name"] or os.urandom(32).hex()
-    data = json.dumps(container.asked, sort_keys=True).encode("utf-8", "surrogateescape")
-    atomic.replace_hint(container.path("container.json"), data, 0o600)
+    container.save(is_durable=is_durable)
     # Only now: who cleans up after us knows by container.json which are to go.
     for one in container.asked["mounts"]:
         if one["type"] == "volume":
             volumes.create(one["name"], one.get("labels"), is_anonymous=one["anonymous"])
-
-
-def _make_durable(container: Container) -> None:
-    """Make what is acknowledged outlive a crash of the machine; the first fsync(2) costs, the others find all done."""
-    fd = os.open(container.path("container.json"), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    for directory in (container.directory, containers.root(), os.path.join(paths.state(), "names")):
-        atomic.fsync_directory(directory)
+    if is_durable:
+        atomic.fsync_directory(containers.root())
+        atomic.fsync_directory(os.path.join(paths.state(), "names"))
 
 
 def _write_cidfile(path: str | None, identity: str) -> None:

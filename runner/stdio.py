@@ -116,6 +116,7 @@ class Streams(Given):
         os.eventfd_write(self._ended, 1)
         for thread in self._outputs:
             thread.join()
+        os.close(self._ended)
         for error in self._failures:
             raise error
 

@@ -66,20 +66,11 @@ def ready(name: str, rootfs: int, image_path: str) -> str:
             remove_tree(new)
             os.mkdir(new, 0o755)
             _seed(new, rootfs, image_path)
-            _sync(new)
+            atomic.sync_file_system(new)  # a crash of the machine must not leave one that is called seeded and is not
             os.rename(new, data)  # over an empty directory
             with open(marker, "wb"):
                 pass
     return data
-
-
-def _sync(directory: str) -> None:
-    """A crash of the machine must not leave a volume that is called seeded and is not."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        linux.syncfs(fd)
-    finally:
-        os.close(fd)
 
 
 def _seed(data: str, rootfs: int, path: str) -> None:
