@@ -106,14 +106,20 @@ def note_device(state: str, device: str) -> None:
 
 def note_gone(state: str, device: str, point: str) -> None:
     """Note that a mount on POINT which stands on a LAZY, MAJOR:MINOR, was unmounted."""
-    if os.path.isdir(state):
-        atomic.replace_hint(os.path.join(state, _GONE + device), os.fsencode(point))
+    _note(state, _GONE + device, os.fsencode(point))
 
 
 def note_detached(state: str) -> None:
     """Note that a mount which stands on a LAZY was unmounted by somebody else, as by umount -l: files of it may be open."""
-    if os.path.isdir(state):
-        atomic.replace_hint(os.path.join(state, _DETACHED), b"")
+    _note(state, _DETACHED, b"")
+
+
+def _note(state: str, name: str, data: bytes) -> None:
+    """Write a file of a state, if the state is still there: its servers may remove it at any moment."""
+    try:
+        atomic.replace_hint(os.path.join(state, name), data)
+    except FileNotFoundError:
+        pass
 
 
 def may_be_open(state: str) -> bool:

@@ -100,8 +100,13 @@ class Job:
         return {name: getattr(self, name) for name in self.__slots__ if name != "digest"}
 
 
+def _room(directory: str) -> str | None:
+    """A hint for an error of SQLite's, which calls a full disk an I/O error."""
+    return "there is no room on its file system" if not os.statvfs(directory).f_bavail else None
+
+
 class State:
-    """directory: of the pool.  Raises NotFound if there is none, FormatError."""
+    """directory: of the pool.  Raises NotFound if there is none, FormatError, CafsError of the disk."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -117,6 +122,8 @@ class State:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA synchronous=FULL")
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.OperationalError as error:  # of the disk, as one without room for the file that readers share
+            raise CafsError(f"cannot read {quote(path)}: {error}", hint=_room(directory)) from None
         except sqlite3.DatabaseError as error:
             raise FormatError(f"cannot read {quote(path)}: {error}") from None
         if not 1 <= found <= VERSION:

@@ -211,6 +211,13 @@ def test_the_image_of_a_job_that_waits_is_not_collected(pool: Path, home: Path) 
         serving_one.wait()
 
 
+def fill(path: Path) -> None:
+    """Append to a file until there is no room."""
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+
+
 @pytest.mark.needs("root")
 def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "small"
@@ -223,9 +230,7 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
         try:
             wait_until(lambda: cp("nodes").returncode == 0)
             first = ok("submit", *PLAIN, "--hold", "--", "true").strip()
-            with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as filler:
-                while True:
-                    filler.write(bytes(4096))
+            fill(place / "filler")
             done = [int(first)]
             for _ in range(100):  # the log of the database may have some room left
                 refused = cp("submit", *PLAIN, "--hold", "--", "true", *["x" * 1000] * 100)
@@ -235,6 +240,9 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
             assert refused.returncode in (1, 7) and "Traceback" not in refused.stderr, refused.stderr
             said = one.communicate(timeout=30 * SLOW)[1]
             assert one.returncode == 1 and "cpool: cannot write the state of the pool: database or disk is full" in said, said
+            fill(place / "filler")
+            unread = cp("jobs", "-a")  # there is no room for the file that SQLite's readers share
+            assert unread.returncode == 1 and "hint: there is no room" in unread.stderr, unread
         finally:
             one.kill()
             one.communicate()
