@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
-    from builder.build import Build
     from builder.config import State
     from builder.copying import How, Match
     from builder.draft import Draft
     from builder.lexer import Heredoc
     from builder.request import Step
+    from builder.work import Work
     from cafs.format import Entry
     from cafs.lookup import Node
     from cafs.store import Store
@@ -112,7 +112,7 @@ def _put_archive(draft: Draft, tree: VirtualTree, place: bytes, how: How) -> Non
         draft.put(how.apply(replace(content, path=path)), (unpacking, first), replaces=True)
 
 
-def gather(build: Build, state: State, step: Step, words: list[str], documents: list[Heredoc], origin: str | None) -> Gathered:
+def gather(work: Work, state: State, step: Step, words: list[str], documents: list[Heredoc], origin: str | None) -> Gathered:
     """Find them all.  Raises CafsError, ValueError."""
     found, is_add = Gathered(), step.one.keyword == "add"
     checksum = flagging.one(step.flags, "checksum")
@@ -121,44 +121,44 @@ def gather(build: Build, state: State, step: Step, words: list[str], documents: 
             if not is_add:
                 raise ValueError(f"{quote(word)}: only ADD takes what is not in a tree")
             if fetch.GIT.fullmatch(word):
-                found.sources.append(_git(build, word, keeps=flagging.is_on(step.flags, "keep-git-dir"), checksum=checksum))
+                found.sources.append(_git(work, word, keeps=flagging.is_on(step.flags, "keep-git-dir"), checksum=checksum))
             else:
-                found.sources += _url(build, step, word, checksum)
+                found.sources += _url(work, step, word, checksum)
             continue
         if checksum is not None:
             raise ValueError("--checksum is for URLs and git repositories")
-        found.sources += _local(build, step, word, origin, is_add=is_add)
+        found.sources += _local(work, step, word, origin, is_add=is_add)
     if documents:
-        found.sources.append(_documents(build, state, documents))
+        found.sources.append(_documents(work, state, documents))
     return found
 
 
-def _local(build: Build, step: Step, word: str, origin: str | None, *, is_add: bool) -> list[Source]:
+def _local(work: Work, step: Step, word: str, origin: str | None, *, is_add: bool) -> list[Source]:
     parents = flagging.is_on(step.flags, "parents")
-    top = build.places.find(origin, step.stage.number, (copying.prefix_of(word),))
+    top = work.places.find(origin, step.stage.number, (copying.prefix_of(word),))
     if top is None:
         raise NotFound(f"no {quote(word)} to copy: {quote(origin or '')} has no files")
     try:
         matches = copying.find(top, word, parents=parents)
         lost = [match.name for match in matches if copying.follow(top, match.node) is None]
-        if lost and build.places.is_context(origin, step.stage.number):  # links out of what was read of it so far
-            top = build.places.find(origin, step.stage.number, (copying.prefix_of(word), *lost)) or top
+        if lost and work.places.is_context(origin, step.stage.number):  # links out of what was read of it so far
+            top = work.places.find(origin, step.stage.number, (copying.prefix_of(word), *lost)) or top
             matches = copying.find(top, word, parents=parents)
     except PatternError as error:
         raise ValueError(str(error)) from None
     except NotFound as error:
-        error.hint = build.places.why_not(origin, step.stage.number, word, top)
+        error.hint = work.places.why_not(origin, step.stage.number, word, top)
         raise
     nodes = [node for match in matches if (node := copying.follow(top, match.node))]
-    build.places.note_read(origin, copying.searched(top, word))
+    work.places.note_read(origin, copying.searched(top, word))
     for node in nodes:
-        build.places.note_read(origin, (one.path for one in (node, *(node.below() if node.is_directory else ()))))
+        work.places.note_read(origin, (one.path for one in (node, *(node.below() if node.is_directory else ()))))
     if not is_add or flagging.one(step.flags, "unpack") == "false":
         return [Source(top, matches)] if matches else []
-    return [_unpacked(build, Source(top, [match])) for match in matches]
+    return [_unpacked(work, Source(top, [match])) for match in matches]
 
 
-def _unpacked(build: Build, source: Source, *, must: bool = False) -> Source:
+def _unpacked(work: Work, source: Source, *, must: bool = False) -> Source:
     """With what is in the archive that a source is, if it is one: by its content, whatever its name.  Raises CafsError."""
     from cafs.tar import Reader
     from cafs.tarindex import MemberReader, tar_tree
@@ -166,15 +166,15 @@ def _unpacked(build: Build, source: Source, *, must: bool = False) -> Source:
     node = copying.follow(source.top, source.matches[0].node)
     if node is None or node.entry.type not in (fmt.FILE, fmt.CHUNKED) or not node.entry.size:
         return source
-    build.writer.flush()
+    work.writer.flush()
     try:
-        next(iter(Reader(decompressed(_open(build.store, node)))))
+        next(iter(Reader(decompressed(_open(work.store, node)))))
     except (CafsError, StopIteration, OSError):
         if must:
             raise FormatError(f"{quote(node.path)} is not an archive") from None
         return source
-    reader = MemberReader(build.header, build.writer, os.cpu_count() or 1)
-    return replace(source, archive=lambda: tar_tree(reader, _open(build.store, node)))
+    reader = MemberReader(work.header, work.writer, os.cpu_count() or 1)
+    return replace(source, archive=lambda: tar_tree(reader, _open(work.store, node)))
 
 
 class _Content(io.RawIOBase):
@@ -215,11 +215,11 @@ def _parts(store: Store, node: Node) -> Iterator[bytes]:
         yield store.read_object(digest, PLAIN) if digest else bytes(listed.length_at(number))
 
 
-def _tree_of(build: Build, directory: str) -> Node:
-    return Context(directory, Ignore([]), build.writer).tree((b"",))
+def _tree_of(work: Work, directory: str) -> Node:
+    return Context(directory, Ignore([]), work.writer).tree((b"",))
 
 
-def _documents(build: Build, state: State, documents: list[Heredoc]) -> Source:
+def _documents(work: Work, state: State, documents: list[Heredoc]) -> Source:
     with tempfile.TemporaryDirectory(prefix="cafs-heredoc-") as directory:
         for one in documents:
             if "/" in one.name or one.name in (".", ".."):
@@ -229,12 +229,12 @@ def _documents(build: Build, state: State, documents: list[Heredoc]) -> Source:
             with open(path, "wb") as file:
                 file.write(os_bytes(text))
             os.chmod(path, 0o644)
-            os.utime(path, ns=(build.now_ns(), build.now_ns()))
-        top = _tree_of(build, directory)
+            os.utime(path, ns=(work.now_ns(), work.now_ns()))
+        top = _tree_of(work, directory)
         return Source(top, [found for one in documents for found in copying.find(top, one.name.replace("\\", "\\\\"))])
 
 
-def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Source]:
+def _url(work: Work, step: Step, url: str, checksum: str | None) -> list[Source]:
     """A file of mode 600 with the server's time."""
     from email.utils import parsedate_to_datetime
 
@@ -250,17 +250,17 @@ def _url(build: Build, step: Step, url: str, checksum: str | None) -> list[Sourc
         except ValueError:
             time_s = 0  # as docker has it
         os.utime(path, (time_s, time_s))
-        top = _tree_of(build, directory)
+        top = _tree_of(work, directory)
         source = Source(top, copying.find(top, re.sub(r"([*?\[\\])", r"\\\1", name)))
         if flagging.is_on(step.flags, "unpack"):
-            return [_unpacked(build, source, must=True)]
+            return [_unpacked(work, source, must=True)]
         return [source]
 
 
-def _git(build: Build, url: str, *, keeps: bool, checksum: str | None) -> Source:
+def _git(work: Work, url: str, *, keeps: bool, checksum: str | None) -> Source:
     with tempfile.TemporaryDirectory(prefix="cafs-git-") as directory:
         commit, inner = fetch.clone(url, directory, keeps=keeps)
         if checksum is not None and not (len(checksum) >= 7 and commit.startswith(checksum)):
             raise CafsError(f"{quote(url)} is at commit {commit}, not {checksum}")
-        tree = _tree_of(build, directory)
+        tree = _tree_of(work, directory)
         return Source(tree, copying.find(tree, inner or "."))

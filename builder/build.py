@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import replace
 
 from builder import cache, config, making, parallel, running
@@ -13,16 +12,14 @@ from builder.draft import Draft
 from builder.errors import DockerfileError
 from builder.lexer import FILE_MAX, Dockerfile, Instruction, parse
 from builder.patterns import os_bytes
-from builder.places import Places
 from builder.request import Request, Step
-from builder.stages import Plan, Stage, before, check_keyword, needed, platform, sources, split
+from builder.stages import Stage, before, check_keyword, needed, platform, sources
+from builder.work import Work
 from cafs import commit, image, oci
 from cafs.errors import CafsError, UsageError, quote
-from cafs.format import Header
 from cafs.image import Image
 from cafs.indexing import FOLD_AT
 from cafs.layers import merge
-from cafs.steps import Record
 from cafs.store import Store
 from cafs.writer import Writer
 from runner.spec import DEFAULT_PATH
@@ -31,7 +28,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from builder.context import Context
     from builder.progress import Progress
-    from cafs.lookup import Node
 
 _MANY = 1000
 _HEEDED = {"SOURCE_DATE_EPOCH", "BUILDKIT_CACHE_MOUNT_NS"}
@@ -39,83 +35,67 @@ _HEEDED = {"SOURCE_DATE_EPOCH", "BUILDKIT_CACHE_MOUNT_NS"}
 
 
 class Build:
-    """One run.  Holds the store for writing; `run` returns the image, without a ref."""
+    """One run.  `run` returns the image, without a ref."""
 
     def __init__(
         self, writer: Writer, dockerfile: Dockerfile, context: Context | None, request: Request, progress: Progress
     ) -> None:
-        self.writer = writer
-        self.store = writer.store
-        self.dockerfile = dockerfile
-        self.context = context
-        self.request = request
-        self.progress = progress
-        self.header = Header(self.store.hash_name, self.store.chunk_size)
-        request.contexts = {name.lower(): where for name, where in request.contexts.items()}
-        self.plan: Plan = split(dockerfile, request.args, request.target, request.contexts)
-        for name in sorted(request.no_cache - {""}):
-            if self.plan.find(name, len(self.plan.stages)) is None:
-                raise UsageError(f"--no-cache-filter: no stage {quote(name)} in {dockerfile.name}", hint=self._stages())
-        self.states: dict[int, State] = {}
-        self.places = Places(self)
+        self.work = Work(writer, dockerfile, context, request, progress)
         self._first: dict[int, int] = {}
-        self.has_run = False
-        self.records: dict[str, Record] = {}
 
     def run(self) -> Image:
         """Raises DockerfileError, StepError, CafsError."""
         target = self._target()
-        waiting = needed(self.plan, target)
+        waiting = needed(self.work.plan, target)
         for stage in waiting:
             self._first[stage.number] = sum(len(one.instructions) for one in waiting if one.number < stage.number)
         while waiting:
-            ready = [stage for stage in waiting if not before(self.plan, stage) - set(self.states)]
+            ready = [stage for stage in waiting if not before(self.work.plan, stage) - set(self.work.states)]
             if len(ready) > 1:
-                self.writer.flush()
-                for number, (state, read, records) in parallel.run(ready, self._elsewhere, self.progress).items():
-                    self.states[number] = state
-                    self.places.add_read(read)
-                    self.records |= records
-                self.store.refresh()
+                self.work.writer.flush()
+                for number, (state, read, records) in parallel.run(ready, self._elsewhere, self.work.progress).items():
+                    self.work.states[number] = state
+                    self.work.places.add_read(read)
+                    self.work.records |= records
+                self.work.store.refresh()
             else:
-                self.states[ready[0].number] = self._stage(ready[0])
-            waiting = [stage for stage in waiting if stage.number not in self.states]
-        unused = set(self.request.args) - self.plan.declared - set(self.plan.globals) - config.PROXIES
+                self.work.states[ready[0].number] = self._stage(ready[0])
+            waiting = [stage for stage in waiting if stage.number not in self.work.states]
+        unused = set(self.work.request.args) - self.work.plan.declared - set(self.work.plan.globals) - config.PROXIES
         for name in sorted(unused - _HEEDED):
             what = "does nothing here" if name.startswith("BUILDKIT_") else "is declared by no ARG"
-            self.progress.warn(f"--build-arg {name} {what}")
-        return self._image(self.states[target.number])
+            self.work.progress.warn(f"--build-arg {name} {what}")
+        return self._image(self.work.states[target.number])
 
     def _elsewhere(self, stage: Stage, progress: Progress) -> parallel.Outcome:
         """In a process of its own: build a stage, with a hold on the store of its own."""
-        with Writer(Store(self.store.root)) as writer:
-            context = self.context.for_writer(writer) if self.context else None
-            others = [Store(other.root) for other in self.request.cache_from]  # connections are not for two processes
-            request = replace(self.request, cache_from=others)
-            build = Build(writer, self.dockerfile, context, request, progress)
-            build.states, build._first = self.states, self._first
-            build.places.pulled_now = self.places.pulled_now
-            state = build._stage(build.plan.stages[stage.number])
-            build.places.save()
-            return state, build.places.read_files(), build.records
+        with Writer(Store(self.work.store.root)) as writer:
+            context = self.work.context.for_writer(writer) if self.work.context else None
+            others = [Store(other.root) for other in self.work.request.cache_from]  # connections are not for two processes
+            request = replace(self.work.request, cache_from=others)
+            build = Build(writer, self.work.dockerfile, context, request, progress)
+            work = build.work
+            work.states.update(self.work.states)
+            build._first = self._first
+            work.places.pulled_now = self.work.places.pulled_now
+            state = build._stage(work.plan.stages[stage.number])
+            work.places.save()
+            return state, work.places.read_files(), work.records
 
     def _target(self) -> Stage:
-        name = self.request.target
-        found = self.plan.find(name, len(self.plan.stages)) if name else self.plan.stages[-1]
+        name = self.work.request.target
+        found = self.work.plan.find(name, len(self.work.plan.stages)) if name else self.work.plan.stages[-1]
         if found is None:
-            raise UsageError(f"no stage {quote(name)} in {self.dockerfile.name}", hint=self._stages())
+            raise UsageError(f"no stage {quote(name)} in {self.work.dockerfile.name}", hint=self.work.stage_names())
         return found
-
-    def _stages(self) -> str:
-        return f"there are {', '.join(stage.label for stage in self.plan.stages)}"
 
     def _error(self, line: int, error: Exception, keyword: str, text: str = "") -> Exception:
         if isinstance(error, DockerfileError | running.StepError):
             return error
         if isinstance(error, CafsError):
-            error.args = (f"{self.dockerfile.name}:{line}: {keyword.upper()}: {error}",)
+            error.args = (f"{self.work.dockerfile.name}:{line}: {keyword.upper()}: {error}",)
             return error
-        return DockerfileError(self.dockerfile.name, line, f"{keyword.upper()}: {error}", text=text)
+        return DockerfileError(self.work.dockerfile.name, line, f"{keyword.upper()}: {error}", text=text)
 
     # The base.
 
@@ -124,9 +104,9 @@ class Build:
             state = self._base(stage)
         except (CafsError, ValueError) as error:
             raise self._error(stage.line, error, "from") from error
-        state.escape = self.dockerfile.escape
-        if self.latest_ns() >= 0 and stage.base_stage is None:
-            state.key = cache.key_of(state.key, latest_ns=self.latest_ns())
+        state.escape = self.work.dockerfile.escape
+        if self.work.latest_ns() >= 0 and stage.base_stage is None:
+            state.key = cache.key_of(state.key, latest_ns=self.work.latest_ns())
         if "PATH" not in state.env:
             state.config["Env"] = [f"PATH={DEFAULT_PATH}", *(state.config.get("Env") or [])]
         try:
@@ -149,10 +129,10 @@ class Build:
 
     def _base(self, stage: Stage) -> State:
         if stage.base_stage is not None:
-            return self.states[stage.base_stage.number].fork()
+            return self.work.states[stage.base_stage.number].fork()
         if stage.base == "scratch":
             return State()
-        found = self.places.base_image(stage.base)
+        found = self.work.places.base_image(stage.base)
         here = oci.host_platform()
         wanted = oci.read_platform(found.config, here)
         if wanted.architecture != here.architecture and (wanted.architecture, here.architecture) != ("386", "amd64"):
@@ -174,10 +154,10 @@ class Build:
             if one.keyword in ("from", "onbuild", "maintainer"):
                 raise ValueError(f"the base has a trigger {one.keyword.upper()}, which is not allowed")
         for name in sources(found):  # what a trigger needs nobody could know before
-            other = self.plan.find(name, stage.number)
-            if other is not None and other.number not in self.states:
+            other = self.work.plan.find(name, stage.number)
+            if other is not None and other.number not in self.work.states:
                 self._first.setdefault(other.number, max(self._first.values(), default=0) + _MANY)
-                self.states[other.number] = self._stage(other)
+                self.work.states[other.number] = self._stage(other)
         return [replace(one, lines=(stage.line, stage.line)) for one in found]
 
     # Steps.
@@ -185,46 +165,30 @@ class Build:
     def _step(self, state: State, step: Step) -> None:
         keyword = step.one.keyword
         if keyword == "arg":
-            config.declare(state, step.one, self.request.args, self.plan.globals)
+            config.declare(state, step.one, self.work.request.args, self.work.plan.globals)
         elif keyword in config.CHANGES:
             what = config.CHANGES[keyword](state, step.one, step.flags)
             state.note(f"{keyword.upper()} {what}", is_empty=True)
         elif keyword == "workdir":
-            making.workdir(self, state, step)
+            making.workdir(self.work, state, step)
         elif keyword == "run":
-            making.run(self, state, step)
+            making.run(self.work, state, step)
         else:
-            making.copy(self, state, step)
-
-    def tree(self, state: State) -> Node | None:
-        """The root of what a stage has come to, None if that is nothing."""
-        return self.places.tree(state.layers) if state.layers else None
-
-    def latest_ns(self) -> int:
-        """The time that nothing in a layer is later than, -1 if there is none."""
-        return self.request.epoch * 10**9 if self.request.is_reproducible and self.request.epoch >= 0 else -1
-
-    def now_ns(self) -> int:
-        """For what is made now."""
-        return self.request.epoch * 10**9 if self.request.epoch >= 0 else time.time_ns()
-
-    def now_text(self) -> str:
-        """The same, as an image's configuration has it (RFC 3339)."""
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now_ns() // 10**9))
+            making.copy(self.work, state, step)
 
     def _image(self, state: State) -> Image:
         if not state.layers:
             draft = Draft(None, 0)
-            data = draft.encode(self.header, is_whole=True)
-            self.writer.flush()
-            layer, metadata = commit.add_to(self.store, data)
+            data = draft.encode(self.work.header, is_whole=True)
+            self.work.writer.flush()
+            layer, metadata = commit.add_to(self.work.store, data)
             state.layers, state.metadata = (layer,), (metadata,)
         if len(state.layers) > FOLD_AT:  # each costs a mount and a look-up
-            data = merge([image.load_layer(self.store, layer) for layer in state.layers])
-            layer, metadata = commit.add_to(self.store, data)
+            data = merge([image.load_layer(self.work.store, layer) for layer in state.layers])
+            layer, metadata = commit.add_to(self.work.store, data)
             state.layers, state.metadata = (layer,), (metadata,)
-        if self.request.labels:
-            state.config["Labels"] = dict(state.config.get("Labels") or {}) | self.request.labels
+        if self.work.request.labels:
+            state.config["Labels"] = dict(state.config.get("Labels") or {}) | self.work.request.labels
         system, _, architecture = platform().partition("/")
         settings = {
             name: value for name, value in state.config.items() if value not in (None, "", [], {}) or name == "Entrypoint"
@@ -232,8 +196,8 @@ class Build:
         found = {"os": system, "architecture": architecture, **state.top, "config": settings}
         if state.created:
             found["created"] = state.created
-        self.writer.flush()
-        return image.put_layers(self.store, state.layers, found, state.metadata)
+        self.work.writer.flush()
+        return image.put_layers(self.work.store, state.layers, found, state.metadata)
 
 
 def read_dockerfile(path: str) -> Dockerfile:

@@ -19,9 +19,9 @@ from runner.treecopy import Copier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from builder.build import Build
     from builder.mounts import Mount
     from builder.request import Request
+    from builder.work import Work
 
 _MORE = re.compile(r"\.(?:lock|making|new)$")
 _HOW = {"shared": fcntl.LOCK_SH, "locked": fcntl.LOCK_EX, "private": fcntl.LOCK_EX | fcntl.LOCK_NB}
@@ -33,12 +33,12 @@ def _path(request: Request, identity: str) -> str:
     return os.path.join(paths.state(), "caches", name)
 
 
-def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, str], stack: ExitStack) -> str:
+def directory(work: Work, mount: Mount, number_of_stage: int, held: dict[str, str], stack: ExitStack) -> str:
     """That of a cache mount, made if it is new, and locked as the mount says until STACK ends.
 
     held: those that the step has already.
     """
-    first = _path(build.request, mount.id) + _variant(build, mount, number_of_stage)
+    first = _path(work.request, mount.id) + _variant(work, mount, number_of_stage)
     paths.make_private(os.path.dirname(first))
     if first in held:
         return held[first]  # two descriptors of one lock would wait for each other
@@ -53,14 +53,14 @@ def directory(build: Build, mount: Mount, number_of_stage: int, held: dict[str, 
     with ExitStack() as making:
         _lock(path + ".making", fcntl.LOCK_EX, making)
         if not os.path.isdir(path):
-            _make(build, mount, number_of_stage, path)
+            _make(work, mount, number_of_stage, path)
     held[first] = path
     return path
 
 
-def _variant(build: Build, mount: Mount, number_of_stage: int) -> str:
+def _variant(work: Work, mount: Mount, number_of_stage: int) -> str:
     """What tells mounts of one id apart; '' for one of root's, 0755, that begins empty."""
-    seed = build.places.identity(mount.from_ or None, number_of_stage, mount.source) if mount.from_ or mount.source else ""
+    seed = work.places.identity(mount.from_ or None, number_of_stage, mount.source) if mount.from_ or mount.source else ""
     how = (mount.uid, mount.gid, mount.mode, seed)
     return "" if how == (0, 0, 0o755, "") else f"-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}"
 
@@ -86,12 +86,12 @@ def _lock(path: str, how: int, stack: ExitStack) -> None:
     fcntl.flock(lock, how)
 
 
-def _make(build: Build, mount: Mount, number_of_stage: int, path: str) -> None:
+def _make(work: Work, mount: Mount, number_of_stage: int, path: str) -> None:
     """A new one, empty or with what from= and source= say."""
     new = path + ".new"
     remove_tree(new)
     if mount.from_ or mount.source:
-        with build.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
+        with work.places.mounted(mount.from_ or None, number_of_stage, mount.source or "/") as seed:
             copy_tree(seed, new)
     else:
         os.mkdir(new, 0o755)

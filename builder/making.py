@@ -18,79 +18,79 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from builder.build import Build
     from builder.flags import Flags
     from builder.lexer import Heredoc, Instruction
     from builder.request import Step
+    from builder.work import Work
 
 _TAIL = 4096
 
 
-def workdir(build: Build, state: State, step: Step) -> None:
+def workdir(work: Work, state: State, step: Step) -> None:
     """The directory, made as the user's if it is missing.  Raises CafsError, ValueError."""
     path = config.work_in(state, step.one)
     if path == "/":
         state.note("WORKDIR /", is_empty=True)
         return
-    key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "", epoch=build.request.epoch)
+    key = cache.key_of(state.key, workdir=path, user=state.config.get("User") or "", epoch=work.request.epoch)
 
     def make() -> bytes:
-        draft = Draft(build.tree(state), build.now_ns())
-        draft.make_directory(os_bytes(path), 0o755, _owner_of_user(build, state))
-        return _encode(build, state, draft)
+        draft = Draft(work.tree(state), work.now_ns())
+        draft.make_directory(os_bytes(path), 0o755, _owner_of_user(work, state))
+        return _encode(work, state, draft)
 
-    _cached(build, state, step, key, f"WORKDIR {path}", make)
+    _cached(work, state, step, key, f"WORKDIR {path}", make)
 
 
-def _owner_of_user(build: Build, state: State) -> tuple[int, int]:
+def _owner_of_user(work: Work, state: State) -> tuple[int, int]:
     user = str(state.config.get("User") or "")
-    tree = build.tree(state)
+    tree = work.tree(state)
     try:
-        return build.places.owner(tree, user) if user and tree else (0, 0)
+        return work.places.owner(tree, user) if user and tree else (0, 0)
     except CafsError:
         return 0, 0
 
 
-def _cached(build: Build, state: State, step: Step, key: str, what: str, make: Callable[[], bytes]) -> None:
+def _cached(work: Work, state: State, step: Step, key: str, what: str, make: Callable[[], bytes]) -> None:
     """Take a step's layer from the cache, or make it and remember it."""
     began = time.monotonic()
-    wanted = build.request.no_cache
+    wanted = work.request.no_cache
     may_find = "" not in wanted and not {step.stage.name, str(step.stage.number)} & (wanted - {""})
-    found = cache.find(build.store, key) if may_find else None
-    build.progress.begin(step.number, step.title)
+    found = cache.find(work.store, key) if may_find else None
+    work.progress.begin(step.number, step.title)
     data = None
     if found is None:
         with cache.alone(key):
             if may_find:
-                found = cache.find(build.store, key) or cache.bring(build.request.cache_from, key, build.writer)
+                found = cache.find(work.store, key) or cache.bring(work.request.cache_from, key, work.writer)
             if found is None:
                 data = make()
-                found = _keep(build, data, key, time.monotonic() - began)
+                found = _keep(work, data, key, time.monotonic() - began)
     if data is None:
-        build.progress.cached(step.number, found.seconds)
+        work.progress.cached(step.number, found.seconds)
     else:
-        build.progress.done(step.number, time.monotonic() - began, len(data))
-    build.records[key] = found
+        work.progress.done(step.number, time.monotonic() - began, len(data))
+    work.records[key] = found
     if found.layer:
         state.layers, state.metadata = (*state.layers, found.layer), (*state.metadata, found.metadata)
     state.key = key
-    created = found.created if build.request.epoch < 0 else build.now_text()
+    created = found.created if work.request.epoch < 0 else work.now_text()
     state.note(what, is_empty=not found.layer, created=created, comment="cafs")
 
 
-def _keep(build: Build, data: bytes, key: str, seconds: float) -> Record:
-    build.writer.flush()
-    created = build.now_text()
-    made = commit.add_to(build.store, data) if data else None
+def _keep(work: Work, data: bytes, key: str, seconds: float) -> Record:
+    work.writer.flush()
+    created = work.now_text()
+    made = commit.add_to(work.store, data) if data else None
     layer, metadata = made if made else (b"", b"")
     record = Record(layer, metadata, created, seconds)
-    write(build.store, key, record)
+    write(work.store, key, record)
     return record
 
 
-def _encode(build: Build, state: State, draft: Draft) -> bytes:
+def _encode(work: Work, state: State, draft: Draft) -> bytes:
     """The layer, b'' if nothing is changed; the first one of an empty stage is a whole tree."""
-    return draft.encode(build.header, is_whole=not state.layers, latest_ns=build.latest_ns())
+    return draft.encode(work.header, is_whole=not state.layers, latest_ns=work.latest_ns())
 
 
 def copy_words(state: State, one: Instruction) -> tuple[list[str], list[Heredoc], str]:
@@ -124,16 +124,16 @@ def how_to(state: State, flags: Flags, owner: tuple[int, int] | None) -> copying
     return copying.How(owner, chmod, flagging.is_on(flags, "parents"), exclude, follows=not is_linked)
 
 
-def copy(build: Build, state: State, step: Step) -> None:
+def copy(work: Work, state: State, step: Step) -> None:
     """COPY and ADD.  Raises CafsError, ValueError."""
     one, flags, keyword = step.one, step.flags, step.one.keyword
     sources, documents, target = copy_words(state, one)
     is_directory = target.endswith("/") or target in ("", ".") or target.endswith("/.") or len(sources) + len(documents) > 1
     place = absolute(state, target)
     chown = flagging.one(flags, "chown")
-    how = how_to(state, flags, build.places.owner(build.tree(state), state.expand(chown)) if chown else None)
+    how = how_to(state, flags, work.places.owner(work.tree(state), state.expand(chown)) if chown else None)
     origin = origin_of(flags)
-    found = adding.gather(build, state, step, sources, documents, origin)
+    found = adding.gather(work, state, step, sources, documents, origin)
     key = cache.key_of(
         "" if flagging.is_on(flags, "link") else state.key,
         copy=place,
@@ -142,25 +142,25 @@ def copy(build: Build, state: State, step: Step) -> None:
         flags={name: values for name, values in flags.items() if name not in ("from", "checksum", "chmod", "chown")},
         chmod=state.expand(flagging.one(flags, "chmod") or ""),
         owner=how.owner,
-        epoch=build.request.epoch,
+        epoch=work.request.epoch,
         files=found.fingerprint(how),
     )
     if flagging.is_on(flags, "link"):
         key = cache.key_of(state.key, link=key)
 
     def make() -> bytes:
-        draft = Draft(build.tree(state), build.now_ns())
+        draft = Draft(work.tree(state), work.now_ns())
         found.put(draft, place, is_directory=is_directory, how=how)
-        return _encode(build, state, draft)
+        return _encode(work, state, draft)
 
     shown = [f"--{name}={value}" for name, values in flags.items() for value in values]
     what = " ".join([keyword.upper(), *shown, *sources, *(f"<<{doc.name}" for doc in documents), target, "# buildkit"])
-    _cached(build, state, step, key, what, make)
+    _cached(work, state, step, key, what, make)
 
 
-def run(build: Build, state: State, step: Step) -> None:
+def run(work: Work, state: State, step: Step) -> None:
     """RUN.  Raises CafsError, ValueError."""
-    command, definition, finish = steps.command_of(build, state, step)
+    command, definition, finish = steps.command_of(work, state, step)
     arguments = {name: value for name, value in state.args.items() if name not in config.PROXIES}
     key = cache.key_of(state.key, **definition)
     what = " ".join([f"|{len(arguments)} {' '.join(f'{k}={v}' for k, v in arguments.items())}"] if arguments else [])
@@ -169,34 +169,34 @@ def run(build: Build, state: State, step: Step) -> None:
     def make() -> bytes:
         if not state.layers:
             raise NotFound(f"{quote(command.words[0])}: a stage of nothing has no programs")
-        build.writer.flush()
+        work.writer.flush()
         tail = bytearray()
 
         def said(data: bytes) -> None:
             tail.extend(data)
             del tail[: max(len(tail) - _TAIL, 0)]
-            build.progress.output(step.number, data)
+            work.progress.output(step.number, data)
 
         below = Image(state.layers, {}, metadata=state.metadata)
         try:
             with finish() as ready:
-                ready.trusts_cache, build.has_run = build.has_run, True
-                data = running.run(build.writer, below, build.places.tree(state.layers), ready, said, build.latest_ns())
+                ready.trusts_cache, work.has_run = work.has_run, True
+                data = running.run(work.writer, below, work.places.tree(state.layers), ready, said, work.latest_ns())
         except leaks.LeakError as error:
             raise CafsError(str(error), hint=f"--allow-secret-in-layer {error.name}") from None
         except running.StepError as error:
-            raise _failed(build, below, step, error, bytes(tail)) from None
+            raise _failed(work, below, step, error, bytes(tail)) from None
         return b"" if data.count(b"\n") == 2 else data
 
-    _cached(build, state, step, key, what, make)
+    _cached(work, state, step, key, what, make)
 
 
-def _failed(build: Build, below: Image, step: Step, error: running.StepError, tail: bytes) -> running.StepError:
-    made = image.put_layers(build.store, below.layers, {}, below.metadata)
+def _failed(work: Work, below: Image, step: Step, error: running.StepError, tail: bytes) -> running.StepError:
+    made = image.put_layers(work.store, below.layers, {}, below.metadata)
     line = step.one.lines[0]
     first = " ".join(step.one.original.split("\n")[0].split())
-    build.progress.failed(tail)
-    found = running.StepError(f"{build.dockerfile.name}:{line}: {first}: {error}", error.code)
+    work.progress.failed(tail)
+    found = running.StepError(f"{work.dockerfile.name}:{line}: {first}: {error}", error.code)
     found.hint = f"crun run --rm -it {made.digest.hex()[:12]} sh   opens a shell where it failed"
     return found
 

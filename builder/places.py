@@ -19,8 +19,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from builder.build import Build
+    from builder.config import State
+    from builder.request import Request
+    from builder.stages import Plan
     from cafs.lookup import MappedIndex, Node
+    from cafs.writer import Writer
 
 _TABLE_MAX = 1 << 20
 
@@ -28,8 +31,10 @@ _TABLE_MAX = 1 << 20
 class Places:
     """Of one build."""
 
-    def __init__(self, build: Build) -> None:
-        self._build = build
+    def __init__(self, writer: Writer, context: Context | None, request: Request, plan: Plan, states: dict[int, State]) -> None:
+        """states: what each finished stage has come to, by number; it grows."""
+        self._writer, self._store = writer, writer.store
+        self._context, self._request, self._plan, self._states = context, request, plan, states
         self._trees: dict[tuple[bytes, ...], Node] = {}
         self._opened: dict[bytes, MappedIndex] = {}
         self._contexts: dict[str, Context] = {}
@@ -40,18 +45,18 @@ class Places:
     def tree(self, layers: tuple[bytes, ...]) -> Node:
         """The root of the tree that layers make."""
         if layers not in self._trees:
-            self._build.writer.flush()
-            self._trees[layers] = commit.open_below(self._build.store, layers, self._opened)
+            self._writer.flush()
+            self._trees[layers] = commit.open_below(self._store, layers, self._opened)
         return self._trees[layers]
 
     def base_image(self, name: str) -> Image:
         """What FROM means: a named context, an image of the store, or one of a registry.  Raises CafsError."""
-        return self._image(self._build.request.contexts.get(name.lower(), name), name.lower())
+        return self._image(self._request.contexts.get(name.lower(), name), name.lower())
 
     def _image(self, where: str, name: str) -> Image:
-        store = self._build.store
+        store = self._store
         kind, colon, rest = where.partition(":")
-        is_given = name in self._build.request.contexts  # a Dockerfile, which may be a stranger's, names no files of the host
+        is_given = name in self._request.contexts  # a Dockerfile, which may be a stranger's, names no files of the host
         if where.startswith("docker-image://"):
             where = where.removeprefix("docker-image://")
         elif where.startswith("oci-layout://") and is_given:
@@ -62,15 +67,13 @@ class Places:
             return self._pulled(where)
         elif is_given and os.path.isdir(where):
             raise UsageError(f"context {quote(name)} is a directory, and FROM needs an image")
-        if self._build.request.pulls:
+        if self._request.pulls:
             hint = f"FROM docker://{where}, or leave out --pull"
             raise UsageError(f"image {quote(where)} is of the store: there is nothing to pull it from", hint=hint)
         try:
             return image.resolve(store, where)
         except NotFound as error:
-            near = difflib.get_close_matches(
-                where.lower(), [stage.name for stage in self._build.plan.stages if stage.name], 1, 0.7
-            )
+            near = difflib.get_close_matches(where.lower(), [stage.name for stage in self._plan.stages if stage.name], 1, 0.7)
             tag = "" if "@" in where else f" -t {where}"
             create = f"cafs-index create docker://{where}{tag}, or FROM docker://{where}"
             error.hint = f"did you mean stage {quote(near[0])}?" if near else create
@@ -79,17 +82,17 @@ class Places:
     def _pulled(self, where: str) -> Image:
         from runner import pull
 
-        is_new = self._build.request.pulls and where not in self.pulled_now
+        is_new = self._request.pulls and where not in self.pulled_now
         self.pulled_now.add(where)
-        return pull.get(self._build.store.root, where, "always" if is_new else "missing")
+        return pull.get(self._store.root, where, "always" if is_new else "missing")
 
     def _imported(self, source: str) -> Image:
         from cafs.indexing import Options, create_image
 
-        self._build.writer.flush()
-        report = create_image(Options(source, os.cpu_count() or 1), self._build.store.root, None)
-        self._build.store.refresh()
-        return image.get(self._build.store, bytes.fromhex(report.digest))
+        self._writer.flush()
+        report = create_image(Options(source, os.cpu_count() or 1), self._store.root, None)
+        self._store.refresh()
+        return image.get(self._store, bytes.fromhex(report.digest))
 
     def find(self, origin: str | None, before: int, prefixes: tuple[bytes, ...]) -> Node | None:
         """The tree that COPY --from or a mount's from= means; of a context only what is near PREFIXES.  Raises CafsError."""
@@ -102,7 +105,7 @@ class Places:
         """What SOURCE in a place is, for a name: another where it is not the same.  Raises CafsError."""
         context, layers = self._origin(origin, before)
         if context is not None:
-            layers = (self._build.store.hash(context.index((copying.prefix_of(source),))),)
+            layers = (self._store.hash(context.index((copying.prefix_of(source),))),)
         return ",".join([*(layer.hex() for layer in layers), source])
 
     def is_context(self, origin: str | None, before: int) -> bool:
@@ -110,23 +113,22 @@ class Places:
         return self._origin(origin, before)[0] is not None
 
     def _origin(self, origin: str | None, before: int) -> tuple[Context | None, tuple[bytes, ...]]:
-        build = self._build
         if origin is None:
-            if build.context is None:
+            if self._context is None:
                 raise UsageError("there is no build context", hint="cbuild DIRECTORY")
-            return build.context, ()
+            return self._context, ()
         named = origin.lower()
-        stage = None if named in build.request.contexts else build.plan.find(origin, before)
+        stage = None if named in self._request.contexts else self._plan.find(origin, before)
         if stage is not None:
-            return None, build.states[stage.number].layers
+            return None, self._states[stage.number].layers
         if origin.isascii() and origin.isdigit():
             raise NotFound(f"no stage {origin} before this one")
-        where = build.request.contexts.get(named)
+        where = self._request.contexts.get(named)
         if where is not None and os.path.isdir(where):
             if named not in self._contexts:
-                self._contexts[named] = open_context(where, None, build.writer)
+                self._contexts[named] = open_context(where, None, self._writer)
             return self._contexts[named], ()
-        later = build.plan.find(origin, len(build.plan.stages))
+        later = self._plan.find(origin, len(self._plan.stages))
         if later is not None and where is None:
             raise NotFound(f"stage {quote(origin)} comes later than this one")
         return None, self.base_image(origin).layers
@@ -147,8 +149,8 @@ class Places:
 
     def note_read(self, origin: str | None, paths: Iterable[bytes]) -> None:
         """Note what of the build context a step has used."""
-        if origin is None and self._build.context is not None:
-            self._read |= {os.path.join(self._build.context.root, os.fsdecode(path[1:])) for path in paths}
+        if origin is None and self._context is not None:
+            self._read |= {os.path.join(self._context.root, os.fsdecode(path[1:])) for path in paths}
 
     def add_read(self, paths: set[str]) -> None:
         """The same, of a stage that was built elsewhere."""
@@ -160,7 +162,7 @@ class Places:
 
     def save(self) -> None:
         """Remember what was hashed."""
-        for context in [*self._contexts.values(), *([self._build.context] if self._build.context else [])]:
+        for context in [*self._contexts.values(), *([self._context] if self._context else [])]:
             context.save()
 
     @contextmanager
@@ -168,23 +170,22 @@ class Places:
         """The path of a file or directory of a place, while its image is mounted.  Raises CafsError."""
         from runner import lower
 
-        build = self._build
         prefix = copying.prefix_of(source)
         context, layers = self._origin(origin, before)
         if context is not None:
             data = context.index((prefix,))
-            build.writer.flush()
-            layers = (commit.add_to(build.store, data)[0],)
+            self._writer.flush()
+            layers = (commit.add_to(self._store, data)[0],)
         if not layers:
             raise NotFound(f"{quote(origin or '')} has no files")
-        made = image.put_layers(build.store, layers, {})
+        made = image.put_layers(self._store, layers, {})
         top = self.tree(layers)
         node = copying.walk(top, os_bytes(posixpath.normpath("/" + source)))
         node = copying.follow(top, node) if node else None
         if node is None:
             raise NotFound(f"no {quote(source)} to mount")
-        key = lower.key_of(made.digest, build.store.root, "", None)
-        low = lower.find(made.digest, build.store.root, key)
+        key = lower.key_of(made.digest, self._store.root, "", None)
+        low = lower.find(made.digest, self._store.root, key)
         try:
             yield os.path.join(low.path, os.fsdecode(node.path[1:])).rstrip("/")
         finally:
@@ -213,6 +214,6 @@ class Places:
         node = copying.follow(tree, node) if node and tree else None
         if node is None or node.entry.type != b"f" or not 0 < node.entry.size <= _TABLE_MAX:
             return []
-        self._build.writer.flush()
-        data = self._build.store.read_object(node.entry.digest, PLAIN)
+        self._writer.flush()
+        data = self._store.read_object(node.entry.digest, PLAIN)
         return [line.split(":") for line in data.decode("utf-8", "surrogateescape").split("\n")]

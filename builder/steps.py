@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Any
 
-    from builder.build import Build
     from builder.config import State
     from builder.flags import Flags
     from builder.lexer import Heredoc, Instruction
     from builder.request import Step
+    from builder.work import Work
 
 PIPES = "/dev/pipes"
 _CHOICES = {"network": ("default", "none", "host"), "security": ("sandbox", "insecure")}
 
 
 def command_of(
-    build: Build, state: State, step: Step
+    work: Work, state: State, step: Step
 ) -> tuple[Command, dict[str, object], Callable[[], AbstractContextManager[Command]]]:
     """(the command, what its key is made of, how to have its mounts while it runs).  Raises CafsError, ValueError."""
-    one, flags, request = step.one, step.flags, build.request
+    one, flags, request = step.one, step.flags, work.request
     found, words, script = read(state, one, flags)
     env = state.variables()
     network = flagging.one(flags, "network") or "default"
@@ -60,7 +60,7 @@ def command_of(
         "network": network,
         "security": security,
         "devices": devices,
-        "mounts": [_definition(build, step, mount) for mount in found],
+        "mounts": [_definition(work, step, mount) for mount in found],
     }
     proxies = {name: value for name, value in request.args.items() if name in PROXIES}
     own = {"network": [network], **request.flags}
@@ -69,7 +69,7 @@ def command_of(
     if devices:
         own["device"] = [text.partition(",")[0] for text in devices]
     command = Command(words, proxies | env, state.workdir, str(state.config.get("User") or ""), own)
-    return command, definition, lambda: _ready(build, step, command, found, script)
+    return command, definition, lambda: _ready(work, step, command, found, script)
 
 
 def read(state: State, one: Instruction, flags: Flags) -> tuple[list[Mount], list[str], Heredoc | None]:
@@ -102,16 +102,16 @@ def _words(state: State, one: Instruction) -> tuple[list[str], Heredoc | None]:
     return found, None
 
 
-def _definition(build: Build, step: Step, mount: Mount) -> list[object]:
+def _definition(work: Work, step: Step, mount: Mount) -> list[object]:
     """What of a mount the key depends on: of a bind its content, of a cache neither content nor sharing."""
     row: list[object] = [mount.kind, mount.target, mount.is_readonly]
     if mount.kind == "bind":
-        top = build.places.find(mount.from_ or None, step.stage.number, (copying.prefix_of(mount.source),))
+        top = work.places.find(mount.from_ or None, step.stage.number, (copying.prefix_of(mount.source),))
         if top is None:
             raise NotFound(f"{quote(mount.from_)} has no files")
         matches = copying.find(top, _literal(mount.source))
         trees = ((one.node, *(one.node.below() if one.node.is_directory else ())) for one in matches)
-        build.places.note_read(mount.from_ or None, (one.path for tree in trees for one in tree))
+        work.places.note_read(mount.from_ or None, (one.path for tree in trees for one in tree))
         row += Gathered([Source(top, matches)]).fingerprint(copying.How())
     elif mount.kind in ("secret", "ssh"):
         row += [mount.id, mount.mode, mount.uid, mount.gid, mount.env]
@@ -125,13 +125,13 @@ def _literal(path: str) -> str:
 
 
 @contextmanager
-def _ready(build: Build, step: Step, command: Command, found: list[Mount], script: Heredoc | None) -> Iterator[Command]:
+def _ready(work: Work, step: Step, command: Command, found: list[Mount], script: Heredoc | None) -> Iterator[Command]:
     """The command with its mounts, which are there while it runs."""
     with ExitStack() as stack:
         ready = replace(command, env=dict(command.env), mounts=list(command.mounts), secrets={}, secret_env={})
         held: dict[str, str] = {}
         for number, mount in enumerate(found):
-            made = _mount(build, step, mount, number, ready, held, stack)
+            made = _mount(work, step, mount, number, ready, held, stack)
             if made is not None:
                 ready.mounts.append(made)
         if script is not None:
@@ -156,20 +156,20 @@ def _private(stack: ExitStack, *, is_large: bool = False) -> str:
 
 
 def _mount(
-    build: Build, step: Step, mount: Mount, number: int, ready: Command, held: dict[str, str], stack: ExitStack
+    work: Work, step: Step, mount: Mount, number: int, ready: Command, held: dict[str, str], stack: ExitStack
 ) -> dict[str, Any] | None:
     """held: caches that the step has, by name."""
     if mount.kind == "tmpfs":
         options = ["exec", *([f"size={mount.size}"] if mount.size else [])]
         return {"type": "tmpfs", "target": mount.target, "options": options}
     if mount.kind == "secret":
-        return _secret(build, mount, ready, stack)
+        return _secret(work, mount, ready, stack)
     if mount.kind == "ssh":
-        return _ssh(build, mount, number, ready, stack)
+        return _ssh(work, mount, number, ready, stack)
     if mount.kind == "cache":
-        path = cachemounts.directory(build, mount, step.stage.number, held, stack)
+        path = cachemounts.directory(work, mount, step.stage.number, held, stack)
         return _bind(path, mount.target, ro=mount.is_readonly)
-    source = stack.enter_context(build.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
+    source = stack.enter_context(work.places.mounted(mount.from_ or None, step.stage.number, mount.source or "/"))
     if not mount.is_readonly:
         copied = os.path.join(_private(stack, is_large=True), "copy")  # what is written to it is thrown away
         cachemounts.copy_tree(source, copied)
@@ -177,9 +177,9 @@ def _mount(
     return _bind(source, mount.target, ro=mount.is_readonly)
 
 
-def secret_value(build: Build, name: str) -> bytes | None:
+def secret_value(work: Work, name: str) -> bytes | None:
     """What --secret gave, None if nothing.  Raises CafsError."""
-    given = build.request.secrets.get(name)
+    given = work.request.secrets.get(name)
     if given is None:
         return None
     kind, where = given
@@ -198,13 +198,13 @@ def secret_value(build: Build, name: str) -> bytes | None:
     return data
 
 
-def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
-    value = secret_value(build, mount.id)
+def _secret(work: Work, mount: Mount, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
+    value = secret_value(work, mount.id)
     if value is None:
         if mount.required:
             raise CafsError(f"secret {quote(mount.id)} is required", hint=f"cbuild --secret id={mount.id},src=FILE")
         return None
-    if mount.id not in build.request.allows_in_layer:
+    if mount.id not in work.request.allows_in_layer:
         ready.secrets[mount.id] = value
     if mount.env:
         ready.bundle = ready.bundle or _private(stack)
@@ -220,8 +220,8 @@ def _secret(build: Build, mount: Mount, ready: Command, stack: ExitStack) -> dic
     return _bind(path, mount.target, ro=True)
 
 
-def _ssh(build: Build, mount: Mount, number: int, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
-    socket = build.request.ssh.get(mount.id)
+def _ssh(work: Work, mount: Mount, number: int, ready: Command, stack: ExitStack) -> dict[str, Any] | None:
+    socket = work.request.ssh.get(mount.id)
     if not socket:
         if mount.required:
             raise CafsError(f"ssh agent {quote(mount.id)} is required", hint="cbuild --ssh default")

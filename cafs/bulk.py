@@ -7,7 +7,7 @@ from itertools import accumulate, chain
 from cafs import chunks, pack
 from cafs.digest import CHUNK_LIST, PLAIN
 from cafs.errors import CafsError, CorruptError, NotFound
-from cafs.locator import contents, finder
+from cafs.locator import contents
 from cafs.ordered import ordered_map
 
 TYPE_CHECKING = False
@@ -122,7 +122,8 @@ def check_frames(store: Store, fetched: Iterable[tuple[Key, memoryview]]) -> Ite
 
 def read_index(store: Store, index: Index) -> Iterator[tuple[Key, memoryview | CafsError]]:
     """`read_objects` of every object that an index needs, by its locator; chunks come last.  Raises FormatError."""
-    find = finder(store, index)
+    located = store.get_locator(index.identity)
+    find = dict(located.rows()).get if located is not None else None
     whole = dict.fromkeys(contents(index))
     found: dict[Key, None] = {}
     for key, data in read_objects(store, whole, find):

@@ -20,12 +20,12 @@ from cafs.pack import FRAME, RAW_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from typing_extensions import Buffer
 
     from cafs.index import Index
-    from cafs.store import Store
+    from cafs.packs import Packs
 
     Key = tuple[bytes, int]
 
@@ -149,7 +149,7 @@ def locate(locators: Iterable[Locator], digest: bytes, kind: int) -> tuple[Place
     return (found.place(digest, kind), found) if found else (None, None)
 
 
-def encode(store: Store, index: Index, lists: Store | None = None) -> bytes:
+def encode(store: Packs, index: Index, lists: Packs | None = None) -> bytes:
     """The locator of an index, as of the store's last `refresh`.  lists: a store that is nearer, to read chunk lists from.
 
     Raises NotFound if a chunk list is not there.
@@ -206,9 +206,3 @@ def contents(index: Index) -> Iterator[tuple[bytes, int]]:
     for at, kind, size in zip(counting(0, width), index.type, index.size, strict=False):
         if kind in b"fF" and size:
             yield bytes(digests[at : at + width]), CHUNK_LIST if kind == fmt.CHUNKED[0] else PLAIN
-
-
-def finder(store: Store, index: Index) -> Callable[[Key], Place | None] | None:
-    """Where the objects of an index may be, by its locator; None if there is none."""
-    found = store.get_locator(index.identity)
-    return dict(found.rows()).get if found is not None else None

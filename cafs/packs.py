@@ -10,9 +10,10 @@ import os
 import re
 
 from cafs import pack, scope
-from cafs.backend import Backend, CannotList, open_backend
+from cafs.backend import Backend, CannotList
 from cafs.digest import CHUNK_MAX, CHUNK_MIN, DIGEST_SIZES, PLAIN, hash_function, object_name
 from cafs.errors import CafsError, CorruptError, FormatError, NotFound, UsageError, os_error, quote
+from cafs.opening import open_backend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

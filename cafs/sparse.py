@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from cafs.tarfields import SIZE_MAX, parse_number
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     Map = tuple[int, tuple[Segment, ...]]
 
 BLOCK = 512
-SIZE_MAX = (1 << 63) - 1
 MAP_MAX = 1 << 20
 """Bytes of a map (CVE-2025-58183: readers without a limit)."""
 
@@ -86,8 +87,6 @@ def _structs(data: bytes) -> list[int]:
 
 
 def _number(field: bytes) -> int:
-    from cafs.tar import parse_number
-
     number = parse_number(field)
     if number is None or number < 0:
         raise ValueError("sparse map with a bad number")

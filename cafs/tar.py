@@ -10,13 +10,12 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from cafs import acl, sparse
 from cafs import format as fmt
 from cafs.errors import FormatError, quote
-from cafs.sparse import SIZE_MAX
+from cafs.tarfields import SIZE_MAX, parse_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ _OTHERWISE = {
 """Keys of what are xattrs on a disk."""
 
 _SKIP_STEP = 1 << 20
-_OCTAL = re.compile(rb"[0-7]+")
 _RECORD = re.compile(rb"([1-9][0-9]{0,8}) ")
 
 Records = list[tuple[bytes, bytes]]
@@ -290,20 +288,6 @@ class Reader:
 
 def _string(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
-
-
-@lru_cache(4096)
-def parse_number(field: bytes) -> int | None:
-    """Octal text, or base-256 if the first bit is set (GNU); None if it is neither."""
-    if field[0] & 0x80:
-        number = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-        if field[0] & 0x40:
-            number -= 1 << (8 * len(field) - 1)
-        return number if -SIZE_MAX <= number <= SIZE_MAX else None
-    text = field.strip(b" \0").partition(b"\0")[0].strip(b" ")
-    if not text:
-        return 0
-    return int(text, 8) if _OCTAL.fullmatch(text) else None
 
 
 def is_header(block: bytes) -> bool:

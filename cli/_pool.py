@@ -230,14 +230,15 @@ def set_host_state(name: str, state: str) -> None:
 def set_up_host(name: str, *, is_quiet: bool) -> None:
     """Bring what runs images to a host.  Raises NotFound, CafsError."""
     from cafs.errors import NotFound, os_error
-    from pool import links, settings, toolkit
+    from pool import settings, toolkit
+    from pool.address import Pool
 
     row = next((one for one in hosts() if one["name"] == name), None)
     if row is None:
         raise NotFound(f"no host {name!r}", hint="cpool host ls")
     for_s3 = settings.read(directory()).store.startswith("s3://")
     try:
-        version = toolkit.setup(links.Pool(directory(), pool_id()), name, row["address"], for_s3=for_s3)
+        version = toolkit.setup(Pool(directory(), pool_id()), name, row["address"], for_s3=for_s3)
     except OSError as error:
         raise os_error(f"cannot reach {name!r}", error) from error
     if not is_quiet:

@@ -151,13 +151,13 @@ def _build(progress: Progress, context: str, given: dict[str, object]) -> str:
         for line, text in dockerfile.warnings:
             progress.warn(f"{dockerfile.name}:{line}: {text}")
         made = build.run()
-        build.places.save()
+        build.work.places.save()
         if given["cache_to"]:
-            cache.send(build.records, opened_store, open_or_init(_cache("--cache-to", "dest", str(given["cache_to"]))))
+            cache.send(build.work.records, opened_store, open_or_init(_cache("--cache-to", "dest", str(given["cache_to"]))))
         made = built.squashed(opened_store, made) if given["squash"] else made
         for ref in tags:
             opened_store.set_ref(ref, made.digest)
-        read = build.places.read_files()
+        read = build.work.places.read_files()
     for identity, ref in _pairs(given["cache_images"], "--cache-mount-to").items():
         cachemounts.export(request, opened_store.root, identity, ref)
     built.write(opened_store, made, tuple(tags), given)

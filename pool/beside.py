@@ -10,7 +10,8 @@ import termios
 import tty
 
 from cafs.errors import CafsError
-from pool import links, program
+from pool import program
+from pool.address import LOCAL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run(directory: str, pool: str, address: str, job: dict[str, Any], words: list[str], flags: str) -> int:
-    """directory, pool: as of links.Pool.  address: of the worker.  flags: i, t.  Returns its exit code.  Raises CafsError."""
+    """directory, pool: as of address.Pool.  address: of the worker.  flags: i, t.  Returns its exit code.  Raises CafsError."""
     if job["state"] != "running":
         raise CafsError(f"job {job['id']} is {job['state']}")
     has_terminal = "t" in flags
@@ -26,7 +27,7 @@ def run(directory: str, pool: str, address: str, job: dict[str, Any], words: lis
         raise CafsError("standard input is not a terminal", hint="without -t")
     which = f"{job['id']}.{job['attempt']}"
     build = program.make()[0]
-    if address == links.LOCAL:
+    if address == LOCAL:
         place = os.path.join(directory, "agents", f"{pool}.{job['worker']}")
         path = os.path.join(directory, "agents", f"{build}.pyz")
         environment = {**os.environ, "CPOOL_CRUN": os.path.join(os.path.dirname(sys.executable), "cafs-run")}

@@ -10,10 +10,6 @@ from typing import Protocol
 
 from cafs.errors import CafsError, RemoteError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 PENDING, RUNNING, STOPPED, ENDING, ENDED = "pending", "running", "stopped", "ending", "ended"
 
 
@@ -66,15 +62,4 @@ class Cloud(Protocol):
         """Have them end."""
 
 
-def connect(settings: dict[str, Any], pool: str) -> Cloud:
-    """settings: [cloud] of pool.toml.  pool: what all of its machines are marked with.  Raises CafsError."""
-    if settings["provider"] == "ec2":
-        from pool.ec2 import EC2
-
-        return EC2(settings, pool)
-    from pool.gce import GCE
-
-    return GCE(settings, pool)
-
-
-__all__ = ["Cloud", "Instance", "NoCapacityError", "Order", "RefusedError", "RemoteError", "connect"]
+__all__ = ["Cloud", "Instance", "NoCapacityError", "Order", "RefusedError", "RemoteError"]

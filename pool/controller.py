@@ -13,7 +13,8 @@ import time
 
 from cafs import paths
 from cafs.errors import CafsError
-from pool import commands, frames, inputs, links, outputs, requests, sockets, specs, state, workers
+from pool import commands, frames, inputs, outputs, requests, sockets, specs, state, workers
+from pool.address import LOCAL, Pool
 from pool.events import Events
 from pool.functions import Functions
 from pool.leases import Leases
@@ -63,7 +64,7 @@ class Controller:
         self.outputs = outputs.Outputs(self)
         answered, lost = self.outputs.answered, self.outputs.lost
         self.store, self.tenants, self._output_max = settings.store, Tenants(settings.tenants), settings.output_max
-        place = links.Pool(directory, self.pool, _lent(settings))
+        place = Pool(directory, self.pool, _lent(settings))
         self.wires = Wires(place, self.epoch, self.selector, self._heed, answered, lost)
         self.leases = Leases(settings.store)
         self.clients: dict[int, Client] = {}
@@ -94,10 +95,10 @@ class Controller:
         """Machines that the pool launches, if pool.toml says where."""
         if not settings.cloud:
             return None
-        from pool import cloud
+        from pool import connecting
         from pool.fleet import Fleet
 
-        return Fleet(self, cloud.connect(settings.cloud, self.pool), settings)
+        return Fleet(self, connecting.connect(settings.cloud, self.pool), settings)
 
     # The loop.
 
@@ -199,7 +200,7 @@ class Controller:
         if self.fleet:
             rows += self.fleet.rows()
         elif not rows:
-            rows = [{"name": "local", "address": links.LOCAL, "state": "ready", "labels": []}]
+            rows = [{"name": "local", "address": LOCAL, "state": "ready", "labels": []}]
         for row in rows:
             known = self.remotes.get(row["name"])
             if known and known.address != row["address"]:
@@ -338,7 +339,7 @@ class Controller:
             self.waiting.put_in_order()
 
     def _tell_to_start(self, remote: Remote, jobs: list[Job]) -> None:
-        store = self.store if remote.address == links.LOCAL or "://" in self.store else specs.LENT
+        store = self.store if remote.address == LOCAL or "://" in self.store else specs.LENT
         given = self.pool, remote.name, store, self._output_max
         asked = [specs.asked(job, *given) for job in jobs if not specs.has_more(job)]
         for at in range(0, len(asked), _STARTED_AT_ONCE):

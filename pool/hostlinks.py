@@ -10,7 +10,8 @@ import socket
 import threading
 import time
 
-from pool import calls, links, sockets
+from pool import calls, sockets
+from pool.address import LOCAL
 from pool.loop import Wire
 
 TYPE_CHECKING = False
@@ -49,7 +50,7 @@ class HostLink:
         """Try to connect; again and again, as long as an instance is there or on its way."""
         if self.wire or self._is_opening or not self.is_wanted:
             return
-        if self.address == links.LOCAL:
+        if self.address == LOCAL:
             pool = self._router.pool
             place = os.path.join(pool.directory, "agents", f"{pool.id}.{self.worker}", "calls")
             try:

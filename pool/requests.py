@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 
 from cafs.errors import BusyError, NotFound, UnsupportedError, UsageError, os_error, quote
-from pool import inputs, instance, links, metrics, outputs, secrets, specs, staging, state
+from pool import inputs, instance, metrics, outputs, secrets, specs, staging, state
+from pool.address import LOCAL
 from pool.state import Job
 from pool.tenants import OWNER, tenant_of
 
@@ -133,7 +134,7 @@ def _hosts(client: Client, controller: Controller, said: dict[str, Any]) -> None
             raise NotFound(f"no worker {quote(said['name'])}", hint="cpool nodes")
     else:
         labels = [str(label) for label in said.get("labels", [])]
-        controller.state.put_host(said["name"], said.get("address", links.LOCAL), said.get("state", "ready"), labels)
+        controller.state.put_host(said["name"], said.get("address", LOCAL), said.get("state", "ready"), labels)
     controller.look_at_hosts()
     client.answer({"done": True})
 

@@ -13,7 +13,8 @@ import time
 from contextlib import suppress
 
 from cafs import linux
-from pool import calls, links, single
+from pool import calls, single
+from pool.address import Pool
 from pool.answers import Answers
 from pool.callers import PLACE, Callers
 from pool.hostlinks import HostLink
@@ -46,7 +47,7 @@ class Router:
         self.directory = directory
         self.loop = Loop()
         self.wake = waker(self.loop)
-        self.pool = links.Pool(directory, "")
+        self.pool = Pool(directory, "")
         self.links: dict[str, HostLink] = {}
         self.calls: dict[bytes, Call] = {}
         self._items: dict[bytes, Items] = {}

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from cafs import atomic, stopping
 from cafs.errors import CafsError, NotFound, RemoteError, UsageError, quote
 from cafs.extras import extra
-from pool import calls, frames, links, program
+from pool import calls, frames, program
+from pool.address import skip_greeting
 
 with extra("ssh"):
     import paramiko
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from pool.links import Pool
+    from pool.address import Pool
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # what goes wrong is raised, and said once
 _CONNECT_S = 15.0
@@ -339,7 +340,7 @@ def _skip_greeting(channel: paramiko.Channel, greeting: bytes = frames.GREETING)
         except OSError:
             return b""
 
-    links.skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), greeting, errors)
+    skip_greeting(channel.recv, lambda left_s: _readable(channel, left_s), greeting, errors)
 
 
 def _readable(channel: paramiko.Channel, left_s: float) -> bool:

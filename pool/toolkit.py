@@ -19,11 +19,11 @@ import tempfile
 import zipfile
 
 from cafs.errors import CafsError, UnsupportedError, quote
-from pool import links
+from pool.address import LOCAL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pool.links import Pool
+    from pool.address import Pool
 
 OLDEST = (3, 11)
 _ROOMS = ("cafs", "runner", "builder", "pool", "cli")
@@ -71,7 +71,7 @@ def setup(pool: Pool, name: str, address: str, *, for_s3: bool = False) -> str:
     """Bring it to a worker, if it is not there; returns its version.  Raises CafsError, OSError."""
     from pool import ssh
 
-    if address == links.LOCAL:
+    if address == LOCAL:
         return "here"
     with ssh.connected(pool.directory, name, address) as there:
         code, out, error = there.run(_ASK)

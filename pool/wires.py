@@ -10,6 +10,7 @@ import threading
 import time
 
 from pool import frames, links, program, sockets
+from pool.address import Pool
 from pool.workers import Remote
 
 TYPE_CHECKING = False
@@ -27,7 +28,7 @@ class Wires:
 
     def __init__(
         self,
-        pool: links.Pool,
+        pool: Pool,
         epoch: int,
         selector: selectors.DefaultSelector,
         heed: Callable[[Remote, dict[str, Any]], None],

@@ -105,7 +105,7 @@ def build_all(top: Path, **wanted: object) -> tuple[images.Image, Progress]:
         context = open_context(str(top), str(top / "Dockerfile"), writer)
         one = Build(writer, dockerfile, context, Request(**wanted), progress)  # type: ignore[arg-type]
         made = one.run()
-        one.places.save()
+        one.work.places.save()
     return made, progress
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cafs.backend import Backend, open_backend
+from cafs.backend import Backend
 from cafs.errors import RemoteError
+from cafs.opening import open_backend
 from pool import frames, lent, streams
 from pool.lending import Lender, Stream
 from tests.waiting import SLOW

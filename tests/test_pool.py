@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafs.errors import RemoteError
-from pool import frames, links, mapping, processes, scaling, simulation, specs, state
+from pool import address, frames, links, mapping, processes, scaling, simulation, specs, state
 from pool import machine as machine_of
 from pool.placement import Need, Placement, Worker, why_not
 from pool.settings import Settings
@@ -529,7 +529,7 @@ def test_an_agent_obeys_the_latest_controller_alone(pool: Path, tmp_path: Path) 
             for _, found in reader.feed(link.recv(1 << 16)):
                 return dict(found)
 
-    first, second, third = (links.open_link(links.Pool(str(pool), "p" * 16), "local", links.LOCAL) for _ in range(3))
+    first, second, third = (links.open_link(address.Pool(str(pool), "p" * 16), "local", address.LOCAL) for _ in range(3))
     assert hello(first, 7)["is"] == "hello"
     assert hello(second, 8)["is"] == "hello"
     first.settimeout(10 * SLOW)
@@ -964,7 +964,7 @@ def test_a_worker_that_has_nothing_but_ssh_and_python_runs_images_of_a_store_tha
 
 def test_what_an_agent_says_that_does_not_begin_is_said() -> None:
     with pytest.raises(RemoteError, match="the agent has not begun: ImportError: no module named zlib"):
-        links.skip_greeting(lambda _: b"", lambda _: True, errors=lambda: b"Traceback\nImportError: no module named zlib\n")
+        address.skip_greeting(lambda _: b"", lambda _: True, errors=lambda: b"Traceback\nImportError: no module named zlib\n")
 
 
 @given(
