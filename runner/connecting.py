@@ -6,69 +6,20 @@ The namespace is made by a child of ours, which sets up the inner side; it lives
 from __future__ import annotations
 
 import os
-import re
 import socket
 
 from cafs import atomic, linux, paths
-from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
-from runner import conntrack, containers, firewall, networks
+from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, quote
+from runner import conntrack, etc, firewall, names, networks, ports
 from runner.netlink import Netlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runner.containers import Container
-    from runner.firewall import Port
-
-    Asked = tuple[str, str, int | tuple[int, int], int]
+    from runner.ports import Port
 
 _INNER = "eth0"
 _RANDOM_PORTS = range(49153, 65536)
-_RANGE = re.compile("[0-9]{1,5}(-[0-9]{1,5})?")
-
-
-def parse_ports(texts: list[str]) -> list[Asked]:
-    """-p [IP:][HOST:]PORT[/tcp|udp], also ranges: (kind, address, port of the host, first and last of some, or 0, port).
-
-    Raises UsageError.
-    """
-    found: list[Asked] = []
-    for text in texts:
-        places, slash, kind = text.partition("/")
-        words = places.split(":")
-        at, outer, inner = ["", "", *words][-3:]
-        is_random = not outer and len(words) != 2
-        is_sound = len(words) < 3 or (len(words) == 3 and at != "")
-        if not is_sound or not _RANGE.fullmatch(inner) or not (is_random or _RANGE.fullmatch(outer)):
-            raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
-        if slash and kind not in ("tcp", "udp"):
-            raise UsageError(f"port {quote(text)} is not [IP:][HOSTPORT:]PORT[/tcp|udp]")
-        if at and not _is_ipv4(at):
-            raise UsageError(f"port {quote(text)}: {quote(at)} is not an address")
-        inner_ports, outer_ports = _range(inner), _range(outer) if outer else []
-        if len(outer_ports) > 1 and len(inner_ports) == 1:  # the first that is free
-            found.append((kind or "tcp", "" if at == "0.0.0.0" else at, (outer_ports[0], outer_ports[-1]), inner_ports[0]))
-            continue
-        if outer_ports and len(outer_ports) != len(inner_ports):
-            raise UsageError(f"port {quote(text)}: the ranges differ in length")
-        pairs = zip(outer_ports or [0] * len(inner_ports), inner_ports, strict=True)
-        found += [(kind or "tcp", "" if at == "0.0.0.0" else at, one, other) for one, other in pairs]
-    return found
-
-
-def _is_ipv4(text: str) -> bool:
-    try:
-        socket.inet_aton(text)
-    except OSError:
-        return False
-    return all(c.isdigit() or c == "." for c in text)
-
-
-def _range(text: str) -> list[int]:
-    first, _, last = text.partition("-")
-    low, high = int(first), int(last or first)
-    if not 0 < low <= high < 65536:
-        raise UsageError(f"{quote(text)} is not a port")
-    return list(range(low, high + 1))
 
 
 def connect(container: Container, owner: int = -1) -> str:
@@ -79,7 +30,7 @@ def connect(container: Container, owner: int = -1) -> str:
     network = networks.find(container.network)
     child, namespace, go = _new_namespace(owner)
     veth = _veth(container)
-    ports: list[Port] = []
+    published: list[Port] = []
     try:
         with networks.locked():
             networks.ensure(network)
@@ -88,9 +39,9 @@ def connect(container: Container, owner: int = -1) -> str:
                 with Netlink() as link:
                     link.add_veth(veth, network.link, _INNER, namespace)
                     link.let_return(veth)
-                ports = _take_ports(container, address)
-                firewall.publish(ports)
-                conntrack.forget(address, ports)
+                published = _take_ports(container, address)
+                _publish(published)
+                conntrack.forget(address, published)
             except BaseException:
                 _give_back_ports(container)
                 networks.give_back(network, container.id)
@@ -104,8 +55,20 @@ def connect(container: Container, owner: int = -1) -> str:
         _, status = os.waitpid(child, 0)
     if status:
         raise CafsError("cannot set up the network inside the container")
-    container.note(network={"name": network.name, "address": address, "ports": ports})
+    container.note(network={"name": network.name, "address": address, "ports": published})
     return f"/proc/{os.getpid()}/fd/{namespace}"
+
+
+def _publish(published: list[Port]) -> None:
+    """Raises CafsError."""
+    try:
+        firewall.publish(published)
+    except UnsupportedError:
+        networks.restore_rules()  # somebody has flushed them since `networks.ensure`
+        try:
+            firewall.publish(published)
+        except UnsupportedError as error:
+            raise CafsError(str(error)) from None
 
 
 def _veth(container: Container) -> str:
@@ -160,7 +123,7 @@ def _set_up(text: str) -> None:
 def _take_ports(container: Container, address: str) -> list[Port]:
     """Under the lock.  Raises BusyError."""
     found: list[Port] = []
-    paths.make_private(_ports_directory())
+    paths.make_private(ports.directory())
     for kind, at, outer, inner in container.asked["ports"]:
         first, last = (
             outer if not isinstance(outer, int) else (outer, outer) if outer else (_RANDOM_PORTS[0], _RANDOM_PORTS[-1])
@@ -178,7 +141,7 @@ def _take_ports(container: Container, address: str) -> list[Port]:
 def _take_port(container: Container, port: Port) -> bool:
     """Whether nobody of ours, and no process of the host, has it; then it is kept, and noted with all that gives it back."""
     kind, at, number, address, inner = port
-    taken = paths.listed(_ports_directory())
+    taken = paths.listed(ports.directory())
     mine = f"{kind}-{number}-{at}"
     if any(name.startswith(f"{kind}-{number}-") and (name == mine or not at or name.endswith("-")) for name in taken):
         return False
@@ -193,7 +156,7 @@ def _take_port(container: Container, port: Port) -> bool:
         except OSError:
             return False
         note = f"{container.id} {address} {inner}"
-        atomic.replace_hint(os.path.join(_ports_directory(), mine), note.encode(), 0o600)
+        atomic.replace_hint(os.path.join(ports.directory(), mine), note.encode(), 0o600)
         container.ports.append(holder.detach())
     return True
 
@@ -202,27 +165,10 @@ def _give_back_ports(container: Container) -> None:
     """Those that are its own, and no others, whatever it had once; under the lock."""
     while container.ports:
         os.close(container.ports.pop())
-    for holder, port in published():
+    for holder, port in ports.published():
         if holder == container.id:
             firewall.unpublish([port])
-            atomic.unlink_quietly(os.path.join(_ports_directory(), f"{port[0]}-{port[2]}-{port[1]}"))
-
-
-def published() -> list[tuple[str, Port]]:
-    """All ports of the host that are given away, and to which container."""
-    found = []
-    for name in paths.listed(_ports_directory()):
-        try:
-            holder, address, inner = atomic.read_file(os.path.join(_ports_directory(), name), 256).decode().split()
-            kind, number, at = name.split("-", 2)
-            found.append((holder, (kind, at, int(number), address, int(inner))))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def _ports_directory() -> str:
-    return os.path.join(paths.run(), "ports")
+            atomic.unlink_quietly(os.path.join(ports.directory(), f"{port[0]}-{port[2]}-{port[1]}"))
 
 
 def disconnect(container: Container) -> None:
@@ -246,50 +192,14 @@ def disconnect(container: Container) -> None:
         tell_neighbours(network.name, but=container.id)
 
 
-def neighbours(network: str, *, but: str = "") -> list[tuple[str, Container]]:
-    """(address, container) of all who are on a network."""
-    found = []
-    for address, identity in networks.leases(networks.find(network)).items():
-        one = containers.load(identity) if identity != but else None
-        if one is not None:
-            found.append((address, one))
-    return found
-
-
-def host_lines(container: Container, hostname: str) -> list[str]:
-    """For its /etc/hosts: itself and its neighbours."""
-    about = container.state().get("network") or {}
-    lines = [f"{about['address']}\t{hostname} {container.name}"] if about else []
-    if about:
-        pairs = neighbours(about["name"], but=container.id)
-        lines += [f"{address}\t{one.name} {one.id[:12]}" for address, one in pairs]
-    return lines
-
-
 def tell_neighbours(network: str, *, but: str) -> None:
     """Write the hosts files of all who are on a network anew, in place, for they are mounted."""
-    from runner.etc import hosts
-
     try:
-        known = neighbours(network, but=but)
+        known = names.neighbours(network, but=but)
     except NotFound:
         return  # it was removed meanwhile
     for _, one in known:
         try:
-            atomic.overwrite(one.path("hosts"), hosts(one))
+            atomic.overwrite(one.path("hosts"), etc.hosts(one))
         except (CafsError, OSError):
             continue
-
-
-def resolvers() -> bytes:
-    """The host's resolv.conf; resolvers on its loopback, which the container cannot reach, are replaced by their upstreams."""
-    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
-        try:
-            lines = atomic.read_file(path, 1 << 16).splitlines()
-        except OSError:
-            continue
-        servers = [line.split()[1] for line in lines if line.startswith(b"nameserver") and len(line.split()) > 1]
-        if servers and not all(server.startswith((b"127.", b"::1")) for server in servers):
-            kept = [line for line in lines if not re.match(rb"nameserver\s+(127\.|::1)", line)]
-            return b"".join(line + b"\n" for line in kept)
-    return b""

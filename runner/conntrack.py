@@ -13,7 +13,7 @@ from runner.netlink import IPV4, NETFILTER, Netlink, attribute, attributes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runner.firewall import Port
+    from runner.ports import Port
 
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
 _NESTED = 0x8000

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cafs.image import Image
     from cafs.options import Options
-    from runner.connecting import Asked
+    from runner.ports import Asked
 
 _STOP_TIMEOUT_S = 10
 _LOG_SIZE, _LOG_FILES = 128 << 20, 2
@@ -252,14 +252,14 @@ def _ports(options: Options, config: dict[str, Any]) -> list[Asked]:
     exposed = [*(spec.section(config, "ExposedPorts") if options.has("publish-all") else ()), *options.all("expose")]
     if not exposed and not options.all("publish"):
         return []
-    from runner import connecting
+    from runner import ports
 
-    found = connecting.parse_ports(options.all("publish"))
+    found = ports.parse_ports(options.all("publish"))
     taken = {(kind, inner) for kind, _, _, inner in found}
     for text in exposed:
         if ":" in text:
             raise UsageError(f"exposed port {quote(text)} is not PORT[/tcp|udp]")
-        for one in connecting.parse_ports([text]):
+        for one in ports.parse_ports([text]):
             if options.has("publish-all") and (one[0], one[3]) not in taken:
                 found.append(one)
                 taken.add((one[0], one[3]))

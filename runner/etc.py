@@ -57,9 +57,9 @@ def hosts(container: Container) -> bytes:
     lines = ["127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback"]
     neighbours = []
     if container.is_on_bridge:
-        from runner import connecting
+        from runner import names
 
-        neighbours = connecting.host_lines(container, hostname)
+        neighbours = names.host_lines(container, hostname)
     lines += neighbours or [f"127.0.1.1\t{hostname}"]
     for text in container.all("add-host"):
         name, address = host(text)
@@ -115,9 +115,9 @@ def _resolv(container: Container) -> bytes:
 
 def _hosts_resolv(container: Container) -> bytes:
     if container.is_on_bridge:
-        from runner import connecting
+        from runner import names
 
-        return connecting.resolvers()
+        return names.resolvers()
     try:
         return atomic.read_file("/etc/resolv.conf", 1 << 16) if container.value("network") == "host" else b""
     except OSError:

@@ -6,15 +6,16 @@ Source: nft(8); iptables-extensions(8).
 
 from __future__ import annotations
 
-from cafs.errors import CafsError, UnsupportedError
+from cafs.errors import UnsupportedError
 from runner import programs
 from runner.netlink import has_chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ipaddress
+    from collections.abc import Iterable
 
-    Port = tuple[str, str, int, str, int]  # tcp or udp, address of the host ('' for all), port, container's address, its port
+    from runner.ports import Port
 
 _TABLE = """
 add table ip cafs
@@ -77,10 +78,8 @@ def is_there() -> bool:
 
 
 def add_bridge(link: str, subnet: ipaddress.IPv4Network) -> None:
-    """Translate what leaves a bridge.  Raises UnsupportedError if there is neither nft nor iptables."""
+    """Translate what leaves a bridge; the table is there.  Raises UnsupportedError if there is neither nft nor iptables."""
     if _program("nft"):
-        if not is_there():
-            make_anew()  # with all bridges that are up, not this one alone
         _nft(_elements("add", link, subnet))
     elif _program("iptables"):
         _make_chains()
@@ -112,13 +111,10 @@ def _add_rule(table: str, chain: str, *rule: str) -> None:
         _iptables("-t", table, "-A", chain, *rule)
 
 
-def make_anew() -> None:
-    """The table, where somebody has flushed all rules, with the bridges and the published ports that there are."""
-    from runner import connecting, networks
-    from runner.netlink import has_link
-
-    bridges = "".join(_elements("add", one.link, one.subnet) for one in networks.every() if has_link(one.link))
-    _nft(_TABLE + bridges + "".join(f"add element ip cafs {_element(port)}\n" for _, port in connecting.published()))
+def restore(bridges: Iterable[tuple[str, ipaddress.IPv4Network]], ports: Iterable[Port]) -> None:
+    """Make the table, with the bridges that are up and the ports that are published."""
+    text = "".join(_elements("add", *bridge) for bridge in bridges)
+    _nft(_TABLE + text + "".join(f"add element ip cafs {_element(port)}\n" for port in ports))
 
 
 def _elements(verb: str, link: str, subnet: ipaddress.IPv4Network) -> str:
@@ -165,19 +161,12 @@ def _iptables(*words: str, may_fail: bool = False) -> bool:
 
 
 def publish(ports: list[Port]) -> None:
-    """Raises CafsError."""
+    """Raises UnsupportedError, as where the table is gone."""
     if not ports:
         return
     if _program("nft"):
         text = "".join(f"add element ip cafs {_element(port)}\n" for port in ports)
-        try:
-            _nft(text)
-        except UnsupportedError:
-            make_anew()
-            try:
-                _nft(text)
-            except UnsupportedError as error:
-                raise CafsError(str(error)) from None
+        _nft(text)
         return
     for port in ports:
         _iptables("-t", "nat", "-A", "CAFS-PORTS", *_rule(port))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from cafs import atomic, paths
 from cafs.errors import BusyError, CafsError, NotFound, UnsupportedError, UsageError, quote
-from runner import firewall
+from runner import firewall, ports
 from runner.containers import BRIDGE, is_name
 from runner.netlink import Netlink, has_link, is_up
 
@@ -132,7 +132,7 @@ def ensure(network: Network) -> None:
     """Make the bridge and what belongs to it, if it is not there; under the lock.  Raises UnsupportedError."""
     if is_up(network.link):
         if not firewall.is_there():
-            firewall.make_anew()
+            restore_rules()
         return
     hint = "--network host or --network none"
     try:
@@ -146,6 +146,8 @@ def ensure(network: Network) -> None:
             for name, value in (("ip_forward", "1"), (f"conf/{network.link}/route_localnet", "1")):
                 with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
                     file.write(value)
+            if not firewall.is_there():
+                restore_rules()  # with all bridges that are up, not this one alone
             firewall.add_bridge(network.link, network.subnet)
             link.set_up(network.link)  # last: that it is up means that all is done
     except OSError as error:
@@ -153,6 +155,12 @@ def ensure(network: Network) -> None:
     except UnsupportedError as error:
         remove_link(network.link)
         raise UnsupportedError(str(error), hint=hint) from None
+
+
+def restore_rules() -> None:
+    """Make the rules of all bridges and published ports, where there are none or somebody has flushed them."""
+    bridges = [(one.link, one.subnet) for one in every() if has_link(one.link)]
+    firewall.restore(bridges, [port for _, port in ports.published()])
 
 
 def remove_link(name: str) -> None:

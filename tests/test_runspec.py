@@ -17,11 +17,11 @@ import pytest
 from cafs.errors import CafsError, UsageError
 from cafs.options import Options, parse
 from runner import cgroups, gpus, mounts, seccomp
-from runner.connecting import parse_ports
 from runner.containers import signal_number
 from runner.create import duration
 from runner.flags import ALIASES, RUN
 from runner.joining import Detacher, keys
+from runner.ports import parse_ports
 from tests.conftest import BIN, Run
 from tests.crunning import crun, make_rootfs
 from tests.test_containers import cr
