@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -95,6 +96,12 @@ def kill_all(pids: Iterable[int]) -> None:
 def is_alive(pid: int) -> bool:
     """Also not dead and unreaped."""
     return read_proc(pid, "stat").rpartition(b")")[2].split()[:1] not in ([], [b"Z"])
+
+
+def is_served() -> bool:
+    """Whether a controller listens: cpool nodes also answers without one."""
+    with socket.socket(socket.AF_UNIX) as one:
+        return one.connect_ex(os.path.join(os.environ["CAFS_POOL"], "socket")) == 0
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
 from tests.functioning import routers
-from tests.pooling import DYING, PLAIN, agents, cp, job, kill_all, ok
+from tests.pooling import DYING, PLAIN, agents, cp, is_served, job, kill_all, ok
 from tests.waiting import SLOW
 
 pytestmark = pytest.mark.needs("root", "sshd")
@@ -110,7 +110,7 @@ def machines() -> list[dict[str, object]]:
 def test_machines_come_when_there_is_work_and_go_when_there_is_none(aws: Aws) -> None:
     aws.cloud.pending_s = aws.cloud.hidden_s = 0.5
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
-        wait_until(lambda: cp("nodes").returncode == 0)
+        wait_until(is_served)
         ids = [
             ok(
                 "submit", *PLAIN, "--cpus", CPUS, "--workdir", "/", "--", "sh", "-c", "sleep 0.5; echo $CPOOL_WORKER $HOME"
@@ -140,7 +140,7 @@ def test_a_call_brings_a_machine_and_it_goes_when_the_function_is_idle(image: Pa
     aws.configure(idle_s=1, machines=1)
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
         try:
-            wait_until(lambda: cp("nodes").returncode == 0)
+            wait_until(is_served)
             words = ("--image", "b:1", "--handler", "jsonl:cat", "--cpus", CPUS, "--idle", "0.5", "--no-try")
             ok("fn", "deploy", "cat", *words)
             assert aws.instances() == [], "it costs nothing before it is called"
@@ -184,7 +184,7 @@ def test_answers_that_go_wrong_on_the_wire_are_understood(aws: Aws) -> None:
     aws.cloud.fault = fault
     aws.configure(machines=1, idle_s=0.5)
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
-        wait_until(lambda: cp("nodes").returncode == 0)
+        wait_until(is_served)
         number = ok("submit", *PLAIN, "--workdir", "/", "--", "true").strip()
         wait_until(lambda: "RequestLimitExceeded" in cp("cloud", "ls").stderr)
         is_seen.set()
@@ -268,7 +268,7 @@ def test_machines_of_gce_come_and_go_too_whatever_goes_wrong_on_the_wire(gce: GC
     }
     gce.fault = lambda action, number: (faults.get(action, [])[number - 1 : number] or [None])[0]
     with subprocess.Popen([BIN / "cpool", "serve"]) as controller:
-        wait_until(lambda: cp("nodes").returncode == 0)
+        wait_until(is_served)
         work = ("submit", *PLAIN, "--cpus", CPUS, "--workdir", "/", "--", "sh", "-c")
         number = ok(*work, f"until test -f {gce.place}/go; do sleep 0.05; done; echo $CPOOL_ATTEMPT").strip()
         wait_until(lambda: job(number)["state"] == "running", 40)

@@ -18,7 +18,7 @@ from pool import inputs, staging
 from pool.processes import Job
 from tests.conftest import BIN, wait_until
 from tests.crunning import leftovers
-from tests.pooling import PLAIN, agents, cp, job, ok, serving
+from tests.pooling import PLAIN, agents, cp, is_served, job, ok, serving
 from tests.waiting import SLOW
 
 
@@ -194,7 +194,7 @@ def test_the_image_of_a_job_that_waits_is_not_collected(pool: Path, home: Path) 
     for words in (("cafs-index", "create", "-q", home / "tree", "-t", "x:1"),):
         subprocess.run([BIN / words[0], *map(str, words[1:])], check=True)
     with subprocess.Popen([BIN / "cpool", "serve"]) as serving_one:
-        wait_until(lambda: cp("nodes").returncode == 0)
+        wait_until(is_served)
         number = ok("submit", "--image", "x:1", "--hold", "--", "true").strip()
         wait_until(lambda: bool(os.listdir(home / "store" / "leases")))
         subprocess.run([BIN / "cafs-store", "untag", "x:1"], check=True)
@@ -228,7 +228,7 @@ def test_a_full_disk_ends_the_controller_with_a_word_and_loses_nothing(tmp_path:
         ok("init")
         one = subprocess.Popen([BIN / "cpool", "serve"], stderr=subprocess.PIPE, text=True)
         try:
-            wait_until(lambda: cp("nodes").returncode == 0)
+            wait_until(is_served)
             first = ok("submit", *PLAIN, "--hold", "--", "true").strip()
             fill(place / "filler")
             done = [int(first)]
