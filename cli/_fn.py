@@ -6,7 +6,7 @@ import click
 
 from cli import _calls as calling
 from cli import _pool as asking
-from cli._options import Amount, Size, bounds_options, json_option, quiet_option
+from cli._options import Amount, Group, Size, bounds_options, json_option, quiet_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _tenant = click.option("--tenant", metavar="NAME", help="Whose it is, for the pool's owner.")
 
 
-@click.group()
+@click.group(cls=Group)
 def fn() -> None:
     """Functions: handlers in warm containers."""
 

@@ -35,7 +35,26 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-class Switchable(click.Command):
+class Careful(click.Command):
+    """A command that refuses an option with an empty value: an unset variable would turn off what was asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            is_given = ctx.get_parameter_source(param.name or "") == click.core.ParameterSource.COMMANDLINE
+            if isinstance(param, click.Option) and is_given and (value == "" or (isinstance(value, tuple) and "" in value)):
+                raise click.UsageError(f"{max(param.opts, key=len)} is empty: an unset variable?", ctx)
+        return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Careful
+    group_class = type
+
+
+class Switchable(Careful):
     """A command whose switches can be given as docker's: --NAME=true, --NAME=false; the last one counts.
 
     What hidden ones say is so anyway.

@@ -279,7 +279,7 @@ def spec(*, command: tuple[str, ...], image: str | None, is_plain: bool, env: tu
             variables[name] = value if equals else os.environ[name]
     return {
         "command": list(command[1:] if command[0] == "--" else command),
-        "image": _digest(image) if image else "",
+        "image": _digest(image) if image is not None else "",
         "env": variables,
         "cwd": given["workdir"] or ("" if image or given.get("has_files") else os.getcwd()),
         "cpus": given["cpus"],

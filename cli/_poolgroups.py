@@ -8,10 +8,10 @@ import sys
 import click
 
 from cli import _pool as asking
-from cli._options import json_option, quiet_option
+from cli._options import Group, json_option, quiet_option
 
 
-@click.group()
+@click.group(cls=Group)
 def host() -> None:
     """Machines that the pool may use."""
 
@@ -58,7 +58,7 @@ def host_setup(names: tuple[str, ...], quiet: bool) -> int:
     return 0
 
 
-@click.group()
+@click.group(cls=Group)
 def node() -> None:
     """Workers: what they may take."""
 
@@ -81,7 +81,7 @@ def node_resume(name: str) -> int:
     return 0
 
 
-@click.group()
+@click.group(cls=Group)
 def secret() -> None:
     """What jobs may know and nobody else."""
 
@@ -113,7 +113,7 @@ def secret_rm(name: str) -> int:
     return 0
 
 
-@click.group()
+@click.group(cls=Group)
 def cloud() -> None:
     """Machines that the pool launches itself."""
 

@@ -8,7 +8,17 @@ import sys
 import click
 
 from cli._app import json_path, run, say, write_json, write_lines
-from cli._options import CONTEXT, exclusive, json_option, names_store, quiet_option, store_option, store_root, version_option
+from cli._options import (
+    CONTEXT,
+    Group,
+    exclusive,
+    json_option,
+    names_store,
+    quiet_option,
+    store_option,
+    store_root,
+    version_option,
+)
 from cli._progress import progress
 
 TYPE_CHECKING = False
@@ -21,7 +31,7 @@ if TYPE_CHECKING:
 PROGRAM = "cafs-index"
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @version_option(PROGRAM)
 def main() -> None:
     """Index file trees by content, and read what is in an index.

@@ -9,6 +9,7 @@ from cli._app import run, say, write_json
 from cli._options import (
     CONTEXT,
     Amount,
+    Group,
     Size,
     exclusive,
     json_option,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PROGRAM = "cafs-store"
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @version_option(PROGRAM)
 def main() -> None:
     """Look after a store: images, names, checks.

@@ -10,7 +10,7 @@ import click
 from cli import _fn, _poolgroups
 from cli import _pool as asking
 from cli._app import run
-from cli._options import CONTEXT, Amount, Size, bounds_options, json_option, quiet_option, version_option
+from cli._options import CONTEXT, Amount, Group, Size, bounds_options, json_option, quiet_option, version_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PLAIN = {"allow_interspersed_args": False}
 """What comes after the first word that is no option belongs to the command."""
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @version_option(PROGRAM)
 def main() -> None:
     """Run jobs on a pool of machines, this one among them.

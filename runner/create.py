@@ -322,11 +322,11 @@ def _health(options: Options, config: dict[str, Any]) -> dict[str, Any] | None:
     def seconds(flag: str, key: str, default: float) -> float:
         text = options.value(flag)
         if text is not None:
-            return duration(text)
+            return duration(text) or default  # docker's 0 means its default
         value = given.get(key) or 0
         return value / 1e9 if isinstance(value, int) and value > 0 else default
 
-    retries = options.value("health-retries") or str(given.get("Retries") or 3)
+    retries, tries = options.value("health-retries") or "0", given.get("Retries")
     if not retries.isdigit():
         raise UsageError(f"--health-retries is a number, not {quote(retries)}")
     return {
@@ -334,7 +334,7 @@ def _health(options: Options, config: dict[str, Any]) -> dict[str, Any] | None:
         "interval_s": max(seconds("health-interval", "Interval", 30.0), 0.05),
         "timeout_s": seconds("health-timeout", "Timeout", 30.0),
         "start_period_s": seconds("health-start-period", "StartPeriod", 0.0),
-        "retries": max(int(retries), 1),
+        "retries": int(retries) or (tries if isinstance(tries, int) and tries > 0 else 3),
     }
 
 

@@ -77,12 +77,12 @@ def ps(options: Options) -> None:
         rows = rows[: int(last)]
     elif not wants_all:
         rows = [row for row in rows if row["State"] in ("running", "paused", "restarting")]
+    is_whole = options.has("no-trunc")
+    if options.has("quiet"):  # whatever --format says, as scripts pipe it to rm
+        sys.stdout.write("".join(f"{row['Id'] if is_whole else row['Id'][:12]}\n" for row in rows))
+        return
     if is_json:
         _write_json_lines(rows)
-        return
-    is_whole = options.has("no-trunc")
-    if options.has("quiet"):
-        sys.stdout.write("".join(f"{row['Id'] if is_whole else row['Id'][:12]}\n" for row in rows))
         return
     table = [("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES")]
     for row in rows:

@@ -211,6 +211,12 @@ def test_one_key_is_one_job_and_another_job_with_it_is_refused(controller: objec
     assert other.returncode == 6 and "is that of job" in other.stderr
 
 
+@pytest.mark.parametrize("option", ["--image", "--key", "--tenant", "--name"])
+def test_an_option_of_a_job_with_an_empty_value_is_refused(pool: Path, option: str) -> None:
+    done = cp("submit", *(() if option == "--image" else PLAIN), option, "", "--", "true")
+    assert done.returncode == 2 and f"{option} is empty" in done.stderr
+
+
 def test_a_job_that_fails_is_tried_again_as_often_as_was_said(controller: object, tmp_path: Path) -> None:
     number = ok(
         "submit", *PLAIN, "--retries", "1", "--", "sh", "-c", f"echo $CPOOL_ATTEMPT >> {tmp_path}/tries; exit 1"

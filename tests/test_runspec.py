@@ -144,6 +144,17 @@ def test_every_flag_lands_where_it_belongs(image: Path, tmp_path: Path) -> None:
     )
 
 
+def test_what_is_empty_or_zero_is_the_default_where_docker_has_it_so(image: Path) -> None:
+    found = config(image, "-u", "", "-w", "", "--platform", "", "--shm-size", "0", "--hostname", "h", "--pid=")
+    plain = config(image, "--hostname", "h")
+    assert [one for one in found["mounts"] if one["destination"] == "/dev/shm"] == [  # type: ignore[attr-defined]
+        one
+        for one in plain["mounts"]
+        if one["destination"] == "/dev/shm"  # type: ignore[attr-defined]
+    ]
+    assert found["process"] == plain["process"]
+
+
 def test_privileged_masks_nothing_and_has_what_this_host_grants(image: Path) -> None:
     found = config(image, "--privileged")
     check_schema(found)
@@ -180,12 +191,15 @@ def test_privileged_masks_nothing_and_has_what_this_host_grants(image: Path) -> 
         (["--no-healthcheck", "--health-cmd", "x"], "means nothing with --no-healthcheck"),
         (["--health-interval", "3s"], "there is no check"),
         (["--health-interval", "soon"], "is not a time"),
+        (["--gpus", ""], "--gpus is empty"),
+        (["--record="], "--record is empty"),
+        (["-v", "", "-v", "/:/x"], "--volume is empty"),
         (["--pull", "always"], "is of the store"),
         (["--platform", "linux/amd64/v9"], "not this host's"),
         (["--expose", "banana"], "is not"),
         (["--security-opt", "no-new-privileges=maybe"], "cannot be 'maybe'"),
         (["--security-opt", "systempaths=open"], "cannot be 'open'"),
-        (["--memory", ""], "is not a size"),
+        (["--memory", ""], "--memory is empty"),
         (["--mount", "type=bind,src=/tmp,dst=/x,readonly=banana"], "true or false, not 'banana'"),
         (["--mount", "type=bind,src=/tmp,dst=/x,readnly"], "is not K=V"),
         (["--mount", "type=bind,src=/tmp,dst=/x,readonyl=1"], "did you mean readonly?"),
