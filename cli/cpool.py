@@ -106,12 +106,11 @@ def _with_code(given: dict[str, Any]) -> dict[str, Any]:
 @quiet_option(used=False)
 def init() -> int:
     """Make a pool: in $CAFS_POOL, else $XDG_STATE_HOME/cafs/pool."""
-    from cafs import atomic
+    from cafs import atomic, paths
     from pool import settings, state
 
     directory = asking.directory()
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    os.chmod(directory, 0o700)
+    paths.make_private(directory)
     state.create(directory)
     path = os.path.join(directory, "pool.toml")
     if not os.path.exists(path):

@@ -211,6 +211,12 @@ def test_one_key_is_one_job_and_another_job_with_it_is_refused(controller: objec
     assert other.returncode == 6 and "is that of job" in other.stderr
 
 
+def test_what_is_made_above_a_pool_is_closed_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAFS_POOL", str(tmp_path / "above" / "pool"))
+    ok("init", umask=0)
+    assert [(tmp_path / one).stat().st_mode & 0o777 for one in ("above", "above/pool")] == [0o700, 0o700]
+
+
 @pytest.mark.parametrize("option", ["--image", "--key", "--tenant", "--name"])
 def test_an_option_of_a_job_with_an_empty_value_is_refused(pool: Path, option: str) -> None:
     done = cp("submit", *(() if option == "--image" else PLAIN), option, "", "--", "true")
