@@ -6,7 +6,7 @@ from cafs.errors import UsageError, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     Flag = tuple[str, str, str, str, str]  # kind, letter, placeholder of the value, group in --help, text
     Flags = dict[str, Flag]
@@ -34,6 +34,17 @@ class Options:
     def all(self, name: str) -> list[str]:
         """Every value given, in order."""
         return self.flags.get(name, [])
+
+    def settle_empty(self, *, default: Container[str] = (), kept: Container[str] = ()) -> None:
+        """Refuse empty values: an unset variable would turn off what was asked for.  Raises UsageError.
+
+        default: flags with one value for which '' means that they were not given.  kept: flags whose '' means something.
+        """
+        for name in [name for name, values in self.flags.items() if "" in values and name not in kept]:
+            if name not in default:
+                raise UsageError(f"--{name} is empty", hint="an unset variable?")
+            if not self.flags[name][-1]:
+                del self.flags[name]
 
 
 def parse(arguments: list[str], flags: Flags, aliases: dict[str, str], *, program: str, stop_at: int = 0) -> Options:

@@ -7,11 +7,12 @@ import math
 import click
 
 from cafs import __version__
+from cafs.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, ClassVar
 
     Decorator = Callable[[Any], Any]
 
@@ -38,12 +39,15 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 class Careful(click.Command):
     """A command that refuses an option with an empty value: an unset variable would turn off what was asked for."""
 
+    default_if_empty: ClassVar[frozenset[str]] = frozenset()
+
     def invoke(self, ctx: click.Context) -> Any:
         for param in self.params:
             value = ctx.params.get(param.name or "")
             is_given = ctx.get_parameter_source(param.name or "") == click.core.ParameterSource.COMMANDLINE
-            if isinstance(param, click.Option) and is_given and (value == "" or (isinstance(value, tuple) and "" in value)):
-                raise click.UsageError(f"{max(param.opts, key=len)} is empty: an unset variable?", ctx)
+            is_empty = value == "" or (isinstance(value, tuple) and "" in value)
+            if isinstance(param, click.Option) and is_given and is_empty and param.name not in self.default_if_empty:
+                raise UsageError(f"{max(param.opts, key=len)} is empty", hint="an unset variable?")
         return super().invoke(ctx)
 
 
@@ -59,6 +63,8 @@ class Switchable(Careful):
 
     What hidden ones say is so anyway.
     """
+
+    default_if_empty = frozenset({"target", "network", "platform", "iidfile", "metadata_file"})  # as docker has it
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         switches = {name: one for one in self.params if isinstance(one, click.Option) and one.is_flag for name in one.opts}

@@ -65,8 +65,7 @@ def main(arguments: list[str]) -> int:
 
         sys.stdout.write(f"{PROGRAM} {__version__}\n")
         return 0
-    if empty := [name for name, values in options.flags.items() if "" in values]:
-        raise UsageError(f"--{empty[0]} is empty", hint="an unset variable?")
+    options.settle_empty()
     if options.has("json") and not options.has("list"):
         raise UsageError("--json goes with --list")
     alone = [options.has("list"), options.has("reload"), options.value("unmount") is not None]

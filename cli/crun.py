@@ -134,12 +134,12 @@ def main(arguments: list[str]) -> int:
         return 0
     if verb == "run":
         from cafs.options import parse
-        from runner.flags import ALIASES, RUN, check_values, check_words
+        from runner.flags import ALIASES, DEFAULT_IF_EMPTY, MAY_BE_EMPTY, RUN, check_words
 
         flags, aliases, stop_at = RUN, ALIASES, 1
     else:
         from cafs.options import parse
-        from runner.flags import ALIASES, GROUPS, VERBS, check_values, check_words
+        from runner.flags import ALIASES, DEFAULT_IF_EMPTY, GROUPS, MAY_BE_EMPTY, VERBS, check_words
 
         if verb in GROUPS:
             if not rest or rest[0] in ("-h", "--help"):
@@ -159,7 +159,7 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse(rest, flags, aliases, program=f"crun {verb}", stop_at=stop_at)
         check_words(verb, options.words)
-        check_values(options)
+        options.settle_empty(default=DEFAULT_IF_EMPTY, kept=MAY_BE_EMPTY)
         return _call(verb, options)
     except BrokenPipeError:
         raise

@@ -95,10 +95,10 @@ class Controller:
         """Machines that the pool launches, if pool.toml says where."""
         if not settings.cloud:
             return None
-        from pool import connecting
+        from pool import clouds
         from pool.fleet import Fleet
 
-        return Fleet(self, connecting.connect(settings.cloud, self.pool), settings)
+        return Fleet(self, clouds.connect(settings.cloud, self.pool), settings)
 
     # The loop.
 

@@ -40,7 +40,7 @@ def connect(container: Container, owner: int = -1) -> str:
                     link.add_veth(veth, network.link, _INNER, namespace)
                     link.let_return(veth)
                 published = _take_ports(container, address)
-                _publish(published)
+                firewall.publish(published, networks.restore_rules)
                 conntrack.forget(address, published)
             except BaseException:
                 _give_back_ports(container)
@@ -57,18 +57,6 @@ def connect(container: Container, owner: int = -1) -> str:
         raise CafsError("cannot set up the network inside the container")
     container.note(network={"name": network.name, "address": address, "ports": published})
     return f"/proc/{os.getpid()}/fd/{namespace}"
-
-
-def _publish(published: list[Port]) -> None:
-    """Raises CafsError."""
-    try:
-        firewall.publish(published)
-    except UnsupportedError:
-        networks.restore_rules()  # somebody has flushed them since `networks.ensure`
-        try:
-            firewall.publish(published)
-        except UnsupportedError as error:
-            raise CafsError(str(error)) from None
 
 
 def _veth(container: Container) -> str:

@@ -6,14 +6,14 @@ Source: nft(8); iptables-extensions(8).
 
 from __future__ import annotations
 
-from cafs.errors import UnsupportedError
+from cafs.errors import CafsError, UnsupportedError
 from runner import programs
 from runner.netlink import has_chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ipaddress
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from runner.ports import Port
 
@@ -160,13 +160,20 @@ def _iptables(*words: str, may_fail: bool = False) -> bool:
     return not code
 
 
-def publish(ports: list[Port]) -> None:
-    """Raises UnsupportedError, as where the table is gone."""
+def publish(ports: list[Port], restore_rules: Callable[[], None]) -> None:
+    """Publish ports.  restore_rules: called where the table is gone, as somebody has flushed it.  Raises CafsError."""
     if not ports:
         return
     if _program("nft"):
         text = "".join(f"add element ip cafs {_element(port)}\n" for port in ports)
-        _nft(text)
+        try:
+            _nft(text)
+        except UnsupportedError:
+            restore_rules()
+            try:
+                _nft(text)
+            except UnsupportedError as error:
+                raise CafsError(str(error)) from None
         return
     for port in ports:
         _iptables("-t", "nat", "-A", "CAFS-PORTS", *_rule(port))

@@ -7,7 +7,7 @@ from cafs.options import LIST, SWITCH, VALUE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cafs.options import Flag, Flags, Options
+    from cafs.options import Flag, Flags
 
 _COMMAND, _FILES, _LIMITS, _SAFETY, _NET, _LIFE, _OURS = (
     "Command",
@@ -95,14 +95,14 @@ RUN: Flags = {
     "store": (VALUE, "", "URL", _OURS, "Store to use."),
     "scope": (VALUE, "", "SECRETFILE", _OURS, "Only that part of the store."),
 }
-_DEFAULT_IF_EMPTY = {
-    "annotation", "cgroup-parent", "cgroupns", "cidfile", "cpuset-cpus", "cpuset-mems", "detach-keys", "format", "health-cmd",
-    "hostname", "ipc", "log-driver", "name", "network", "pid", "platform", "restart", "stop-signal", "user", "userns", "uts",
-    "workdir",
+DEFAULT_IF_EMPTY = {
+    "author", "cgroup-parent", "cgroupns", "cidfile", "cpuset-cpus", "cpuset-mems", "detach-keys", "driver", "format",
+    "health-cmd", "hostname", "ipc", "log-driver", "message", "name", "network", "pid", "platform", "pull", "restart", "signal",
+    "since", "stop-signal", "tail", "until", "user", "userns", "uts", "workdir",
 }  # fmt: skip
 """Flags of docker for which '' means the default, as scripts write --platform "$PLATFORM"."""
 
-_MAY_BE_EMPTY = {"entrypoint"}
+MAY_BE_EMPTY = {"entrypoint"}
 ALIASES = {"net": "network", "dns-opt": "dns-option"}
 
 _WHAT = "Flags"
@@ -317,15 +317,3 @@ def check_words(verb: str, words: list[str]) -> None:
         raise UsageError(f"{names[len(words)].removesuffix('...')} is missing", hint=f"crun {verb} --help")
     if most is not None and len(words) > most:
         raise UsageError(f"unexpected argument {quote(words[most])}", hint=f"crun {verb} --help")
-
-
-def check_values(options: Options) -> None:
-    """Take away empty values that mean the default; refuse all others but those that mean something.  Raises UsageError."""
-    for name, values in list(options.flags.items()):
-        if "" not in values or name in _MAY_BE_EMPTY:
-            continue
-        if name not in _DEFAULT_IF_EMPTY:
-            raise UsageError(f"--{name} is empty", hint="an unset variable?")
-        options.flags[name] = [value for value in values if value]
-        if not options.flags[name]:
-            del options.flags[name]

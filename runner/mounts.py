@@ -315,7 +315,7 @@ def _entry(destination: str, kind: str, *options: str) -> dict[str, Any]:
 def _system(container: Container) -> list[dict[str, Any]]:
     """Docker's mounts, and /etc/{hostname,hosts,resolv.conf} from the container's directory."""
     access = "rw" if container.has("privileged") else "ro"
-    shm = cgroups.size(container.value("shm-size") or "64m") or cgroups.size("64m")  # 0 would be no limit at all
+    shm = cgroups.size(container.value("shm-size") or "0") or 64 << 20  # a size of 0 would be no limit at all
     found = [
         _entry("/proc", "proc", "nosuid", "noexec", "nodev"),
         _entry("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),

@@ -24,12 +24,11 @@ def neighbours(network: str, *, but: str = "") -> list[tuple[str, Container]]:
 
 def host_lines(container: Container, hostname: str) -> list[str]:
     """For its /etc/hosts: itself and its neighbours."""
-    about = container.state().get("network") or {}
-    lines = [f"{about['address']}\t{hostname} {container.name}"] if about else []
-    if about:
-        pairs = neighbours(about["name"], but=container.id)
-        lines += [f"{address}\t{one.name} {one.id[:12]}" for address, one in pairs]
-    return lines
+    about = container.state().get("network")
+    if not about:
+        return []
+    others = [f"{address}\t{one.name} {one.id[:12]}" for address, one in neighbours(about["name"], but=container.id)]
+    return [f"{about['address']}\t{hostname} {container.name}", *others]
 
 
 def resolvers() -> bytes:

@@ -130,12 +130,12 @@ def remove(name: str) -> None:
 
 def ensure(network: Network) -> None:
     """Make the bridge and what belongs to it, if it is not there; under the lock.  Raises UnsupportedError."""
-    if is_up(network.link):
-        if not firewall.is_there():
-            restore_rules()
-        return
     hint = "--network host or --network none"
     try:
+        if not firewall.is_there():
+            restore_rules()  # of all bridges that are up, not of this one alone
+        if is_up(network.link):
+            return
         with Netlink() as link:
             if not has_link(network.link):
                 link.add_bridge(network.link)
@@ -146,8 +146,6 @@ def ensure(network: Network) -> None:
             for name, value in (("ip_forward", "1"), (f"conf/{network.link}/route_localnet", "1")):
                 with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
                     file.write(value)
-            if not firewall.is_there():
-                restore_rules()  # with all bridges that are up, not this one alone
             firewall.add_bridge(network.link, network.subnet)
             link.set_up(network.link)  # last: that it is up means that all is done
     except OSError as error:

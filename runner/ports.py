@@ -77,4 +77,5 @@ def published() -> list[tuple[str, Port]]:
 
 
 def directory() -> str:
+    """Where it is kept which ports are given away."""
     return os.path.join(paths.run(), "ports")

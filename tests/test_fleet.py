@@ -22,7 +22,7 @@ from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 
 from cafs.errors import CafsError, RemoteError, UnsupportedError
-from pool import boot, cloud, connecting, ec2, launched, pricing, state
+from pool import boot, cloud, clouds, ec2, launched, pricing, state
 from pool.settings import Settings
 from tests.clouds import EC2, GCE
 from tests.conftest import BIN, wait_until
@@ -219,7 +219,7 @@ def test_the_pools_own_policy_is_enough_and_lets_it_touch_nothing_else(aws: Aws,
         key = iam.create_access_key(UserName="pool")["AccessKey"]
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        there = connecting.connect({"region": "us-east-1", "image": "ami-12c6146b", "provider": "ec2"}, "abc")
+        there = clouds.connect({"region": "us-east-1", "image": "ami-12c6146b", "provider": "ec2"}, "abc")
 
         @set_initial_no_auth_action_count(0)
         def enforced() -> None:
@@ -319,7 +319,7 @@ def test_what_is_too_new_to_be_shown_is_not_taken_for_gone_at_ec2(monkeypatch: p
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     with mock_aws():
-        there = connecting.connect({"region": "us-east-1", "image": "ami-12c6146b", "provider": "ec2", "disk_gb": 9}, "abc")
+        there = clouds.connect({"region": "us-east-1", "image": "ami-12c6146b", "provider": "ec2", "disk_gb": 9}, "abc")
         new = cloud.Instance("i-0123456789abcdef0", "m-1", "", "", "us-east-1a", time.time())
         for ask in (lambda: there.look(new), lambda: there.end([new])):
             with pytest.raises(RemoteError, match="does not show m-1 yet"):
@@ -337,7 +337,7 @@ def test_what_is_too_new_to_be_shown_is_not_taken_for_gone_at_ec2(monkeypatch: p
 
 def test_what_google_refuses_is_said_and_what_it_has_taken_is_not_forgotten(gce: GCE) -> None:
     values = {"provider": "gce", "project": "us-east-1", "image": "projects/x/global/images/y", "user": "root", "zones": ["z"]}
-    there = connecting.connect({**values, "endpoint": gce.url}, "abc")
+    there = clouds.connect({**values, "endpoint": gce.url}, "abc")
     text = boot.startup_script(b"x" * 32, "m-1", "root", is_spot=False)
     order = cloud.Order("m-1", "e2-small", "z", False, text, "ssh-ed25519 AAAA cpool")
     gce.fault = lambda action, number: "absent" if action == "insert" else None

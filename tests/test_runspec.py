@@ -19,7 +19,7 @@ from cafs.options import Options, parse
 from runner import cgroups, gpus, mounts, seccomp
 from runner.containers import signal_number
 from runner.create import duration
-from runner.flags import ALIASES, RUN
+from runner.flags import ALIASES, DEFAULT_IF_EMPTY, MAY_BE_EMPTY, RUN
 from runner.joining import Detacher, keys
 from runner.ports import parse_ports
 from tests.conftest import BIN, Run
@@ -311,6 +311,13 @@ def test_a_profile_of_the_users_is_resolved_by_its_conditions(tmp_path: Path) ->
         (tmp_path / "p").write_text(bad)
         with pytest.raises(CafsError, match="is not a seccomp profile"):
             names()
+
+
+def test_the_last_value_counts_where_an_empty_one_means_the_default() -> None:
+    for words, wanted in ((("-u", "1", "-u", ""), None), (("-u", "", "-u", "1"), "1")):
+        found = options(*words, "--entrypoint", "")
+        found.settle_empty(default=DEFAULT_IF_EMPTY, kept=MAY_BE_EMPTY)
+        assert (found.value("user"), found.value("entrypoint")) == (wanted, "")
 
 
 def test_flags_are_parsed_as_docker_parses_them() -> None:
