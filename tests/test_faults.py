@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafs.errors import RemoteError
-from pool import cloud, fleet, market, state, workers
+from pool import cloud, clouds, fleet, market, state, workers
 from pool.cloud import Instance, NoCapacityError, Order, RefusedError
 from pool.controller import Controller
 from pool.settings import Settings
@@ -177,7 +177,7 @@ def _world(place: Path, patch: pytest.MonkeyPatch, clock: Clock, sky: Sky, **mor
 
     for one in (fleet, market, workers, module, turns, waiting, state):
         patch.setattr(one, "time", clock)
-    patch.setattr(cloud, "connect", lambda *_: sky)
+    patch.setattr(clouds, "connect", lambda *_: sky)
     patch.setattr(fleet.threading, "Thread", _Now)
     patch.setattr(module.Wires, "open", lambda *_: None)
     patch.setattr(module.Leases, "mind", lambda *_: None)
