@@ -94,7 +94,7 @@ class Instance:
         self.identity = str(about["id"])
         self.calls: OrderedDict[bytes, Call] = OrderedDict()
         self.used = time.monotonic()
-        self.is_ready = self.is_leaving = self.is_serial = self.may_be_ahead = False
+        self.is_ready = self.is_told = self.is_leaving = self.is_serial = self.may_be_ahead = False
         self.left_at = 0.0
         """Since when it is to end."""
 

@@ -122,6 +122,8 @@ class Host:
             self._router.say(frame)
 
     def _say_ready(self, one: Instance) -> None:
+        if self._router and not one.is_told:
+            one.is_told, one.used = True, self._loop.now
         self._say(calls.control("ready", instance=one.number, job=one.job, busy=len(one.calls), ahead=one.may_be_ahead))
 
     # Instances.
@@ -255,6 +257,7 @@ class Host:
             self._leave(one, "")
             if now > one.left_at + _GRACE_S:
                 one.send(signal.SIGKILL if now > one.left_at + 2 * _GRACE_S else signal.SIGTERM)
-        idle_s = one.idle_s or (0.0 if self._router else _ALONE_S)
+        # One of which no router knows yet is not idle: the call that it was begun for may be on its way.
+        idle_s = (one.is_told and one.idle_s) or (0.0 if self._router else _ALONE_S)
         if one.is_ready and not one.calls and not one.is_leaving and 0 < idle_s <= now - one.used:
             self._leave(one, "idle")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -211,6 +212,27 @@ class Unheard:
 
     def flush(self) -> None:
         pass
+
+
+def test_an_instance_that_no_router_knows_yet_is_not_idle(tmp_path: Path) -> None:
+    """The call for which it was begun is on its way: with a short --idle it ended before, and another machine was launched."""
+    (tmp_path / "calls").mkdir()
+    host = hosting.Host(str(tmp_path))
+    about = {"concurrency": 1, "timeout_s": 9, "idle_s": 0.5, "id": "x"}
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            one = Instance(1, Unheard(), "1.1", about, str(tmp_path), process.pid, "", str(tmp_path / "outcome"))  # type: ignore[arg-type]
+            one.is_ready = True
+            host._mind(one, one.used + 60)
+            assert not one.is_leaving
+            host._router = Unheard()  # type: ignore[assignment]
+            host._say_ready(one)
+            host._mind(one, one.used + 0.4)
+            assert not one.is_leaving
+            host._mind(one, one.used + 0.6)
+            assert one.is_leaving
+        finally:
+            process.kill()
 
 
 def test_what_was_sent_ahead_takes_no_time_before_it_is_begun(tmp_path: Path) -> None:
